@@ -1,0 +1,221 @@
+"""Builds ``seqmem_fast._C``: sources are found by glob, the CPU kernels are compiled once per ISA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MIN_TORCH = (2, 11)
+INSTALL = "pip install --no-build-isolation ."
+
+COMMON_FLAGS = [
+    "-O3",
+    "-g0",  # objects stay small; --sanitize turns line numbers on
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
+SANITIZE_FLAGS = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",  # would need the type information of torch's own classes
+    "-fno-sanitize-recover=undefined",
+]
+
+# One row per ISA: name, the compiler's flags, the names by which ATen's vector headers know it.
+ISA_FLAGS = {
+    "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ],
+}
+
+
+def fail(sentence: str) -> NoReturn:
+    """End the build with one sentence and no traceback."""
+    raise SystemExit(f"seqmem_fast: {sentence}")
+
+
+def isas() -> list[str]:
+    """The ISAs to compile for on this processor family."""
+    return list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+
+
+def sources(*patterns: str) -> list[str]:
+    """All files below csrc/ that match, sorted, relative to this folder."""
+    root = Path(__file__).parent
+    found = [path for pattern in patterns for path in root.glob(f"csrc/{pattern}")]
+    return sorted(str(path.relative_to(root)) for path in found)
+
+
+class NoTorch(build_ext):
+    """Stands in for the build where torch is absent, so that sdist and metadata still work."""
+
+    def run(self) -> None:
+        fail(
+            "building needs PyTorch 2.11 or newer in this very environment: "
+            f"install torch first, then run `{INSTALL}`"
+        )
+
+
+def use_cuda() -> bool:
+    """CUDA sources are built if torch is a CUDA build and nvcc is here; FORCE_CUDA overrides.
+
+    Never decided by ``torch.cuda.is_available()``: machines that build often have no GPU.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    forced = os.environ.get("FORCE_CUDA", "")
+    if forced not in ("", "0", "1"):
+        fail(f"FORCE_CUDA must be 0 or 1, got {forced!r}")
+    if forced == "0":
+        return False
+    home = cpp_extension.CUDA_HOME
+    has_nvcc = home is not None and (Path(home) / "bin" / "nvcc").exists()
+    if forced == "1" and torch.version.cuda is None:
+        fail(
+            f"FORCE_CUDA=1 needs a CUDA build of torch, and torch {torch.__version__} is none: "
+            "install one, or unset FORCE_CUDA"
+        )
+    if forced == "1" and not has_nvcc:
+        fail(
+            "FORCE_CUDA=1 needs nvcc: install the CUDA toolkit that matches torch "
+            f"(CUDA {torch.version.cuda}) and point CUDA_HOME at it, or unset FORCE_CUDA"
+        )
+    return torch.version.cuda is not None and has_nvcc
+
+
+def check_tools() -> None:
+    """Refuse what cannot build: a torch too old, a system or compiler that is not there."""
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MIN_TORCH:
+        fail(
+            f"torch {torch.__version__} is too old: install PyTorch 2.11 or newer, "
+            f"then run `{INSTALL}`"
+        )
+    if sys.platform == "win32":
+        fail("Windows is not supported: build it inside WSL")
+    # ninja (for the objects) and setuptools (for the link) then use the same compiler.
+    compiler = os.environ.setdefault("CXX", "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        fail(
+            f"no C++ compiler found ({compiler!r} is not on PATH): install one "
+            "(on Debian or Ubuntu: apt install g++), or point CXX at it"
+        )
+
+
+def make_build_ext() -> type[build_ext]:
+    """torch's build command, extended by one compilation of the CPU kernels per ISA."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildPerIsa(BuildExtension):  # type: ignore[misc]
+        user_options = [  # noqa: RUF012
+            *build_ext.user_options,
+            ("sanitize", None, "build with AddressSanitizer and UndefinedBehaviorSanitizer"),
+        ]
+        boolean_options = [*build_ext.boolean_options, "sanitize"]  # noqa: RUF012
+
+        def initialize_options(self) -> None:
+            super().initialize_options()
+            self.sanitize = False
+
+        def finalize_options(self) -> None:
+            import torch
+
+            # A fixed folder per torch, so that editable installs too rebuild only what changed.
+            if self.build_temp is None:
+                tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+                self.build_temp = f"build/temp.{tag}-torch{torch.__version__}"
+            super().finalize_options()
+
+        def run(self) -> None:
+            check_tools()
+            super().run()
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # torch's way to report a failed compilation
+                fail(f"the build failed: {error}; the compiler's own words stand above")
+
+        def build_extension(self, ext: Extension) -> None:
+            flags = ext.extra_compile_args
+            flags["cxx"].append(f"-DSEQMEM_VERSION={self.distribution.get_version()}")
+            if self.sanitize:
+                flags["cxx"] += SANITIZE_FLAGS
+                ext.extra_link_args += ["-fsanitize=address,undefined"]
+            # A list of its own: torch's wrapper appends to the one that it is given.
+            objects = [obj for isa in isas() for obj in self.compile_kernels(ext, isa)]
+            ext.extra_objects = [*ext.extra_objects, *objects]
+            super().build_extension(ext)
+
+        def compile_kernels(self, ext: Extension, isa: str) -> list[str]:
+            kernels = sources("cpu/*_kernel.cpp")
+            if not kernels:
+                return []
+            cxx = [*ext.extra_compile_args["cxx"], f"-DSEQMEM_ISA={isa}", *ISA_FLAGS[isa]]
+            return self.compiler.compile(
+                kernels,
+                output_dir=str(Path(self.build_temp) / isa),
+                include_dirs=ext.include_dirs,
+                extra_postargs={**ext.extra_compile_args, "cxx": cxx},
+                depends=ext.depends,
+            )
+
+    return BuildPerIsa.with_options(use_ninja=True)
+
+
+def extension() -> Extension:
+    """The one extension module, for CPU or, where torch and nvcc allow, CUDA too."""
+    from torch.utils import cpp_extension
+
+    cxx = [*COMMON_FLAGS, *(f"-DSEQMEM_WITH_{isa.upper()}" for isa in isas()[1:])]
+    link: list[str] = []
+    if sys.platform.startswith("linux"):
+        cxx.append("-fopenmp")  # Apple's compiler has none: there the threads come from ATen alone
+        link.append("-fopenmp")
+    files = sources("*.cpp", "ops/*.cpp", "autograd/*.cpp")
+    arguments: dict[str, Any] = {
+        "include_dirs": [str(Path(__file__).parent.resolve() / "csrc")],
+        "extra_link_args": link,
+    }
+    if use_cuda():
+        flags = {"cxx": [*cxx, "-DSEQMEM_WITH_CUDA"], "nvcc": ["-O3", "-DSEQMEM_WITH_CUDA"]}
+        return cpp_extension.CUDAExtension(
+            "seqmem_fast._C",
+            files + sources("cuda/*.cpp", "cuda/*.cu"),
+            extra_compile_args=flags,
+            **arguments,
+        )
+    return cpp_extension.CppExtension(
+        "seqmem_fast._C", files, extra_compile_args={"cxx": cxx}, **arguments
+    )
+
+
+try:
+    import torch  # noqa: F401
+except ImportError:
+    setup(ext_modules=[Extension("seqmem_fast._C", sources=[])], cmdclass={"build_ext": NoTorch})
+else:
+    setup(ext_modules=[extension()], cmdclass={"build_ext": make_build_ext()})
