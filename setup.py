@@ -1,4 +1,4 @@
-"""Builds ``seqmem_fast._C``: sources are found by glob, the CPU kernels are compiled once per ISA."""
+"""Builds ``seqmem_fast._C``: sources are found by glob, CPU kernels are compiled once per ISA."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any, NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -123,18 +124,29 @@ def check_tools() -> None:
             f"no C++ compiler found ({compiler!r} is not on PATH): install one "
             "(on Debian or Ubuntu: apt install g++), or point CXX at it"
         )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        fail(
+            "the headers of this Python are missing (Python.h): install them "
+            "(on Debian or Ubuntu: apt install python3-dev)"
+        )
+    # A virtual environment's ninja counts too if the environment is not activated.
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    if shutil.which("ninja") is None:
+        fail(f"ninja is missing: run `pip install ninja`, then `{INSTALL}`")
 
 
 def make_build_ext() -> type[build_ext]:
     """torch's build command, extended by one compilation of the CPU kernels per ISA."""
     from torch.utils.cpp_extension import BuildExtension
 
-    class BuildPerIsa(BuildExtension):  # type: ignore[misc]
+    class BuildPerIsa(BuildExtension):
         user_options = [  # noqa: RUF012
             *build_ext.user_options,
             ("sanitize", None, "build with AddressSanitizer and UndefinedBehaviorSanitizer"),
         ]
         boolean_options = [*build_ext.boolean_options, "sanitize"]  # noqa: RUF012
+        sanitize: bool
+        build_temp: str
 
         def initialize_options(self) -> None:
             super().initialize_options()
@@ -144,7 +156,7 @@ def make_build_ext() -> type[build_ext]:
             import torch
 
             # A fixed folder per torch, so that editable installs too rebuild only what changed.
-            if self.build_temp is None:
+            if not self.build_temp:
                 tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
                 self.build_temp = f"build/temp.{tag}-torch{torch.__version__}"
             super().finalize_options()
@@ -191,6 +203,8 @@ def extension() -> Extension:
     from torch.utils import cpp_extension
 
     cxx = [*COMMON_FLAGS, *(f"-DSEQMEM_WITH_{isa.upper()}" for isa in isas()[1:])]
+    # Seen as system headers, torch's own do not drown our warnings.
+    cxx += [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     link: list[str] = []
     if sys.platform.startswith("linux"):
         cxx.append("-fopenmp")  # Apple's compiler has none: there the threads come from ATen alone
@@ -212,6 +226,9 @@ def extension() -> Extension:
         "seqmem_fast._C", files, extra_compile_args={"cxx": cxx}, **arguments
     )
 
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones misread pyproject.toml
+    fail(f"setuptools {setuptools.__version__} is too old: run `pip install -U setuptools`")
 
 try:
     import torch  # noqa: F401
