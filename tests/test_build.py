@@ -1,0 +1,227 @@
+"""Building, packing, loading, and what ``python -m seqmem_fast info`` tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqmem_fast import _C
+from seqmem_fast.info import available_isas
+
+ROOT = Path(__file__).parents[1]
+NEVER_COPIED = (".git", ".venv", "build", "dist", ".*_cache", "__pycache__", "*.so", "*.egg-info")
+
+
+def python(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["version"].count(".") == 2
+    assert torch.__version__.startswith(info["torch"])
+    assert info["isas"][0] == "baseline"
+    assert _C.cpu_capability() in info["isas"]
+
+
+def test_info_as_text_and_json() -> None:
+    text = python("-m", "seqmem_fast", "info")
+    assert text.returncode == 0, text.stderr
+    facts = json.loads(python("-m", "seqmem_fast", "info", "--json").stdout)
+    assert facts["seqmem_fast"] == _C.build_info()["version"]
+    assert facts["torch"] == torch.__version__
+    assert facts["ISA in use"] == _C.cpu_capability()
+    for name, value in facts.items():
+        assert any(
+            line.startswith(name) and line.endswith(str(value)) for line in text.stdout.splitlines()
+        )
+
+
+def test_unknown_command_names_the_known_ones() -> None:
+    result = python("-m", "seqmem_fast", "nonsense")
+    assert result.returncode == 2
+    assert "nonsense" in result.stderr and "info" in result.stderr
+
+
+@pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2")])
+def test_capability_selects_the_isa(capability: str, isa: str) -> None:
+    if isa not in available_isas(_C.build_info()["isas"]):
+        pytest.skip("this processor has no such instructions")
+    program = "from seqmem_fast import _C; print(_C.cpu_capability())"
+    result = python("-c", program, ATEN_CPU_CAPABILITY=capability)
+    assert result.stdout.strip() == isa, result.stderr
+
+
+# What stands before setup.py runs, what is asked of it, and the sentence that must come of it.
+REFUSALS = {
+    "no torch": ("sys.modules['torch'] = None", {}, "building needs PyTorch 2.11 or newer"),
+    "old torch": (
+        "import torch; torch.__version__ = '2.4.1+cpu'",
+        {},
+        "torch 2.4.1+cpu is too old: install PyTorch 2.11 or newer",
+    ),
+    "old setuptools": (
+        "import setuptools; setuptools.__version__ = '65.5.0'",
+        {},
+        "setuptools 65.5.0 is too old",
+    ),
+    "no compiler": ("", {"CXX": "no-such-compiler"}, "no C++ compiler found"),
+    "no Python.h": (
+        "import sysconfig; sysconfig.get_path = lambda name: '/nonexistent'",
+        {},
+        "the headers of this Python are missing",
+    ),
+    "no ninja": (
+        "import shutil; which = shutil.which; "
+        "shutil.which = lambda name: None if name == 'ninja' else which(name)",
+        {},
+        "ninja is missing",
+    ),
+    "cuda without torch's": (
+        "import torch; torch.version.cuda = None",
+        {"FORCE_CUDA": "1"},
+        "FORCE_CUDA=1 needs a CUDA build of torch",
+    ),
+    "cuda without nvcc": (
+        "import torch; torch.version.cuda = '13.0'; "
+        "from torch.utils import cpp_extension; cpp_extension.CUDA_HOME = None",
+        {"FORCE_CUDA": "1"},
+        "FORCE_CUDA=1 needs nvcc",
+    ),
+    "odd FORCE_CUDA": ("", {"FORCE_CUDA": "yes"}, "FORCE_CUDA must be 0 or 1, got 'yes'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_build_that_cannot_work_says_what_to_do(case: str, tmp_path: Path) -> None:
+    before, env, sentence = REFUSALS[case]
+    program = (
+        f"import runpy, sys; {before or 'pass'}\n"
+        f"sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}]\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = python("-c", program, **env)
+    assert result.returncode != 0
+    assert f"seqmem_fast: {sentence}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def unbuilt_package(folder: Path) -> str:
+    """A package folder without its compiled module, and the start of a program that uses it."""
+    (folder / "seqmem_fast").mkdir()
+    shutil.copy(ROOT / "seqmem_fast" / "_load.py", folder / "seqmem_fast")
+    (folder / "seqmem_fast" / "__init__.py").write_text("from . import _load\n")
+    # Taking the finder of an editable install away leaves only what lies in the folder.
+    return (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        f"sys.path.insert(0, {str(folder)!r}); "
+    )
+
+
+def test_import_before_building(tmp_path: Path) -> None:
+    result = python("-c", unbuilt_package(tmp_path) + "import seqmem_fast", cwd=tmp_path)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: seqmem_fast: the compiled module is not built")
+    assert "pip install --no-build-isolation" in last
+
+
+@pytest.mark.parametrize(
+    ("compiled", "sentence"),
+    [
+        ("def build_info(): return {'torch': '2.4.1'}", "was built for torch 2.4.1, and torch"),
+        ("raise ImportError('undefined symbol: _ZN3c10')", "was built for another torch than"),
+        ("raise ImportError('libgomp.so.1 not found')", "cannot be loaded (libgomp.so.1 not found"),
+    ],
+)
+def test_import_with_another_torch(compiled: str, sentence: str, tmp_path: Path) -> None:
+    program = unbuilt_package(tmp_path) + "import seqmem_fast"
+    (tmp_path / "seqmem_fast" / "_C.py").write_text(compiled)
+    last = python("-c", program, cwd=tmp_path).stderr.splitlines()[-1]
+    assert last.startswith("ImportError: seqmem_fast: the compiled module")
+    assert sentence in last and "pip install --no-build-isolation" in last
+
+
+def object_files(isa: str) -> list[Path]:
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+    return sorted((ROOT / "build" / f"temp.{tag}" / isa).rglob("*.o"))
+
+
+def test_no_function_is_shared_between_isas() -> None:
+    """The linker keeps one copy of each external name: that must never be an AVX-512 one."""
+    if shutil.which("nm") is None or not object_files("baseline"):
+        pytest.skip("needs nm and the objects of a build in place")
+    owner: dict[str, str] = {}
+    for isa in _C.build_info()["isas"]:
+        for file in object_files(isa):
+            names = subprocess.check_output(
+                ["nm", "--defined-only", "--extern-only", "--format=just-symbols", file], text=True
+            ).split()
+            assert names, f"{file} defines nothing"
+            for name in names:
+                assert owner.setdefault(name, isa) == isa, f"{name} in {owner[name]} and {isa}"
+
+
+def sdist(folder: Path) -> Path:
+    """Pack a copy of the source tree, so that packing leaves nothing behind in this one."""
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NEVER_COPIED))
+    result = python("setup.py", "--quiet", "sdist", "--dist-dir", str(folder), cwd=source)
+    assert result.returncode == 0, result.stderr
+    (archive,) = folder.glob("seqmem_fast-*.tar.gz")
+    return archive
+
+
+def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
+    with tarfile.open(sdist(tmp_path)) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [ROOT / name for name in ("setup.py", "pyproject.toml", "LICENSE", "Makefile")]
+    needed += [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    needed += [*(ROOT / "seqmem_fast").rglob("*.py"), ROOT / "seqmem_fast" / "py.typed"]
+    needed += [*(ROOT / "tests").rglob("*.py"), *(ROOT / "requirements").glob("*.txt")]
+    assert {str(path.relative_to(ROOT)) for path in needed} <= packed
+    assert not [name for name in packed if name.endswith((".so", ".o", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_wheel_works_in_a_fresh_environment(tmp_path: Path) -> None:
+    built = python(
+        *("setup.py", "--quiet", "build", "--build-lib", str(tmp_path / "lib")),
+        *("egg_info", "--egg-base", str(tmp_path)),
+        *("bdist_wheel", "--bdist-dir", str(tmp_path / "bdist"), "--dist-dir", str(tmp_path)),
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    environment = tmp_path / "env"
+    assert python("-m", "venv", str(environment)).returncode == 0
+    fresh = environment / "bin" / "python"
+    site = subprocess.check_output(
+        [fresh, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    # torch and pytest come from this environment; its .pth files, our editable install's too,
+    # are not read by the new one.
+    Path(site.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    subprocess.check_call([fresh, "-m", "pip", "install", "--no-deps", "--no-index", "-q", wheel])
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pyc*"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    where = "import seqmem_fast; print(seqmem_fast.__file__)"
+    found = subprocess.check_output([fresh, "-c", where], text=True, cwd=tmp_path)
+    assert Path(found.strip()).is_relative_to(environment)
+    assert (Path(found.strip()).parent / "py.typed").exists()
+    tests = [fresh, "-m", "pytest", "-q", "-m", "isa", "-p", "no:cacheprovider"]
+    result = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

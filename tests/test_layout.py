@@ -1,0 +1,191 @@
+"""Every op has all its rooms, found by its stem, and nobody imports across the house's rules."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "seqmem_fast"
+
+STEMS = sorted(path.stem for path in (CSRC / "ops").glob("*.cpp"))
+ROOMS = [
+    "csrc/ops/{}.cpp",
+    "csrc/autograd/{}.cpp",
+    "csrc/cpu/{}_kernel.h",
+    "seqmem_fast/ops/{}.py",
+    "seqmem_fast/_triton/{}.py",
+    "seqmem_fast/reference/{}.py",
+    "seqmem_fast/nn/{}.py",
+    "tests/test_{}.py",
+    "benchmarks/bench_{}.py",
+]
+SHARED = {"__init__", "common"}  # the files of a room that belong to no single op
+
+# Who may import which room of the package ("" is its top); a room's own op is meant unless the
+# target stands in ANY_OP. The top (__init__, cli, accelerate, ...) may import what it likes.
+MAY_IMPORT = {
+    "nn": {"nn", "ops"},
+    "ops": {"ops", "reference"},
+    "_triton": {"_triton", "ops"},
+    "reference": {"reference"},
+    "tasks": {"tasks", "nn", "ops", "reference"},
+}
+ANY_OP = {("nn", "nn"), ("nn", "ops"), ("tasks", "nn"), ("tasks", "ops"), ("tasks", "tasks")}
+
+
+def stem_of(name: str) -> str | None:
+    """The op that a file belongs to: the longest stem that its name starts with."""
+    fitting = [stem for stem in STEMS if name == stem or name.startswith(f"{stem}_")]
+    return max(fitting, key=len, default=None)
+
+
+def test_there_is_an_op() -> None:
+    assert "lstm" in STEMS
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_every_room(stem: str, room: str) -> None:
+    assert (ROOT / room.format(stem)).is_file()
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_a_cpu_kernel(stem: str) -> None:
+    kernels = (CSRC / "cpu").glob("*_kernel.cpp")
+    assert any(stem_of(path.stem) == stem for path in kernels)
+
+
+def test_every_file_in_a_room_belongs_to_an_op() -> None:
+    rooms = [CSRC / room for room in ("ops", "autograd", "cpu", "cuda")]
+    rooms += [PACKAGE / room for room in ("ops", "_triton", "reference", "nn")]
+    strangers = [
+        path
+        for room in rooms
+        for path in room.glob("*.*")
+        if path.suffix in (".py", ".h", ".cpp", ".cu")
+        if path.stem not in SHARED and stem_of(path.stem) is None
+    ]
+    assert not strangers
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The full dotted names that a module of the package imports, wherever in the file."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def room_and_stem(dotted: list[str]) -> tuple[str, str | None]:
+    """Where in the package a dotted name leads: ('ops', 'lstm'); the top is ''."""
+    inside = dotted[1:]
+    if not inside or not (PACKAGE / inside[0]).is_dir():
+        return "", None
+    return inside[0], stem_of(inside[1]) if len(inside) > 1 else None
+
+
+def test_relative_imports_are_resolved() -> None:
+    assert "seqmem_fast.ops" in set(imports(PACKAGE / "nn" / "lstm.py"))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_python_imports_obey_the_rule(path: Path) -> None:
+    room, stem = room_and_stem(list(path.relative_to(ROOT).with_suffix("").parts))
+    for name in imports(path):
+        assert name.split(".")[0] not in ("tests", "benchmarks"), f"{path.name} imports {name}"
+        if room not in MAY_IMPORT or not name.startswith("seqmem_fast."):
+            continue
+        target, target_stem = room_and_stem(name.split("."))
+        if not target:
+            continue
+        assert target in MAY_IMPORT[room], f"{room}/{path.name} imports {name}"
+        one_op = stem is not None and target_stem is not None and (room, target) not in ANY_OP
+        assert not one_op or stem == target_stem, f"{room}/{path.name} imports another op: {name}"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_reference_imports_torch_alone(stem: str) -> None:
+    allowed = {"torch", "seqmem_fast", *sys.stdlib_module_names}
+    tops = {name.split(".")[0] for name in imports(PACKAGE / "reference" / f"{stem}.py")}
+    assert tops <= allowed
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_late(path: Path) -> None:
+    if path.parent.name == "_triton":
+        pytest.skip("this folder itself is imported late")
+    top = ast.parse(path.read_text()).body
+    names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in top if isinstance(node, ast.ImportFrom)]
+    assert not {name.split(".")[0] for name in names} & {"triton", "matplotlib", "rich", "numpy"}
+
+
+INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^">]+)[">]', re.MULTILINE)
+
+
+def includes(path: Path) -> Iterator[str]:
+    """Own headers as paths below csrc/, all others as written in angle brackets."""
+    for bracket, name in INCLUDE.findall(path.read_text()):
+        if bracket == "<":
+            yield f"<{name}>"
+        else:
+            near, far = path.parent / name, CSRC / name
+            found = near if near.exists() else far
+            yield str(found.resolve().relative_to(CSRC))
+
+
+def sources(room: str) -> list[Path]:
+    found = (CSRC / room).glob("*.*")
+    return sorted(path for path in found if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+def is_torch(name: str) -> bool:
+    return name.startswith(("<torch/", "<ATen/", "<c10/"))
+
+
+@pytest.mark.parametrize("path", sources("ops"), ids=lambda path: path.name)
+def test_ops_include_common_and_their_own_kernels(path: Path) -> None:
+    for name in includes(path):
+        if name.startswith("<"):
+            continue
+        room, _, file = name.partition("/")
+        own = room in ("cpu", "cuda") and stem_of(Path(file).stem) == stem_of(path.stem)
+        assert room == "common" or own, f"{path.name} includes {name}"
+
+
+@pytest.mark.parametrize("path", sources("autograd"), ids=lambda path: path.name)
+def test_autograd_knows_the_dispatcher_only(path: Path) -> None:
+    own = {name for name in includes(path) if not name.startswith("<")}
+    assert all(name.startswith("common/") for name in own)
+
+
+@pytest.mark.parametrize("path", sources("cpu"), ids=lambda path: path.name)
+def test_cpu_kernels_hold_no_tensors(path: Path) -> None:
+    for name in includes(path):
+        if is_torch(name):  # a class of torch compiled for AVX-512 could end up in the baseline
+            assert name.startswith("<ATen/cpu/vec/"), f"{path.name} includes {name}"
+        elif not name.startswith("<"):
+            room, _, file = name.partition("/")
+            own = room == "cpu" and stem_of(Path(file).stem) == stem_of(path.stem)
+            assert room == "common" or own, f"{path.name} includes {name}"
+    assert not re.search(r"\bTORCH_LIBRARY|\bat::Tensor\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", [p for p in sources("cuda") if p.suffix in (".cu", ".cuh")])
+def test_cuda_kernels_include_no_torch_header(path: Path) -> None:
+    assert not [name for name in includes(path) if is_torch(name)]
