@@ -207,7 +207,7 @@ def test_wheel_works_in_a_fresh_environment(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     environment = tmp_path / "env"
-    assert python("-m", "venv", str(environment)).returncode == 0
+    assert python("-m", "venv", "--without-pip", str(environment)).returncode == 0
     fresh = environment / "bin" / "python"
     site = subprocess.check_output(
         [fresh, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
@@ -215,7 +215,9 @@ def test_wheel_works_in_a_fresh_environment(tmp_path: Path) -> None:
     # torch and pytest come from this environment; its .pth files, our editable install's too,
     # are not read by the new one.
     Path(site.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib"))
-    subprocess.check_call([fresh, "-m", "pip", "install", "--no-deps", "--no-index", "-q", wheel])
+    into_it = ("--python", str(fresh), "install", "--no-deps", "--no-index", str(wheel))
+    installed = python("-m", "pip", *into_it)
+    assert installed.returncode == 0, installed.stderr
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pyc*"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     where = "import seqmem_fast; print(seqmem_fast.__file__)"
