@@ -1,0 +1,167 @@
+"""Pictures of what a network does inside; needs matplotlib (`pip install matplotlib`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from .bench import run_in_clone
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GATES = {
+    "i": "input gate $i$",
+    "f": "forget gate $f$",
+    "g": "candidate $g$",
+    "o": "output gate $o$",
+    "c": "cell state $c$",
+}
+VISIBLE = {" ": "␣", "\n": "↵", "\t": "→"}  # white space a reader can see
+
+
+class Gates(Protocol):
+    """What `LSTM(..., return_gates=True)` hands back, each [layers * directions, T, B, H]."""
+
+    @property
+    def i(self) -> Tensor: ...
+    @property
+    def f(self) -> Tensor: ...
+    @property
+    def g(self) -> Tensor: ...
+    @property
+    def o(self) -> Tensor: ...
+    @property
+    def c(self) -> Tensor: ...
+
+
+def liveliest(cells: Tensor, count: int) -> list[int]:
+    """The `count` units of a [T, H] trace that vary most, earliest peak first."""
+    chosen = cells.var(0, correction=0).topk(min(count, cells.shape[1])).indices
+    peaks = (cells - cells.mean(0)).abs().argmax(0)
+    return sorted(chosen.tolist(), key=lambda unit: int(peaks[unit]))
+
+
+def _trace(gates: Gates, name: str, layer: int, batch: int, batch_first: bool) -> Tensor:
+    """One gate of one layer and one batch row, [T, H], on the CPU in float32."""
+    whole: Tensor = getattr(gates, name)
+    if whole.dim() not in (3, 4):
+        raise ValueError(f"plot.gates: expected gates of 3 or 4 dimensions, got {whole.dim()}")
+    if not -whole.shape[0] <= layer < whole.shape[0]:
+        raise ValueError(f"plot.gates: expected layer below {whole.shape[0]}, got {layer}")
+    trace = whole[layer]
+    if trace.dim() == 3:
+        axis = 0 if batch_first else 1
+        if not -trace.shape[axis] <= batch < trace.shape[axis]:
+            raise ValueError(f"plot.gates: expected batch below {trace.shape[axis]}, got {batch}")
+        trace = trace.select(axis, batch)
+    return trace.detach().to("cpu", torch.float32)
+
+
+def _draw(axes: Axes, name: str, values: Tensor, units: Sequence[int]) -> None:
+    """One panel: units by time; gates on one scale 0 to 1, signed values on one around 0."""
+    signed = name in "gc"
+    reach = max(1.0, float(values.abs().max())) if name == "c" else 1.0
+    image = axes.imshow(
+        values.t().numpy(),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="RdBu_r" if signed else "magma",
+        vmin=-reach if signed else 0.0,
+        vmax=reach,
+    )
+    axes.set_ylabel(f"{GATES[name]}\nunit", fontsize=9)
+    axes.set_yticks(range(len(units)), [str(unit) for unit in units], fontsize=6)
+    axes.tick_params(length=0)
+    axes.set_facecolor("none")
+    axes.spines[:].set_visible(False)
+    axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=12)
+
+
+def gates(
+    gates: Gates,
+    *,
+    layer: int = 0,
+    batch: int = 0,
+    units: int | Sequence[int] = 12,
+    text: str | Sequence[str] | None = None,
+    show: str = "ifoc",
+    batch_first: bool = False,
+    title: str | None = None,
+) -> Figure:
+    """The gates and cell states of an LSTM over time, one panel each.
+
+    Shows i, f, o and c of i, f, g, o = act(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh),
+    c_t = f c_{t-1} + i g, h_t = o tanh(c_t) (Hochreiter & Schmidhuber 1997; Gers et al. 2000):
+    units down, time across. Gates share the scale 0 to 1, c has one symmetric about 0.
+
+    Args:
+        gates: the third result of `LSTM(..., return_gates=True)`; each of its tensors
+            [L*D, T, B, H], [L*D, B, T, H] if `batch_first`, or [L*D, T, H] unbatched.
+        layer: which of the L*D layers and directions.
+        batch: which batch row.
+        units: the hidden units to show, 0 <= unit < H, in that order, or how many of those
+            whose cell state varies most.
+        text: a label for each time step, such as the characters or tokens read; a string
+            gives its characters. Without it steps are numbered.
+        show: which of "ifgoc", in that order.
+        batch_first: the layout of `gates`.
+        title: above the picture.
+
+    Returns:
+        A matplotlib Figure; `figure.savefig("gates.png")` keeps it.
+
+    Raises:
+        ValueError: layer, batch, units, show out of range, or a text that is not T long.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "seqmem_fast.plot needs matplotlib: run `pip install matplotlib`"
+        ) from error
+    if not show or set(show) - set(GATES):
+        raise ValueError(f"plot.gates: expected show made of 'ifgoc', got {show!r}")
+    cells = _trace(gates, "c", layer, batch, batch_first)
+    steps, hidden = cells.shape
+    chosen = liveliest(cells, units) if isinstance(units, int) else list(units)
+    if not chosen or not all(0 <= unit < hidden for unit in chosen):
+        raise ValueError(f"plot.gates: expected units from 0 to {hidden - 1}, got {units}")
+    if text is not None and len(text) != steps:
+        raise ValueError(f"plot.gates: expected text of {steps} steps, got {len(text)}")
+
+    height = 0.45 + 0.12 * len(chosen)
+    figure = Figure(
+        figsize=(max(5.0, 1.6 + 0.145 * steps), 0.7 + height * len(show)), layout="constrained"
+    )
+    panels = figure.subplots(len(show), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, show, strict=True):
+        _draw(axes, name, _trace(gates, name, layer, batch, batch_first)[:, chosen], chosen)
+    if text is not None:
+        panels[-1].set_xticks(
+            range(steps),
+            [VISIBLE.get(label, label) for label in text],
+            family="monospace",
+            fontsize=9,
+        )
+        if any(len(label) > 1 for label in text):
+            panels[-1].tick_params(axis="x", rotation=90)
+    panels[-1].set_xlabel("time step" if text is None else "read from left to right")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `plot`: `plot gates` draws a character model reading a sentence."""
+    parser = argparse.ArgumentParser(prog="python -m seqmem_fast plot")
+    parser.add_argument("picture", choices=("gates",))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see: plot gates --help")
+    parsed = parser.parse_args(arguments)
+    return run_in_clone(f"benchmarks.{parsed.picture}", parsed.options)
