@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import shlex
@@ -147,6 +148,7 @@ def make_build_ext() -> type[build_ext]:
         boolean_options = [*build_ext.boolean_options, "sanitize"]  # noqa: RUF012
         sanitize: bool
         build_temp: str
+        extensions: list[Extension]
 
         def initialize_options(self) -> None:
             super().initialize_options()
@@ -163,6 +165,8 @@ def make_build_ext() -> type[build_ext]:
 
         def run(self) -> None:
             check_tools()
+            # Flags are added on the way, and one packing command may come here twice.
+            self.extensions = copy.deepcopy(self.extensions)
             super().run()
 
         def build_extensions(self) -> None:
