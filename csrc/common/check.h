@@ -1,0 +1,101 @@
+// One wording for every argument error: "seqmem::op: expected X, got Y".
+// ValueError for a value or a shape, TypeError for a dtype, device or layout.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+
+namespace seqmem {
+
+// Checks of one call; Int is c10::SymInt where shapes may be symbolic (the Meta key).
+template <class Int>
+class Check {
+ public:
+  // `like` decides the dtype and device that all floating arguments must share.
+  Check(const char* op, const at::Tensor& like) : op_(op), like_(like) {}
+
+  void floating_input() const {
+    strided("input", like_);
+    const auto type = like_.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+                         type == at::kHalf,
+                     op_, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
+                     type);
+  }
+
+  void dims(const char* name, const at::Tensor& t, int64_t expected) const {
+    TORCH_CHECK_VALUE(t.dim() == expected, op_, ": expected ", name, " with ", expected,
+                      " dimensions, got ", t.dim(), " (shape ", t.sym_sizes(), ")");
+  }
+
+  void shape(const char* name, const at::Tensor& t, std::initializer_list<Int> expected) const {
+    bool same = t.dim() == static_cast<int64_t>(expected.size());
+    int64_t i = 0;
+    for (const Int& e : expected) {
+      if (!same) break;
+      same = size(t, i++) == e;
+    }
+    if (same) return;
+    std::ostringstream wanted;
+    const char* separator = "";
+    for (const Int& e : expected) {
+      wanted << separator << e;
+      separator = ", ";
+    }
+    TORCH_CHECK_VALUE(false, op_, ": expected ", name, " of shape [", wanted.str(), "], got ",
+                      t.sym_sizes());
+  }
+
+  // A floating argument: dtype, device and layout as input's, and the shape.
+  void operand(const char* name, const at::Tensor& t, std::initializer_list<Int> expected) const {
+    same_kind(name, t);
+    shape(name, t, expected);
+  }
+  void operand(const char* name, const std::optional<at::Tensor>& t,
+               std::initializer_list<Int> expected) const {
+    if (t.has_value()) operand(name, *t, expected);
+  }
+
+  void same_kind(const char* name, const at::Tensor& t) const {
+    strided(name, t);
+    TORCH_CHECK_TYPE(t.scalar_type() == like_.scalar_type(), op_, ": expected ", name,
+                     " of input's dtype ", like_.scalar_type(), ", got ", t.scalar_type());
+    same_device(name, t);
+  }
+
+  void same_device(const char* name, const at::Tensor& t) const {
+    TORCH_CHECK_TYPE(t.device() == like_.device(), op_, ": expected ", name,
+                     " on input's device ", like_.device(), ", got ", t.device());
+  }
+
+  void strided(const char* name, const at::Tensor& t) const {
+    TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), op_, ": expected ", name,
+                     " to be a dense tensor, got ",
+                     t.is_quantized() ? "a quantized one" : c10::str("layout ", t.layout()));
+  }
+
+  void together(const char* first, bool has_first, const char* second, bool has_second) const {
+    TORCH_CHECK_VALUE(has_first == has_second, op_, ": expected ", first, " and ", second,
+                      " both or neither, got only ", has_first ? first : second);
+  }
+
+  static Int size(const at::Tensor& t, int64_t i) {
+    if constexpr (std::is_same_v<Int, int64_t>) {
+      return t.size(i);
+    } else {
+      return t.sym_size(i);
+    }
+  }
+
+  const char* op() const { return op_; }
+
+ private:
+  const char* op_;
+  const at::Tensor& like_;
+};
+
+}  // namespace seqmem

@@ -1,0 +1,51 @@
+// Chooses among the copies of a kernel that were compiled per ISA.
+#pragma once
+
+#include <ATen/Version.h>
+
+#include <string>
+
+namespace seqmem {
+
+enum class Isa { Baseline, Avx2, Avx512 };
+
+// The best ISA that was compiled in and that torch uses, which honours ATEN_CPU_CAPABILITY.
+inline Isa isa_in_use() {
+  static const Isa isa = [] {
+    [[maybe_unused]] const std::string capability = at::get_cpu_capability();
+#ifdef SEQMEM_WITH_AVX512
+    if (capability == "AVX512") return Isa::Avx512;
+#endif
+#ifdef SEQMEM_WITH_AVX2
+    if (capability == "AVX2" || capability == "AVX512") return Isa::Avx2;
+#endif
+    return Isa::Baseline;
+  }();
+  return isa;
+}
+
+template <class Kernel>
+const Kernel& choose(const Kernel& baseline, [[maybe_unused]] const Kernel* avx2,
+                     [[maybe_unused]] const Kernel* avx512) {
+  const Isa isa = isa_in_use();
+  if (isa == Isa::Avx512) return *avx512;
+  if (isa == Isa::Avx2) return *avx2;
+  return baseline;
+}
+
+}  // namespace seqmem
+
+// The table of `kernel`, an object that each of the namespaces baseline, avx2, avx512 defines.
+#ifdef SEQMEM_WITH_AVX2
+#define SEQMEM_AVX2_COPY(kernel) &avx2::kernel
+#else
+#define SEQMEM_AVX2_COPY(kernel) nullptr
+#endif
+#ifdef SEQMEM_WITH_AVX512
+#define SEQMEM_AVX512_COPY(kernel) &avx512::kernel
+#else
+#define SEQMEM_AVX512_COPY(kernel) nullptr
+#endif
+#define SEQMEM_CHOOSE(kernel)                                                       \
+  ::seqmem::choose<std::remove_cv_t<decltype(baseline::kernel)>>(                   \
+      baseline::kernel, SEQMEM_AVX2_COPY(kernel), SEQMEM_AVX512_COPY(kernel))

@@ -1,0 +1,113 @@
+// Register tiles of matrix products, for kernel sources compiled once per ISA.
+#pragma once
+
+#include "vec_math.h"
+
+namespace seqmem {
+namespace {
+
+// Rows of a tile that leave room for R x 4 accumulators, the broadcasts and a loaded vector.
+template <class C>
+inline constexpr int kTileRows = SEQMEM_VEC_BYTES == 64 ? 6 : 3;
+
+// acc[r][v] += sum_k a[r][k * a_step] * b[v * b_vec + k * b_step], k = 0..K-1 in this order.
+template <int R, int NV, class C>
+SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, const C* b,
+                                 int64_t b_vec, int64_t b_step, Vec<C> (&acc)[R][NV]) {
+  const C* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) row[r] = a[r];
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<C> x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) x[r] = splat(row[r][k * a_step]);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      Vec<C> w = load(b + v * b_vec + k * b_step);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][v] += x[r] * w;
+    }
+  }
+}
+
+// acc[r][w] += lanes of sum_k a[r][k] * b[w][k]: both operands contiguous in k, nothing is packed.
+template <int R, int W, class C, class S>
+SEQMEM_INLINE void tile_dot(int64_t K, const C* const* a, const S* const* b, Vec<C> (&acc)[R][W]) {
+  constexpr int L = kLanes<C>;
+  int64_t k = 0;
+  for (; k + L <= K; k += L) {
+    Vec<C> x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) x[r] = load(a[r] + k);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      Vec<C> y = load(b[w] + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][w] += x[r] * y;
+    }
+  }
+  if (k < K) {
+    const int n = static_cast<int>(K - k);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      Vec<C> y = load_n(b[w] + k, n);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][w] += load_n(a[r] + k, n) * y;
+    }
+  }
+}
+
+// Calls f(constant R, start) for blocks of at most kTileRows rows that cover 0..n-1, as even as
+// they can be: 16 rows by 3 are 3+3+3+3+2+2, since a tile of one row runs at half speed.
+template <class C, class F>
+SEQMEM_INLINE void for_row_blocks(int64_t n, F&& f) {
+  constexpr int R = kTileRows<C>;
+  int64_t blocks = (n + R - 1) / R;
+  for (int64_t start = 0; start < n; --blocks) {
+    const int64_t rows = (n - start + blocks - 1) / blocks;
+    switch (rows) {
+      case 1: f(std::integral_constant<int, 1>{}, start); break;
+      case 2: f(std::integral_constant<int, 2>{}, start); break;
+      case 3: f(std::integral_constant<int, 3>{}, start); break;
+      case 4: if constexpr (R >= 4) f(std::integral_constant<int, 4>{}, start); break;
+      case 5: if constexpr (R >= 5) f(std::integral_constant<int, 5>{}, start); break;
+      case 6: if constexpr (R >= 6) f(std::integral_constant<int, 6>{}, start); break;
+    }
+    start += rows;
+  }
+}
+
+// Splits 0..n-1 among threads as evenly as can be.
+struct Share {
+  int64_t begin, end;
+};
+SEQMEM_INLINE Share share(int64_t n, int thread, int threads) {
+  return {n * thread / threads, n * (thread + 1) / threads};
+}
+
+// In-place transpose of a square of vectors: log2(lanes) rounds of perfect shuffles.
+template <class C>
+SEQMEM_INLINE void transpose(Vec<C> (&x)[kLanes<C>]) {
+  constexpr int L = kLanes<C>;
+  IntVec<C> low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    low[i] = i / 2 + (i % 2) * L;
+    high[i] = L / 2 + i / 2 + (i % 2) * L;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Vec<C> y[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + L / 2], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) x[i] = y[i];
+  }
+}
+
+}  // namespace
+}  // namespace seqmem

@@ -1,0 +1,40 @@
+// Runs one function on a team of threads that may meet at a barrier.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <omp.h>
+
+#include <new>
+
+#include "spin_barrier.h"
+
+namespace seqmem {
+
+// Threads a kernel may use here: all of torch's, or one inside somebody's parallel region.
+inline int available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Calls prepare(threads) on the calling thread, then f(thread, threads, barrier) on each of at
+// most `wanted` threads. As many as OpenMP grants take part, so that the barrier never waits for
+// a thread that did not come.
+template <class Prepare, class F>
+void run_team(int wanted, const Prepare& prepare, const F& f) {
+  if (wanted <= 1 || omp_in_parallel()) {
+    SpinBarrier alone(1);
+    prepare(1);
+    f(0, 1, alone);
+    return;
+  }
+  alignas(SpinBarrier) char storage[sizeof(SpinBarrier)];
+  SpinBarrier* barrier = nullptr;
+#pragma omp parallel num_threads(wanted)
+  {
+    if (omp_get_thread_num() == 0) {
+      prepare(omp_get_num_threads());
+      barrier = new (storage) SpinBarrier(omp_get_num_threads());
+    }
+#pragma omp barrier
+    f(omp_get_thread_num(), omp_get_num_threads(), *barrier);
+  }
+}
+
+}  // namespace seqmem

@@ -1,0 +1,239 @@
+// SIMD vectors and the gate functions, for kernel sources that are compiled once per ISA.
+// GCC/Clang vector extensions: one source serves SSE2, AVX2, AVX-512 and other processors.
+// Everything has internal linkage, so that no copy for one ISA can stand in for another's.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+#define SEQMEM_VEC_BYTES 64
+#elif defined(__AVX2__)
+#define SEQMEM_VEC_BYTES 32
+#else
+#define SEQMEM_VEC_BYTES 16
+#endif
+
+namespace seqmem {
+namespace {
+
+// Storage-only 16-bit types: loaded to and stored from float.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// The type arithmetic is done in: double for double, float for everything else.
+template <class S>
+using compute_t = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class C>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float type __attribute__((vector_size(SEQMEM_VEC_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(SEQMEM_VEC_BYTES)));
+  typedef uint32_t uints __attribute__((vector_size(SEQMEM_VEC_BYTES)));
+  typedef uint16_t halves __attribute__((vector_size(SEQMEM_VEC_BYTES / 2)));
+};
+template <>
+struct VecTypes<double> {
+  typedef double type __attribute__((vector_size(SEQMEM_VEC_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(SEQMEM_VEC_BYTES)));
+};
+
+template <class C>
+using Vec = typename VecTypes<C>::type;
+template <class C>
+using IntVec = typename VecTypes<C>::ints;
+using UintVec = VecTypes<float>::uints;
+using HalfVec = VecTypes<float>::halves;
+
+template <class C>
+inline constexpr int kLanes = SEQMEM_VEC_BYTES / sizeof(C);
+
+#define SEQMEM_INLINE inline __attribute__((always_inline))
+
+template <class C>
+SEQMEM_INLINE Vec<C> splat(C x) {
+  return x - Vec<C>{};
+}
+
+// ---- 16-bit conversions, round to nearest even, NaN stays NaN ---------------------------------
+
+SEQMEM_INLINE Vec<float> widen(HalfVec h, bf16) {
+  return (Vec<float>)(__builtin_convertvector(h, UintVec) << 16);
+}
+
+SEQMEM_INLINE HalfVec narrow(Vec<float> x, bf16) {
+  UintVec u = (UintVec)x;
+  UintVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  UintVec nan = (UintVec)(x != x);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), HalfVec);
+}
+
+SEQMEM_INLINE Vec<float> widen(HalfVec h, fp16) {
+  UintVec u = __builtin_convertvector(h, UintVec);
+  UintVec sign = (u & 0x8000u) << 16;
+  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals.
+  Vec<float> magnitude = (Vec<float>)((u & 0x7fffu) << 13) * 0x1p112f;
+  UintVec special = (UintVec)((u & 0x7c00u) == 0x7c00u);
+  return (Vec<float>)((UintVec)magnitude | (special & 0x7f800000u) | sign);
+}
+
+SEQMEM_INLINE HalfVec narrow(Vec<float> x, fp16) {
+  UintVec u = (UintVec)x;
+  UintVec sign = (u >> 16) & 0x8000u;
+  UintVec mag = u & 0x7fffffffu;
+  UintVec normal = (mag + 0xc8000fffu + ((mag >> 13) & 1u)) >> 13;
+  // Below 2^-14 the sum with 0.5 leaves the rounded subnormal in the low bits.
+  UintVec subnormal = (UintVec)((Vec<float>)mag + 0.5f) - 0x3f000000u;
+  UintVec tiny = (UintVec)(mag < 0x38800000u);
+  UintVec huge = (UintVec)(mag >= 0x477ff000u);
+  UintVec nan = (UintVec)(mag > 0x7f800000u);
+  UintVec half = (subnormal & tiny) | (normal & ~tiny);
+  half = (half & ~huge) | (0x7c00u & huge);
+  half = (half & ~nan) | (0x7e00u & nan);
+  return __builtin_convertvector(half | sign, HalfVec);
+}
+
+// ---- loads and stores, full and of the first n lanes -------------------------------------------
+
+template <class S>
+SEQMEM_INLINE Vec<compute_t<S>> load(const S* p) {
+  if constexpr (std::is_same_v<S, compute_t<S>>) {
+    Vec<S> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    HalfVec h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return widen(h, S{});
+  }
+}
+
+template <class S>
+SEQMEM_INLINE void store(S* p, Vec<compute_t<S>> v) {
+  if constexpr (std::is_same_v<S, compute_t<S>>) {
+    __builtin_memcpy(p, &v, sizeof v);
+  } else {
+    HalfVec h = narrow(v, S{});
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+}
+
+template <class S>
+SEQMEM_INLINE Vec<compute_t<S>> load_n(const S* p, int n) {
+  if (n >= kLanes<compute_t<S>>) return load(p);
+  S lanes[kLanes<compute_t<S>>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class S>
+SEQMEM_INLINE void store_n(S* p, Vec<compute_t<S>> v, int n) {
+  if (n >= kLanes<compute_t<S>>) return store(p, v);
+  S lanes[kLanes<compute_t<S>>];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// The value of one stored element.
+template <class S>
+SEQMEM_INLINE compute_t<S> widen_one(S x) {
+  if constexpr (std::is_same_v<S, compute_t<S>>) {
+    return x;
+  } else {
+    return widen(HalfVec{} + x.bits, S{})[0];
+  }
+}
+
+// What v becomes by being stored as S and loaded again.
+template <class S>
+SEQMEM_INLINE Vec<compute_t<S>> rounded_to(Vec<compute_t<S>> v) {
+  if constexpr (std::is_same_v<S, compute_t<S>>) {
+    return v;
+  } else {
+    return widen(narrow(v, S{}), S{});
+  }
+}
+
+template <class C>
+SEQMEM_INLINE C sum(Vec<C> v) {
+  C lanes[kLanes<C>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes<C> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// ---- exp, sigmoid, tanh --------------------------------------------------------------------------
+// exp(x) = 2^n e^r with |r| <= ln2/2; e^r - 1 by its Taylor polynomial, whose first dropped term
+// is below half an ulp. NaN passes through: the clamps compare false.
+
+template <class C>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float magic = 0x1.8p23f, ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f;
+  static constexpr float log2e = 0x1.715476p+0f, limit = 87.0f;
+  static constexpr int mantissa = 23, bias = 127, degree = 7;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double magic = 0x1.8p52, ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
+  static constexpr double log2e = 0x1.71547652b82fep+0, limit = 708.0;
+  static constexpr int mantissa = 52, bias = 1023, degree = 13;
+};
+
+template <class C>
+struct ExpParts {
+  Vec<C> power;     // 2^n
+  Vec<C> fraction;  // e^r - 1
+};
+
+template <class C>
+SEQMEM_INLINE Vec<C> clamp(Vec<C> x, C limit) {
+  x = x < -limit ? splat<C>(-limit) : x;
+  return x > limit ? splat<C>(limit) : x;
+}
+
+template <class C>
+constexpr C inverse_factorial(int k) {
+  double f = 1;
+  for (int i = 2; i <= k; ++i) f *= i;
+  return static_cast<C>(1 / f);
+}
+
+template <class C>
+SEQMEM_INLINE ExpParts<C> exp_parts(Vec<C> x) {
+  using K = ExpConstants<C>;
+  Vec<C> shifted = x * K::log2e + K::magic;
+  Vec<C> n = shifted - K::magic;
+  Vec<C> r = (x - n * K::ln2_hi) - n * K::ln2_lo;
+  Vec<C> p = splat(inverse_factorial<C>(K::degree));
+#pragma GCC unroll 16
+  for (int k = K::degree - 1; k >= 1; --k) p = p * r + inverse_factorial<C>(k);
+  IntVec<C> exponent = (IntVec<C>)shifted + K::bias;
+  return {(Vec<C>)(exponent << K::mantissa), p * r};
+}
+
+template <class C>
+SEQMEM_INLINE Vec<C> sigmoid(Vec<C> x) {
+  ExpParts<C> e = exp_parts<C>(clamp<C>(-x, ExpConstants<C>::limit));
+  return C(1) / (C(1) + (e.power + e.power * e.fraction));
+}
+
+// tanh x = (e^2x - 1) / (e^2x + 1), with e^2x - 1 = 2^n (e^r - 1) + (2^n - 1): no cancellation
+// near zero, where n is 0.
+template <class C>
+SEQMEM_INLINE Vec<C> tanh(Vec<C> x) {
+  ExpParts<C> e = exp_parts<C>(clamp<C>(x + x, C(std::is_same_v<C, float> ? 20 : 44)));
+  Vec<C> m = e.power * e.fraction + (e.power - C(1));
+  return m / (m + C(2));
+}
+
+}  // namespace
+}  // namespace seqmem

@@ -1,0 +1,50 @@
+// Scratch memory that a calling thread keeps between calls: fresh pages cost about a microsecond
+// each, which for a short call is more than the arithmetic.
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+namespace seqmem {
+
+class Workspace {
+ public:
+  ~Workspace() { std::free(data_); }
+
+  // At least `bytes`, aligned to a cache line, of undefined content. Valid until the next call
+  // from the same thread.
+  static char* get(int64_t bytes) {
+    thread_local Workspace mine;
+    return mine.reserve(bytes);
+  }
+
+ private:
+  static constexpr int64_t kHugePage = 2 << 20;
+  static constexpr int64_t kKept = 64 << 20;  // a larger block is let go at the next smaller call
+
+  char* reserve(int64_t bytes) {
+    if (bytes <= size_ && (size_ <= kKept || bytes > kKept)) return data_;
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    const int64_t unit = bytes >= kHugePage ? kHugePage : 4096;
+    const int64_t rounded = (bytes + unit - 1) / unit * unit;
+    void* p = nullptr;
+    const int failed = posix_memalign(&p, unit, rounded);
+    TORCH_CHECK(failed == 0, "seqmem: out of memory for ", rounded, " bytes of workspace");
+#ifdef MADV_HUGEPAGE
+    if (unit == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
+#endif
+    data_ = static_cast<char*>(p);
+    size_ = rounded;
+    return data_;
+  }
+
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace seqmem

@@ -1,0 +1,344 @@
+// LSTM forward over a whole sequence.
+//
+// Weights are packed into panels of one vector of units x 4 gates, so that a tile's accumulators
+// hold i, f, g and o of the same units and the cell is finished in registers.
+#include "../common/gemm.h"
+#include "lstm_common.h"
+#include "lstm_kernel.h"
+
+namespace seqmem::lstm {
+namespace {
+
+template <class S>
+class ForwardRun {
+  using C = compute_t<S>;
+  static constexpr int L = kLanes<C>;
+  static constexpr int W = 4 * L;  // a panel's width: one vector of units, 4 gates
+  static constexpr bool copies_inputs = !std::is_same_v<S, C>;
+
+  const Shape& s;
+  const Plan& plan;
+  const Forward& a;
+  const int thread, threads;
+  SpinBarrier& barrier;
+
+  const int64_t units;        // vectors of units, all
+  const int64_t Hs, Ps;       // H and P rounded up to vectors
+  int64_t row_begin, row_step, rows;  // this thread's rows
+  Share mine;                 // this thread's vectors of units
+
+  // Shared by all threads.
+  C *h[2], *c, *zeros, *panel_ih, *panel_hh, *bias, *squashed, *panel_hr;
+  // This thread's own.
+  C *z, *x_copy;
+  const C **x_row, **h_row, **c_row;
+  int64_t* row_index;
+
+ public:
+  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
+             SpinBarrier& barrier)
+      : s(s), plan(plan), a(a), thread(thread), threads(threads), barrier(barrier),
+        units(ceil_div(s.H, L)), Hs(units * L), Ps(ceil_div(s.P, L) * L) {
+    row_begin = plan.by_rows ? thread : 0;
+    row_step = plan.by_rows ? threads : 1;
+    rows = ceil_div(s.B - row_begin, row_step);
+    mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
+  }
+
+  // Places all buffers; returns the bytes used. Called with a null base to size them.
+  int64_t place(char* base) {
+    Carver take(base);
+    h[0] = take.array<C>(s.B * Ps);
+    h[1] = take.array<C>(s.B * Ps);
+    c = take.array<C>(s.B * Hs);
+    zeros = take.array<C>(max(Ps, Hs));
+    bias = take.array<C>(units * W);
+    panel_ih = take.array<C>(plan.pack ? units * s.I * W : 0);
+    panel_hh = take.array<C>(plan.pack ? units * s.P * W : 0);
+    squashed = take.array<C>(s.projected ? s.B * Hs : 0);
+    panel_hr = take.array<C>(s.projected ? Ps * s.H : 0);
+    const int64_t my_rows = plan.by_rows ? ceil_div(s.B, threads) : s.B;
+    const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
+    const int64_t steps = min(plan.chunk, s.T);
+    for (int i = 0; i < threads; ++i) {
+      C* own_z = take.array<C>(plan.pack ? steps * my_rows * my_units * W : 0);
+      C* own_copy = take.array<C>(copies_inputs ? steps * my_rows * s.I : 0);
+      auto own_x = take.array<const C*>(steps * my_rows);
+      auto own_h = take.array<const C*>(my_rows);
+      auto own_c = take.array<const C*>(my_rows);
+      auto own_index = take.array<int64_t>(my_rows);
+      if (i != thread) continue;
+      z = own_z, x_copy = own_copy, x_row = own_x, h_row = own_h, c_row = own_c;
+      row_index = own_index;
+    }
+    return take.used();
+  }
+
+  void run() {
+    prepare();
+    barrier.wait();
+    for (int64_t first = 0; first < s.T; first += plan.chunk) {
+      const int64_t last = min(first + plan.chunk, s.T);
+      int64_t n = 0;
+      for (int64_t step = first; step < last; ++step) n += gather_inputs(time_of(step), n);
+      if (plan.pack) project_inputs(n);
+      n = 0;
+      for (int64_t step = first; step < last; ++step) {
+        n += run_step(step, n);
+        if (!plan.by_rows) barrier.wait();
+      }
+    }
+  }
+
+ private:
+  int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  int64_t row(int64_t j) const { return row_begin + j * row_step; }
+  // How many of this thread's rows are alive at time t.
+  int64_t alive(int64_t t) const {
+    const int64_t n = s.active[t] - row_begin;
+    return n <= 0 ? 0 : ceil_div(n, row_step);
+  }
+  // ---- before the first step ---------------------------------------------------------------------
+
+  void prepare() {
+    const Share packed = share(units, thread, threads);
+    for (int64_t u = packed.begin; u < packed.end; ++u) {
+      pack_bias(u);
+      if (!plan.pack) continue;
+      pack_panel(panel_ih + u * s.I * W, static_cast<const S*>(a.weight_ih), u, s.I);
+      pack_panel(panel_hh + u * s.P * W, static_cast<const S*>(a.weight_hh), u, s.P);
+    }
+    if (s.projected) pack_projection();
+    if (thread == 0)
+      for (int64_t i = 0; i < max(Ps, Hs); ++i) zeros[i] = 0;
+    for (int64_t r = thread; r < s.B; r += threads) {
+      load_state(h[0] + r * Ps, static_cast<const S*>(a.hx), r, s.P, Ps);
+      load_state(h[1] + r * Ps, static_cast<const S*>(a.hx), r, s.P, Ps);
+      load_state(c + r * Hs, static_cast<const S*>(a.cx), r, s.H, Hs);
+      if (r >= s.active[0]) {  // an empty sequence hands its state on
+        store_row(static_cast<S*>(a.hy) + s.order[r] * s.P, h[0] + r * Ps, s.P);
+        store_row(static_cast<S*>(a.cy) + s.order[r] * s.H, c + r * Hs, s.H);
+      }
+    }
+  }
+
+  void load_state(C* to, const S* from, int64_t r, int64_t width, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += L) {
+      const int n = static_cast<int>(width - i);
+      store(to + i, from == nullptr ? Vec<C>{} : load_n(from + s.order[r] * width + i, n));
+    }
+  }
+
+  void pack_bias(int64_t u) {
+    for (int g = 0; g < 4; ++g) {
+      const int64_t at = g * s.H + u * L;
+      const int n = static_cast<int>(s.H - u * L);
+      Vec<C> b{};
+      if (a.bias_ih != nullptr) b += load_n(static_cast<const S*>(a.bias_ih) + at, n);
+      if (a.bias_hh != nullptr) b += load_n(static_cast<const S*>(a.bias_hh) + at, n);
+      store(bias + u * W + g * L, b);
+    }
+  }
+
+  // panel[k][gate][lane] = weight[gate * H + u * L + lane][k], zero beyond the last unit.
+  void pack_panel(C* panel, const S* weight, int64_t u, int64_t K) {
+    const int64_t lanes = min<int64_t>(L, s.H - u * L);
+    for (int g = 0; g < 4; ++g) {
+      const S* from = weight + (g * s.H + u * L) * K;
+      for (int64_t k = 0; k < K; k += L) {
+        Vec<C> square[L] = {};
+        const int n = static_cast<int>(min<int64_t>(L, K - k));
+        for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(from + l * K + k, n);
+        transpose<C>(square);
+        for (int i = 0; i < n; ++i) store(panel + (k + i) * W + g * L, square[i]);
+      }
+    }
+  }
+
+  // panel_hr[block][k][lane] = weight_hr[block * L + lane][k]
+  void pack_projection() {
+    const S* weight = static_cast<const S*>(a.weight_hr);
+    const Share blocks = share(Ps / L, thread, threads);
+    for (int64_t p = blocks.begin * L; p < blocks.end * L; ++p)
+      for (int64_t k = 0; k < s.H; ++k)
+        panel_hr[(p / L * s.H + k) * L + p % L] = p < s.P ? widen_one(weight[p * s.H + k]) : C(0);
+  }
+
+  // ---- the input's share of the gates, for a chunk of steps -----------------------------------------
+
+  // Collects the input rows alive at time t at position n of x_row; returns how many.
+  int64_t gather_inputs(int64_t t, int64_t n) {
+    const int64_t count = alive(t);
+    for (int64_t j = 0; j < count; ++j) {
+      const S* x = static_cast<const S*>(a.input) + index(t, j) * s.I;
+      if constexpr (copies_inputs) {
+        C* copy = x_copy + (n + j) * s.I;
+        for (int64_t i = 0; i < s.I; i += L) {
+          const int lanes = static_cast<int>(s.I - i);
+          store_n(copy + i, load_n(x + i, lanes), lanes);
+        }
+        x_row[n + j] = copy;
+      } else {
+        x_row[n + j] = x;
+      }
+    }
+    return count;
+  }
+
+  int64_t index(int64_t t, int64_t j) const {
+    return s.step_row[t] + s.order[row(j)] * s.row_stride;
+  }
+
+  C* z_at(int64_t n, int64_t u) const {
+    return z + (n * (mine.end - mine.begin) + (u - mine.begin)) * W;
+  }
+
+  void project_inputs(int64_t n) {
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+      const C* panel = panel_ih + u * s.I * W;
+      for_row_blocks<C>(n, [&](auto block, int64_t start) {
+        constexpr int R = decltype(block)::value;
+        Vec<C> acc[R][4];
+        for (int r = 0; r < R; ++r)
+          for (int g = 0; g < 4; ++g) acc[r][g] = load(bias + u * W + g * L);
+        tile_multiply<R, 4, C>(s.I, x_row + start, 1, panel, L, W, acc);
+        for (int r = 0; r < R; ++r)
+          for (int g = 0; g < 4; ++g) store(z_at(start + r, u) + g * L, acc[r][g]);
+      });
+    }
+  }
+
+  // ---- one step ------------------------------------------------------------------------------------
+
+  // n: where this step's rows begin among the chunk's. Returns how many rows were alive.
+  int64_t run_step(int64_t step, int64_t n) {
+    const int64_t t = time_of(step);
+    const int64_t count = alive(t);
+    for (int64_t j = 0; j < count; ++j) {
+      const bool cut = is_cut(s, t, row(j));
+      row_index[j] = index(t, j);
+      h_row[j] = cut ? zeros : h[step & 1] + row(j) * Ps;
+      c_row[j] = cut ? zeros : c + row(j) * Hs;
+    }
+    C* next = h[(step + 1) & 1];
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+      for_row_blocks<C>(count, [&](auto block, int64_t start) {
+        constexpr int R = decltype(block)::value;
+        Vec<C> acc[R][4];
+        if (plan.pack) {
+          for (int r = 0; r < R; ++r)
+            for (int g = 0; g < 4; ++g) acc[r][g] = load(z_at(n + start + r, u) + g * L);
+          tile_multiply<R, 4, C>(s.P, h_row + start, 1, panel_hh + u * s.P * W, L, W, acc);
+        } else {
+          dot_gates<R>(u, x_row + n + start, h_row + start, acc);
+        }
+        for (int r = 0; r < R; ++r) finish_row(t, start + r, u, acc[r], next);
+      });
+    }
+    if (s.projected) {
+      for_row_blocks<C>(count, [&](auto block, int64_t start) {
+        project_hidden<decltype(block)::value>(t, start, next);
+      });
+    }
+    return count;
+  }
+
+  // The gates' pre-activations straight from the weights as they lie.
+  template <int R>
+  SEQMEM_INLINE void dot_gates(int64_t u, const C* const* x, const C* const* hidden,
+                               Vec<C> (&acc)[R][4]) {
+    constexpr int U = R == 1 ? 2 : 1;  // units at once: one row alone needs more sums in flight
+    const S* w_ih = static_cast<const S*>(a.weight_ih);
+    const S* w_hh = static_cast<const S*>(a.weight_hh);
+    C out[R][4][L] = {};
+    const int64_t lanes = min<int64_t>(L, s.H - u * L);
+    for (int64_t l = 0; l < lanes; l += U) {
+      const S *rows_ih[4 * U], *rows_hh[4 * U];
+      for (int i = 0; i < 4 * U; ++i) {
+        const int64_t unit = min<int64_t>(u * L + l + i / 4, s.H - 1);
+        rows_ih[i] = w_ih + ((i % 4) * s.H + unit) * s.I;
+        rows_hh[i] = w_hh + ((i % 4) * s.H + unit) * s.P;
+      }
+      Vec<C> sums[R][4 * U] = {};
+      tile_dot<R, 4 * U, C, S>(s.I, x, rows_ih, sums);
+      tile_dot<R, 4 * U, C, S>(s.P, hidden, rows_hh, sums);
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 4 * U; ++i) out[r][i % 4][l + i / 4] = sum<C>(sums[r][i]);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < 4; ++g) acc[r][g] = load(out[r][g]) + load(bias + u * W + g * L);
+  }
+
+  // Activations, the new cell and the new hidden state of one vector of units.
+  SEQMEM_INLINE void finish_row(int64_t t, int64_t j, int64_t u, const Vec<C> (&pre)[4], C* next) {
+    const int64_t r = row(j), at = row_index[j];
+    const int n = static_cast<int>(min<int64_t>(L, s.H - u * L));
+    const Vec<C> i = sigmoid<C>(pre[0]), f = sigmoid<C>(pre[1]);
+    const Vec<C> g = tanh<C>(pre[2]), o = sigmoid<C>(pre[3]);
+    const Vec<C> cell = f * load(c_row[j] + u * L) + i * g;
+    const Vec<C> hidden = o * tanh<C>(cell);
+    store(c + r * Hs + u * L, cell);
+    if (a.gates != nullptr) {
+      S* gates = static_cast<S*>(a.gates) + at * 4 * s.H + u * L;
+      store_n(gates, i, n);
+      store_n(gates + s.H, f, n);
+      store_n(gates + 2 * s.H, g, n);
+      store_n(gates + 3 * s.H, o, n);
+    }
+    if (a.cells != nullptr) store_n(static_cast<S*>(a.cells) + at * s.H + u * L, cell, n);
+    if (a.cy != nullptr && is_last(s, t, r))
+      store_n(static_cast<S*>(a.cy) + s.order[r] * s.H + u * L, cell, n);
+    if (s.projected) {
+      store(squashed + r * Hs + u * L, hidden);
+    } else {
+      emit_hidden(t, j, u, hidden, next);
+    }
+  }
+
+  // Block b of the row's new h goes to the output and, as it was stored, to the next step.
+  SEQMEM_INLINE void emit_hidden(int64_t t, int64_t j, int64_t b, Vec<C> hidden, C* next) {
+    const int64_t r = row(j);
+    const int n = static_cast<int>(min<int64_t>(L, s.P - b * L));
+    store(next + r * Ps + b * L, rounded_to<S>(hidden));
+    store_n(static_cast<S*>(a.output) + row_index[j] * s.P + b * L, hidden, n);
+    if (a.hy != nullptr && is_last(s, t, r))
+      store_n(static_cast<S*>(a.hy) + s.order[r] * s.P + b * L, hidden, n);
+  }
+
+  template <int R>
+  SEQMEM_INLINE void project_hidden(int64_t t, int64_t start, C* next) {
+    const C* from[R];
+    for (int r = 0; r < R; ++r) from[r] = squashed + row(start + r) * Hs;
+    for (int64_t b = 0; b < Ps / L; ++b) {
+      Vec<C> acc[R][1] = {};
+      tile_multiply<R, 1, C>(s.H, from, 1, panel_hr + b * s.H * L, L, L, acc);
+      for (int r = 0; r < R; ++r) emit_hidden(t, start + r, b, acc[r][0], next);
+    }
+  }
+};
+
+int64_t workspace(Storage storage, const Shape& s, const Plan& plan, int threads) {
+  return with_storage(storage, [&](auto tag) {
+    SpinBarrier barrier(threads);
+    return ForwardRun<decltype(tag)>(s, plan, Forward{}, 0, threads, barrier).place(nullptr);
+  });
+}
+
+void run(Storage storage, const Shape& s, const Plan& plan, const Forward& a, int thread,
+         int threads, SpinBarrier& barrier) {
+  with_storage(storage, [&](auto tag) {
+    ForwardRun<decltype(tag)> call(s, plan, a, thread, threads, barrier);
+    call.place(static_cast<char*>(a.workspace));
+    call.run();
+    return int64_t(0);
+  });
+}
+
+}  // namespace
+
+namespace SEQMEM_ISA {
+extern const ForwardKernel forward_kernel;
+const ForwardKernel forward_kernel = {workspace, run};
+}  // namespace SEQMEM_ISA
+
+}  // namespace seqmem::lstm

@@ -1,0 +1,107 @@
+// The LSTM's CPU kernels: plain loops over raw pointers, compiled once per ISA.
+//
+// One layer, one direction. Rows are kept in `order` (longest sequence first), so that the rows
+// alive at a step are always the first `active[t]` of them. Element (t, row r) of every sequence
+// tensor lies at row index step_row[t] + order[r] * row_stride: that covers time-major,
+// batch-first and packed layouts alike.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/spin_barrier.h"
+
+namespace seqmem::lstm {
+
+struct Shape {
+  int64_t T, B, I, H;
+  int64_t P;                // size of h: the projection's size, or H
+  bool projected;           // whether weight_hr is given
+  bool reverse;             // time runs from the last step to the first
+  int64_t row_stride;       // see above
+  const int64_t* step_row;  // [T]
+  const int64_t* order;     // [B]
+  const int64_t* active;    // [T + 1], active[T] = 0
+  const bool* reset;        // laid out as the sequence tensors' rows, or null
+};
+
+// How one call is shared out. With by_rows every thread runs its own batch rows through time;
+// otherwise every thread owns hidden units and all meet at a barrier once per step.
+struct Plan {
+  bool by_rows;   // required where weight_hr is given
+  bool pack;      // weights are copied into panels first; pays when many rows use them
+  int64_t chunk;  // time steps projected, or differentiated, at once
+};
+
+// Storage type S is float, double, bf16 or fp16; null where optional and absent.
+struct Forward {
+  const void* input;      // [rows, I]
+  const void* hx;         // [B, P]
+  const void* cx;         // [B, H]
+  const void* weight_ih;  // [4H, I]
+  const void* weight_hh;  // [4H, P]
+  const void* bias_ih;    // [4H]
+  const void* bias_hh;    // [4H]
+  const void* weight_hr;  // [P, H]
+  void* output;           // [rows, P], zero where no row is alive
+  void* hy;               // [B, P], or null
+  void* cy;               // [B, H], or null
+  void* gates;            // [rows, 4H], or null
+  void* cells;            // [rows, H], or null
+  void* workspace;        // forward_workspace() bytes, 64-byte aligned
+};
+
+struct Backward {
+  const void* grad_output;  // [rows, P]
+  const void* grad_hy;      // [B, P]
+  const void* grad_cy;      // [B, H]
+  const void* grad_gates;   // [rows, 4H]
+  const void* grad_cells;   // [rows, H]
+  const void* input;
+  const void* hx;
+  const void* cx;
+  const void* weight_ih;
+  const void* weight_hh;
+  const void* weight_hr;
+  const void* output;
+  const void* gates;
+  const void* cells;
+  void* grad_input;      // [rows, I], zero where no row is alive; or null
+  void* grad_hx;         // [B, P], or null
+  void* grad_cx;         // [B, H], or null
+  void* grad_weight_ih;  // [4H, I], or null; null together with the next
+  void* grad_weight_hh;  // [4H, P]
+  void* grad_bias;       // [4H], or null
+  void* grad_weight_hr;  // [P, H], or null
+  void* workspace;
+};
+
+enum class Storage { Float, Double, BFloat16, Half };
+
+// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
+// barrier. The result does not depend on the number of threads, to the bit.
+struct ForwardKernel {
+  int64_t (*workspace)(Storage, const Shape&, const Plan&, int threads);
+  void (*run)(Storage, const Shape&, const Plan&, const Forward&, int thread, int threads,
+              SpinBarrier&);
+};
+
+struct BackwardKernel {
+  int64_t (*workspace)(Storage, const Shape&, const Plan&, int threads);
+  void (*run)(Storage, const Shape&, const Plan&, const Backward&, int thread, int threads,
+              SpinBarrier&);
+};
+
+namespace baseline {
+extern const ForwardKernel forward_kernel;
+extern const BackwardKernel backward_kernel;
+}  // namespace baseline
+namespace avx2 {
+extern const ForwardKernel forward_kernel;
+extern const BackwardKernel backward_kernel;
+}  // namespace avx2
+namespace avx512 {
+extern const ForwardKernel forward_kernel;
+extern const BackwardKernel backward_kernel;
+}  // namespace avx512
+
+}  // namespace seqmem::lstm
