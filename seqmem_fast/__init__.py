@@ -1,7 +1,36 @@
-"""Fast fused LSTM, memory and attention ops for PyTorch."""
+"""Fast fused LSTM, memory and attention ops for PyTorch, exact and drop-in."""
+
+from typing import TYPE_CHECKING, Any
 
 from seqmem_fast._load import _C
 
-__all__ = ["__version__"]
+from . import _triton, nn, ops, reference
+from .accelerate import accelerate, restore
+from .nn import LSTM, LSTMCell, LSTMGates
+
+if TYPE_CHECKING:
+    from . import plot as plot
+
+__all__ = [
+    "LSTM",
+    "LSTMCell",
+    "LSTMGates",
+    "__version__",
+    "accelerate",
+    "nn",
+    "ops",
+    "reference",
+    "restore",
+]
 
 __version__: str = _C.build_info()["version"]
+
+_triton.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot":  # on demand: it needs matplotlib
+        import importlib
+
+        return importlib.import_module(".plot", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

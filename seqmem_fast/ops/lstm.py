@@ -1,0 +1,266 @@
+r"""Functional LSTM: one step, a whole sequence, and a whole sequence with its gates.
+
+.. math::
+    i, f, o &= \sigma(W_{ih}^{i,f,o} x_t + b_{ih} + W_{hh}^{i,f,o} h_{t-1} + b_{hh}) \\
+    g &= \tanh(W_{ih}^g x_t + b_{ih} + W_{hh}^g h_{t-1} + b_{hh}) \\
+    c_t &= f \odot c_{t-1} + i \odot g, \qquad h_t = W_{hr} (o \odot \tanh c_t)
+
+Letters: T time, B batch, I input, H hidden; P = ``weight_hr.size(0)``, or H without ``weight_hr``.
+
+Papers: Hochreiter & Schmidhuber, Long Short-Term Memory, Neural Computation 9(8), 1997; the forget
+gate: Gers, Schmidhuber & Cummins, Learning to Forget, Neural Computation 12(10), 2000; the
+projection: Sak, Senior & Beaufays, arXiv 1402.1128, 2014.
+
+Common to all three functions. Every floating tensor is float32, float64, bfloat16 or float16, all
+of one dtype and one device (under ``torch.autocast`` they are cast), and is differentiable, any
+number of times: the first derivative has its own kernel, higher ones run in plain PyTorch. Strides
+are free. Inside a ``torch.func`` transform (grad, vmap, jacrev, ...) the whole call runs in plain
+PyTorch, since these transforms cannot see into C++ functions: right, but slow.
+
+Raises:
+    ValueError: a shape or value does not fit; the message names the argument, what was expected
+        and what came. Also when T = 0 (B = 0 works).
+    TypeError: a dtype, device or layout does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import lstm as reference
+
+State = tuple[Tensor, Tensor]
+
+_lstm_cell = torch.ops.seqmem.lstm_cell.default
+_lstm = torch.ops.seqmem.lstm.default
+_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: State | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> State:
+    """One LSTM step; the equation, dtypes and errors are in the module's docstring.
+
+    Args:
+        input: [B, I].
+        hx: (h, c), both [B, H]; None means zeros.
+        weight_ih: [4H, I], rows in the order i, f, g, o.
+        weight_hh: [4H, H].
+        bias_ih, bias_hh: [4H], optional.
+
+    Returns:
+        (hy, cy), both [B, H].
+    """
+    if _transform_active():
+        return reference.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    h, c = (None, None) if hx is None else hx
+    hy, cy, _ = _lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, False)
+    return hy, cy
+
+
+def lstm(
+    input: Tensor,
+    hx: State | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    batch_first: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, State]:
+    """One layer in one direction over a whole sequence, as a single op.
+
+    The equation, dtypes and errors are in the module's docstring.
+
+    Args:
+        input: [T, B, I]; [B, T, I] with ``batch_first``; [sum(batch_sizes), I] packed.
+        hx: (h, c) of shapes [B, P] and [B, H]; None means zeros.
+        weight_ih: [4H, I], rows in the order i, f, g, o.
+        weight_hh: [4H, P].
+        bias_ih, bias_hh: [4H], optional.
+        weight_hr: [P, H], projects each step's hidden state.
+        lengths: [B], int64 or int32, 0 <= lengths <= T, on the CPU or the input's device. Row b
+            ends after ``lengths[b]`` steps: later outputs are zero, the final state is that of its
+            last step (the initial state for length 0). What the padding holds does not matter.
+        reset: bool [T, B] ([B, T] with ``batch_first``): where true, no state passes from step
+            t - 1 to step t (nor, with ``reverse``, from t to t - 1). ``reset[0]`` cuts off hx,
+            except in reverse, where it does nothing.
+        batch_sizes: [T], int64, CPU, as in ``torch.nn.utils.rnn.PackedSequence``: positive and
+            never growing. Excludes ``lengths``, ``reset`` and ``batch_first``.
+        batch_first: batch before time in input, output and reset.
+        reverse: run from the last step of each row to its first.
+
+    Returns:
+        output (laid out as input, width P) and (hy, cy), of shapes [B, P] and [B, H].
+    """
+    if _transform_active():
+        return reference.lstm(
+            input,
+            hx,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            weight_hr,
+            lengths=lengths,
+            reset=reset,
+            batch_sizes=batch_sizes,
+            batch_first=batch_first,
+            reverse=reverse,
+        )
+    h, c = (None, None) if hx is None else hx
+    output, hy, cy, _, _ = _lstm(
+        input,
+        h,
+        c,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        weight_hr,
+        lengths,
+        reset,
+        batch_sizes,
+        batch_first,
+        reverse,
+        False,
+    )
+    return output, (hy, cy)
+
+
+def lstm_trace(
+    input: Tensor,
+    hx: State | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    batch_first: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, State, Tensor, Tensor]:
+    """As :func:`lstm`, and the gates and cell states of every step come back as well.
+
+    Returns:
+        output, (hy, cy), gates [T, B, 4H] (i, f, g, o after their sigmoid or tanh) and cells
+        [T, B, H] (every c_t), the last two laid out as input; all of them differentiable. Beyond
+        ``lengths`` gates and cells are zero.
+    """
+    if _transform_active():
+        return reference.lstm_trace(
+            input,
+            hx,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            weight_hr,
+            lengths=lengths,
+            reset=reset,
+            batch_sizes=batch_sizes,
+            batch_first=batch_first,
+            reverse=reverse,
+        )
+    h, c = (None, None) if hx is None else hx
+    output, hy, cy, gates, cells = _lstm(
+        input,
+        h,
+        c,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        weight_hr,
+        lengths,
+        reset,
+        batch_sizes,
+        batch_first,
+        reverse,
+        True,
+    )
+    return output, (hy, cy), gates, cells
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _cell_vjp(*args: Any) -> Gradients:
+    has_bias, wanted = args[-2:]
+    return _masked(reference.lstm_cell_backward(*args[:-2]), args[4], has_bias, wanted)
+
+
+def _lstm_vjp(*args: Any) -> Gradients:
+    *tensors, has_bias, batch_first, reverse, wanted = args
+    layout = {"batch_first": batch_first, "reverse": reverse}
+    grads = reference.lstm_backward(*tensors, **layout)
+    return _masked(grads, tensors[6], has_bias, wanted)
+
+
+def _masked(grads: Gradients, hx: Tensor | None, has_bias: bool, wanted: list[bool]) -> Gradients:
+    """None in the places that the backward op leaves empty."""
+    input, state, weights = wanted[0], wanted[1] and hx is not None, wanted[2]
+    kept = (input, state, state, weights, weights, weights and has_bias, weights)
+    return tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=False))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+    ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """The backward of a backward op: autograd through the same formula in plain PyTorch."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # A view apart of each tensor: one argument may have been computed from another.
+            args = [
+                constant if tensor is None else tensor.view_as(tensor)
+                for tensor, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
+            ]
+            results = vjp(*args)
+            pairs = [
+                (result, grad)
+                for result, grad in zip(results, grads, strict=True)
+                if result is not None and grad is not None and result.requires_grad
+            ]
+            wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+            found: list[Tensor | None] = [None] * len(args)
+            if pairs:
+                outputs, seeds = zip(*pairs, strict=True)
+                values = torch.autograd.grad(
+                    outputs, [args[k] for k in wanted], seeds, create_graph=again, allow_unused=True
+                )
+                for k, value in zip(wanted, values, strict=True):
+                    found[k] = value
+        return tuple(found)
+
+    return backward
+
+
+torch.library.register_autograd(
+    "seqmem::lstm_cell_backward", _derivative(_cell_vjp), setup_context=_save
+)
+torch.library.register_autograd(
+    "seqmem::lstm_backward", _derivative(_lstm_vjp), setup_context=_save
+)

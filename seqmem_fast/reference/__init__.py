@@ -1,0 +1,5 @@
+"""Plain PyTorch of every op: the executable specification."""
+
+from . import lstm
+
+__all__ = ["lstm"]
