@@ -20,7 +20,7 @@ import seqmem_fast
 from benchmarks import charlm, machine
 from seqmem_fast import plot
 
-SENTENCE = 'The "for" statement is used to iterate over the elements of a sequence (such as a list)'
+SENTENCE = 'The "with" statement is used to wrap the execution of a block'
 CHECKPOINT = machine.RESULTS / "charlm.pt"
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"units": args.units} if args.units else {}
     figure = picture(model, alphabet, args.text, **options)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
+    figure.savefig(args.out, dpi=120)
     print(args.out)
     return 0
 

@@ -206,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = {
         "seed": args.seed,
         "caps": caps,
-        "over_cap": over,
         "threads": args.threads,
         "malloc": args.malloc,
         "commit": here["commit"],
@@ -216,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "job": "random_shapes",
         "machine": here,
         **asked,
+        "over_cap": over,
         "results": [] if args.fresh else kept_rows(args.json, asked),
     }
     console = report.console()

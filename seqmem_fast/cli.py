@@ -8,7 +8,9 @@ from importlib import import_module
 
 # command: (what it does, the module whose main(arguments) -> exit status does it)
 COMMANDS = {
+    "bench": ("train with both LSTMs, measure every row (--full: longer)", "seqmem_fast.bench"),
     "info": ("versions, processor and build: what a bug report needs", "seqmem_fast.info"),
+    "plot": ("pictures: plot gates", "seqmem_fast.plot"),
 }
 
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GATES = {
-    "i": "input gate $i$",
-    "f": "forget gate $f$",
-    "g": "candidate $g$",
-    "o": "output gate $o$",
-    "c": "cell state $c$",
+    "i": "input gate $i$: how much of the new is let in",
+    "f": "forget gate $f$: how much of the old is kept",
+    "g": "candidate $g$: the new",
+    "o": "output gate $o$: how much is shown",
+    "c": "cell state $c$: what is remembered",
 }
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "→"}  # white space a reader can see
 
@@ -41,9 +41,14 @@ class Gates(Protocol):
 
 
 def liveliest(cells: Tensor, count: int) -> list[int]:
-    """The `count` units of a [T, H] trace that vary most, earliest peak first."""
-    chosen = cells.var(0, correction=0).topk(min(count, cells.shape[1])).indices
-    peaks = (cells - cells.mean(0)).abs().argmax(0)
+    """The `count` units of a [T, H] trace that change most, earliest peak first.
+
+    Change is that of tanh(c), the part of c that can be seen: a unit that counts ever upwards
+    would otherwise push aside those that switch.
+    """
+    seen = cells.tanh()
+    chosen = seen.var(0, correction=0).topk(min(count, cells.shape[1])).indices
+    peaks = (seen - seen.mean(0)).abs().argmax(0)
     return sorted(chosen.tolist(), key=lambda unit: int(peaks[unit]))
 
 
@@ -75,12 +80,14 @@ def _draw(axes: Axes, name: str, values: Tensor, units: Sequence[int]) -> None:
         vmin=-reach if signed else 0.0,
         vmax=reach,
     )
-    axes.set_ylabel(f"{GATES[name]}\nunit", fontsize=9)
-    axes.set_yticks(range(len(units)), [str(unit) for unit in units], fontsize=6)
+    axes.set_title(GATES[name], loc="left", fontsize=10)
+    axes.set_ylabel("unit", fontsize=8)
+    axes.set_yticks(range(len(units)), [str(unit) for unit in units], fontsize=7)
     axes.tick_params(length=0)
-    axes.set_facecolor("none")
     axes.spines[:].set_visible(False)
-    axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=12)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=10)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
 
 
 def gates(
@@ -136,7 +143,7 @@ def gates(
     if text is not None and len(text) != steps:
         raise ValueError(f"plot.gates: expected text of {steps} steps, got {len(text)}")
 
-    height = 0.45 + 0.12 * len(chosen)
+    height = 0.4 + 0.125 * len(chosen)
     figure = Figure(
         figsize=(max(5.0, 1.6 + 0.145 * steps), 0.7 + height * len(show)), layout="constrained"
     )
@@ -152,7 +159,7 @@ def gates(
         )
         if any(len(label) > 1 for label in text):
             panels[-1].tick_params(axis="x", rotation=90)
-    panels[-1].set_xlabel("time step" if text is None else "read from left to right")
+    panels[-1].set_xlabel("time step" if text is None else "time")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

@@ -1,0 +1,376 @@
+"""The benchmarks' own machinery, on shapes too small to take time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import seqmem_fast
+from seqmem_fast import bench
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "benchmarks" / "__main__.py").is_file():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+sys.path.append(str(ROOT))  # last, so that an installed seqmem_fast stays the one tested
+
+from benchmarks import (  # noqa: E402
+    bench_lstm,
+    charlm,
+    chart,
+    gates,
+    lstm_rivals,
+    lstm_sides,
+    machine,
+    memory,
+    random_shapes,
+    report,
+    timing,
+)
+
+TINY = timing.Budget(side_s=0.002, cap_s=10.0, few=2, most=3)
+ROWS = [
+    bench_lstm.Row("cell", 1, 2, 4, 8, goals=(2.0, 2.0)),
+    bench_lstm.Row("layer", 5, 2, 4, 8),
+    bench_lstm.Row("rollout", 9, 3, 4, 8),
+    bench_lstm.Row("lengths", 7, 3, 4, 8),
+    bench_lstm.Row("layer", 5, 2, 4, 8, torch.bfloat16),
+]
+IDS = [f"{row.kind}-{row.dtype_name}" for row in ROWS]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=160)
+
+
+# timing
+
+
+def test_sides_take_turns_and_inputs_come_round() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def side(name: str) -> timing.Side:
+        def call(number: int) -> int:
+            time.sleep(0.06)  # above LEAD_IN_S: no untimed call before a sample
+            seen.append((name, number))
+            return number
+
+        return timing.Side(name, call, [0, 1, 2], call)
+
+    found = timing.compare([side("a"), side("b")], timing.Budget(0.2, 1.0, few=2, most=2))
+    assert [name for name, _ in seen] == ["a", "a", "b", "b", "a", "b", "a", "b"]
+    assert [number for name, number in seen if name == "a"] == [0, 1, 2, 0]
+    assert found["a"].first_values == 0
+    assert [len(found[name].samples) for name in "ab"] == [2, 2]
+    assert all(0.06 <= sample < 1 for sample in found["a"].samples)
+
+
+def test_a_call_longer_than_the_cap_is_made_once() -> None:
+    calls = []
+
+    def slow(number: int) -> None:
+        calls.append(number)
+        time.sleep(0.05)
+
+    def fast(number: int) -> None:
+        time.sleep(0.01)
+
+    sides = [timing.Side("slow", slow, [1, 2], slow), timing.Side("fast", fast, [1, 2], fast)]
+    found = timing.compare(sides, timing.Budget(0.02, 0.03, few=2))
+    assert calls == [1]
+    assert len(found["slow"].samples) == found["slow"].calls == 1
+    assert len(found["fast"].samples) >= 2
+
+
+@pytest.mark.parametrize(
+    ("call_s", "samples"), [(1e-6, 200), (0.1, 10), (0.4, 3), (5.0, 2), (11.0, 1), (20.0, 1)]
+)
+def test_samples_fit_the_budget(call_s: float, samples: int) -> None:
+    assert timing.rounds(call_s, timing.Budget(1.0, 12.0, few=3)) == samples
+
+
+def test_short_calls_are_timed_several_at_once() -> None:
+    found = timing.compare([timing.Side("a", abs, [1], abs)], TINY)["a"]
+    assert found.calls > len(found.samples)
+    assert found.median_s < 1e-4
+
+
+def test_page_faults_are_counted() -> None:
+    def touch(_: int) -> None:
+        bytearray(1 << 26)
+
+    found = timing.compare([timing.Side("a", touch, [0], touch)], TINY)["a"]
+    assert found.faults_per_call > 1000
+
+
+# rows
+
+
+@pytest.mark.parametrize("mode", lstm_sides.MODES)
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_every_contender_computes_the_same(row: bench_lstm.Row, mode: str) -> None:
+    given = bench_lstm.sample(row, mode, 0)
+    exact = bench_lstm.truth(row, mode, given)
+    assert len(exact) == (5 if mode == "training step" else 2 if row.kind == "cell" else 3)
+    for name in bench_lstm.names(row, mode):
+        side = bench_lstm.contender(name, row, mode)
+        found = side.values(side.prepare(given))
+        assert bench_lstm.error(found, exact) < TOLERANCE[row.dtype], name
+
+
+def test_resets_do_something() -> None:
+    row = ROWS[2]
+    given = bench_lstm.sample(row, "inference", 0)
+    assert given.reset is not None
+    given = dataclasses.replace(given, reset=given.reset.logical_not())
+    side = bench_lstm.contender("ours", row, "inference")
+    plain = bench_lstm.truth(dataclasses.replace(row, kind="layer"), "inference", given)
+    assert bench_lstm.error(side.values(given), plain) > 0.01
+
+
+def test_training_leaves_no_gradient_behind() -> None:
+    row = ROWS[1]
+    given = bench_lstm.sample(row, "training step", 0)
+    model = bench_lstm.weights(row)
+    lstm_sides.training("nn.LSTM", model, lstm_sides.layer).call(given)
+    assert given.x.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_run_gives_one_result_for_each_peer() -> None:
+    results, left_out = bench_lstm.run(ROWS[:3], TINY, quiet())
+    rivals = {lstm_rivals.ONNX, lstm_rivals.JAX}
+    against_torch = [result for result in results if result.peer not in rivals]
+    assert [(r.row, r.mode) for r in against_torch] == [
+        (row.name, mode) for row in ROWS[:3] for mode in lstm_sides.MODES
+    ]
+    assert against_torch[-1].peer.startswith("loop over ")
+    assert against_torch[0].goal == 2.0
+    for result in results:
+        assert result.ratio == pytest.approx(result.peer_s / result.ours_s)
+        assert max(result.ours_error, result.peer_error) < 1e-5
+    assert all("not installed" in line for line in left_out)
+
+
+def test_rows_that_do_not_fit_are_named() -> None:
+    results, left_out = bench_lstm.run(ROWS[1:2], TINY, quiet(), limit_s=0.0)
+    assert not results
+    assert left_out[:2] == [
+        "LSTM 5, 2, 4, 8 float32 inference: out of time",
+        "LSTM 5, 2, 4, 8 float32 training step: out of time",
+    ]
+
+
+def test_a_missing_rival_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "jax"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert bench_lstm.names(ROWS[1], "inference") == ["ours", "nn.LSTM"]
+    lines = bench_lstm.missing_packages(ROWS)
+    assert [line.split(" is ")[0] for line in lines] == ["JAX", "ONNX Runtime"]
+
+
+# records
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """What a run of two rows leaves behind."""
+    results, left_out = bench_lstm.run(ROWS[1:3], TINY, quiet())
+    return report.document("lstm", machine.describe(), results, left_out)
+
+
+def test_json_says_what_was_measured_and_where(tmp_path: Path, document: dict[str, Any]) -> None:
+    path = tmp_path / "folder" / "lstm.json"
+    report.write_json(path, document)
+    assert [file.name for file in path.parent.iterdir()] == ["lstm.json"]
+    kept = json.loads(path.read_text())
+    assert kept["schema"] == report.SCHEMA
+    assert {"cpu", "torch_isa", "threads", "malloc", "info", "date"} <= set(kept["machine"])
+    assert kept["machine"]["info"]["compiler"]
+    fields = {field.name for field in dataclasses.fields(report.Result)}
+    assert kept["results"] and all(set(row) == fields for row in kept["results"])
+
+
+def test_a_nan_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        report.write_json(tmp_path / "x.json", {"ratio": float("nan")})
+
+
+def test_the_table_names_rows_peers_and_what_was_left_out(document: dict[str, Any]) -> None:
+    console = quiet()
+    results = [report.Result(**row) for row in document["results"]]
+    report.print_table(console, results, ["a row: no time"], "title")
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for piece in ("LSTM 5, 2, 4, 8  fp32", "LSTM resets", "nn.LSTM", "left out: a row: no time"):
+        assert piece in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.14e-6, "3.14 us"), (0.0423, "42.3 ms"), (0.5, "500 ms"), (2, "2.00 s")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+def test_the_chart_has_a_bar_for_each_ratio_against_torch(document: dict[str, Any]) -> None:
+    axes = chart.draw(document).axes[0]
+    ratios = [row["ratio"] for row in document["results"] if row["peer"] not in chart.MARKS]
+    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx(ratios)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["LSTM 5, 2, 4, 8  fp32", "LSTM resets 9, 3, 4, 8  fp32"]
+
+
+def test_the_malloc_regime_is_read_from_the_environment() -> None:
+    assert machine.malloc_regime({}) == "D"
+    assert machine.malloc_regime(machine.KEEPING) == "M"
+    assert machine.malloc_regime({"MALLOC_ARENA_MAX": "1"}) == "other"
+    assert machine.malloc_regime({"LD_PRELOAD": "x.so"}) == "other"
+
+
+@pytest.mark.parametrize("regime", ["D", "M"])
+def test_children_start_under_the_regime_asked_for(
+    regime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    env = machine.child_environment(regime, 2)
+    assert machine.malloc_regime(env) == regime
+    assert env["OMP_NUM_THREADS"] == env["NPROC"] == "2"
+    assert env["PATH"] == os.environ["PATH"]
+
+
+# random shapes and memory
+
+
+def test_random_shapes_are_the_same_for_a_seed_and_under_the_cap() -> None:
+    caps = {"float32": 1.0, "bfloat16": 0.01}
+    shapes, over = random_shapes.draw(60, 0, caps)
+    assert (shapes, over) == random_shapes.draw(60, 0, caps)
+    assert len(shapes) == 60 and over > 0
+    assert all(shape.gmacs <= caps[shape.dtype] for shape in shapes)
+    for name, most in random_shapes.RANGES.items():
+        assert all(1 <= getattr(shape, name) <= most for shape in shapes)
+    assert {(shape.layers, shape.dtype) for shape in shapes} == {
+        (layers, dtype) for layers in (1, 2) for dtype in caps
+    }
+
+
+def test_multiply_adds_of_two_layers() -> None:
+    shape = random_shapes.Shape(10, 2, 3, 4, 2, "float32")
+    assert shape.gmacs == pytest.approx(10 * 2 * 16 * ((3 + 4) + (4 + 4)) / 1e9)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ensure_process", lambda *_: None)
+    monkeypatch.setattr(machine, "commit", lambda: "abc")
+    monkeypatch.setattr(report, "console", quiet)
+    path = tmp_path / "shapes.json"
+    options = ["--seconds", "0.001", "--cap-fp32", "1e-5", "--cap-bf16", "1e-5", "--threads", "1"]
+    options += ["--json", str(path)]
+    assert random_shapes.main(["--count", "1", *options]) == 0
+    first = json.loads(path.read_text())["results"]
+    assert random_shapes.main(["--count", "2", *options]) == 0
+    assert json.loads(path.read_text())["results"][0] == first[0]
+    assert random_shapes.main(["--count", "1", "--seed", "1", *options]) == 0
+    assert json.loads(path.read_text())["results"] != first
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells peaks")
+def test_memory_growth_is_that_of_one_step() -> None:
+    row = memory.measure((200, 16, 64, 64), "float32", 1)
+    saved = 200 * 16 * 64 * 4 / 1024  # output alone, KiB
+    assert all(growth > saved for growth in row["growth_kib"].values())
+    assert row["ratio"] == row["growth_kib"]["nn.LSTM"] / row["growth_kib"]["ours"]
+
+
+# character model
+
+
+def corpus() -> charlm.Corpus:
+    return charlm.Corpus.of("the cat sat on the mat. " * 800)
+
+
+def test_the_text_is_long_and_english() -> None:
+    text = charlm.english()
+    assert len(text) > 300_000
+    assert text.count("the ") > 1000
+
+
+def test_batches_follow_the_text() -> None:
+    tokens = torch.arange(101)
+    found = list(charlm.batches(tokens, length=4, batch=5))
+    assert len(found) == 5
+    assert torch.equal(torch.cat([x for x, _ in found]), torch.arange(100).view(5, 20).t())
+    assert all(torch.equal(y, x + 1) for x, y in found)
+
+
+def test_both_trainings_agree_and_learn() -> None:
+    text = corpus()
+    theirs, ours = charlm.train_both(text, 25, quiet(), length=8, batch=4, hidden=16)
+    found = charlm.summary(theirs, ours, text)
+    charlm.check_losses(found)
+    assert found["training_steps"] == 25
+    assert found["final_loss"][1] < found["first_loss"][1]
+    assert found["ratio"] > 0
+
+
+@pytest.mark.parametrize("name", charlm.TOLERANCES)
+@pytest.mark.parametrize("ours", [1.1, float("nan")])
+def test_losses_that_differ_are_an_error(name: str, ours: float) -> None:
+    measured: dict[str, Any] = {key: [1.0, 1.0] for key in charlm.TOLERANCES}
+    charlm.check_losses(measured)
+    with pytest.raises(charlm.LossesDisagree, match=name):
+        charlm.check_losses({**measured, name: [1.0, ours]})
+
+
+def test_a_kept_model_comes_back_and_draws_its_gates(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = corpus()
+    training = charlm.Training.start("x", nn.LSTM, text, hidden=16)
+    charlm.save(tmp_path / "model.pt", training.model, text.alphabet)
+    model, alphabet = charlm.load(tmp_path / "model.pt")
+    assert alphabet == text.alphabet and isinstance(model.lstm, seqmem_fast.LSTM)
+    assert charlm.write(model, alphabet, "the", 5).startswith("the")
+    out = tmp_path / "gates.png"
+    assert gates.main(["--checkpoint", str(tmp_path / "model.pt"), "--text", "a cat", "--out",
+                       str(out)]) == 0  # fmt: skip
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+# the commands
+
+
+def test_outside_a_clone_one_sentence_says_where_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site" / "seqmem_fast" / "bench.py"))
+    assert bench.main([]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+
+
+def test_commands_run_the_clone_s_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__main__.py").write_text("")
+    (tmp_path / "its_program.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "seqmem_fast" / "bench.py"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    assert bench.run_in_clone("its_program", ["--full"]) == 3
+    assert capsys.readouterr().out == "['--full']\n"
+    importlib.invalidate_caches()
