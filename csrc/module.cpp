@@ -1,11 +1,12 @@
 // The Python module seqmem_fast._C: what was built, and what runs. Importing it registers the ops.
-#include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <string>
 #include <vector>
+
+#include "common/dispatch.h"
 
 #define SEQMEM_STRING_(x) #x
 #define SEQMEM_STRING(x) SEQMEM_STRING_(x)
@@ -32,15 +33,15 @@ std::vector<std::string> compiled_isas() {
   };
 }
 
-// The kernels' ISA: what ATen found, which honours ATEN_CPU_CAPABILITY, as far as compiled in.
 std::string cpu_capability() {
-  const std::string found = at::get_cpu_capability();
-#if defined(SEQMEM_WITH_AVX512)
-  if (found == "AVX512") return "avx512";
-#endif
-#if defined(SEQMEM_WITH_AVX2)
-  if (found == "AVX512" || found == "AVX2") return "avx2";
-#endif
+  switch (seqmem::isa_in_use()) {
+    case seqmem::Isa::Avx512:
+      return "avx512";
+    case seqmem::Isa::Avx2:
+      return "avx2";
+    case seqmem::Isa::Baseline:
+      break;
+  }
   return "baseline";
 }
 

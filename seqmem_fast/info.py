@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata, util
-from pathlib import Path
 
 import torch
 
@@ -38,7 +37,7 @@ def collect() -> dict[str, str | int]:
         "compiler": build["compiler"],
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": processor(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
         "ISA in use": _C.cpu_capability(),
         "ISA available": ", ".join(available_isas(build["isas"])),
         "ISA compiled": ", ".join(build["isas"]),
@@ -62,13 +61,3 @@ def available_isas(compiled: Sequence[str]) -> list[str]:
         "avx512": ("avx512_f", "avx512_vl", "avx512_bw", "avx512_dq", "fma3"),
     }
     return [isa for isa in compiled if all(has.get(flag, False) for flag in needs[isa])]
-
-
-def processor() -> str:
-    """The processor's name as its maker writes it, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
