@@ -37,7 +37,7 @@ def collect() -> dict[str, str | int]:
         "compiler": build["compiler"],
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "processor": processor(),
         "ISA in use": _C.cpu_capability(),
         "ISA available": ", ".join(available_isas(build["isas"])),
         "ISA compiled": ", ".join(build["isas"]),
@@ -61,3 +61,8 @@ def available_isas(compiled: Sequence[str]) -> list[str]:
         "avx512": ("avx512_f", "avx512_vl", "avx512_bw", "avx512_dq", "fma3"),
     }
     return [isa for isa in compiled if all(has.get(flag, False) for flag in needs[isa])]
+
+
+def processor() -> str:
+    """The processor's name as torch tells it, or else its family."""
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
