@@ -35,12 +35,9 @@ std::vector<std::string> compiled_isas() {
 
 std::string cpu_capability() {
   switch (seqmem::isa_in_use()) {
-    case seqmem::Isa::Avx512:
-      return "avx512";
-    case seqmem::Isa::Avx2:
-      return "avx2";
-    case seqmem::Isa::Baseline:
-      break;
+    case seqmem::Isa::Avx512: return "avx512";
+    case seqmem::Isa::Avx2: return "avx2";
+    case seqmem::Isa::Baseline: break;
   }
   return "baseline";
 }
