@@ -16,6 +16,8 @@ from benchmarks import machine
 from benchmarks.report import SHORT_DTYPE
 
 COLOURS = {"inference": "#2a6f97", "training step": "#e07a3f"}
+FINE = (0.2, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30)
+COARSE = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 MARKS = {"ONNX Runtime": "o", "JAX lax.scan": "^"}
 
 
@@ -69,19 +71,16 @@ def draw(document: Mapping[str, Any]) -> Any:
 def _style(axes: Any, names: list[str], here: Mapping[str, Any]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.85), high * 1.25)
-    ticks = [
-        t
-        for t in (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
-        if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]
-    ]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (FINE if high / low < 30 else COARSE) if low <= tick <= high]
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}×"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dddddd", lw=0.7, zorder=0)

@@ -73,8 +73,9 @@ def commit() -> str | None:
 
 def describe() -> dict[str, Any]:
     """Everything about the machine and the build, ready for JSON."""
+    facts = info.collect()
     return {
-        "cpu": info.processor(),
+        "cpu": facts["processor"],
         "isa": isa_extensions(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "bf16_in_hardware": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -82,7 +83,7 @@ def describe() -> dict[str, Any]:
         "malloc": malloc_regime(),
         "torch": torch.__version__,
         "libc": " ".join(platform.libc_ver()),
-        "info": info.collect(),
+        "info": facts,
         "commit": commit(),
         "load_average": round(os.getloadavg()[0], 2),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -87,7 +87,6 @@ def measure(shape: Sequence[int], dtype: str, threads: int) -> dict[str, Any]:
         "dtype": dtype,
         "threads": threads,
         "growth_kib": kib,
-        "ratio": kib["nn.LSTM"] / kib["ours"],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
 import io
 import json
 import os
@@ -25,6 +25,7 @@ if not (ROOT / "benchmarks" / "__main__.py").is_file():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.append(str(ROOT))  # last, so that an installed seqmem_fast stays the one tested
 
+from benchmarks import __main__ as main_job  # noqa: E402
 from benchmarks import (  # noqa: E402
     bench_lstm,
     charlm,
@@ -293,7 +294,7 @@ def test_memory_growth_is_that_of_one_step() -> None:
     row = memory.measure((200, 16, 64, 64), "float32", 1)
     saved = 200 * 16 * 64 * 4 / 1024  # output alone, KiB
     assert all(growth > saved for growth in row["growth_kib"].values())
-    assert row["ratio"] == row["growth_kib"]["nn.LSTM"] / row["growth_kib"]["ours"]
+    assert set(row["growth_kib"]) == set(memory.SIDES)
 
 
 # character model
@@ -350,6 +351,71 @@ def test_a_kept_model_comes_back_and_draws_its_gates(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+# the main job
+
+
+def test_a_pass_runs_in_a_process_of_its_regime() -> None:
+    found = main_job.rows(1, "M", ["--rows", "LSTMCell B 1,", "--seconds", "0.01"])
+    assert (found["machine"]["malloc"], found["machine"]["threads"]) == ("M", 1)
+    assert {row["row"] for row in found["results"]} == {"LSTMCell B 1, I 64, H 64"}
+    assert all((row["malloc"], row["threads"]) == ("M", 1) for row in found["results"])
+
+
+@pytest.fixture
+def short_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, document: dict[str, Any]
+) -> list[tuple[Any, ...]]:
+    """The main job with little text, a small model, and its passes noted instead of run."""
+    passes: list[tuple[Any, ...]] = []
+
+    def rows(threads: int, regime: str, options: list[str]) -> dict[str, Any]:
+        passes.append((threads, regime, options))
+        return document
+
+    small = functools.partial(charlm.train_both, length=8, batch=4, hidden=16)
+    monkeypatch.setattr(charlm, "english", lambda: "The cat sat on the mat. " * 800)
+    monkeypatch.setattr(charlm, "steps_within", lambda *_: 10)
+    monkeypatch.setattr(charlm, "train_both", small)
+    monkeypatch.setattr(gates, "CHECKPOINT", tmp_path / "charlm.pt")
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "console", quiet)
+    monkeypatch.setattr(memory, "SHAPE", (2, 2, 4, 4))
+    monkeypatch.setattr(main_job, "rows", rows)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    return passes
+
+
+def test_the_main_job_keeps_losses_tables_and_chart(
+    short_job: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    assert main_job.main([]) == 0
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert kept["charlm"]["training_steps"] == 10
+    assert set(charlm.TOLERANCES) <= set(kept["charlm"])
+    assert len(kept["tables"]) == len(kept["memory"]) == 1
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "charlm.pt").is_file()
+    assert [regime for _, regime, _ in short_job] == ["D"]
+
+
+def test_the_full_job_passes_over_threads_and_regimes(
+    short_job: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert main_job.main(["--full"]) == 0
+    passes = [(threads, regime) for threads, regime, _ in short_job]
+    assert passes == [(2, "D"), (2, "M"), (1, "D"), (1, "M")]
+    assert (tmp_path / "bench_full.json").is_file()
+
+
+def test_the_main_job_fails_where_losses_differ(
+    short_job: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(charlm.TOLERANCES, "final_loss", -1.0)
+    assert main_job.main([]) == 1
+    assert not short_job
+
+
 # the commands
 
 
@@ -373,4 +439,3 @@ def test_commands_run_the_clone_s_programs(
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     assert bench.run_in_clone("its_program", ["--full"]) == 3
     assert capsys.readouterr().out == "['--full']\n"
-    importlib.invalidate_caches()
