@@ -39,6 +39,9 @@ from . import lstm_on_chip, lstm_step
 # One tile of the pointwise kernels: 4 elements for each of the 128 threads of a program.
 _TILE = 512
 
+# Whether the compiled module brings the loops over time of the step-by-step route.
+_CPP_STEPS = hasattr(torch.ops.seqmem, "lstm_forward_steps_")
+
 # A cell is the only step of a sequence.
 _ONLY_STEP = {
     "lengths_ptr": None,
@@ -187,6 +190,21 @@ class Rows:
             return None
         return torch.tensor(self.starts, dtype=torch.int64).to(device, non_blocking=True)
 
+    def without_padding(self, input: Tensor) -> Tensor:
+        """The input with zeros beyond `lengths`: dz is 0 there, but 0 * NaN is not."""
+        if self.lengths is None or self.starts is not None:
+            return input
+        time = torch.arange(self.steps, device=input.device)
+        ended = time[:, None] >= self.lengths  # [T, B]
+        return input.masked_fill((ended if self.b_stride == 1 else ended.t())[..., None], 0)
+
+    def listed(self) -> tuple[Any, ...]:
+        """What the loops in C++ take."""
+        times = range(self.steps)
+        starts, sizes = [self.start(t) for t in times], [self.size(t) for t in times]
+        reset = None if self.reset is None else self.reset.view(torch.bool)
+        return self.lengths, reset, starts, sizes, self.b_stride, self.reverse
+
     def arguments(self) -> dict[str, Any]:
         """What every kernel of the sequence takes."""
         return {
@@ -331,7 +349,7 @@ def lstm(
             hy, cy = _forward_by_step(rows, z, weight_hh, weight_hr, biases, hx, cx, saved)
     if cells is None:
         return output.view(*lead, width), hy, cy, input.new_empty(0), input.new_empty(0)
-    return output.view(*lead, width), hy, cy, z.view(*lead, -1), cells.view(*lead, hidden)
+    return output.view(*lead, width), hy, cy, z.view(*lead, 4 * hidden), cells.view(*lead, hidden)
 
 
 def _forward_on_chip(
@@ -392,6 +410,12 @@ def _forward_by_step(
             cut = cut & (rows.lengths > 0)[:, None]
         h.masked_fill_(cut, 0)
         c.masked_fill_(cut, 0)
+    if _CPP_STEPS and z.is_cuda and weight_hr is None:
+        torch.ops.seqmem.lstm_forward_steps_(
+            z, h, c, output, cells, gates is not None, hx is None, weight_hh, *biases,
+            *rows.listed(),
+        )  # fmt: skip
+        return h, c.to(z.dtype)
     full = h if weight_hr is None else z.new_empty(batch, hidden)
     common = rows.arguments()
     if rows.starts is not None:  # every row of a packed step is active
@@ -494,7 +518,7 @@ def lstm_backward(
             (dz @ weight_ih).view(input.shape) if of_input else none,
             none if grad_hx is None else grad_hx,
             none if grad_cx is None else grad_cx,
-            dz.t() @ input.flatten(0, -2) if of_weights else none,
+            dz.t() @ rows.without_padding(input).flatten(0, -2) if of_weights else none,
             grad_weight_hh,
             dz.sum(0) if of_weights and has_bias else none,
             grad_weight_hr,
@@ -554,9 +578,41 @@ def _backward_by_step(
     d_c = dz.new_zeros(batch, hidden, dtype=_wide(dz.dtype))
     if grads.cy is not None:
         d_c.copy_(grads.cy)
+    grad_p = None if weight_hr is None else dz.new_empty(dz.shape[0], width)
+    if _CPP_STEPS and dz.is_cuda and weight_hr is None:
+        torch.ops.seqmem.lstm_backward_steps_(
+            dz, d_c, grads.output, grads.hy, grads.gates, grads.cells, weight_hh, cx, gates, cells,
+            *rows.listed(),
+        )  # fmt: skip
+    else:
+        _step_back(rows, grads, weight_hh, weight_hr, cx, gates, cells, dz, d_c, grad_p)
+    if not of_state:
+        return None, None, grad_p
+    grad_hx = dz[rows.first_rows(dz.device)] @ weight_hh
+    if rows.reset is not None and not rows.reverse:
+        grad_hx.masked_fill_(rows.at(rows.reset.view(-1, 1), 0) != 0, 0)
+    if rows.lengths is not None:
+        kept = torch.zeros_like(grad_hx) if grads.hy is None else grads.hy
+        grad_hx = torch.where((rows.lengths == 0)[:, None], kept, grad_hx)
+    return grad_hx, d_c.to(dz.dtype), grad_p
+
+
+def _step_back(
+    rows: Rows,
+    grads: Grads,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    cx: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dz: Tensor,
+    d_c: Tensor,
+    grad_p: Tensor | None,
+) -> None:
+    """The loop back over time: fills dz and grad_p, and takes d_c from cy to cx."""
+    batch, hidden, width = rows.batch, weight_hh.shape[0] // 4, weight_hh.shape[1]
     from_next = dz.new_empty(batch, width)
     full = from_next if weight_hr is None else dz.new_empty(batch, hidden)
-    grad_p = None if weight_hr is None else dz.new_empty(dz.shape[0], width)
     common = rows.arguments()
     order = rows.order()[::-1]
     for count, t in enumerate(order):
@@ -598,15 +654,6 @@ def _backward_by_step(
             ACC=_acc(dz.dtype),
             **where,
         )
-    if not of_state:
-        return None, None, grad_p
-    grad_hx = dz[rows.first_rows(dz.device)] @ weight_hh
-    if rows.reset is not None and not rows.reverse:
-        grad_hx.masked_fill_(rows.at(rows.reset.view(-1, 1), 0) != 0, 0)
-    if rows.lengths is not None:
-        kept = torch.zeros_like(grad_hx) if grads.hy is None else grads.hy
-        grad_hx = torch.where((rows.lengths == 0)[:, None], kept, grad_hx)
-    return grad_hx, d_c.to(dz.dtype), grad_p
 
 
 def _launch_step(kernel: Any, batch: int, width: int, **arguments: Any) -> None:

@@ -1,0 +1,12 @@
+// Just enough of CUDA to run csrc/cuda on the CPU: every thread of a launch in turn. Right only for
+// kernels without shared memory and barriers, which the LSTM's are.
+#pragma once
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};

@@ -1,0 +1,223 @@
+"""The LSTM's CUDA C++: it compiles for every GPU we name, and its arithmetic and loops are right.
+
+Two checks need no GPU: nvcc's own report for each architecture, and the same sources compiled by
+the C++ compiler against a stand-in for CUDA (tests/cuda_on_cpu) that runs every thread in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from seqmem_fast.reference import lstm as reference
+
+ROOT = Path(__file__).parents[1]
+KERNEL = ROOT / "csrc" / "cuda" / "lstm_kernel.cu"
+STAND_IN = Path(__file__).parent / "cuda_on_cpu"
+TYPES = {"ff": "float", "dd": "double", "6__halfS3_": "half", "13__nv_bfloat16S3_": "bfloat16"}
+TYPES |= {"6__halff": "half, c float", "13__nv_bfloat16f": "bfloat16, c float"}
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+SIZES = [(5, torch.float32), *((8, dtype) for dtype in TOLERANCES)]  # single units, vectors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_compiles_without_spills(
+    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode", target]
+    done = subprocess.run(
+        [*command, str(KERNEL), "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    found = re.findall(
+        r"Compiling entry function '\S*?(forward|backward)_kernelI(\S*?)Li(\d)EEEv.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert len(found) == 24  # 2 directions, 6 pairs of types, vectors and single elements
+    with capsys.disabled():
+        print(f"\nsm_{arch}: registers / spilled bytes")
+        for name, types, width, _, stores, loads, registers in found:
+            kernel = f"{name}<{TYPES[types]}> x{width}"
+            print(f"  {kernel:32} {registers:>4} / {int(stores) + int(loads)}")
+    assert all(stack == stores == loads == "0" for *_, stack, stores, loads, _ in found)
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA sources on the CPU."""
+    library = tmp_path_factory.mktemp("cuda_on_cpu") / "lstm.so"
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{STAND_IN}"]
+    headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
+    command = [*compiler, *flags, *headers, str(STAND_IN / "lstm.cpp"), *libraries]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(str(library))
+    return torch.ops.seqmem_cuda_on_cpu
+
+
+def widened(a: Tensor | None) -> Tensor | None:
+    return None if a is None else a.to(torch.float64, copy=True).requires_grad_()
+
+
+def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
+    ours, right = ours.detach().double(), right.detach()
+    assert ours.shape == right.shape
+    error = (ours - right).norm() / right.norm().clamp_min(1e-30)
+    assert error <= factor * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("hidden, dtype", SIZES)
+@pytest.mark.parametrize("name", ["plain", "zero_state", "no_bias"])
+def test_cell(ops: Any, name: str, hidden: int, dtype: torch.dtype) -> None:
+    samples = reference.cell_sample_inputs(dtype=dtype, sizes=(3, 4, hidden))
+    x, state, *weights = next(s.args for s in samples if s.name == name)
+    h, c = state or (None, None)
+    # the reference, in float64, as a sequence of one step, which has the gates as well
+    wide_x, wide_h, wide_c = widened(x), widened(h), widened(c)
+    wide = [widened(w) for w in weights]
+    wide_state = None if h is None else (wide_h, wide_c)
+    _, (hy, cy), gates, _ = reference.lstm_trace(wide_x[None], wide_state, *wide)
+    right = (hy, cy, gates[0])
+
+    ours = ops.lstm_cell(x, h, c, *weights, True)
+    for a, b in zip(ours, right, strict=True):
+        assert_near(a, b, dtype)
+    without = ops.lstm_cell(x, h, c, *weights, False)
+    assert torch.equal(ours[0], without[0]) and torch.equal(ours[1], without[1])
+    assert without[2].shape == (0,)
+
+    seeds = [torch.randn_like(a) for a in ours]
+    saved = [a.detach().to(dtype) for a in right]
+    has_bias = weights[2] is not None
+    grads = ops.lstm_cell_backward(
+        *seeds, x, h, c, *weights[:2], saved[2], saved[1], has_bias, [True, h is not None, True]
+    )
+    loss = sum((a * b.double()).sum() for a, b in zip(right, seeds, strict=True))
+    leaves = (wide_x, wide_h, wide_c, wide[0], wide[1], wide[2])
+    expected = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if leaf is None:
+            assert grad.numel() == 0 or not grad.any()
+        else:
+            assert_near(grad, next(expected), dtype, 5)
+
+
+def test_cell_computes_what_is_asked_for(ops: Any) -> None:
+    x, state, *weights = next(iter(reference.cell_sample_inputs())).args
+    hy, cy, gates = ops.lstm_cell(x, *state, *weights, True)
+    ones = torch.ones_like(hy)
+    fixed = (x, *state, *weights[:2], gates, cy, True)
+    whole = ops.lstm_cell_backward(ones, None, None, *fixed, [True] * 3)
+    owner = (0, 1, 1, 2, 2, 2)
+    for wanted in range(3):
+        mask = [k == wanted for k in range(3)]
+        part = ops.lstm_cell_backward(ones, None, None, *fixed, mask)
+        for k, (a, b) in enumerate(zip(part, whole, strict=True)):
+            assert torch.equal(a, b) if owner[k] == wanted else a.shape == (0,)
+
+
+def sequence(kind: str, batch_first: bool, reverse: bool, hidden: int, dtype: torch.dtype) -> Any:
+    """Arguments of the reference and the (starts, sizes, row stride) of its rows."""
+    steps, batch, width = 4, 3, 4
+    samples = reference.sample_inputs(dtype=dtype, sizes=(steps, batch, width, hidden))
+    x, state, *weights = next(s.args for s in samples if s.name == "plain")
+    options: dict[str, Any] = {"reverse": reverse}
+    starts, sizes, stride = [t * batch for t in range(steps)], [batch] * steps, 1
+    if kind == "packed":
+        options["batch_sizes"] = torch.tensor([3, 2, 2, 1])
+        starts, sizes = [0, 3, 5, 7], [3, 2, 2, 1]
+        x = x.flatten(0, 1)[:8]
+    if "lengths" in kind:
+        options["lengths"] = torch.tensor([2, 0, 4])
+    if "reset" in kind:
+        options["reset"] = torch.rand(steps, batch) < 0.5
+    if batch_first:
+        x, options["batch_first"] = x.transpose(0, 1).contiguous(), True
+        starts, sizes, stride = list(range(steps)), [batch] * steps, steps
+        if "reset" in kind:
+            options["reset"] = options["reset"].t().contiguous()
+    return (x, state, weights[:4]), options, (starts, sizes, stride)
+
+
+@pytest.mark.parametrize("hidden, dtype", SIZES)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "kind, batch_first",
+    [
+        ("plain", False),
+        ("plain", True),
+        ("lengths", False),
+        ("reset", False),
+        ("packed", False),
+        ("lengths and reset", True),
+    ],
+)
+def test_steps(
+    ops: Any, kind: str, batch_first: bool, reverse: bool, hidden: int, dtype: torch.dtype
+) -> None:
+    (x, state, weights), options, layout = sequence(kind, batch_first, reverse, hidden, dtype)
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    wide_x, wide_h, wide_c = widened(x), widened(state[0]), widened(state[1])
+    output, (hy, cy), gates, cells = reference.lstm_trace(
+        wide_x, (wide_h, wide_c), *map(widened, weights), **options
+    )
+
+    lengths = torch.tensor([4, 3, 1]) if kind == "packed" else options.get("lengths")
+    tail = (lengths, options.get("reset"), *layout, reverse)
+    wide_c_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    z = x.flatten(0, -2) @ weight_ih.t()
+    h, c = state[0].clone(), state[1].to(wide_c_dtype, copy=True)
+    if not reverse and "reset" in kind:  # as the launcher does before the first step
+        start = options["reset"][:, 0] if batch_first else options["reset"][0]
+        ended = options["lengths"] == 0 if "lengths" in kind else torch.zeros(3, dtype=torch.bool)
+        h[start & ~ended], c[start & ~ended] = 0, 0
+    rows = (
+        torch.empty(z.shape[0], hidden, dtype=dtype),
+        torch.empty(z.shape[0], hidden, dtype=dtype),
+    )
+    ops.lstm_forward_steps_(z, h, c, *rows, True, False, weight_hh, bias_ih, bias_hh, *tail)
+    for ours, right in zip(
+        (rows[0], h, c, z, rows[1]), (output, hy, cy, gates, cells), strict=True
+    ):
+        right = right if right.dim() == 2 else right.flatten(0, 1)
+        assert_near(ours, right, dtype)
+
+    seeds = [torch.randn_like(a).to(dtype) for a in (output, hy, cy, gates, cells)]
+    flat = [a if a.dim() == 2 else a.flatten(0, 1) for a in seeds]
+    values = (output, hy, cy, gates, cells)
+    loss = sum((a * b.double()).sum() for a, b in zip(values, seeds, strict=True))
+    grad_x, grad_cx = torch.autograd.grad(loss, (wide_x, wide_c))
+    dz, d_c = torch.empty_like(z), flat[2].to(wide_c_dtype, copy=True)
+    saved = [a.detach().to(dtype).reshape(z.shape[0], -1) for a in (gates, cells)]
+    ops.lstm_backward_steps_(
+        dz, d_c, flat[0], flat[1], flat[3], flat[4], weight_hh, state[1], *saved, *tail
+    )
+    assert_near(dz.double() @ weight_ih.double(), grad_x.reshape(z.shape[0], -1), dtype, 5)
+    assert_near(d_c, grad_cx, dtype, 5)
+
+
+def test_many_blocks(ops: Any) -> None:
+    """More rows and units than one block of threads takes."""
+    x, weight_ih, weight_hh = torch.randn(67, 3), torch.randn(4 * 523, 3), torch.randn(4 * 523, 523)
+    ours = ops.lstm_cell(x, None, None, weight_ih, weight_hh, None, None, False)
+    right = reference.lstm_cell(x.double(), None, weight_ih.double(), weight_hh.double())
+    for a, b in zip(ours[:2], right, strict=True):
+        assert_near(a, b, torch.float32)
