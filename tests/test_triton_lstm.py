@@ -1,0 +1,323 @@
+"""The LSTM on GPU: its Triton kernels interpreted, compiled ahead of time, and run where one is.
+
+The interpreter's tests are in triton_lstm_interpreted.py and run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import seqmem_fast as sf
+from seqmem_fast.reference import lstm as reference
+
+HERE = Path(__file__).parent
+# cuBLAS asks for this under deterministic algorithms, which every test runs with.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture
+def triton() -> Any:
+    return pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+def test_in_the_interpreter(triton: Any) -> None:
+    file = HERE / "triton_lstm_interpreted.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seqmem_fast import _triton
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("seqmem_fast._triton.")]:
+        monkeypatch.delitem(sys.modules, name)
+    kernel = _triton._on_first_call("seqmem::lstm", "lstm", "lstm")
+    with pytest.raises(RuntimeError, match=r"pip install seqmem_fast\[triton\]"):
+        kernel()
+
+
+@pytest.mark.parametrize("op", ["lstm", "lstm_backward", "lstm_cell", "lstm_cell_backward"])
+def test_every_op_has_a_cuda_kernel(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqmem::{op}", "CUDA")
+
+
+# ---- ahead of time ------------------------------------------------------------------------------
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+STEP = {"BLOCK_B": 4, "BLOCK_H": 128}
+# label: storage, padded H, tensor cores, precision, warps: as on_chip_plan chooses them
+ON_CHIP = {
+    "fp32 H 64": ("fp32", 64, False, "ieee", 8),
+    "fp32 H 64 TF32": ("fp32", 64, True, "tf32", 8),
+    "bf16 H 64": ("bf16", 64, False, "ieee", 8),
+    "bf16 H 64 dot": ("bf16", 64, True, "ieee", 4),
+    "bf16 H 128 dot": ("bf16", 128, True, "ieee", 8),
+}
+# What a block may have: 48 kB is there on every GPU, 163 kB on sm_80, 64 kB on gfx942.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+def compiled(kernel: Any, storage: str, target: str, warps: int, **constants: Any) -> Any:
+    """The kernel with every optional argument given but offsets_ptr, for one target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    fixed = {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
+    if constants.get("DOT") is False:
+        fixed["w_ptr"] = "*fp32"
+    signature, values, attributes = {}, {}, {}
+    for k, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants or name == "offsets_ptr":
+            signature[name], values[(k,)] = "constexpr", constants.get(name)
+        elif name.endswith("_ptr"):
+            signature[name] = fixed.get(name, f"*{storage}")
+            attributes[(k,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name in ("H", "width"):
+                attributes[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": warps, "num_stages": 1}
+    return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def resources(kernel: Any, target: str) -> tuple[int, int, int]:
+    """Registers a thread, shared memory a block, bytes (AMD: registers) a thread that spill."""
+    if target == "gfx942":
+        text = kernel.asm["amdgcn"]
+        counts = (
+            re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        registers, spilled = (int(found[1]) for found in counts if found)
+        return registers, kernel.metadata.shared, spilled
+    import triton.backends.nvidia as backend
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), kernel.metadata.shared, int(found[2]) + int(found[3])
+
+
+def report(
+    capsys: pytest.CaptureFixture[str], target: str, rows: dict[str, tuple[int, int, int]]
+) -> None:
+    with capsys.disabled():
+        print(f"\n{target}: registers, shared bytes, spilled")
+        for label, row in rows.items():
+            print(f"  {label:36} {row[0]:>4} {row[1]:>7} {row[2]:>3}")
+    assert all(spilled == 0 for *_, spilled in rows.values())
+    assert all(shared <= SHARED_LIMIT[target] for _, shared, _ in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_on_chip_kernels_compile(
+    triton: Any, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from seqmem_fast._triton import lstm_on_chip
+
+    rows = {}
+    for label, (storage, block_h, dot, precision, warps) in ON_CHIP.items():
+        if precision == "tf32" and target == "gfx942":
+            continue  # on_chip_plan never asks for it there
+        for way in ("forward", "backward"):
+            kernel = compiled(
+                getattr(lstm_on_chip, f"lstm_{way}_on_chip"),
+                storage,
+                target,
+                warps,
+                BLOCK_B=16 if dot else 1,
+                BLOCK_H=block_h,
+                DOT=dot,
+                PRECISION=precision,
+            )
+            rows[f"{way} {label}"] = resources(kernel, target)
+    report(capsys, target, rows)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_step_kernels_compile(triton: Any, target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import triton.language as tl
+
+    from seqmem_fast._triton import lstm_step
+
+    rows = {}
+    for storage, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
+        for name, constants in (
+            ("lstm_forward_step", {"PROJECTED": False, "ACC": acc}),
+            ("lstm_backward_step", {"PROJECTED": False, "ACC": acc}),
+            ("lstm_gather_grad_projected", {"ACC": acc}),
+            ("lstm_store_projected", {}),
+            ("lstm_entering_state", {}),
+        ):
+            kernel = compiled(getattr(lstm_step, name), storage, target, 4, **STEP, **constants)
+            rows[f"{name} {storage}"] = resources(kernel, target)
+    report(capsys, target, rows)
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# H for every route: multiply-adds, their largest, tensor cores on 16 bits, step by step
+HIDDEN = [5, 64, 100, 200]
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def leaves(args: Any, device: str, dtype: torch.dtype) -> Any:
+    if isinstance(args, (tuple, list)):
+        return tuple(leaves(a, device, dtype) for a in args)
+    if isinstance(args, Tensor) and args.is_floating_point():
+        return args.detach().to(device, dtype, copy=True).requires_grad_()
+    return args
+
+
+def flat(args: Any) -> list[Tensor]:
+    if isinstance(args, (tuple, list)):
+        return [a for item in args for a in flat(item)]
+    return [args] if isinstance(args, Tensor) else []
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("batch", [3, 600])  # 600 rows turn 16-bit storage to tensor cores
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_gpu_agrees_with_float64(dtype: torch.dtype, hidden: int, batch: int) -> None:
+    for sample in reference.sample_inputs(dtype=dtype, sizes=(6, batch, 7, hidden)):
+        on_gpu = leaves(sample.args, "cuda", dtype)
+        right = leaves(sample.args, "cpu", torch.float64)
+        options = {
+            key: value.cuda() if key in ("reset", "lengths") else value
+            for key, value in sample.kwargs.items()
+        }
+        ours = flat(sf.ops.lstm_trace(*on_gpu, **options))
+        theirs = flat(reference.lstm_trace(*right, **sample.kwargs))
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative(a, b) <= BOUNDS[dtype], sample.name
+        seeds = [torch.randn_like(b) for b in theirs]
+        torch.autograd.backward(theirs, seeds)
+        torch.autograd.backward(ours, [s.to("cuda", dtype) for s in seeds])
+        for a, b in zip(flat(on_gpu), flat(right), strict=True):
+            assert a.grad is not None and b.grad is not None
+            assert relative(a.grad, b.grad) <= 10 * BOUNDS[dtype], sample.name
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_gpu_cell_agrees_with_the_cpu(hidden: int, dtype: torch.dtype) -> None:
+    for sample in reference.cell_sample_inputs(dtype=dtype, sizes=(9, 7, hidden)):
+        on_gpu, on_cpu = leaves(sample.args, "cuda", dtype), leaves(sample.args, "cpu", dtype)
+        ours, theirs = sf.ops.lstm_cell(*on_gpu), sf.ops.lstm_cell(*on_cpu)
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative(a, b) <= BOUNDS[dtype], sample.name
+        seeds = [torch.randn_like(b) for b in theirs]
+        torch.autograd.backward(theirs, seeds)
+        torch.autograd.backward(ours, [s.cuda() for s in seeds])
+        for a, b in zip(flat(on_gpu), flat(on_cpu), strict=True):
+            assert a.grad is not None and b.grad is not None
+            assert relative(a.grad, b.grad) <= 10 * BOUNDS[dtype], sample.name
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("hidden", [32, 64, 256])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gpu_agrees_with_cudnn(hidden: int, bidirectional: bool) -> None:
+    options = {"num_layers": 2, "bidirectional": bidirectional, "batch_first": True}
+    theirs = nn.LSTM(24, hidden, **options).cuda()
+    ours = sf.LSTM(24, hidden, **options).cuda()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(8, 40, 24, device="cuda")
+    y = x.clone().requires_grad_()
+    x.requires_grad_()
+    (a, (ah, ac)), (b, (bh, bc)) = theirs(x), ours(y)
+    for p, q in ((a, b), (ah, bh), (ac, bc)):
+        assert relative(q, p) <= 1e-5
+    a.square().mean().backward()
+    b.square().mean().backward()
+    assert relative(y.grad, x.grad) <= 1e-4
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert relative(q.grad, p.grad) <= 1e-4
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("hidden", [64, 200])
+def test_gpu_same_bits_every_time(hidden: int) -> None:
+    module = sf.LSTM(16, hidden).cuda()
+    x = torch.randn(50, 33, 16, device="cuda")
+    seen = []
+    for _ in range(3):
+        module.zero_grad()
+        module(x)[0].sum().backward()
+        seen.append([module(x)[0].detach(), *(p.grad.clone() for p in module.parameters())])
+    for again in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, seen[0], strict=True))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("hidden", [64, 200])
+def test_gpu_streams_and_graphs(hidden: int) -> None:
+    """No hidden synchronisation or default stream: a call can be captured and replayed."""
+    module = sf.LSTM(16, hidden).cuda().eval()
+    x = torch.randn(20, 4, 16, device="cuda")
+    with torch.inference_mode():
+        expected = module(x)[0]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            assert torch.equal(module(x)[0], expected)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = module(x)[0]
+        x.mul_(0.5)
+        graph.replay()
+        assert torch.equal(captured, module(x)[0])
+
+
+@gpu
+@needs_gpu
+def test_gpu_autocast_and_compile() -> None:
+    module = sf.LSTM(16, 64).cuda()
+    x = torch.randn(20, 4, 16, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        output, _ = module(x)
+    assert output.dtype == torch.bfloat16 and relative(output, module(x)[0]) <= 5e-2
+    whole = torch.compile(module, fullgraph=True)
+    assert relative(whole(x)[0], module(x)[0]) <= 1e-6

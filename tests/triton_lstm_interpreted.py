@@ -1,0 +1,224 @@
+"""The Triton LSTM on CPU tensors; run by test_triton_lstm.py in a process of its own.
+
+Triton must see TRITON_INTERPRET=1 before it is first imported, so this is no file for the main run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import seqmem_fast
+from seqmem_fast._triton import common
+from seqmem_fast._triton import lstm as launchers
+from seqmem_fast._triton.lstm import OnChipPlan
+from seqmem_fast.reference import lstm as reference
+
+assert seqmem_fast.__version__
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+SIZES = (3, 3, 2, 5)  # T, B, I, H: no power of two in sight
+
+ROUTES = {
+    "step": None,
+    "multiply-add": OnChipPlan(1, 16, False, "ieee", 4),
+    "dot": OnChipPlan(16, 16, True, "ieee", 4),
+}
+# Triton's interpreter multiplies the bit patterns of bfloat16, so its dot is tried in the others.
+RUNS = [
+    ("step", torch.float32), ("step", torch.float64), ("multiply-add", torch.float32),
+    ("dot", torch.float32),
+]  # fmt: skip
+SIXTEEN_BITS = [
+    ("step", torch.bfloat16), ("step", torch.float16), ("multiply-add", torch.bfloat16),
+    ("multiply-add", torch.float16), ("dot", torch.float16),
+]  # fmt: skip
+
+
+@pytest.fixture
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(launchers, "on_chip_plan", lambda *_: ROUTES[request.param])
+    return str(request.param)
+
+
+def widened(a: Tensor | None) -> Tensor | None:
+    return None if a is None else a.to(torch.float64, copy=True).requires_grad_()
+
+
+def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
+    ours, right = ours.detach().double(), right.detach()
+    assert ours.shape == right.shape
+    error = (ours - right).norm() / right.norm().clamp_min(1e-30)
+    assert error <= factor * TOLERANCES[dtype]
+
+
+def samples(dtype: torch.dtype, projected: bool, batch: int = 3) -> Iterator[Any]:
+    for sample in reference.sample_inputs(dtype=dtype, sizes=(3, batch, 2, 5)):
+        if projected or sample.args[6] is None:
+            yield sample
+        if sample.name == "all_padded":  # again, so that the on-chip routes meet it too
+            x, (_, c), weight_ih, _, *biases, _ = sample.args
+            weight_hh = torch.randn(20, 5).to(dtype)
+            args = (x, (torch.randn_like(c), c), weight_ih, weight_hh, *biases, None)
+            yield reference.Sample("padded_unprojected", args, sample.kwargs)
+
+
+def check(sample: Any, dtype: torch.dtype, poison: bool = False) -> None:
+    x, state, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = sample.args
+    names = ("lengths", "reset", "batch_sizes", "batch_first", "reverse")
+    defaults = dict(zip(names, (None, None, None, False, False), strict=True))
+    options = {**defaults, **sample.kwargs}
+    if poison and options["lengths"] is not None:  # what the padding holds does not matter
+        x = x.clone()
+        padded = x if options["batch_first"] else x.transpose(0, 1)
+        for b, length in enumerate(options["lengths"]):
+            padded[b, length:] = float("nan")
+    h, c = (None, None) if state is None else state
+    wide_x, wide_h, wide_c = widened(x), widened(h), widened(c)
+    wide = [widened(w) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)]
+    wide_state = None if h is None else (wide_h, wide_c)
+    output, (hy, cy), gates, cells = reference.lstm_trace(wide_x, wide_state, *wide, **options)
+    right = (output, hy, cy, gates, cells)
+
+    tail = tuple(options.values())
+    ours = launchers.lstm(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *tail, True)
+    for a, b in zip(ours, right, strict=True):
+        assert a.dtype == dtype
+        assert_near(a, b, dtype)
+
+    seeds = [torch.randn_like(a).to(dtype) for a in right]
+    lengths, reset, batch_sizes, *flags = tail
+    grads = launchers.lstm_backward(
+        *seeds, x, h, c, weight_ih, weight_hh, weight_hr, lengths, reset, batch_sizes,
+        *(right[k].detach().to(dtype) for k in (0, 3, 4)), bias_ih is not None, *flags,
+        [True, h is not None, True],
+    )  # fmt: skip
+    loss = sum((a * b.double()).sum() for a, b in zip(right, seeds, strict=True))
+    leaves = (wide_x, wide_h, wide_c, wide[0], wide[1], wide[2], wide[4])
+    expected = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if leaf is None:
+            assert grad.shape == (0,)
+        else:
+            assert_near(grad, next(expected), dtype, 5)
+
+
+@pytest.mark.parametrize("route, dtype", RUNS, indirect=["route"])
+def test_every_option(route: str, dtype: torch.dtype) -> None:
+    batch = 2 if route == "multiply-add" else 3  # one program a row is slow to interpret
+    for sample in samples(dtype, projected=route == "step", batch=batch):
+        check(sample, dtype, poison=True)
+
+
+@pytest.mark.parametrize("route, dtype", SIXTEEN_BITS, indirect=["route"])
+def test_storage_of_16_bits(route: str, dtype: torch.dtype) -> None:
+    check(next(iter(samples(dtype, projected=False))), dtype)
+
+
+@pytest.mark.parametrize("route", ["step", "dot"], indirect=True)
+def test_more_than_one_block(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, batch = (130, 6) if route == "step" else (20, 18)
+    if route == "dot":
+        plan = OnChipPlan(16, 32, True, "ieee", 4)
+        monkeypatch.setattr(launchers, "on_chip_plan", lambda *_: plan)
+    check(next(reference.sample_inputs(sizes=(2, batch, 3, hidden))), torch.float32)
+
+
+@pytest.mark.parametrize("route", ROUTES, indirect=True)
+def test_gates_kept_or_not_and_no_rows(route: str) -> None:
+    x, (h, c), *weights = next(reference.sample_inputs(sizes=SIZES)).args
+    tail = (None, None, None, False, False)
+    kept = launchers.lstm(x, h, c, *weights, *tail, True)
+    dropped = launchers.lstm(x, h, c, *weights, *tail, False)
+    for a, b in zip(kept[:3], dropped[:3], strict=True):
+        assert torch.equal(a, b)
+    assert dropped[3].shape == dropped[4].shape == (0,)
+    empty = launchers.lstm(x[:, :0], h[:0], c[:0], *weights, *tail, True)
+    assert [tuple(a.shape) for a in empty] == [(3, 0, 5), (0, 5), (0, 5), (3, 0, 20), (3, 0, 5)]
+    grads = launchers.lstm_backward(
+        None, None, None, None, None, x[:, :0], h[:0], c[:0], *weights[:2], None, *tail[:3],
+        empty[0], empty[3], empty[4], True, False, False, [True] * 3,
+    )  # fmt: skip
+    assert grads[0].shape == (3, 0, 2) and not grads[3].any() and not grads[5].any()
+
+
+@pytest.mark.parametrize("route", ROUTES, indirect=True)
+def test_nothing_leaves_its_row(route: str) -> None:
+    """A NaN in one row of input and state, and a state behind a reset."""
+    x, (h, c), *weights = next(reference.sample_inputs(sizes=SIZES)).args
+    reset = torch.zeros(3, 3, dtype=torch.bool)
+    reset[0, 2] = True
+    tail = (None, reset, None, False, False, True)
+    clean = launchers.lstm(x, h, c, *weights, *tail)
+    x, h, c = x.clone(), h.clone(), c.clone()
+    x[:, 1] = h[1] = c[1] = h[2] = c[2] = float("nan")
+    for a, b in zip(launchers.lstm(x, h, c, *weights, *tail), clean, strict=True):
+        rows = [0, 2]
+        assert torch.equal(a[..., rows, :], b[..., rows, :])
+        assert a[..., 1, :].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "zero_state", "no_bias"])
+def test_cell(name: str, dtype: torch.dtype) -> None:
+    cells = reference.cell_sample_inputs(dtype=dtype, sizes=(3, 4, 5))
+    x, state, *weights = next(s.args for s in cells if s.name == name)
+    h, c = state or (None, None)
+    wide_x, wide_h, wide_c = widened(x), widened(h), widened(c)
+    wide = [widened(w) for w in weights]
+    wide_state = None if h is None else (wide_h, wide_c)
+    _, (hy, cy), gates, _ = reference.lstm_trace(wide_x[None], wide_state, *wide)
+    right = (hy, cy, gates[0])
+    ours = launchers.lstm_cell(x, h, c, *weights, True)
+    for a, b in zip(ours, right, strict=True):
+        assert_near(a, b, dtype)
+    seeds = [torch.randn_like(a) for a in ours]
+    saved = [a.detach().to(dtype) for a in right]
+    grads = launchers.lstm_cell_backward(
+        *seeds, x, h, c, *weights[:2], saved[2], saved[1], weights[2] is not None,
+        [True, h is not None, True],
+    )  # fmt: skip
+    loss = sum((a * b.double()).sum() for a, b in zip(right, seeds, strict=True))
+    leaves = (wide_x, wide_h, wide_c, wide[0], wide[1], wide[2])
+    expected = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if leaf is not None:
+            assert_near(grad, next(expected), dtype, 5)
+
+
+def test_arguments_are_checked_first() -> None:
+    x, (h, c), *weights = next(reference.sample_inputs(sizes=SIZES)).args
+    with pytest.raises(ValueError, match="expected hx of shape"):
+        launchers.lstm(x, h[:2], c, *weights, None, None, None, False, False, False)
+    with pytest.raises(ValueError, match="expected hx of shape"):
+        launchers.lstm_cell(x[0], h[:2], c, *weights[:4], False)
+
+
+@triton.jit
+def _apply(x_ptr, sigmoid_ptr, tanh_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    tl.store(sigmoid_ptr + at, common.sigmoid(x))
+    tl.store(tanh_ptr + at, common.tanh(x))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 4e-7), (torch.float64, 1e-15)])
+def test_gate_maths(dtype: torch.dtype, bound: float) -> None:
+    size = 1 << 14
+    magnitude = torch.logspace(-30, 2.5, size // 2, dtype=torch.float64)
+    x = torch.cat((magnitude, -magnitude)).to(dtype)
+    sigmoid, tanh = torch.empty_like(x), torch.empty_like(x)
+    _apply[(1,)](x, sigmoid, tanh, N=size)
+    for ours, right in ((sigmoid, x.double().sigmoid()), (tanh, x.double().tanh())):
+        least = 1e8 * torch.finfo(dtype).tiny  # below, exp(-x) overflows before its inverse ends
+        assert ((ours.double() - right).abs() / right.abs().clamp_min(least)).max() <= bound
+    edge = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
+    sigmoid, tanh = torch.empty_like(edge), torch.empty_like(edge)
+    _apply[(1,)](edge, sigmoid, tanh, N=4)
+    assert torch.equal(sigmoid[1:], torch.tensor([1, 0, 0.5], dtype=dtype)) and sigmoid[0].isnan()
+    assert torch.equal(tanh[1:], torch.tensor([1, -1, 0], dtype=dtype)) and tanh[0].isnan()
