@@ -26,29 +26,17 @@ using cuda::Storage;
 
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble:
-      return Storage::Double;
-    case at::kBFloat16:
-      return Storage::BFloat16;
-    case at::kHalf:
-      return Storage::Half;
-    default:
-      return Storage::Float;
+    case at::kDouble: return Storage::Double;
+    case at::kBFloat16: return Storage::BFloat16;
+    case at::kHalf: return Storage::Half;
+    default: return Storage::Float;
   }
 }
 
-Tensor dense(const OptionalTensor& t) {
-  return t.has_value() ? t->contiguous() : Tensor();
-}
-const void* read(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr() : nullptr;
-}
-void* write(const Tensor& t) {
-  return t.defined() ? t.mutable_data_ptr() : nullptr;
-}
-cudaStream_t stream() {
-  return c10::cuda::getCurrentCUDAStream().stream();
-}
+Tensor dense(const OptionalTensor& t) { return t.has_value() ? t->contiguous() : Tensor(); }
+const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_cuda(const Tensor& input, const OptionalTensor& hx,
                                                   const OptionalTensor& cx, const Tensor& weight_ih,

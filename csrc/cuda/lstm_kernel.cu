@@ -25,18 +25,10 @@ struct Arithmetic<double> {
   using type = double;
 };
 
-__device__ float widen(float x) {
-  return x;
-}
-__device__ double widen(double x) {
-  return x;
-}
-__device__ float widen(__half x) {
-  return __half2float(x);
-}
-__device__ float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
+__device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <class T>
 __device__ T narrow(typename Arithmetic<T>::type x) {
@@ -51,18 +43,10 @@ __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16(x);
 }
 
-__device__ float exponential(float x) {
-  return expf(x);
-}
-__device__ double exponential(double x) {
-  return exp(x);
-}
-__device__ float tangent(float x) {
-  return tanhf(x);
-}
-__device__ double tangent(double x) {
-  return tanh(x);
-}
+__device__ float exponential(float x) { return expf(x); }
+__device__ double exponential(double x) { return exp(x); }
+__device__ float tangent(float x) { return tanhf(x); }
+__device__ double tangent(double x) { return tanh(x); }
 
 template <class A>
 __device__ A sigmoid(A x) {
@@ -78,8 +62,7 @@ template <int Width, class T, class A>
 __device__ void read(A (&to)[Width], const void* from, int64_t at) {
   const auto vector = *reinterpret_cast<const Vector<T, Width>*>(static_cast<const T*>(from) + at);
 #pragma unroll
-  for (int k = 0; k < Width; ++k)
-    to[k] = widen(vector.lane[k]);
+  for (int k = 0; k < Width; ++k) to[k] = widen(vector.lane[k]);
 }
 
 // Adds where the pointer is given.
@@ -89,8 +72,7 @@ __device__ void add(A (&to)[Width], const void* from, int64_t at) {
   A more[Width];
   read<Width, T>(more, from, at);
 #pragma unroll
-  for (int k = 0; k < Width; ++k)
-    to[k] += more[k];
+  for (int k = 0; k < Width; ++k) to[k] += more[k];
 }
 
 template <int Width, class T, class A>
@@ -98,8 +80,7 @@ __device__ void write(void* to, int64_t at, const A (&from)[Width], bool zero) {
   if (to == nullptr) return;
   Vector<T, Width> vector;
 #pragma unroll
-  for (int k = 0; k < Width; ++k)
-    vector.lane[k] = narrow<T>(zero ? A(0) : from[k]);
+  for (int k = 0; k < Width; ++k) vector.lane[k] = narrow<T>(zero ? A(0) : from[k]);
   *reinterpret_cast<Vector<T, Width>*>(static_cast<T*>(to) + at) = vector;
 }
 
@@ -116,12 +97,8 @@ struct Place {
   }
 };
 
-__device__ int64_t first_unit() {
-  return int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
-}
-__device__ int64_t unit_stride() {
-  return int64_t(gridDim.y) * blockDim.x;
-}
+__device__ int64_t first_unit() { return int64_t(blockIdx.y) * blockDim.x + threadIdx.x; }
+__device__ int64_t unit_stride() { return int64_t(gridDim.y) * blockDim.x; }
 
 __device__ bool cut_after(const Step& step, const Place& place) {
   const int64_t seam = step.t + (step.reverse ? 0 : 1);
@@ -161,8 +138,7 @@ __global__ void __launch_bounds__(128) forward_kernel(Step step, StepForward a) 
       h[k] = o * tangent(c[k]);
     }
 #pragma unroll
-    for (int q = 0; q < 4; ++q)
-      write<Width, T>(a.gates, (row * 4 + q) * H + n, z[q], idle);
+    for (int q = 0; q < 4; ++q) write<Width, T>(a.gates, (row * 4 + q) * H + n, z[q], idle);
     write<Width, T>(a.cells, row * H + n, c, idle);
     write<Width, T>(a.output, row * H + n, h, idle);
     if (idle) continue;
@@ -242,8 +218,7 @@ cudaError_t launch(void (*kernel)(Step, Arguments), const Step& step, const Argu
   if (step.batch == 0) return cudaSuccess;
   const int64_t vectors = step.hidden / width;
   unsigned x = 1;
-  while (x < 128 && x < vectors)
-    x *= 2;
+  while (x < 128 && x < vectors) x *= 2;
   const unsigned y = 128 / x;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned((step.batch + y - 1) / y),
@@ -278,10 +253,8 @@ cudaError_t backward(const Step& step, const StepBackward& a, cudaStream_t strea
 cudaError_t lstm_forward_step(Storage storage, const Step& step, const StepForward& a,
                               cudaStream_t stream) {
   switch (storage) {
-    case Storage::Float:
-      return forward<float, float>(step, a, stream);
-    case Storage::Double:
-      return forward<double, double>(step, a, stream);
+    case Storage::Float: return forward<float, float>(step, a, stream);
+    case Storage::Double: return forward<double, double>(step, a, stream);
     case Storage::BFloat16:
       return a.wide_c ? forward<__nv_bfloat16, float>(step, a, stream)
                       : forward<__nv_bfloat16, __nv_bfloat16>(step, a, stream);
@@ -295,10 +268,8 @@ cudaError_t lstm_forward_step(Storage storage, const Step& step, const StepForwa
 cudaError_t lstm_backward_step(Storage storage, const Step& step, const StepBackward& a,
                                cudaStream_t stream) {
   switch (storage) {
-    case Storage::Float:
-      return backward<float, float>(step, a, stream);
-    case Storage::Double:
-      return backward<double, double>(step, a, stream);
+    case Storage::Float: return backward<float, float>(step, a, stream);
+    case Storage::Double: return backward<double, double>(step, a, stream);
     case Storage::BFloat16:
       return a.wide_c ? backward<__nv_bfloat16, float>(step, a, stream)
                       : backward<__nv_bfloat16, __nv_bfloat16>(step, a, stream);
