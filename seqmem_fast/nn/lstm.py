@@ -267,8 +267,8 @@ class LSTM(nn.Module):
         if input.dim() == 2:
             return self._forward_unbatched(input, hx, lengths, reset, return_gates)
         first = self.batch_first
-        if hx is not None:
-            self._check_state(hx, input.size(0 if first else 1) if input.dim() == 3 else None)
+        if hx is not None and input.dim() == 3:  # else the op refuses the input
+            self._check_state(hx, input.size(0 if first else 1))
         if len(self._names) == 1 and not return_gates:
             state = None if hx is None else (hx[0].squeeze(0), hx[1].squeeze(0))
             output, (hy, cy) = ops.lstm(
@@ -381,7 +381,7 @@ class LSTM(nn.Module):
             found = (getattr(self, name) if name else None for name in self._names[k])
             return tuple(found)  # type: ignore[return-value]
 
-    def _check_state(self, hx: State, batch: int | None) -> None:
+    def _check_state(self, hx: State, batch: int) -> None:
         """hx against [L*D, B, P] and [L*D, B, H]; the op itself sees one layer's rows only."""
         _check_dims("lstm", hx, 3)
         widths = self.proj_size or self.hidden_size, self.hidden_size

@@ -122,6 +122,8 @@ def lstm(
             batch_first=batch_first,
             reverse=reverse,
         )
+    if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
+        hx = _zeros(input, weight_hh, weight_hr, int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx
     output, hy, cy, _, _ = _lstm(
         input,
@@ -179,6 +181,8 @@ def lstm_trace(
             batch_first=batch_first,
             reverse=reverse,
         )
+    if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
+        hx = _zeros(input, weight_hh, weight_hr, int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx
     output, hy, cy, gates, cells = _lstm(
         input,
@@ -197,6 +201,13 @@ def lstm_trace(
         True,
     )
     return output, (hy, cy), gates, cells
+
+
+def _zeros(input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, batch: int) -> State:
+    """What hx None means, for a compiler: to it, the batch of a packed input is unknown data."""
+    hidden = weight_hh.size(0) // 4
+    out = hidden if weight_hr is None else weight_hr.size(0)
+    return input.new_zeros(batch, out), input.new_zeros(batch, hidden)
 
 
 Gradients = tuple[Tensor | None, ...]

@@ -18,7 +18,7 @@ Arguments are not checked: the ops do that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +97,7 @@ def lstm_trace(
     layout = _Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
     x = layout.to_padded(input)  # [T, B, I]
     h, c = _zero_state(x, weight_hh, weight_hr, x.size(1)) if hx is None else hx
-    projected = F.linear(x, weight_ih, bias_ih)  # [T, B, 4H]
+    projected = F.linear(x, weight_ih, bias_ih).unbind()  # T of [B, 4H]
 
     steps: list[tuple[Tensor, Tensor, Tensor]] = [(h, h, h)] * x.size(0)
     for t in layout.order:
@@ -173,8 +173,10 @@ def lstm_backward(
     """
     layout = _Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
     x, h_all, z_all, c_all = (layout.to_padded(a) for a in (input, output, gates, cells))
-    grad_h_all, grad_z_all, grad_c_all = (
-        None if a is None else layout.to_padded(a) for a in (grad_output, grad_gates, grad_cells)
+    hs, zs, cs = h_all.unbind(), z_all.unbind(), c_all.unbind()
+    grad_hs, grad_zs, grad_cs = (
+        None if a is None else layout.to_padded(a).unbind()
+        for a in (grad_output, grad_gates, grad_cells)
     )
     steps, batch = x.size(0), x.size(1)
     h0, c0 = _zero_state(x, weight_hh, weight_hr, batch)
@@ -184,18 +186,17 @@ def lstm_backward(
 
     entered: list[Tensor] = [h0] * steps
     projected: list[Tensor] = [h0] * steps
-    grad_z_steps: list[Tensor] = [z_all[0]] * steps
+    grad_z_steps: list[Tensor] = [zs[0]] * steps
     for t in reversed(layout.order):
-        entered[t] = layout.enter(t, layout.previous(t, h_all, h0))  # [B, P]
-        c_in = layout.enter(t, layout.previous(t, c_all, c0))  # [B, H]
-        dh = grad_h if grad_h_all is None else grad_h + grad_h_all[t]
-        dc = grad_c if grad_c_all is None else grad_c + grad_c_all[t]
+        entered[t] = layout.enter(t, layout.previous(t, hs, h0))  # [B, P]
+        c_in = layout.enter(t, layout.previous(t, cs, c0))  # [B, H]
+        dh = grad_h if grad_hs is None else grad_h + grad_hs[t]
+        dc = grad_c if grad_cs is None else grad_c + grad_cs[t]
         if weight_hr is not None:
             projected[t] = layout.keep(t, dh, torch.zeros_like(dh))
             dh = dh @ weight_hr
-        dz, dc = _step_backward(
-            z_all[t], c_all[t], c_in, dh, dc, None if grad_z_all is None else grad_z_all[t]
-        )
+        dgates = None if grad_zs is None else grad_zs[t]
+        dz, dc = _step_backward(zs[t], cs[t], c_in, dh, dc, dgates)
         dz = grad_z_steps[t] = layout.keep(t, dz, torch.zeros_like(dz))
         grad_h = layout.keep(t, layout.enter(t, dz @ weight_hh), grad_h)
         grad_c = layout.keep(t, layout.enter(t, dc), grad_c)
@@ -315,7 +316,7 @@ class _Layout:
         """The state as step t sees it: zero where a reset cuts."""
         return state if self.cut is None else torch.where(self.cut[t][:, None], 0, state)
 
-    def previous(self, t: int, a: Tensor, first: Tensor) -> Tensor:
+    def previous(self, t: int, a: Sequence[Tensor], first: Tensor) -> Tensor:
         """``a`` one step before t in the order of computation, ``first`` where there is none."""
         s = t + self.before
         if not 0 <= s < len(self.order):
@@ -380,7 +381,7 @@ def sample_inputs(
     )
     yield Sample(
         "packed_reverse",
-        (draw(int(sizes_packed.sum()), width), None, *weights(bias=False)),
+        (draw(int(sizes_packed.sum()), width), state(), *weights(bias=False)),
         {"batch_sizes": sizes_packed, "reverse": True},
     )
 
