@@ -90,6 +90,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def busy() -> str | None:
+    """A warning where other programs want the processors too; None on a quiet machine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores + 0.5:  # what an earlier pass of ours leaves behind
+        return None
+    return f"{load:.1f} processes want the {cores} processor(s): times and ratios will be wrong"
+
+
 def one_line(machine: Mapping[str, Any]) -> str:
     """The machine in one line, for the head of a table or a chart."""
     return (

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks import machine
+
 SCHEMA = 1
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 WIDE = [
@@ -56,7 +58,7 @@ class Result:
 
 def document(
     job: str,
-    machine: Mapping[str, Any],
+    description: Mapping[str, Any],
     results: Sequence[Result],
     left_out: Sequence[str] = (),
     **more: Any,
@@ -66,7 +68,7 @@ def document(
     return {
         "schema": SCHEMA,
         "job": job,
-        "machine": dict(machine),
+        "machine": dict(description),
         "results": rows,
         "left_out": list(left_out),
         **more,
@@ -154,9 +156,13 @@ def print_table(
 
 
 def console() -> Console:
-    """The terminal, or 120 columns where the output goes to a file."""
+    """The terminal, or 120 columns where the output goes to a file; warns on a busy machine."""
     out = Console()
-    return out if out.is_terminal else Console(width=max(out.width, 120))
+    out = out if out.is_terminal else Console(width=max(out.width, 120))
+    warning = machine.busy()
+    if warning:
+        out.print(warning, style="bold yellow", highlight=False)
+    return out
 
 
 def progress_bar(console: Console) -> Progress:

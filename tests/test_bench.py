@@ -241,6 +241,16 @@ def test_the_malloc_regime_is_read_from_the_environment() -> None:
     assert machine.malloc_regime({"LD_PRELOAD": "x.so"}) == "other"
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (2.4, False), (2.6, True)])
+def test_a_busy_machine_is_named(
+    load: float, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    report.console()
+    assert ("will be wrong" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("regime", ["D", "M"])
 def test_children_start_under_the_regime_asked_for(
     regime: str, monkeypatch: pytest.MonkeyPatch
