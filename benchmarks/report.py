@@ -60,8 +60,7 @@ def document(
     job: str,
     description: Mapping[str, Any],
     results: Sequence[Result],
-    left_out: Sequence[str] = (),
-    **more: Any,
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
     """The JSON document of a job: schema number, machine, rows, what was left out and why."""
     rows = [asdict(result) for result in results]
@@ -71,7 +70,6 @@ def document(
         "machine": dict(description),
         "results": rows,
         "left_out": list(left_out),
-        **more,
     }
 
 
