@@ -68,7 +68,6 @@ class OpSuite:
     def test_against_float64(self, name: str, dtype: torch.dtype) -> None:
         check_against_float64(self.case(name, dtype))
 
-    @pytest.mark.isa
     @pytest.mark.sanitize
     def test_grad_mode_does_not_change_outputs(self, name: str) -> None:
         case = self.case(name, torch.float32)

@@ -122,7 +122,6 @@ def test_idle_dropout_warns() -> None:
         sf.LSTM(4, 6, dropout=0.5)
 
 
-@pytest.mark.isa
 @every_option
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("form", ["batched", "unbatched", "packed", "packed_unsorted"])
@@ -236,7 +235,6 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.isa
 @settings(max_examples=150)
 @given(configurations())
 def test_space_of_configurations(config: dict[str, Any]) -> None:

@@ -32,11 +32,15 @@ import torch
 from torch import Tensor
 
 from ..reference import lstm as reference
+from .common import try_while_tracing
 
 State = tuple[Tensor, Tensor]
 
 _lstm_cell = torch.ops.seqmem.lstm_cell.default
 _lstm = torch.ops.seqmem.lstm.default
+_try_lstm_cell = try_while_tracing(_lstm_cell, hx="h", cx="c")
+_try_lstm = try_while_tracing(_lstm, hx="h", cx="c")
+_dynamo_traces = torch.compiler.is_dynamo_compiling
 _transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
@@ -63,6 +67,11 @@ def lstm_cell(
     if _transform_active():
         return reference.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     h, c = (None, None) if hx is None else hx
+    if _dynamo_traces():
+        from torch._dynamo.comptime import comptime
+
+        return_gates = False  # noqa: F841 (read by name, as all the arguments are)
+        comptime(_try_lstm_cell)
     hy, cy, _ = _lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, False)
     return hy, cy
 
@@ -125,6 +134,11 @@ def lstm(
     if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
         hx = _zeros(input, weight_hh, weight_hr, int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx
+    if _dynamo_traces():
+        from torch._dynamo.comptime import comptime
+
+        return_gates = False  # noqa: F841 (read by name, as all the arguments are)
+        comptime(_try_lstm)
     output, hy, cy, _, _ = _lstm(
         input,
         h,
@@ -184,6 +198,11 @@ def lstm_trace(
     if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
         hx = _zeros(input, weight_hh, weight_hr, int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx
+    if _dynamo_traces():
+        from torch._dynamo.comptime import comptime
+
+        return_gates = True  # noqa: F841 (read by name, as all the arguments are)
+        comptime(_try_lstm)
     output, hy, cy, gates, cells = _lstm(
         input,
         h,
