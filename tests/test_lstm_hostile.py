@@ -326,6 +326,17 @@ MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"hx of shape \[1, 3, 6\], got \[2, 3, 6\]",
     ),
+    "input is a list": (lambda: lstm()(x.tolist()), TypeError, "input to be a tensor or a Packed"),
+    "lengths is a list": (
+        lambda: lstm()(x, lengths=[1, 2, 3]),
+        TypeError,
+        "lengths to be a tensor, got list",
+    ),
+    "reset is a list": (
+        lambda: lstm()(x, reset=[[False]]),
+        TypeError,
+        "reset to be a tensor, got list",
+    ),
     "input 1-D": (lambda: lstm()(z(WIDTH)), ValueError, "input"),
     "input 4-D": (lambda: lstm()(z(1, TIME, BATCH, WIDTH)), ValueError, "input"),
     "input 4-D with hx": (

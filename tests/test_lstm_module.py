@@ -17,6 +17,7 @@ from op_suite import TOLERANCES, error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import seqmem_fast as sf
 
@@ -438,6 +439,38 @@ def test_moves_and_casts() -> None:
     assert ours.bfloat16()(torch.randn(5, 3, 4).bfloat16())[0].dtype == torch.bfloat16
     output, (h_n, _) = ours.to("meta")(torch.empty(5, 3, 4, device="meta", dtype=torch.bfloat16))
     assert output.is_meta and output.shape == (5, 3, 6) and h_n.shape == (1, 3, 6)
+
+
+def test_checkpointing_and_offloaded_activations() -> None:
+    _, ours = pair({"num_layers": 2})
+    x = torch.randn(5, 3, 4)
+    expected = run(ours, x, None)
+
+    def checkpointed(input: Tensor, hx: Any) -> Any:
+        return checkpoint(ours, input, hx, use_reentrant=False)
+
+    checkpointed.parameters = ours.parameters  # type: ignore[attr-defined]
+    assert_same(run(checkpointed, x, None), expected)
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(run(ours, x, None), expected)
+
+
+def test_jacobians_of_whole_batches() -> None:
+    """The vectorised backward passes many gradients at once through the C++ node."""
+    _, ours = pair({})
+    x = torch.randn(3, 2, 4)
+    rows = torch.autograd.functional.jacobian(lambda x: ours(x)[0], x)
+    together = torch.autograd.functional.jacobian(lambda x: ours(x)[0], x, vectorize=True)
+    torch.testing.assert_close(together, rows)
+
+
+def test_weights_changed_before_backward_are_noticed() -> None:
+    _, ours = pair({})
+    output, _ = ours(torch.randn(5, 3, 4))
+    with torch.no_grad():
+        ours.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
 
 
 def test_backward_in_eval_mode() -> None:

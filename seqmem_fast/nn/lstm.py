@@ -262,8 +262,15 @@ class LSTM(nn.Module):
     ) -> Any:
         if hx is not None:
             _check_pair("lstm", hx)
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, lengths, reset, return_gates)
+        if lengths is not None or reset is not None:
+            _check_tensors("lstm", lengths=lengths, reset=reset)
+        if not isinstance(input, Tensor):
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, hx, lengths, reset, return_gates)
+            raise TypeError(
+                f"seqmem::lstm: expected input to be a tensor or a PackedSequence, "
+                f"got {type(input).__name__}"
+            )
         if input.dim() == 2:
             return self._forward_unbatched(input, hx, lengths, reset, return_gates)
         first = self.batch_first
@@ -429,6 +436,14 @@ def _check_pair(op: str, hx: object) -> None:
         raise TypeError(
             f"seqmem::{op}: expected hx to be a pair of tensors (h, c), got {type(hx).__name__}"
         )
+
+
+def _check_tensors(op: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"seqmem::{op}: expected {name} to be a tensor, got {type(value).__name__}"
+            )
 
 
 def _check_dims(op: str, hx: State, dims: int) -> None:
