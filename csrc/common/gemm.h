@@ -10,22 +10,37 @@ namespace {
 template <class C>
 inline constexpr int kTileRows = SEQMEM_VEC_BYTES == 64 ? 6 : 3;
 
+// Hides from the compiler what an accumulator starts as: knowing that it is zero, GCC peels the
+// first step off a product's loop and then runs out of registers inside it.
+template <class V>
+SEQMEM_INLINE void opaque([[maybe_unused]] V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // acc[r][v] += sum_k a[r][k * a_step] * b[v * b_vec + k * b_step], k = 0..K-1 in this order.
 template <int R, int NV, class C>
 SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, const C* b,
                                  int64_t b_vec, int64_t b_step, Vec<C> (&acc)[R][NV]) {
   const C* row[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) row[r] = a[r];
+  SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) {
+    row[r] = a[r];
+    SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) opaque(acc[r][v]);
+  }
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; ++k) {
     Vec<C> x[R];
-#pragma GCC unroll 8
+    SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) x[r] = splat(row[r][k * a_step]);
-#pragma GCC unroll 8
+    SEQMEM_UNROLL
     for (int v = 0; v < NV; ++v) {
       Vec<C> w = load(b + v * b_vec + k * b_step);
-#pragma GCC unroll 8
+      SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) acc[r][v] += x[r] * w;
     }
   }
@@ -38,21 +53,21 @@ SEQMEM_INLINE void tile_dot(int64_t K, const C* const* a, const S* const* b, Vec
   int64_t k = 0;
   for (; k + L <= K; k += L) {
     Vec<C> x[R];
-#pragma GCC unroll 8
+    SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) x[r] = load(a[r] + k);
-#pragma GCC unroll 8
+    SEQMEM_UNROLL
     for (int w = 0; w < W; ++w) {
       Vec<C> y = load(b[w] + k);
-#pragma GCC unroll 8
+      SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) acc[r][w] += x[r] * y;
     }
   }
   if (k < K) {
     const int n = static_cast<int>(K - k);
-#pragma GCC unroll 8
+    SEQMEM_UNROLL
     for (int w = 0; w < W; ++w) {
       Vec<C> y = load_n(b[w] + k, n);
-#pragma GCC unroll 8
+      SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) acc[r][w] += load_n(a[r] + k, n) * y;
     }
   }
@@ -91,20 +106,20 @@ template <class C>
 SEQMEM_INLINE void transpose(Vec<C> (&x)[kLanes<C>]) {
   constexpr int L = kLanes<C>;
   IntVec<C> low, high;
-#pragma GCC unroll 16
+  SEQMEM_UNROLL
   for (int i = 0; i < L; ++i) {
     low[i] = i / 2 + (i % 2) * L;
     high[i] = L / 2 + i / 2 + (i % 2) * L;
   }
-#pragma GCC unroll 4
+  SEQMEM_UNROLL
   for (int round = 1; round < L; round *= 2) {
     Vec<C> y[L];
-#pragma GCC unroll 16
+    SEQMEM_UNROLL
     for (int i = 0; i < L / 2; ++i) {
       y[2 * i] = __builtin_shuffle(x[i], x[i + L / 2], low);
       y[2 * i + 1] = __builtin_shuffle(x[i], x[i + L / 2], high);
     }
-#pragma GCC unroll 16
+    SEQMEM_UNROLL
     for (int i = 0; i < L; ++i) x[i] = y[i];
   }
 }

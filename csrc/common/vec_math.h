@@ -55,6 +55,8 @@ template <class C>
 inline constexpr int kLanes = SEQMEM_VEC_BYTES / sizeof(C);
 
 #define SEQMEM_INLINE inline __attribute__((always_inline))
+// Loops over a tile must vanish, or its accumulators live in memory instead of registers.
+#define SEQMEM_UNROLL _Pragma("GCC unroll 16")
 
 template <class C>
 SEQMEM_INLINE Vec<C> splat(C x) {
@@ -214,7 +216,7 @@ SEQMEM_INLINE ExpParts<C> exp_parts(Vec<C> x) {
   Vec<C> n = shifted - K::magic;
   Vec<C> r = (x - n * K::ln2_hi) - n * K::ln2_lo;
   Vec<C> p = splat(inverse_factorial<C>(K::degree));
-#pragma GCC unroll 16
+  SEQMEM_UNROLL
   for (int k = K::degree - 1; k >= 1; --k) p = p * r + inverse_factorial<C>(k);
   IntVec<C> exponent = (IntVec<C>)shifted + K::bias;
   return {(Vec<C>)(exponent << K::mantissa), p * r};

@@ -11,8 +11,10 @@
 namespace seqmem::lstm {
 namespace {
 
-// Rows of a chunk multiplied at once, so that their slice of dz stays in the first cache.
-constexpr int64_t kRowsInCache = 128;
+// Rows multiplied at once in the weights' gradients: both operands' slices fit the first cache.
+constexpr int64_t kDepth = 64;
+// Gates summed over at once where dz meets a weight.
+constexpr int64_t kSlice = 512;
 
 template <class S>
 class BackwardRun {
@@ -31,13 +33,15 @@ class BackwardRun {
   const int64_t x_width, h_width, m_width;  // row lengths of the chunk's copies, cache-set friendly
   int64_t row_begin, row_step, rows;
   Share mine;
-  int64_t capacity;                   // rows a chunk can hold
+  int64_t capacity;                   // rows a chunk can hold, odd: see spread()
 
   // Shared by all threads.
   C *dh, *dc, *dm, *zeros, *dz, *x, *h, *panel_ih, *panel_hh, *db;
   C *squashed, *dh_projected, *panel_hr;
   C *sum_ih, *sum_hh, *sum_hr;        // the gradients' sums where S is not C
+  int64_t* chunk_row;                 // row indices of the chunk
   // This thread's own.
+  C* dx;
   const C** a_row;
   int64_t* row_index;
 
@@ -50,8 +54,10 @@ class BackwardRun {
     row_begin = plan.by_rows ? thread : 0;
     row_step = plan.by_rows ? threads : 1;
     rows = ceil_div(s.B - row_begin, row_step);
-    mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
-    capacity = min(plan.chunk, s.T) * s.B;
+    // Whole groups of 4 vectors: they are the columns of packed weights as well.
+    mine = plan.by_rows ? Share{0, units} : share(ceil_div(units, 4), thread, threads);
+    if (!plan.by_rows) mine = {mine.begin * 4, min(mine.end * 4, units)};
+    capacity = min(plan.chunk, s.T) * s.B | 1;
   }
 
   int64_t place(char* base) {
@@ -72,10 +78,12 @@ class BackwardRun {
     sum_ih = take.array<C>(converts ? 4 * s.H * s.I : 0);
     sum_hh = take.array<C>(converts ? 4 * s.H * s.P : 0);
     sum_hr = take.array<C>(converts && s.projected ? s.P * s.H : 0);
+    chunk_row = take.array<int64_t>(capacity);
     for (int i = 0; i < threads; ++i) {
+      auto own_dx = take.array<C>((capacity / threads + 1) * W);
       auto own_rows = take.array<const C*>(s.B);
       auto own_index = take.array<int64_t>(s.B);
-      if (i == thread) a_row = own_rows, row_index = own_index;
+      if (i == thread) dx = own_dx, a_row = own_rows, row_index = own_index;
     }
     return take.used();
   }
@@ -95,7 +103,7 @@ class BackwardRun {
       for (int64_t step = last - 1; step >= first; --step) n += run_step(time_of(step), n);
       barrier.wait();
       add_weight_gradients(n, first_chunk);
-      if (a.grad_input != nullptr) input_gradients(last - 1, first);
+      if (a.grad_input != nullptr) input_gradients(n);
       first_chunk = false;
       barrier.wait();
     }
@@ -144,18 +152,21 @@ class BackwardRun {
                                              static_cast<int>(width - i)));
   }
 
-  // panel[column vector][u][gate][lane][L columns]: dz times it runs over gates of all units.
+  // panel[group of 4 vectors of columns][u][gate][lane][column]; the last group may be narrower.
+  // dz times it runs over the gates of all units.
   void pack_columns(C* panel, const S* weight, int64_t u, int64_t N, int64_t padded) {
-    for (int g = 0; g < 4; ++g)
-      for (int l = 0; l < L; ++l) {
-        const int64_t unit = u * L + l, k = u * W + g * L + l;
-        for (int64_t i = 0; i < padded; i += L) {
-          Vec<C> v{};
-          if (unit < s.H)
-            v = load_n(weight + (g * s.H + unit) * N + i, static_cast<int>(N - i));
-          store(panel + (i * units * 4 + k) * L, v);
+    for (int64_t i = 0; i < padded; i += W) {
+      const int64_t width = min<int64_t>(W, padded - i);
+      C* to = panel + i * units * W + u * W * width;
+      SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g)
+        for (int64_t l = 0; l < L; ++l, to += width) {
+          const int64_t unit = u * L + l;
+          const S* from = weight + (g * s.H + unit) * N + i;
+          for (int64_t j = 0; j < width; j += L)
+            store(to + j, unit < s.H ? load_n(from + j, static_cast<int>(N - i - j)) : Vec<C>{});
         }
-      }
+    }
   }
 
   // panel_hr[vector of units][P][lane]
@@ -199,6 +210,7 @@ class BackwardRun {
       for (int64_t u = 0; u < units; ++u) {
         Vec<C> acc[R][1] = {};
         tile_multiply<R, 1, C>(s.P, a_row + start, 1, panel_hr + u * s.P * L, L, L, acc);
+        SEQMEM_UNROLL
         for (int r = 0; r < R; ++r) store(dm + row(start + r) * Hs + u * L, acc[r][0]);
       }
     });
@@ -257,11 +269,13 @@ class BackwardRun {
     return initial == nullptr ? nullptr : initial + s.order[r] * width;
   }
 
-  // This thread's share of the chunk's copies of x_t and h_{t-1}, zero beyond their widths.
+  // This thread's share of the chunk's copies of x_t and h_{t-1}, zero beyond their widths, and
+  // of the places they came from.
   void copy_operands(int64_t t, int64_t n) {
     const Share some = share(s.active[t], thread, threads);
-    if (a.grad_weight_ih == nullptr) return;
     for (int64_t r = some.begin; r < some.end; ++r) {
+      chunk_row[n + r] = index(t, r);
+      if (a.grad_weight_ih == nullptr) continue;
       copy_row(x + (n + r) * x_width, static_cast<const S*>(a.input) + index(t, r) * s.I, s.I, Is);
       const S* before = is_cut(s, t, r) ? nullptr
                                         : previous(static_cast<const S*>(a.output),
@@ -288,33 +302,49 @@ class BackwardRun {
     }
   }
 
-  // acc += dz[rows] times NV vectors of columns of a packed weight, over gates of all units.
-  template <int R, int NV>
-  SEQMEM_INLINE void multiply_dz(const int64_t (&n)[R], const C* panel, int64_t v,
-                                 Vec<C> (&acc)[R][NV]) {
+  // result[j][..] = dz[row_of(j)] times NV vectors of columns of a packed weight, for
+  // count rows; the sum over all gates is formed in slices whose weights stay in the second cache.
+  template <int NV, class RowOf>
+  SEQMEM_INLINE void multiply_dz(int64_t count, RowOf row_of, const C* panel, int64_t v, C* result,
+                                 int64_t result_step) {
     const C* columns = panel + v * L * units * W;
-    for (int64_t u = 0; u < units; ++u) {
-      const C* from[R];
-      for (int r = 0; r < R; ++r) from[r] = dz_at(u, n[r]);
-      tile_multiply<R, NV, C>(W, from, 1, columns + u * W * L, units * W * L, L, acc);
+    for (int64_t slice = 0; slice < units; slice += kSlice / W) {
+      const int64_t end = min<int64_t>(slice + kSlice / W, units);
+      for_row_blocks<C>(count, [&](auto block, int64_t start) {
+        constexpr int R = decltype(block)::value;
+        Vec<C> acc[R][NV] = {};
+        int64_t n[R];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) {
+          n[r] = row_of(start + r);
+          if (slice == 0) continue;
+          SEQMEM_UNROLL
+          for (int i = 0; i < NV; ++i) acc[r][i] = load(result + (start + r) * result_step + i * L);
+        }
+        for (int64_t u = slice; u < end; ++u) {
+          const C* from[R];
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) from[r] = dz_at(u, n[r]);
+          tile_multiply<R, NV, C>(W, from, 1, columns + u * W * NV * L, L, NV * L, acc);
+        }
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r)
+          SEQMEM_UNROLL
+          for (int i = 0; i < NV; ++i) store(result + (start + r) * result_step + i * L, acc[r][i]);
+      });
     }
   }
 
   // dh of the step before.
   template <int NV>
   SEQMEM_INLINE void hidden_gradient(int64_t t, int64_t n, int64_t count, int64_t v) {
-    for_row_blocks<C>(count, [&](auto block, int64_t start) {
-      constexpr int R = decltype(block)::value;
-      int64_t at[R];
-      for (int r = 0; r < R; ++r) at[r] = n + row(start + r);
-      Vec<C> acc[R][NV] = {};
-      multiply_dz<R, NV>(at, panel_hh, v, acc);
-      for (int r = 0; r < R; ++r) {
-        const bool cut = is_cut(s, t, row(start + r));
-        for (int i = 0; i < NV; ++i)
-          store(dh + row(start + r) * Ps + (v + i) * L, cut ? Vec<C>{} : acc[r][i]);
-      }
-    });
+    C* to = dh + row_begin * Ps + v * L;
+    multiply_dz<NV>(
+        count, [&](int64_t j) { return n + row(j); }, panel_hh, v, to, row_step * Ps);
+    if (s.reset == nullptr) return;
+    for (int64_t j = 0; j < count; ++j)
+      if (is_cut(s, t, row(j)))
+        for (int i = 0; i < NV; ++i) store(to + j * row_step * Ps + i * L, Vec<C>{});
   }
 
   // ---- one chunk ---------------------------------------------------------------------------------------
@@ -324,56 +354,70 @@ class BackwardRun {
     for (int64_t u = some.begin; u < some.end; ++u) {
       if (a.grad_bias != nullptr) add_bias_gradient(n, u);
       if (a.grad_weight_ih == nullptr) continue;
-      for_column_blocks({0, Is / L}, [&](auto block, int64_t v) {
-        add_outer<decltype(block)::value>(n, u, x, x_width, v, sum_ih, s.I, first);
-      });
-      for_column_blocks({0, Ps / L}, [&](auto block, int64_t v) {
-        add_outer<decltype(block)::value>(n, u, h, h_width, v, sum_hh, s.P, first);
-      });
+      add_outer(n, u, x, x_width, sum_ih, s.I, first);
+      add_outer(n, u, h, h_width, sum_hh, s.P, first);
     }
     if (a.grad_weight_hr != nullptr) add_projection_gradient(n, first);
   }
 
   void add_bias_gradient(int64_t n, int64_t u) {
     Vec<C> total[4];
+    SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) total[g] = load(db + u * W + g * L);
     for (int64_t i = 0; i < n; ++i)
+      SEQMEM_UNROLL
       for (int g = 0; g < 4; ++g) total[g] += load(dz_at(u, i) + g * L);
+    SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) store(db + u * W + g * L, total[g]);
   }
 
-  // sum[gate row][columns v..] += dz^T operand, for one vector of units.
-  template <int NV>
-  SEQMEM_INLINE void add_outer(int64_t n, int64_t u, const C* operand, int64_t width, int64_t v,
-                               C* total, int64_t N, bool first) {
+  // total[gate row][column] += dz^T operand, for one vector of units.
+  void add_outer(int64_t n, int64_t u, const C* operand, int64_t width, C* total, int64_t N,
+                 bool first) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
-    for (int64_t k = 0; k < max<int64_t>(n, 1); k += kRowsInCache) {
-      const int64_t depth = min(kRowsInCache, n - k);
-      const bool fresh = first && k == 0;
-      for (int g = 0; g < 4; ++g) {
-        for_row_blocks<C>(lanes, [&](auto block, int64_t start) {
+    const C* from[W];
+    C* to[W];
+    for (int64_t i = 0; i < 4 * lanes; ++i) {
+      const int64_t g = i / lanes, l = i % lanes;
+      from[i] = dz_at(u, 0) + g * L + l;
+      to[i] = total + (g * s.H + u * L + l) * N;
+    }
+    for (int64_t k = 0; k == 0 || k < n; k += kDepth) {
+      for_column_blocks({0, ceil_div(N, L)}, [&](auto columns, int64_t v) {
+        constexpr int NV = decltype(columns)::value;
+        const int width_here = static_cast<int>(min<int64_t>(NV * L, N - v * L));
+        for_row_blocks<C>(4 * lanes, [&](auto block, int64_t start) {
           constexpr int R = decltype(block)::value;
-          C* to = total + (g * s.H + u * L + start) * N + v * L;
-          const C* from[R];
-          for (int r = 0; r < R; ++r) from[r] = dz_at(u, k) + g * L + start + r;
-          add_tile<R, NV>(depth, from, W, operand + k * width + v * L, width, to, N,
-                          static_cast<int>(min<int64_t>(NV * L, N - v * L)), fresh);
+          const C* from_here[R];
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) from_here[r] = from[start + r] + k * W;
+          add_tile<R, NV>(min(kDepth, n - k), from_here, W, operand + k * width + v * L, width,
+                          to + start, v * L, width_here, first && k == 0);
         });
-      }
+      });
     }
   }
 
-  // to[r][..] = (fresh ? 0 : to[r][..]) + a^T b, columns of them at most.
+  // to[r][at..] = (fresh ? 0 : to[r][at..]) + a^T b, so many columns of them at most.
   template <int R, int NV>
   SEQMEM_INLINE void add_tile(int64_t depth, const C* const* from, int64_t from_step, const C* b,
-                              int64_t b_step, C* to, int64_t to_step, int columns, bool fresh) {
-    Vec<C> acc[R][NV];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < NV; ++i)
-        acc[r][i] = fresh ? Vec<C>{} : load_n(to + r * to_step + i * L, columns - i * L);
+                              int64_t b_step, C* const* to, int64_t at, int columns, bool fresh) {
+    Vec<C> acc[R][NV] = {};
+    // The sums of many chunks lie far away: they are fetched while the product is formed.
+    if (!fresh)
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < NV * L; i += 64 / static_cast<int>(sizeof(C)))
+          __builtin_prefetch(to[r] + at + i, 1);
     tile_multiply<R, NV, C>(depth, from, from_step, b, L, b_step, acc);
+    SEQMEM_UNROLL
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < NV; ++i) store_n(to + r * to_step + i * L, acc[r][i], columns - i * L);
+      SEQMEM_UNROLL
+      for (int i = 0; i < NV; ++i) {
+        C* p = to[r] + at + i * L;
+        if (!fresh) acc[r][i] += load_n(p, columns - i * L);
+        store_n(p, acc[r][i], columns - i * L);
+      }
   }
 
   void add_projection_gradient(int64_t n, bool first) {
@@ -384,36 +428,29 @@ class BackwardRun {
         constexpr int R = decltype(block)::value;
         const int64_t p = some.begin + start;
         const C* from[R];
-        for (int r = 0; r < R; ++r) from[r] = dh_projected + p + r;
-        add_tile<R, NV>(n, from, h_width, squashed + v * L, m_width, sum_hr + p * s.H + v * L, s.H,
+        C* to[R];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) {
+          from[r] = dh_projected + p + r;
+          to[r] = sum_hr + (p + r) * s.H;
+        }
+        add_tile<R, NV>(n, from, h_width, squashed + v * L, m_width, to, v * L,
                         static_cast<int>(min<int64_t>(NV * L, s.H - v * L)), first);
       });
     });
   }
 
-  // grad_input of the chunk's steps, last to first.
-  void input_gradients(int64_t last, int64_t first) {
-    int64_t n = 0;
-    for (int64_t step = last; step >= first; --step) {
-      const int64_t t = time_of(step);
-      const Share some = share(s.active[t], thread, threads);
-      for_column_blocks({0, Is / L}, [&](auto columns, int64_t v) {
-        constexpr int NV = decltype(columns)::value;
-        for_row_blocks<C>(some.end - some.begin, [&](auto block, int64_t start) {
-          constexpr int R = decltype(block)::value;
-          int64_t at[R];
-          for (int r = 0; r < R; ++r) at[r] = n + some.begin + start + r;
-          Vec<C> acc[R][NV] = {};
-          multiply_dz<R, NV>(at, panel_ih, v, acc);
-          for (int r = 0; r < R; ++r) {
-            S* to = static_cast<S*>(a.grad_input) + index(t, some.begin + start + r) * s.I;
-            for (int i = 0; i < NV; ++i)
-              store_n(to + (v + i) * L, acc[r][i], static_cast<int>(s.I - (v + i) * L));
-          }
-        });
-      });
-      n += s.active[t];
-    }
+  void input_gradients(int64_t n) {
+    const Share some = share(n, thread, threads);
+    for_column_blocks({0, Is / L}, [&](auto columns, int64_t v) {
+      constexpr int NV = decltype(columns)::value;
+      multiply_dz<NV>(
+          some.end - some.begin, [&](int64_t j) { return some.begin + j; }, panel_ih, v, dx, W);
+      const int width = static_cast<int>(min<int64_t>(NV * L, s.I - v * L));
+      for (int64_t j = some.begin; j < some.end; ++j)
+        store_row(static_cast<S*>(a.grad_input) + chunk_row[j] * s.I + v * L,
+                  dx + (j - some.begin) * W, width);
+    });
   }
 
   // ---- after the first step ------------------------------------------------------------------------------
@@ -428,6 +465,7 @@ class BackwardRun {
     const Share some = share(units, thread, threads);
     for (int64_t u = some.begin; u < some.end; ++u) {
       const int64_t lanes = min<int64_t>(L, s.H - u * L);
+      SEQMEM_UNROLL
       for (int g = 0; g < 4; ++g) {
         const int64_t at = g * s.H + u * L;
         if (a.grad_bias != nullptr)

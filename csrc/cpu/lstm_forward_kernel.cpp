@@ -130,6 +130,7 @@ class ForwardRun {
   }
 
   void pack_bias(int64_t u) {
+    SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) {
       const int64_t at = g * s.H + u * L;
       const int n = static_cast<int>(s.H - u * L);
@@ -143,6 +144,7 @@ class ForwardRun {
   // panel[k][gate][lane] = weight[gate * H + u * L + lane][k], zero beyond the last unit.
   void pack_panel(C* panel, const S* weight, int64_t u, int64_t K) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
+    SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) {
       const S* from = weight + (g * s.H + u * L) * K;
       for (int64_t k = 0; k < K; k += L) {
@@ -199,10 +201,14 @@ class ForwardRun {
       for_row_blocks<C>(n, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
+        SEQMEM_UNROLL
         for (int r = 0; r < R; ++r)
+          SEQMEM_UNROLL
           for (int g = 0; g < 4; ++g) acc[r][g] = load(bias + u * W + g * L);
         tile_multiply<R, 4, C>(s.I, x_row + start, 1, panel, L, W, acc);
+        SEQMEM_UNROLL
         for (int r = 0; r < R; ++r)
+          SEQMEM_UNROLL
           for (int g = 0; g < 4; ++g) store(z_at(start + r, u) + g * L, acc[r][g]);
       });
     }
@@ -226,12 +232,15 @@ class ForwardRun {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
         if (plan.pack) {
+          SEQMEM_UNROLL
           for (int r = 0; r < R; ++r)
+            SEQMEM_UNROLL
             for (int g = 0; g < 4; ++g) acc[r][g] = load(z_at(n + start + r, u) + g * L);
           tile_multiply<R, 4, C>(s.P, h_row + start, 1, panel_hh + u * s.P * W, L, W, acc);
         } else {
           dot_gates<R>(u, x_row + n + start, h_row + start, acc);
         }
+        SEQMEM_UNROLL
         for (int r = 0; r < R; ++r) finish_row(t, start + r, u, acc[r], next);
       });
     }
@@ -254,6 +263,7 @@ class ForwardRun {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
     for (int64_t l = 0; l < lanes; l += U) {
       const S *rows_ih[4 * U], *rows_hh[4 * U];
+      SEQMEM_UNROLL
       for (int i = 0; i < 4 * U; ++i) {
         const int64_t unit = min<int64_t>(u * L + l + i / 4, s.H - 1);
         rows_ih[i] = w_ih + ((i % 4) * s.H + unit) * s.I;
@@ -262,10 +272,14 @@ class ForwardRun {
       Vec<C> sums[R][4 * U] = {};
       tile_dot<R, 4 * U, C, S>(s.I, x, rows_ih, sums);
       tile_dot<R, 4 * U, C, S>(s.P, hidden, rows_hh, sums);
+      SEQMEM_UNROLL
       for (int r = 0; r < R; ++r)
+        SEQMEM_UNROLL
         for (int i = 0; i < 4 * U; ++i) out[r][i % 4][l + i / 4] = sum<C>(sums[r][i]);
     }
+    SEQMEM_UNROLL
     for (int r = 0; r < R; ++r)
+      SEQMEM_UNROLL
       for (int g = 0; g < 4; ++g) acc[r][g] = load(out[r][g]) + load(bias + u * W + g * L);
   }
 
@@ -308,10 +322,12 @@ class ForwardRun {
   template <int R>
   SEQMEM_INLINE void project_hidden(int64_t t, int64_t start, C* next) {
     const C* from[R];
+    SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) from[r] = squashed + row(start + r) * Hs;
     for (int64_t b = 0; b < Ps / L; ++b) {
       Vec<C> acc[R][1] = {};
       tile_multiply<R, 1, C>(s.H, from, 1, panel_hr + b * s.H * L, L, L, acc);
+      SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) emit_hidden(t, start + r, b, acc[r][0], next);
     }
   }
