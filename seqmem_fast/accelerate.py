@@ -58,10 +58,13 @@ def accelerate(model: nn.Module) -> Report:
             report.swapped.append((name, module.__class__.__name__ + f"({module.extra_repr()})"))
         elif reason:
             report.kept.append((name, type(module).__name__, reason))
-    if _reason_to_keep(model) is None:
-        cls = parametrize.type_before_parametrizations(model).__name__
-        how = f"nothing holds it that could be changed; use seqmem_fast.{cls}.from_torch(model)"
-        report.kept.append(("", cls, how))
+    reason, cls = _reason_to_keep(model), parametrize.type_before_parametrizations(model).__name__
+    if reason is None:
+        plain = not parametrize.is_parametrized(model)
+        how = f"use seqmem_fast.{cls}.from_torch(model)" if plain else "put it into another module"
+        reason = f"nothing holds it that could be changed; {how}"
+    if reason:
+        report.kept.append(("", cls, reason))
     return report
 
 

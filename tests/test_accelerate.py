@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -147,10 +148,11 @@ def test_restore_brings_the_trained_weights() -> None:
     torch.testing.assert_close(net(x), trained)
 
 
-def test_moves_copies_and_casts_keep_sharing() -> None:
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_moves_copies_and_casts_keep_sharing(again: Any) -> None:
     net = model()
     sf.accelerate(net)
-    net = copy.deepcopy(net).double()
+    net = again(net).double()
     expected = net(x.double())
     sf.restore(net)
     assert type(net.first) is nn.LSTM

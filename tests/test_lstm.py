@@ -330,8 +330,8 @@ def test_more_than_2_31_elements() -> None:
     """Element 2^31 and beyond of the input is found: the last step of 2^31 + 64 values of bfloat16.
 
     All else is small (H = 1, so 4 GiB of input and 67 MB of the rest). A step's offset is computed
-    as t * B * I, which leaves 32 bits here; were it cut to 32 bits, the last step would read the
-    zeros at the front.
+    as t * B * I, which leaves 32 bits here; were it cut to 32 bits, the last step would read
+    before the input's start.
     """
     width, time = 64, 2**25 + 1
     x = torch.zeros(time, 1, width, dtype=torch.bfloat16)
