@@ -21,9 +21,9 @@ precision unless `torch.backends.cuda.matmul` allows TF32.
 
 State of proof: all kernels agree with the reference in Triton's interpreter (bfloat16 on tensor
 cores excepted, which it cannot do) and compile ahead of time for sm_80, sm_90, sm_100 and gfx942,
-without spills where 16 divides H; the CUDA C++ agrees with it when run thread by thread on a CPU. NONE of them has
-run on a GPU yet: the rules of `on_chip_plan` come from counting instructions, not from timing.
-`benchmarks/gpu_check.sh` is the script that ends this state.
+without spills where 16 divides H; the CUDA C++ agrees with it when run thread by thread on a CPU.
+NONE of them has run on a GPU yet: the rules of `on_chip_plan` come from counting instructions, not
+from timing. `benchmarks/gpu_check.sh` is the script that ends this state.
 """
 
 from __future__ import annotations
