@@ -73,9 +73,11 @@ class Check {
   }
 
   void strided(const char* name, const at::Tensor& t) const {
-    TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), op_, ": expected ", name,
-                     " to be a dense tensor, got ",
-                     t.is_quantized() ? "a quantized one" : c10::str("layout ", t.layout()));
+    TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested(), op_,
+                     ": expected ", name, " to be a dense tensor, got ",
+                     t.is_quantized() ? "a quantized one"
+                     : t.is_nested()  ? "a nested one"
+                                      : c10::str("layout ", t.layout()));
   }
 
   void together(const char* first, bool has_first, const char* second, bool has_second) const {

@@ -46,6 +46,25 @@ SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, c
   }
 }
 
+// acc[p][v] += sum_k a[k] * b[p * b_panel + v * lanes + k * b_step]: one row by P panels, because
+// the sums of a single panel of 4 vectors would wait for each other.
+template <int P, class C>
+SEQMEM_INLINE void row_multiply(int64_t K, const C* a, const C* b, int64_t b_panel, int64_t b_step,
+                                Vec<C> (&acc)[P][4]) {
+  SEQMEM_UNROLL
+  for (int p = 0; p < P; ++p)
+    SEQMEM_UNROLL
+    for (int v = 0; v < 4; ++v) opaque(acc[p][v]);
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec<C> x = splat(a[k]);
+    SEQMEM_UNROLL
+    for (int p = 0; p < P; ++p)
+      SEQMEM_UNROLL
+      for (int v = 0; v < 4; ++v) acc[p][v] += x * load(b + p * b_panel + v * kLanes<C> + k * b_step);
+  }
+}
+
 // acc[r][w] += lanes of sum_k a[r][k] * b[w][k]: both operands contiguous in k, nothing is packed.
 template <int R, int W, class C, class S>
 SEQMEM_INLINE void tile_dot(int64_t K, const C* const* a, const S* const* b, Vec<C> (&acc)[R][W]) {

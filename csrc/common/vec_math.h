@@ -209,32 +209,58 @@ constexpr C inverse_factorial(int k) {
   return static_cast<C>(1 / f);
 }
 
-template <class C>
-SEQMEM_INLINE ExpParts<C> exp_parts(Vec<C> x) {
+// N at once, step by step: one polynomial alone would wait for its own multiplications.
+template <int N, class C>
+SEQMEM_INLINE void exp_parts(const Vec<C> (&x)[N], ExpParts<C> (&out)[N]) {
   using K = ExpConstants<C>;
-  Vec<C> shifted = x * K::log2e + K::magic;
-  Vec<C> n = shifted - K::magic;
-  Vec<C> r = (x - n * K::ln2_hi) - n * K::ln2_lo;
-  Vec<C> p = splat(inverse_factorial<C>(K::degree));
+  Vec<C> shifted[N], r[N], p[N];
   SEQMEM_UNROLL
-  for (int k = K::degree - 1; k >= 1; --k) p = p * r + inverse_factorial<C>(k);
-  IntVec<C> exponent = (IntVec<C>)shifted + K::bias;
-  return {(Vec<C>)(exponent << K::mantissa), p * r};
+  for (int i = 0; i < N; ++i) {
+    shifted[i] = x[i] * K::log2e + K::magic;
+    const Vec<C> n = shifted[i] - K::magic;
+    r[i] = (x[i] - n * K::ln2_hi) - n * K::ln2_lo;
+    p[i] = splat(inverse_factorial<C>(K::degree));
+  }
+  SEQMEM_UNROLL
+  for (int k = K::degree - 1; k >= 1; --k) {
+    SEQMEM_UNROLL
+    for (int i = 0; i < N; ++i) p[i] = p[i] * r[i] + inverse_factorial<C>(k);
+  }
+  SEQMEM_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const IntVec<C> exponent = (IntVec<C>)shifted[i] + K::bias;
+    out[i] = {(Vec<C>)(exponent << K::mantissa), p[i] * r[i]};
+  }
 }
 
+// sigmoid(x) = 1 / (1 + e^-x), from the parts of e^-x.
 template <class C>
-SEQMEM_INLINE Vec<C> sigmoid(Vec<C> x) {
-  ExpParts<C> e = exp_parts<C>(clamp<C>(-x, ExpConstants<C>::limit));
+SEQMEM_INLINE Vec<C> sigmoid_argument(Vec<C> x) {
+  return clamp<C>(-x, ExpConstants<C>::limit);
+}
+template <class C>
+SEQMEM_INLINE Vec<C> sigmoid_of(const ExpParts<C>& e) {
   return C(1) / (C(1) + (e.power + e.power * e.fraction));
 }
 
 // tanh x = (e^2x - 1) / (e^2x + 1), with e^2x - 1 = 2^n (e^r - 1) + (2^n - 1): no cancellation
 // near zero, where n is 0.
 template <class C>
-SEQMEM_INLINE Vec<C> tanh(Vec<C> x) {
-  ExpParts<C> e = exp_parts<C>(clamp<C>(x + x, C(std::is_same_v<C, float> ? 20 : 44)));
-  Vec<C> m = e.power * e.fraction + (e.power - C(1));
+SEQMEM_INLINE Vec<C> tanh_argument(Vec<C> x) {
+  return clamp<C>(x + x, C(std::is_same_v<C, float> ? 20 : 44));
+}
+template <class C>
+SEQMEM_INLINE Vec<C> tanh_of(const ExpParts<C>& e) {
+  const Vec<C> m = e.power * e.fraction + (e.power - C(1));
   return m / (m + C(2));
+}
+
+template <class C>
+SEQMEM_INLINE Vec<C> tanh(Vec<C> x) {
+  const Vec<C> argument[1] = {tanh_argument<C>(x)};
+  ExpParts<C> e[1];
+  exp_parts<1, C>(argument, e);
+  return tanh_of<C>(e[0]);
 }
 
 }  // namespace

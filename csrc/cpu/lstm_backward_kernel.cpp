@@ -31,7 +31,8 @@ class BackwardRun {
 
   const int64_t units, Hs, Ps, Is;    // vectors of units; H, P, I rounded up to vectors
   const int64_t x_width, h_width, m_width;  // row lengths of the chunk's copies, cache-set friendly
-  int64_t row_begin, row_step, rows;
+  const bool packs;                   // weights are copied; they must be where lanes or types differ
+  int64_t row_begin, row_step;
   Share mine;
   int64_t capacity;                   // rows a chunk can hold, odd: see spread()
 
@@ -50,10 +51,10 @@ class BackwardRun {
               SpinBarrier& barrier)
       : s(s), plan(plan), a(a), thread(thread), threads(threads), barrier(barrier),
         units(ceil_div(s.H, L)), Hs(units * L), Ps(ceil_div(s.P, L) * L),
-        Is(ceil_div(s.I, L) * L), x_width(spread(Is)), h_width(spread(Ps)), m_width(spread(Hs)) {
+        Is(ceil_div(s.I, L) * L), x_width(spread(Is)), h_width(spread(Ps)), m_width(spread(Hs)),
+        packs(plan.pack || converts || s.I % L != 0 || s.P % L != 0) {
     row_begin = plan.by_rows ? thread : 0;
     row_step = plan.by_rows ? threads : 1;
-    rows = ceil_div(s.B - row_begin, row_step);
     // Whole groups of 4 vectors: they are the columns of packed weights as well.
     mine = plan.by_rows ? Share{0, units} : share(ceil_div(units, 4), thread, threads);
     if (!plan.by_rows) mine = {mine.begin * 4, min(mine.end * 4, units)};
@@ -69,8 +70,8 @@ class BackwardRun {
     dz = take.array<C>(units * capacity * W);
     x = take.array<C>(capacity * x_width);
     h = take.array<C>(capacity * h_width);
-    panel_ih = take.array<C>(units * W * Is);
-    panel_hh = take.array<C>(units * W * Ps);
+    panel_ih = take.array<C>(packs ? units * W * Is : 0);
+    panel_hh = take.array<C>(packs ? units * W * Ps : 0);
     db = take.array<C>(units * W);
     squashed = take.array<C>(s.projected ? capacity * m_width : 0);
     dh_projected = take.array<C>(s.projected ? capacity * h_width : 0);
@@ -131,10 +132,11 @@ class BackwardRun {
   void prepare() {
     const Share packed = share(units, thread, threads);
     for (int64_t u = packed.begin; u < packed.end; ++u) {
+      for (int64_t i = u * W; i < (u + 1) * W; ++i) db[i] = 0;
+      if (!packs) continue;
       if (a.grad_input != nullptr)
         pack_columns(panel_ih, static_cast<const S*>(a.weight_ih), u, s.I, Is);
       pack_columns(panel_hh, static_cast<const S*>(a.weight_hh), u, s.P, Ps);
-      for (int64_t i = u * W; i < (u + 1) * W; ++i) db[i] = 0;
     }
     if (s.projected) pack_projection();
     if (thread == 0)
@@ -305,8 +307,8 @@ class BackwardRun {
   // result[j][..] = dz[row_of(j)] times NV vectors of columns of a packed weight, for
   // count rows; the sum over all gates is formed in slices whose weights stay in the second cache.
   template <int NV, class RowOf>
-  SEQMEM_INLINE void multiply_dz(int64_t count, RowOf row_of, const C* panel, int64_t v, C* result,
-                                 int64_t result_step) {
+  SEQMEM_INLINE void multiply_dz(int64_t count, RowOf row_of, const C* panel, const void* weight,
+                                 int64_t N, int64_t v, C* result, int64_t result_step) {
     const C* columns = panel + v * L * units * W;
     for (int64_t slice = 0; slice < units; slice += kSlice / W) {
       const int64_t end = min<int64_t>(slice + kSlice / W, units);
@@ -325,7 +327,11 @@ class BackwardRun {
           const C* from[R];
           SEQMEM_UNROLL
           for (int r = 0; r < R; ++r) from[r] = dz_at(u, n[r]);
-          tile_multiply<R, NV, C>(W, from, 1, columns + u * W * NV * L, L, NV * L, acc);
+          if (packs) {
+            tile_multiply<R, NV, C>(W, from, 1, columns + u * W * NV * L, L, NV * L, acc);
+          } else {
+            multiply_unpacked<R, NV>(from, u, static_cast<const C*>(weight) + v * L, N, acc);
+          }
         }
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r)
@@ -335,12 +341,26 @@ class BackwardRun {
     }
   }
 
+  // One vector of units' gates times NV vectors of columns of a weight as it lies.
+  template <int R, int NV>
+  SEQMEM_INLINE void multiply_unpacked(const C* (&from)[R], int64_t u, const void* weight, int64_t N,
+                                       Vec<C> (&acc)[R][NV]) {
+    const int64_t lanes = min<int64_t>(L, s.H - u * L);
+    for (int g = 0; g < 4; ++g) {
+      const C* b = static_cast<const C*>(weight) + (g * s.H + u * L) * N;
+      tile_multiply<R, NV, C>(lanes, from, 1, b, L, N, acc);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) from[r] += L;
+    }
+  }
+
   // dh of the step before.
   template <int NV>
   SEQMEM_INLINE void hidden_gradient(int64_t t, int64_t n, int64_t count, int64_t v) {
     C* to = dh + row_begin * Ps + v * L;
     multiply_dz<NV>(
-        count, [&](int64_t j) { return n + row(j); }, panel_hh, v, to, row_step * Ps);
+        count, [&](int64_t j) { return n + row(j); }, panel_hh, a.weight_hh, s.P, v, to,
+        row_step * Ps);
     if (s.reset == nullptr) return;
     for (int64_t j = 0; j < count; ++j)
       if (is_cut(s, t, row(j)))
@@ -445,7 +465,8 @@ class BackwardRun {
     for_column_blocks({0, Is / L}, [&](auto columns, int64_t v) {
       constexpr int NV = decltype(columns)::value;
       multiply_dz<NV>(
-          some.end - some.begin, [&](int64_t j) { return some.begin + j; }, panel_ih, v, dx, W);
+          some.end - some.begin, [&](int64_t j) { return some.begin + j; }, panel_ih, a.weight_ih, s.I,
+          v, dx, W);
       const int width = static_cast<int>(min<int64_t>(NV * L, s.I - v * L));
       for (int64_t j = some.begin; j < some.end; ++j)
         store_row(static_cast<S*>(a.grad_input) + chunk_row[j] * s.I + v * L,

@@ -24,7 +24,7 @@ class ForwardRun {
 
   const int64_t units;        // vectors of units, all
   const int64_t Hs, Ps;       // H and P rounded up to vectors
-  int64_t row_begin, row_step, rows;  // this thread's rows
+  int64_t row_begin, row_step;  // this thread's rows
   Share mine;                 // this thread's vectors of units
 
   // Shared by all threads.
@@ -41,7 +41,6 @@ class ForwardRun {
         units(ceil_div(s.H, L)), Hs(units * L), Ps(ceil_div(s.P, L) * L) {
     row_begin = plan.by_rows ? thread : 0;
     row_step = plan.by_rows ? threads : 1;
-    rows = ceil_div(s.B - row_begin, row_step);
     mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
   }
 
@@ -227,7 +226,10 @@ class ForwardRun {
       c_row[j] = cut ? zeros : c + row(j) * Hs;
     }
     C* next = h[(step + 1) & 1];
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
+    int64_t u = mine.begin;
+    if (plan.pack && count == 1)
+      for (; u + 2 <= mine.end; u += 2) step_one_row(t, n, u, next);
+    for (; u < mine.end; ++u) {
       for_row_blocks<C>(count, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
@@ -240,8 +242,7 @@ class ForwardRun {
         } else {
           dot_gates<R>(u, x_row + n + start, h_row + start, acc);
         }
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) finish_row(t, start + r, u, acc[r], next);
+        finish_rows<R>(t, start, u, acc, next);
       });
     }
     if (s.projected) {
@@ -250,6 +251,20 @@ class ForwardRun {
       });
     }
     return count;
+  }
+
+  // Two vectors of units of a step with a single row.
+  SEQMEM_INLINE void step_one_row(int64_t t, int64_t n, int64_t u, C* next) {
+    Vec<C> acc[2][4];
+    SEQMEM_UNROLL
+    for (int p = 0; p < 2; ++p)
+      SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) acc[p][g] = load(z_at(n, u + p) + g * L);
+    row_multiply<2, C>(s.P, h_row[0], panel_hh + u * s.P * W, s.P * W, W, acc);
+    for (int p = 0; p < 2; ++p) {
+      const Vec<C> pre[1][4] = {{acc[p][0], acc[p][1], acc[p][2], acc[p][3]}};
+      finish_rows<1>(t, 0, u + p, pre, next);
+    }
   }
 
   // The gates' pre-activations straight from the weights as they lie.
@@ -283,29 +298,45 @@ class ForwardRun {
       for (int g = 0; g < 4; ++g) acc[r][g] = load(out[r][g]) + load(bias + u * W + g * L);
   }
 
-  // Activations, the new cell and the new hidden state of one vector of units.
-  SEQMEM_INLINE void finish_row(int64_t t, int64_t j, int64_t u, const Vec<C> (&pre)[4], C* next) {
-    const int64_t r = row(j), at = row_index[j];
+  // Activations, the new cell and the new hidden state of one vector of units, for R rows.
+  template <int R>
+  SEQMEM_INLINE void finish_rows(int64_t t, int64_t start, int64_t u, const Vec<C> (&pre)[R][4],
+                                 C* next) {
     const int n = static_cast<int>(min<int64_t>(L, s.H - u * L));
-    const Vec<C> i = sigmoid<C>(pre[0]), f = sigmoid<C>(pre[1]);
-    const Vec<C> g = tanh<C>(pre[2]), o = sigmoid<C>(pre[3]);
-    const Vec<C> cell = f * load(c_row[j] + u * L) + i * g;
-    const Vec<C> hidden = o * tanh<C>(cell);
-    store(c + r * Hs + u * L, cell);
-    if (a.gates != nullptr) {
-      S* gates = static_cast<S*>(a.gates) + at * 4 * s.H + u * L;
-      store_n(gates, i, n);
-      store_n(gates + s.H, f, n);
-      store_n(gates + 2 * s.H, g, n);
-      store_n(gates + 3 * s.H, o, n);
+    Vec<C> o[R], argument[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> arguments[4] = {sigmoid_argument<C>(pre[r][0]), sigmoid_argument<C>(pre[r][1]),
+                                   tanh_argument<C>(pre[r][2]), sigmoid_argument<C>(pre[r][3])};
+      ExpParts<C> e[4];
+      exp_parts<4, C>(arguments, e);
+      const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
+      o[r] = sigmoid_of<C>(e[3]);
+      const Vec<C> cell = f * load(c_row[start + r] + u * L) + i * g;
+      argument[r] = tanh_argument<C>(cell);
+      const int64_t b = row(start + r), at = row_index[start + r];
+      store(c + b * Hs + u * L, cell);
+      if (a.gates != nullptr) {
+        S* gates = static_cast<S*>(a.gates) + at * 4 * s.H + u * L;
+        store_n(gates, i, n);
+        store_n(gates + s.H, f, n);
+        store_n(gates + 2 * s.H, g, n);
+        store_n(gates + 3 * s.H, o[r], n);
+      }
+      if (a.cells != nullptr) store_n(static_cast<S*>(a.cells) + at * s.H + u * L, cell, n);
+      if (a.cy != nullptr && is_last(s, t, b))
+        store_n(static_cast<S*>(a.cy) + s.order[b] * s.H + u * L, cell, n);
     }
-    if (a.cells != nullptr) store_n(static_cast<S*>(a.cells) + at * s.H + u * L, cell, n);
-    if (a.cy != nullptr && is_last(s, t, r))
-      store_n(static_cast<S*>(a.cy) + s.order[r] * s.H + u * L, cell, n);
-    if (s.projected) {
-      store(squashed + r * Hs + u * L, hidden);
-    } else {
-      emit_hidden(t, j, u, hidden, next);
+    ExpParts<C> e[R];
+    exp_parts<R, C>(argument, e);
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> hidden = o[r] * tanh_of<C>(e[r]);
+      if (s.projected) {
+        store(squashed + row(start + r) * Hs + u * L, hidden);
+      } else {
+        emit_hidden(t, start + r, u, hidden, next);
+      }
     }
   }
 

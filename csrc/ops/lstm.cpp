@@ -27,10 +27,8 @@ void check_lengths(const Tensor& lengths, int64_t T) {
 void check_batch_sizes(const Tensor& batch_sizes, int64_t rows) {
   TORCH_CHECK_TYPE(batch_sizes.is_cpu(), "seqmem::lstm: expected batch_sizes on the cpu, got ",
                    batch_sizes.device());
-  TORCH_CHECK_VALUE(batch_sizes.is_contiguous(),
-                    "seqmem::lstm: expected contiguous batch_sizes, got strides ",
-                    batch_sizes.strides());
-  const int64_t* size = batch_sizes.const_data_ptr<int64_t>();
+  const Tensor values = batch_sizes.contiguous();
+  const int64_t* size = values.const_data_ptr<int64_t>();
   int64_t total = 0;
   for (int64_t t = 0; t < batch_sizes.numel(); ++t) {
     TORCH_CHECK_VALUE(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]),
@@ -85,7 +83,8 @@ struct Rows {
     row_stride = batch_first ? s.T : 1;
     for (int64_t t = 0; t < s.T; ++t) step_row[t] = batch_first ? t : t * s.B;
     if (batch_sizes.has_value()) {
-      const int64_t* size = batch_sizes->const_data_ptr<int64_t>();
+      const Tensor values = batch_sizes->contiguous();
+      const int64_t* size = values.const_data_ptr<int64_t>();
       std::copy_n(size, s.T, active.begin());
       std::partial_sum(size, size + s.T - 1, step_row.begin() + 1);
     }
@@ -158,6 +157,9 @@ Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t re
 // Packing the weights costs about as much as a third of a pass over them per row of a vector.
 bool worth_packing(const Sizes64& s) { return s.T * s.B * 3 > s.I + s.P; }
 
+// In the backward packing is a plain copy, but the products run slower without it.
+constexpr int64_t kRowsWorthPacking = 48;
+
 template <class Kernel, class Arguments>
 void launch(const Kernel& kernel, Storage storage, const Shape& shape, const Schedule& schedule,
             Arguments& arguments) {
@@ -181,6 +183,7 @@ void run_forward(const Call& call, const Sizes64& s, const Tensor& like, Forward
 
 void run_backward(const Call& call, const Sizes64& s, const Tensor& like, Backward& arguments) {
   Schedule schedule = share_out(s, like.element_size(), call.shape.projected, s.P);
+  schedule.plan.pack = s.T * s.B > kRowsWorthPacking;
   schedule.plan.chunk = std::max<int64_t>(1, 256 / std::max<int64_t>(s.B, 1));
   launch(SEQMEM_CHOOSE(backward_kernel), storage_of(like), call.shape, schedule, arguments);
 }
@@ -532,6 +535,12 @@ TORCH_LIBRARY_IMPL(seqmem, Meta, m) {
 TORCH_LIBRARY_IMPL(seqmem, CompositeExplicitAutograd, m) {
   m.impl("check_lstm_cell", check_lstm_cell_op);
   m.impl("check_lstm", check_lstm_op);
+  m.impl("lstm_cell", Unsupported<&check_lstm_cell_op, CellOutputs>::call);
+  m.impl("lstm", Unsupported<&check_lstm_op, Outputs>::call);
+}
+
+// Nested tensors are the one kind that the key above leaves out.
+TORCH_LIBRARY_IMPL(seqmem, NestedTensorCPU, m) {
   m.impl("lstm_cell", Unsupported<&check_lstm_cell_op, CellOutputs>::call);
   m.impl("lstm", Unsupported<&check_lstm_op, Outputs>::call);
 }
