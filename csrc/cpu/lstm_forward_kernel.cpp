@@ -271,26 +271,30 @@ class ForwardRun {
   template <int R>
   SEQMEM_INLINE void dot_gates(int64_t u, const C* const* x, const C* const* hidden,
                                Vec<C> (&acc)[R][4]) {
-    constexpr int U = R == 1 ? 2 : 1;  // units at once: one row alone needs more sums in flight
-    const S* w_ih = static_cast<const S*>(a.weight_ih);
-    const S* w_hh = static_cast<const S*>(a.weight_hh);
-    C out[R][4][L] = {};
+    constexpr int Q = R == 1 && L >= 8 ? 2 : 1;  // fours of units: one row needs more sums in flight
+    C out[R][4][(L + 3) / 4 * 4] = {};
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
-    for (int64_t l = 0; l < lanes; l += U) {
-      const S *rows_ih[4 * U], *rows_hh[4 * U];
-      SEQMEM_UNROLL
-      for (int i = 0; i < 4 * U; ++i) {
-        const int64_t unit = min<int64_t>(u * L + l + i / 4, s.H - 1);
-        rows_ih[i] = w_ih + ((i % 4) * s.H + unit) * s.I;
-        rows_hh[i] = w_hh + ((i % 4) * s.H + unit) * s.P;
-      }
-      Vec<C> sums[R][4 * U] = {};
-      tile_dot<R, 4 * U, C, S>(s.I, x, rows_ih, sums);
-      tile_dot<R, 4 * U, C, S>(s.P, hidden, rows_hh, sums);
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r)
+    for (int g = 0; g < 4; ++g) {
+      for (int64_t l = 0; l < lanes; l += 4 * Q) {
+        const S *rows_ih[4 * Q], *rows_hh[4 * Q];
         SEQMEM_UNROLL
-        for (int i = 0; i < 4 * U; ++i) out[r][i % 4][l + i / 4] = sum<C>(sums[r][i]);
+        for (int i = 0; i < 4 * Q; ++i) {
+          const int64_t unit = g * s.H + min<int64_t>(u * L + l + i, s.H - 1);
+          rows_ih[i] = static_cast<const S*>(a.weight_ih) + unit * s.I;
+          rows_hh[i] = static_cast<const S*>(a.weight_hh) + unit * s.P;
+        }
+        Vec<C> sums[R][4 * Q] = {};
+        tile_dot<R, 4 * Q, C, S>(s.I, x, rows_ih, sums);
+        tile_dot<R, 4 * Q, C, S>(s.P, hidden, rows_hh, sums);
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r)
+          SEQMEM_UNROLL
+          for (int q = 0; q < Q; ++q) {
+            const Vec<C> four[4] = {sums[r][4 * q], sums[r][4 * q + 1], sums[r][4 * q + 2],
+                                    sums[r][4 * q + 3]};
+            store_sums4<C>(out[r][g] + l + 4 * q, four);
+          }
+      }
     }
     SEQMEM_UNROLL
     for (int r = 0; r < R; ++r)
