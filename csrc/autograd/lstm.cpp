@@ -34,9 +34,8 @@ using CellBackward = CellGradients(const OptionalTensor&, const OptionalTensor&,
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using SequenceForward = Outputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                 const Tensor&, const Tensor&, const OptionalTensor&,
-                                const OptionalTensor&, const OptionalTensor&,
-                                const OptionalTensor&, const OptionalTensor&,
-                                const OptionalTensor&, bool, bool, bool);
+                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&, const OptionalTensor&, bool, bool, bool);
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using SequenceBackward = Gradients(const OptionalTensor&, const OptionalTensor&,
                                    const OptionalTensor&, const OptionalTensor&,
@@ -68,9 +67,7 @@ const auto& lstm_backward() {
   return op;
 }
 
-OptionalTensor optional(const Tensor& t) {
-  return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
 
 template <class... Tensors>
@@ -149,13 +146,16 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto saved = ctx->get_saved_variables();
     const Wanted wanted(ctx);
-    const auto [input, hx, cx, weight_ih, weight_hh, bias] = run_backward(
-        lstm_cell_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]), saved[0],
-        optional(saved[1]), optional(saved[2]), saved[3], saved[4], saved[5], saved[6],
-        wanted.has_bias(), wanted.mask());
-    return {wanted(kInput, input),        wanted(kHx, hx),
-            wanted(kCx, cx),              wanted(kWeightIh, weight_ih),
-            wanted(kWeightHh, weight_hh), wanted(kBiasIh, bias),
+    const auto [input, hx, cx, weight_ih, weight_hh, bias] =
+        run_backward(lstm_cell_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]),
+                     saved[0], optional(saved[1]), optional(saved[2]), saved[3], saved[4], saved[5],
+                     saved[6], wanted.has_bias(), wanted.mask());
+    return {wanted(kInput, input),
+            wanted(kHx, hx),
+            wanted(kCx, cx),
+            wanted(kWeightIh, weight_ih),
+            wanted(kWeightHh, weight_hh),
+            wanted(kBiasIh, bias),
             wanted(kBiasHh, bias)};
   }
 };

@@ -21,10 +21,9 @@ class Check {
   void floating_input() const {
     strided("input", like_);
     const auto type = like_.scalar_type();
-    TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
-                         type == at::kHalf,
-                     op_, ": expected input of dtype float32, float64, bfloat16 or float16, got ",
-                     type);
+    TORCH_CHECK_TYPE(
+        type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+        op_, ": expected input of dtype float32, float64, bfloat16 or float16, got ", type);
   }
 
   void dims(const char* name, const at::Tensor& t, int64_t expected) const {
@@ -68,8 +67,8 @@ class Check {
   }
 
   void same_device(const char* name, const at::Tensor& t) const {
-    TORCH_CHECK_TYPE(t.device() == like_.device(), op_, ": expected ", name,
-                     " on input's device ", like_.device(), ", got ", t.device());
+    TORCH_CHECK_TYPE(t.device() == like_.device(), op_, ": expected ", name, " on input's device ",
+                     like_.device(), ", got ", t.device());
   }
 
   void strided(const char* name, const at::Tensor& t) const {

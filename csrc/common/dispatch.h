@@ -46,6 +46,6 @@ const Kernel& choose(const Kernel& baseline, [[maybe_unused]] const Kernel* avx2
 #else
 #define SEQMEM_AVX512_COPY(kernel) nullptr
 #endif
-#define SEQMEM_CHOOSE(kernel)                                                       \
-  ::seqmem::choose<std::remove_cv_t<decltype(baseline::kernel)>>(                   \
+#define SEQMEM_CHOOSE(kernel)                                     \
+  ::seqmem::choose<std::remove_cv_t<decltype(baseline::kernel)>>( \
       baseline::kernel, SEQMEM_AVX2_COPY(kernel), SEQMEM_AVX512_COPY(kernel))

@@ -52,16 +52,14 @@ template <int P, class C>
 SEQMEM_INLINE void row_multiply(int64_t K, const C* a, const C* b, int64_t b_panel, int64_t b_step,
                                 Vec<C> (&acc)[P][4]) {
   SEQMEM_UNROLL
-  for (int p = 0; p < P; ++p)
-    SEQMEM_UNROLL
-    for (int v = 0; v < 4; ++v) opaque(acc[p][v]);
+  for (int p = 0; p < P; ++p) SEQMEM_UNROLL
+  for (int v = 0; v < 4; ++v) opaque(acc[p][v]);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; ++k) {
     const Vec<C> x = splat(a[k]);
     SEQMEM_UNROLL
-    for (int p = 0; p < P; ++p)
-      SEQMEM_UNROLL
-      for (int v = 0; v < 4; ++v) acc[p][v] += x * load(b + p * b_panel + v * kLanes<C> + k * b_step);
+    for (int p = 0; p < P; ++p) SEQMEM_UNROLL
+    for (int v = 0; v < 4; ++v) acc[p][v] += x * load(b + p * b_panel + v * kLanes<C> + k * b_step);
   }
 }
 
@@ -135,9 +133,15 @@ SEQMEM_INLINE void for_row_blocks(int64_t n, F&& f) {
       case 1: f(std::integral_constant<int, 1>{}, start); break;
       case 2: f(std::integral_constant<int, 2>{}, start); break;
       case 3: f(std::integral_constant<int, 3>{}, start); break;
-      case 4: if constexpr (R >= 4) f(std::integral_constant<int, 4>{}, start); break;
-      case 5: if constexpr (R >= 5) f(std::integral_constant<int, 5>{}, start); break;
-      case 6: if constexpr (R >= 6) f(std::integral_constant<int, 6>{}, start); break;
+      case 4:
+        if constexpr (R >= 4) f(std::integral_constant<int, 4>{}, start);
+        break;
+      case 5:
+        if constexpr (R >= 5) f(std::integral_constant<int, 5>{}, start);
+        break;
+      case 6:
+        if constexpr (R >= 6) f(std::integral_constant<int, 6>{}, start);
+        break;
     }
     start += rows;
   }

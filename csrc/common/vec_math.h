@@ -171,9 +171,10 @@ SEQMEM_INLINE C sum(Vec<C> v) {
   return lanes[0];
 }
 
-// ---- exp, sigmoid, tanh --------------------------------------------------------------------------
-// exp(x) = 2^n e^r with |r| <= ln2/2; e^r - 1 by its Taylor polynomial, whose first dropped term
-// is below half an ulp. NaN passes through: the clamps compare false.
+// ---- exp, sigmoid, tanh
+// -------------------------------------------------------------------------- exp(x) = 2^n e^r with
+// |r| <= ln2/2; e^r - 1 by its Taylor polynomial, whose first dropped term is below half an ulp.
+// NaN passes through: the clamps compare false.
 
 template <class C>
 struct ExpConstants;
@@ -185,7 +186,8 @@ struct ExpConstants<float> {
 };
 template <>
 struct ExpConstants<double> {
-  static constexpr double magic = 0x1.8p52, ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
+  static constexpr double magic = 0x1.8p52, ln2_hi = 0x1.62e42feep-1,
+                          ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double log2e = 0x1.71547652b82fep+0, limit = 708.0;
   static constexpr int mantissa = 52, bias = 1023, degree = 13;
 };

@@ -29,18 +29,18 @@ class BackwardRun {
   const int thread, threads;
   SpinBarrier& barrier;
 
-  const int64_t units, Hs, Ps, Is;    // vectors of units; H, P, I rounded up to vectors
+  const int64_t units, Hs, Ps, Is;          // vectors of units; H, P, I rounded up to vectors
   const int64_t x_width, h_width, m_width;  // row lengths of the chunk's copies, cache-set friendly
-  const bool packs;                   // weights are copied; they must be where lanes or types differ
+  const bool packs;  // weights are copied; they must be where lanes or types differ
   int64_t row_begin, row_step;
   Share mine;
-  int64_t capacity;                   // rows a chunk can hold, odd: see spread()
+  int64_t capacity;  // rows a chunk can hold, odd: see spread()
 
   // Shared by all threads.
   C *dh, *dc, *dm, *zeros, *dz, *x, *h, *panel_ih, *panel_hh, *db;
   C *squashed, *dh_projected, *panel_hr;
-  C *sum_ih, *sum_hh, *sum_hr;        // the gradients' sums where S is not C
-  int64_t* chunk_row;                 // row indices of the chunk
+  C *sum_ih, *sum_hh, *sum_hr;  // the gradients' sums where S is not C
+  int64_t* chunk_row;           // row indices of the chunk
   // This thread's own.
   C* dx;
   const C** a_row;
@@ -49,9 +49,19 @@ class BackwardRun {
  public:
   BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
               SpinBarrier& barrier)
-      : s(s), plan(plan), a(a), thread(thread), threads(threads), barrier(barrier),
-        units(ceil_div(s.H, L)), Hs(units * L), Ps(ceil_div(s.P, L) * L),
-        Is(ceil_div(s.I, L) * L), x_width(spread(Is)), h_width(spread(Ps)), m_width(spread(Hs)),
+      : s(s),
+        plan(plan),
+        a(a),
+        thread(thread),
+        threads(threads),
+        barrier(barrier),
+        units(ceil_div(s.H, L)),
+        Hs(units * L),
+        Ps(ceil_div(s.P, L) * L),
+        Is(ceil_div(s.I, L) * L),
+        x_width(spread(Is)),
+        h_width(spread(Ps)),
+        m_width(spread(Hs)),
         packs(plan.pack || converts || s.I % L != 0 || s.P % L != 0) {
     row_begin = plan.by_rows ? thread : 0;
     row_step = plan.by_rows ? threads : 1;
@@ -127,7 +137,8 @@ class BackwardRun {
   int64_t index(int64_t t, int64_t r) const { return s.step_row[t] + s.order[r] * s.row_stride; }
   C* dz_at(int64_t u, int64_t n) const { return dz + (u * capacity + n) * W; }
 
-  // ---- before the last step ------------------------------------------------------------------------
+  // ---- before the last step
+  // ------------------------------------------------------------------------
 
   void prepare() {
     const Share packed = share(units, thread, threads);
@@ -149,9 +160,9 @@ class BackwardRun {
 
   void load_gradient(C* to, const S* from, int64_t r, int64_t width, int64_t padded) {
     for (int64_t i = 0; i < padded; i += L)
-      store(to + i, from == nullptr ? Vec<C>{}
-                                    : load_n(from + s.order[r] * width + i,
-                                             static_cast<int>(width - i)));
+      store(to + i, from == nullptr
+                        ? Vec<C>{}
+                        : load_n(from + s.order[r] * width + i, static_cast<int>(width - i)));
   }
 
   // panel[group of 4 vectors of columns][u][gate][lane][column]; the last group may be narrower.
@@ -181,7 +192,8 @@ class BackwardRun {
               load_n(weight + p * s.H + u * L, static_cast<int>(s.H - u * L)));
   }
 
-  // ---- one step --------------------------------------------------------------------------------------
+  // ---- one step
+  // --------------------------------------------------------------------------------------
 
   int64_t run_step(int64_t t, int64_t n) {
     const int64_t count = alive(t);
@@ -234,9 +246,9 @@ class BackwardRun {
     const Vec<C> g = load_n(gates + 2 * s.H, lanes), o = load_n(gates + 3 * s.H, lanes);
     const Vec<C> squashed_cell =
         tanh<C>(load_n(static_cast<const S*>(a.cells) + row_index[j] * s.H + at, lanes));
-    const Vec<C> dm_total = s.projected ? load(dm + r * Hs + at)
-                                        : load(dh + r * Ps + at) +
-                                              arriving(a.grad_output, t, j, s.H, at);
+    const Vec<C> dm_total = s.projected
+                                ? load(dm + r * Hs + at)
+                                : load(dh + r * Ps + at) + arriving(a.grad_output, t, j, s.H, at);
     const Vec<C> dc_total = load(dc + r * Hs + at) + arriving(a.grad_cells, t, j, s.H, at) +
                             dm_total * o * (C(1) - squashed_cell * squashed_cell);
     const bool cut = is_cut(s, t, r);
@@ -260,7 +272,8 @@ class BackwardRun {
 
   SEQMEM_INLINE Vec<C> previous_cell(int64_t t, int64_t r, int64_t at, int lanes, bool cut) {
     if (cut) return Vec<C>{};
-    const S* from = previous(static_cast<const S*>(a.cells), static_cast<const S*>(a.cx), t, r, s.H);
+    const S* from =
+        previous(static_cast<const S*>(a.cells), static_cast<const S*>(a.cx), t, r, s.H);
     return from == nullptr ? Vec<C>{} : load_n(from + at, lanes);
   }
 
@@ -288,8 +301,7 @@ class BackwardRun {
 
   void copy_row(C* to, const S* from, int64_t width, int64_t padded) {
     for (int64_t i = 0; i < padded; i += L)
-      store(to + i,
-            from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(width - i)));
+      store(to + i, from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(width - i)));
   }
 
   // Blocks of up to 4 vectors of columns.
@@ -334,17 +346,16 @@ class BackwardRun {
           }
         }
         SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r)
-          SEQMEM_UNROLL
-          for (int i = 0; i < NV; ++i) store(result + (start + r) * result_step + i * L, acc[r][i]);
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int i = 0; i < NV; ++i) store(result + (start + r) * result_step + i * L, acc[r][i]);
       });
     }
   }
 
   // One vector of units' gates times NV vectors of columns of a weight as it lies.
   template <int R, int NV>
-  SEQMEM_INLINE void multiply_unpacked(const C* (&from)[R], int64_t u, const void* weight, int64_t N,
-                                       Vec<C> (&acc)[R][NV]) {
+  SEQMEM_INLINE void multiply_unpacked(const C* (&from)[R], int64_t u, const void* weight,
+                                       int64_t N, Vec<C> (&acc)[R][NV]) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
     for (int g = 0; g < 4; ++g) {
       const C* b = static_cast<const C*>(weight) + (g * s.H + u * L) * N;
@@ -367,7 +378,8 @@ class BackwardRun {
         for (int i = 0; i < NV; ++i) store(to + j * row_step * Ps + i * L, Vec<C>{});
   }
 
-  // ---- one chunk ---------------------------------------------------------------------------------------
+  // ---- one chunk
+  // ---------------------------------------------------------------------------------------
 
   void add_weight_gradients(int64_t n, bool first) {
     const Share some = share(units, thread, threads);
@@ -384,9 +396,8 @@ class BackwardRun {
     Vec<C> total[4];
     SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) total[g] = load(db + u * W + g * L);
-    for (int64_t i = 0; i < n; ++i)
-      SEQMEM_UNROLL
-      for (int g = 0; g < 4; ++g) total[g] += load(dz_at(u, i) + g * L);
+    for (int64_t i = 0; i < n; ++i) SEQMEM_UNROLL
+    for (int g = 0; g < 4; ++g) total[g] += load(dz_at(u, i) + g * L);
     SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) store(db + u * W + g * L, total[g]);
   }
@@ -424,20 +435,18 @@ class BackwardRun {
                               int64_t b_step, C* const* to, int64_t at, int columns, bool fresh) {
     Vec<C> acc[R][NV] = {};
     // The sums of many chunks lie far away: they are fetched while the product is formed.
-    if (!fresh)
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < NV * L; i += 64 / static_cast<int>(sizeof(C)))
-          __builtin_prefetch(to[r] + at + i, 1);
+    if (!fresh) SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < NV * L; i += 64 / static_cast<int>(sizeof(C)))
+        __builtin_prefetch(to[r] + at + i, 1);
     tile_multiply<R, NV, C>(depth, from, from_step, b, L, b_step, acc);
     SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r)
-      SEQMEM_UNROLL
-      for (int i = 0; i < NV; ++i) {
-        C* p = to[r] + at + i * L;
-        if (!fresh) acc[r][i] += load_n(p, columns - i * L);
-        store_n(p, acc[r][i], columns - i * L);
-      }
+    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+    for (int i = 0; i < NV; ++i) {
+      C* p = to[r] + at + i * L;
+      if (!fresh) acc[r][i] += load_n(p, columns - i * L);
+      store_n(p, acc[r][i], columns - i * L);
+    }
   }
 
   void add_projection_gradient(int64_t n, bool first) {
@@ -465,8 +474,8 @@ class BackwardRun {
     for_column_blocks({0, Is / L}, [&](auto columns, int64_t v) {
       constexpr int NV = decltype(columns)::value;
       multiply_dz<NV>(
-          some.end - some.begin, [&](int64_t j) { return some.begin + j; }, panel_ih, a.weight_ih, s.I,
-          v, dx, W);
+          some.end - some.begin, [&](int64_t j) { return some.begin + j; }, panel_ih, a.weight_ih,
+          s.I, v, dx, W);
       const int width = static_cast<int>(min<int64_t>(NV * L, s.I - v * L));
       for (int64_t j = some.begin; j < some.end; ++j)
         store_row(static_cast<S*>(a.grad_input) + chunk_row[j] * s.I + v * L,
@@ -474,7 +483,8 @@ class BackwardRun {
     });
   }
 
-  // ---- after the first step ------------------------------------------------------------------------------
+  // ---- after the first step
+  // ------------------------------------------------------------------------------
 
   void finish() {
     for (int64_t r = thread; r < s.B; r += threads) {

@@ -8,9 +8,13 @@ namespace seqmem {
 namespace {
 
 template <class I>
-SEQMEM_INLINE I min(I a, I b) { return b < a ? b : a; }
+SEQMEM_INLINE I min(I a, I b) {
+  return b < a ? b : a;
+}
 template <class I>
-SEQMEM_INLINE I max(I a, I b) { return a < b ? b : a; }
+SEQMEM_INLINE I max(I a, I b) {
+  return a < b ? b : a;
+}
 SEQMEM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Hands out 64-byte aligned arrays from one block; with a null block it only counts.

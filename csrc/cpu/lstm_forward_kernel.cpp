@@ -22,10 +22,10 @@ class ForwardRun {
   const int thread, threads;
   SpinBarrier& barrier;
 
-  const int64_t units;        // vectors of units, all
-  const int64_t Hs, Ps;       // H and P rounded up to vectors
+  const int64_t units;          // vectors of units, all
+  const int64_t Hs, Ps;         // H and P rounded up to vectors
   int64_t row_begin, row_step;  // this thread's rows
-  Share mine;                 // this thread's vectors of units
+  Share mine;                   // this thread's vectors of units
 
   // Shared by all threads.
   C *h[2], *c, *zeros, *panel_ih, *panel_hh, *bias, *squashed, *panel_hr;
@@ -37,8 +37,15 @@ class ForwardRun {
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
              SpinBarrier& barrier)
-      : s(s), plan(plan), a(a), thread(thread), threads(threads), barrier(barrier),
-        units(ceil_div(s.H, L)), Hs(units * L), Ps(ceil_div(s.P, L) * L) {
+      : s(s),
+        plan(plan),
+        a(a),
+        thread(thread),
+        threads(threads),
+        barrier(barrier),
+        units(ceil_div(s.H, L)),
+        Hs(units * L),
+        Ps(ceil_div(s.P, L) * L) {
     row_begin = plan.by_rows ? thread : 0;
     row_step = plan.by_rows ? threads : 1;
     mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
@@ -97,7 +104,8 @@ class ForwardRun {
     const int64_t n = s.active[t] - row_begin;
     return n <= 0 ? 0 : ceil_div(n, row_step);
   }
-  // ---- before the first step ---------------------------------------------------------------------
+  // ---- before the first step
+  // ---------------------------------------------------------------------
 
   void prepare() {
     const Share packed = share(units, thread, threads);
@@ -165,7 +173,8 @@ class ForwardRun {
         panel_hr[(p / L * s.H + k) * L + p % L] = p < s.P ? widen_one(weight[p * s.H + k]) : C(0);
   }
 
-  // ---- the input's share of the gates, for a chunk of steps -----------------------------------------
+  // ---- the input's share of the gates, for a chunk of steps
+  // -----------------------------------------
 
   // Collects the input rows alive at time t at position n of x_row; returns how many.
   int64_t gather_inputs(int64_t t, int64_t n) {
@@ -201,19 +210,18 @@ class ForwardRun {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
         SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r)
-          SEQMEM_UNROLL
-          for (int g = 0; g < 4; ++g) acc[r][g] = load(bias + u * W + g * L);
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int g = 0; g < 4; ++g) acc[r][g] = load(bias + u * W + g * L);
         tile_multiply<R, 4, C>(s.I, x_row + start, 1, panel, L, W, acc);
         SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r)
-          SEQMEM_UNROLL
-          for (int g = 0; g < 4; ++g) store(z_at(start + r, u) + g * L, acc[r][g]);
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int g = 0; g < 4; ++g) store(z_at(start + r, u) + g * L, acc[r][g]);
       });
     }
   }
 
-  // ---- one step ------------------------------------------------------------------------------------
+  // ---- one step
+  // ------------------------------------------------------------------------------------
 
   // n: where this step's rows begin among the chunk's. Returns how many rows were alive.
   int64_t run_step(int64_t step, int64_t n) {
@@ -235,9 +243,8 @@ class ForwardRun {
         Vec<C> acc[R][4];
         if (plan.pack) {
           SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r)
-            SEQMEM_UNROLL
-            for (int g = 0; g < 4; ++g) acc[r][g] = load(z_at(n + start + r, u) + g * L);
+          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+          for (int g = 0; g < 4; ++g) acc[r][g] = load(z_at(n + start + r, u) + g * L);
           tile_multiply<R, 4, C>(s.P, h_row + start, 1, panel_hh + u * s.P * W, L, W, acc);
         } else {
           dot_gates<R>(u, x_row + n + start, h_row + start, acc);
@@ -257,9 +264,8 @@ class ForwardRun {
   SEQMEM_INLINE void step_one_row(int64_t t, int64_t n, int64_t u, C* next) {
     Vec<C> acc[2][4];
     SEQMEM_UNROLL
-    for (int p = 0; p < 2; ++p)
-      SEQMEM_UNROLL
-      for (int g = 0; g < 4; ++g) acc[p][g] = load(z_at(n, u + p) + g * L);
+    for (int p = 0; p < 2; ++p) SEQMEM_UNROLL
+    for (int g = 0; g < 4; ++g) acc[p][g] = load(z_at(n, u + p) + g * L);
     row_multiply<2, C>(s.P, h_row[0], panel_hh + u * s.P * W, s.P * W, W, acc);
     for (int p = 0; p < 2; ++p) {
       const Vec<C> pre[1][4] = {{acc[p][0], acc[p][1], acc[p][2], acc[p][3]}};
@@ -271,7 +277,8 @@ class ForwardRun {
   template <int R>
   SEQMEM_INLINE void dot_gates(int64_t u, const C* const* x, const C* const* hidden,
                                Vec<C> (&acc)[R][4]) {
-    constexpr int Q = R == 1 && L >= 8 ? 2 : 1;  // fours of units: one row needs more sums in flight
+    constexpr int Q =
+        R == 1 && L >= 8 ? 2 : 1;  // fours of units: one row needs more sums in flight
     C out[R][4][(L + 3) / 4 * 4] = {};
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
     for (int g = 0; g < 4; ++g) {
@@ -287,19 +294,17 @@ class ForwardRun {
         tile_dot<R, 4 * Q, C, S>(s.I, x, rows_ih, sums);
         tile_dot<R, 4 * Q, C, S>(s.P, hidden, rows_hh, sums);
         SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r)
-          SEQMEM_UNROLL
-          for (int q = 0; q < Q; ++q) {
-            const Vec<C> four[4] = {sums[r][4 * q], sums[r][4 * q + 1], sums[r][4 * q + 2],
-                                    sums[r][4 * q + 3]};
-            store_sums4<C>(out[r][g] + l + 4 * q, four);
-          }
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int q = 0; q < Q; ++q) {
+          const Vec<C> four[4] = {sums[r][4 * q], sums[r][4 * q + 1], sums[r][4 * q + 2],
+                                  sums[r][4 * q + 3]};
+          store_sums4<C>(out[r][g] + l + 4 * q, four);
+        }
       }
     }
     SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r)
-      SEQMEM_UNROLL
-      for (int g = 0; g < 4; ++g) acc[r][g] = load(out[r][g]) + load(bias + u * W + g * L);
+    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+    for (int g = 0; g < 4; ++g) acc[r][g] = load(out[r][g]) + load(bias + u * W + g * L);
   }
 
   // Activations, the new cell and the new hidden state of one vector of units, for R rows.

@@ -197,7 +197,8 @@ Tensor empty_like_of(const Tensor& like, std::initializer_list<Int> sizes) {
   }
 }
 
-// ---- one cell ---------------------------------------------------------------------------------------
+// ---- one cell
+// ---------------------------------------------------------------------------------------
 
 using CellOutputs = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -212,16 +213,15 @@ CellOutputs lstm_cell_cpu(const Tensor& input, const OptionalTensor& hx, const O
                           const Tensor& weight_ih, const Tensor& weight_hh,
                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                           bool return_gates) {
-  const Sizes64 s =
-      check_lstm_cell<int64_t>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+  const Sizes64 s = check_lstm_cell<int64_t>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
   CellOutputs out = allocate_cell(input, s, return_gates);
   auto& [hy, cy, gates] = out;
   const Call call(s, {}, {}, {}, false, false, false);
   const Operand x(input), h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh), b_ih(bias_ih),
       b_hh(bias_hh);
-  Forward arguments = {x.data(),    h0.data(), c0.data(), w_ih.data(),
+  Forward arguments = {x.data(),    h0.data(),   c0.data(),   w_ih.data(),
                        w_hh.data(), b_ih.data(), b_hh.data(), nullptr,
-                       data(hy),    nullptr,   nullptr,   return_gates ? data(gates) : nullptr,
+                       data(hy),    nullptr,     nullptr,     return_gates ? data(gates) : nullptr,
                        data(cy),    nullptr};
   run_forward(call, s, input, arguments);
   return out;
@@ -262,11 +262,12 @@ CellGradients allocate_cell_gradients(const Tensor& input, const Sizes<Int>& s, 
           make(mask[2], {s.H * 4, s.H}), make(mask[2] && has_bias, {s.H * 4})};
 }
 
-CellGradients lstm_cell_backward_cpu(
-    const OptionalTensor& grad_hy, const OptionalTensor& grad_cy, const OptionalTensor& grad_gates,
-    const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-    const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& gates, const Tensor& cy,
-    bool has_bias, std::array<bool, 3> output_mask) {
+CellGradients lstm_cell_backward_cpu(const OptionalTensor& grad_hy, const OptionalTensor& grad_cy,
+                                     const OptionalTensor& grad_gates, const Tensor& input,
+                                     const OptionalTensor& hx, const OptionalTensor& cx,
+                                     const Tensor& weight_ih, const Tensor& weight_hh,
+                                     const Tensor& gates, const Tensor& cy, bool has_bias,
+                                     std::array<bool, 3> output_mask) {
   const Sizes64 s = cell_sizes<int64_t>(input, weight_hh);
   CellGradients out = allocate_cell_gradients(input, s, has_bias, output_mask);
   auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = out;
@@ -300,15 +301,17 @@ CellGradients lstm_cell_backward_cpu(
   return out;
 }
 
-CellGradients lstm_cell_backward_meta(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& input,
-    const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor& weight_hh,
-    const Tensor&, const Tensor&, bool has_bias, std::array<bool, 3> output_mask) {
+CellGradients lstm_cell_backward_meta(const OptionalTensor&, const OptionalTensor&,
+                                      const OptionalTensor&, const Tensor& input,
+                                      const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                      const Tensor& weight_hh, const Tensor&, const Tensor&,
+                                      bool has_bias, std::array<bool, 3> output_mask) {
   return allocate_cell_gradients(input, cell_sizes<c10::SymInt>(input, weight_hh), has_bias,
                                  output_mask);
 }
 
-// ---- a whole sequence -------------------------------------------------------------------------------
+// ---- a whole sequence
+// -------------------------------------------------------------------------------
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -333,11 +336,10 @@ Outputs lstm_cpu(const Tensor& input, const OptionalTensor& hx, const OptionalTe
                  const OptionalTensor& lengths, const OptionalTensor& reset,
                  const OptionalTensor& batch_sizes, bool batch_first, bool reverse,
                  bool return_gates) {
-  const Sizes64 s =
-      check_lstm<int64_t>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
-                          reset, batch_sizes, batch_first, true);
-  Outputs out = allocate(input, s, batch_sizes.has_value(), batch_first, lengths.has_value(),
-                         return_gates);
+  const Sizes64 s = check_lstm<int64_t>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
+                                        weight_hr, lengths, reset, batch_sizes, batch_first, true);
+  Outputs out =
+      allocate(input, s, batch_sizes.has_value(), batch_first, lengths.has_value(), return_gates);
   auto& [output, hy, cy, gates, cells] = out;
   const Call call(s, lengths, reset, batch_sizes, batch_first, weight_hr.has_value(), reverse);
   const Operand x(input), h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh), b_ih(bias_ih),
@@ -391,8 +393,8 @@ Sizes<Int> sequence_sizes(const Tensor& input, const Tensor& weight_ih, const Te
   if (!batch_sizes.has_value())
     return {C::size(input, batch_first ? 1 : 0), C::size(input, batch_first ? 0 : 1), I, H, P, 0};
   const Int T = C::size(*batch_sizes, 0);
-  const Int B = hx.has_value() ? C::size(*hx, 0)
-                               : Int(batch_sizes->template const_data_ptr<int64_t>()[0]);
+  const Int B =
+      hx.has_value() ? C::size(*hx, 0) : Int(batch_sizes->template const_data_ptr<int64_t>()[0]);
   return {T, B, I, H, P, C::size(cells, 0)};
 }
 
@@ -413,16 +415,18 @@ Gradients allocate_gradients(const Tensor& input, const Sizes<Int>& s, bool proj
           make(mask[2] && projected, {s.P, s.H})};
 }
 
-Gradients lstm_backward_cpu(
-    const OptionalTensor& grad_output, const OptionalTensor& grad_hy, const OptionalTensor& grad_cy,
-    const OptionalTensor& grad_gates, const OptionalTensor& grad_cells, const Tensor& input,
-    const OptionalTensor& hx, const OptionalTensor& cx, const Tensor& weight_ih,
-    const Tensor& weight_hh, const OptionalTensor& weight_hr, const OptionalTensor& lengths,
-    const OptionalTensor& reset, const OptionalTensor& batch_sizes, const Tensor& output,
-    const Tensor& gates, const Tensor& cells, bool has_bias, bool batch_first, bool reverse,
-    std::array<bool, 3> output_mask) {
-  const Sizes64 s = sequence_sizes<int64_t>(input, weight_ih, weight_hh, cells, hx, batch_sizes,
-                                            batch_first);
+Gradients lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_hy,
+                            const OptionalTensor& grad_cy, const OptionalTensor& grad_gates,
+                            const OptionalTensor& grad_cells, const Tensor& input,
+                            const OptionalTensor& hx, const OptionalTensor& cx,
+                            const Tensor& weight_ih, const Tensor& weight_hh,
+                            const OptionalTensor& weight_hr, const OptionalTensor& lengths,
+                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,
+                            const Tensor& output, const Tensor& gates, const Tensor& cells,
+                            bool has_bias, bool batch_first, bool reverse,
+                            std::array<bool, 3> output_mask) {
+  const Sizes64 s =
+      sequence_sizes<int64_t>(input, weight_ih, weight_hh, cells, hx, batch_sizes, batch_first);
   const bool projected = weight_hr.has_value();
   Gradients out =
       allocate_gradients(input, s, projected, has_bias, lengths.has_value(), output_mask);
@@ -467,8 +471,8 @@ Gradients lstm_backward_meta(const OptionalTensor&, const OptionalTensor&, const
                              const OptionalTensor&, const OptionalTensor& batch_sizes,
                              const Tensor&, const Tensor&, const Tensor& cells, bool has_bias,
                              bool batch_first, bool, std::array<bool, 3> output_mask) {
-  const auto s = sequence_sizes<c10::SymInt>(input, weight_ih, weight_hh, cells, hx, batch_sizes,
-                                             batch_first);
+  const auto s =
+      sequence_sizes<c10::SymInt>(input, weight_ih, weight_hh, cells, hx, batch_sizes, batch_first);
   return allocate_gradients(input, s, weight_hr.has_value(), has_bias, false, output_mask);
 }
 
@@ -489,10 +493,10 @@ struct Unsupported<check_op, Out> {
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_CELL_ARGUMENTS                                                                   \
+#define SEQMEM_CELL_ARGUMENTS                                                                    \
   "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, " \
   "Tensor? bias_hh, bool return_gates)"
-#define SEQMEM_SEQUENCE_ARGUMENTS                                                               \
+#define SEQMEM_SEQUENCE_ARGUMENTS                                                                \
   "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, " \
   "Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, Tensor? batch_sizes, "    \
   "bool batch_first, bool reverse, bool return_gates)"

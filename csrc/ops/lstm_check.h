@@ -27,8 +27,8 @@ Sizes<Int> check_weights(const Check<Int>& check, const Tensor& input, const Ten
   s.H = check.size(weight_ih, 0) / 4;
   s.I = check.size(input, input.dim() - 1);
   s.P = s.H;
-  TORCH_CHECK_VALUE(s.H > 0, check.op(), ": expected weight_ih of shape [4 * hidden_size, ",
-                    s.I, "] with hidden_size > 0, got ", weight_ih.sym_sizes());
+  TORCH_CHECK_VALUE(s.H > 0, check.op(), ": expected weight_ih of shape [4 * hidden_size, ", s.I,
+                    "] with hidden_size > 0, got ", weight_ih.sym_sizes());
   if (weight_hr.has_value()) {
     check.same_kind("weight_hr", *weight_hr);
     check.dims("weight_hr", *weight_hr, 2);
@@ -82,8 +82,7 @@ Sizes<Int> check_lstm(const Tensor& input, const OptionalTensor& hx, const Optio
   check.floating_input();
   const bool packed = batch_sizes.has_value();
   check.dims("input", input, packed ? 2 : 3);
-  Sizes<Int> s =
-      check_weights(check, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
+  Sizes<Int> s = check_weights(check, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
   if (packed) {
     TORCH_CHECK_VALUE(!lengths.has_value() && !reset.has_value() && !batch_first, check.op(),
                       ": expected a packed input (batch_sizes) without lengths, reset and "
