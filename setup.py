@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -58,7 +59,7 @@ def fail(sentence: str) -> NoReturn:
 
 def isas() -> list[str]:
     """The ISAs to compile for on this processor family."""
-    return list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    return list(ISA_FLAGS) if platform.machine() == "x86_64" else ["baseline"]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -116,15 +117,19 @@ def check_tools() -> None:
             f"torch {torch.__version__} is too old: install PyTorch 2.11 or newer, "
             f"then run `{INSTALL}`"
         )
-    if sys.platform == "win32":
-        fail("Windows is not supported: build it inside WSL")
+    if sys.platform != "linux":
+        fail(f"only Linux is supported, this is {sys.platform}: on Windows, build it inside WSL")
     # ninja (for the objects) and setuptools (for the link) then use the same compiler.
     compiler = os.environ.setdefault("CXX", "c++")
-    if shutil.which(shlex.split(compiler)[0]) is None:
+    command = shlex.split(compiler)
+    if shutil.which(command[0]) is None:
         fail(
             f"no C++ compiler found ({compiler!r} is not on PATH): install one "
             "(on Debian or Ubuntu: apt install g++), or point CXX at it"
         )
+    words = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    if "clang" in words:
+        fail(f"the kernels are written for GCC and {compiler!r} is Clang: set CXX=g++")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         fail(
             "the headers of this Python are missing (Python.h): install them "
@@ -209,14 +214,11 @@ def extension() -> Extension:
     cxx = [*COMMON_FLAGS, *(f"-DSEQMEM_WITH_{isa.upper()}" for isa in isas()[1:])]
     # Seen as system headers, torch's own do not drown our warnings.
     cxx += [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    link: list[str] = []
-    if sys.platform.startswith("linux"):
-        cxx.append("-fopenmp")  # Apple's compiler has none: there the threads come from ATen alone
-        link.append("-fopenmp")
+    cxx.append("-fopenmp")
     files = sources("*.cpp", "ops/*.cpp", "autograd/*.cpp")
     arguments: dict[str, Any] = {
         "include_dirs": [str(Path(__file__).parent.resolve() / "csrc")],
-        "extra_link_args": link,
+        "extra_link_args": ["-fopenmp"],
     }
     if use_cuda():
         flags = {"cxx": [*cxx, "-DSEQMEM_WITH_CUDA"], "nvcc": ["-O3", "-DSEQMEM_WITH_CUDA"]}

@@ -13,14 +13,6 @@
 
 namespace {
 
-std::string compiler() {
-#if defined(__clang__)
-  return "clang " __clang_version__;
-#else
-  return "gcc " __VERSION__;
-#endif
-}
-
 std::vector<std::string> compiled_isas() {
   return {
       "baseline",
@@ -45,7 +37,7 @@ std::string cpu_capability() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = SEQMEM_STRING(SEQMEM_VERSION);
-  info["compiler"] = compiler();
+  info["compiler"] = "gcc " __VERSION__;
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["torch"] = TORCH_VERSION;
   info["isas"] = compiled_isas();
@@ -54,11 +46,7 @@ pybind11::dict build_info() {
 #else
   info["cuda"] = false;
 #endif
-#if defined(_OPENMP)
   info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = pybind11::none();
-#endif
   return info;
 }
 

@@ -44,7 +44,7 @@ def collect() -> dict[str, str | int]:
         "ATEN_CPU_CAPABILITY": os.environ.get("ATEN_CPU_CAPABILITY", "not set"),
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
-        "OpenMP": build["openmp"] or "not compiled in",
+        "OpenMP": build["openmp"],
         "CUDA kernels": "built" if build["cuda"] else "not built",
         "CUDA in torch": torch.version.cuda or "none",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

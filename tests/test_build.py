@@ -81,6 +81,12 @@ REFUSALS = {
         "setuptools 65.5.0 is too old",
     ),
     "no compiler": ("", {"CXX": "no-such-compiler"}, "no C++ compiler found"),
+    "clang": (
+        "import subprocess; run = subprocess.run; "
+        "subprocess.run = lambda command, **rest: run(['echo', 'Debian clang version 14'], **rest)",
+        {},
+        "the kernels are written for GCC",
+    ),
     "no Python.h": (
         "import sysconfig; sysconfig.get_path = lambda name: '/nonexistent'",
         {},
