@@ -133,7 +133,7 @@ struct Schedule {
 
 // Estimates in microseconds of one core; they only steer the choices below.
 constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
-constexpr double kStepWorthSharing = 3, kCallWorthSharing = 15;
+constexpr double kStepWorthSharing = 0.8, kCallWorthSharing = 100;
 constexpr int64_t kSecondCache = 256 << 10;
 
 // Threads share rows where each gets several and the weights stay in its cache; else they share
