@@ -175,20 +175,25 @@ def goal(name: str, row: Row, mode: str) -> float | None:
 
 
 def measure(row: Row, mode: str, budget: Budget) -> list[Result]:
-    """Times a row in one mode; one result for the faster of torch's ways and for each rival."""
+    """Times a row in one mode; one result for the faster of torch's ways and for each rival.
+
+    Each rival is timed in a round of its own beside ours: its idle threads may spin for a while
+    after its turn and would take a core from whoever comes next.
+    """
     samples = pool(row, mode)
-    sides = [contender(name, row, mode) for name in names(row, mode)]
-    timings = compare(
-        [
-            Side(side.name, side.call, [side.prepare(s) for s in samples], side.values)
-            for side in sides
-        ],
-        budget,
-    )
+    sides = {
+        side.name: Side(side.name, side.call, [side.prepare(s) for s in samples], side.values)
+        for side in (contender(name, row, mode) for name in names(row, mode))
+    }
     exact = truth(row, mode, samples[0])
-    best = min(TORCH[row.kind], key=lambda name: timings[name].median_s)
-    peers = [best, *(name for name in timings if name in RIVALS)]
-    return [_result(row, mode, peer, timings, exact) for peer in peers]
+    ways = TORCH[row.kind]
+    timings = compare([sides[name] for name in (*ways, OURS)], budget)
+    best = min(ways, key=lambda name: timings[name].median_s)
+    results = [_result(row, mode, best, timings, exact)]
+    for rival in (name for name in sides if name in RIVALS):
+        pair = compare([sides[rival], sides[OURS]], budget)
+        results.append(_result(row, mode, rival, pair, exact))
+    return results
 
 
 def _result(

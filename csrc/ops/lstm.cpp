@@ -131,9 +131,11 @@ struct Schedule {
   int threads;
 };
 
-// Estimates in microseconds of one core; they only steer the choices below.
+// Estimates in microseconds of one core; they only steer the choices below. A barrier costs little,
+// but where another program holds the other core each one may wait for a time slice, so short steps
+// stay on one thread.
 constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
-constexpr double kStepWorthSharing = 0.8, kCallWorthSharing = 100;
+constexpr double kStepWorthSharing = 3, kCallWorthSharing = 100;
 constexpr int64_t kSecondCache = 256 << 10;
 
 // Threads share rows where each gets several and the weights stay in its cache; else they share
