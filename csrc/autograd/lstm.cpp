@@ -6,12 +6,9 @@
 //   dc += dh o (1 - tanh^2 c),  do = dh tanh c,  di = dc g,  df = dc c',  dg = dc i,
 //   dz = (di i(1-i), df f(1-f), dg (1-g^2), do o(1-o)),
 //   dc' = dc f,  dh' = W_hh^T dz,  dx = W_ih^T dz,  dW_ih = dz x^T,  dW_hh = dz h'^T,  db = dz.
-#include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <optional>
+#include "../common/autograd.h"
 
 namespace seqmem::lstm {
 namespace {
@@ -20,7 +17,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
 
 using CellOutputs = std::tuple<Tensor, Tensor, Tensor>;
 using CellForward = CellOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -46,49 +42,21 @@ using SequenceBackward = Gradients(const OptionalTensor&, const OptionalTensor&,
                                    const Tensor&, const Tensor&, bool, bool, bool,
                                    std::array<bool, 3>);
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 const auto& lstm_cell() {
-  static const auto op = find<CellForward>("seqmem::lstm_cell");
+  static const auto op = find_op<CellForward>("seqmem::lstm_cell");
   return op;
 }
 const auto& lstm_cell_backward() {
-  static const auto op = find<CellBackward>("seqmem::lstm_cell_backward");
+  static const auto op = find_op<CellBackward>("seqmem::lstm_cell_backward");
   return op;
 }
 const auto& lstm() {
-  static const auto op = find<SequenceForward>("seqmem::lstm");
+  static const auto op = find_op<SequenceForward>("seqmem::lstm");
   return op;
 }
 const auto& lstm_backward() {
-  static const auto op = find<SequenceBackward>("seqmem::lstm_backward");
+  static const auto op = find_op<SequenceBackward>("seqmem::lstm_backward");
   return op;
-}
-
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
-
-template <class... Tensors>
-bool any_requires_grad(const Tensors&... tensors) {
-  auto one = [](const auto& t) {
-    if constexpr (std::is_same_v<std::decay_t<decltype(t)>, Tensor>) {
-      return t.requires_grad();
-    } else {
-      return t.has_value() && t->requires_grad();
-    }
-  };
-  return at::GradMode::is_enabled() && (one(tensors) || ...);
-}
-
-// Backward of backward goes through the dispatcher, where Python differentiates the reference;
-// a plain backward goes straight to the kernel.
-template <class Op, class... Args>
-auto run_backward(const Op& op, const Args&... args) {
-  if (at::GradMode::is_enabled()) return op.call(args...);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(args...);
 }
 
 // Tensor arguments by position. Absent optionals take no place among the edges that
@@ -103,30 +71,11 @@ int64_t present(const OptionalTensor& hx, const OptionalTensor& cx, const Option
          bit(bias_hh.has_value(), kBiasHh) | bit(weight_hr.has_value(), kWeightHr);
 }
 
-class Wanted {
- public:
-  explicit Wanted(AutogradContext* ctx) : ctx_(ctx), present_(ctx->saved_data["present"].toInt()) {}
-
-  bool operator()(Position p) const {
-    if (!has(p)) return false;
-    return ctx_->needs_input_grad(__builtin_popcountll(present_ & ((int64_t(1) << p) - 1)));
-  }
-  Tensor operator()(Position p, const Tensor& gradient) const {
-    return (*this)(p) ? gradient : Tensor();
-  }
-  std::array<bool, 3> mask() const {
-    const Wanted& w = *this;
-    return {w(kInput), w(kHx) || w(kCx),
-            w(kWeightIh) || w(kWeightHh) || w(kBiasIh) || w(kBiasHh) || w(kWeightHr)};
-  }
-  bool has_bias() const { return has(kBiasIh) || has(kBiasHh); }
-
- private:
-  bool has(Position p) const { return present_ >> p & 1; }
-
-  AutogradContext* ctx_;
-  int64_t present_;
-};
+std::array<bool, 3> mask(const Wanted& w) {
+  return {w(kInput), w(kHx) || w(kCx),
+          w(kWeightIh) || w(kWeightHh) || w(kBiasIh) || w(kBiasHh) || w(kWeightHr)};
+}
+bool has_bias(const Wanted& w) { return w.has(kBiasIh) || w.has(kBiasHh); }
 
 class CellFunction : public torch::autograd::Function<CellFunction> {
  public:
@@ -149,7 +98,7 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
     const auto [input, hx, cx, weight_ih, weight_hh, bias] =
         run_backward(lstm_cell_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]),
                      saved[0], optional(saved[1]), optional(saved[2]), saved[3], saved[4], saved[5],
-                     saved[6], wanted.has_bias(), wanted.mask());
+                     saved[6], has_bias(wanted), mask(wanted));
     return {wanted(kInput, input),
             wanted(kHx, hx),
             wanted(kCx, cx),
@@ -201,8 +150,8 @@ class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
         lstm_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[4]), saved[0], optional(saved[1]), optional(saved[2]), saved[3], saved[4],
         optional(saved[5]), optional(saved[6]), optional(saved[7]), optional(saved[8]), saved[9],
-        saved[10], saved[11], wanted.has_bias(), ctx->saved_data["batch_first"].toBool(),
-        ctx->saved_data["reverse"].toBool(), wanted.mask());
+        saved[10], saved[11], has_bias(wanted), ctx->saved_data["batch_first"].toBool(),
+        ctx->saved_data["reverse"].toBool(), mask(wanted));
     const Tensor none;  // lengths, reset, batch_sizes, batch_first, reverse
     return {wanted(kInput, input),
             wanted(kHx, hx),
@@ -236,16 +185,6 @@ Outputs lstm_autograd(const Tensor& input, const OptionalTensor& hx, const Optio
   return lstm().call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
                      reset, batch_sizes, batch_first, reverse, return_gates);
 }
-
-// Everything floating is cast to autocast's dtype, as torch does for nn.LSTM.
-template <c10::DeviceType device>
-struct Cast {
-  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
-  Tensor operator()(const Tensor& t) const { return at::autocast::cached_cast(type, t, device); }
-  OptionalTensor operator()(const OptionalTensor& t) const {
-    return t.has_value() ? OptionalTensor((*this)(*t)) : std::nullopt;
-  }
-};
 
 template <c10::DeviceType device, c10::DispatchKey key>
 CellOutputs lstm_cell_autocast(const Tensor& input, const OptionalTensor& hx,

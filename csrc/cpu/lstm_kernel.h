@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../common/spin_barrier.h"
+#include "../common/storage.h"
 
 namespace seqmem::lstm {
 
@@ -74,8 +75,6 @@ struct Backward {
   void* grad_weight_hr;  // [P, H], or null
   void* workspace;
 };
-
-enum class Storage { Float, Double, BFloat16, Half };
 
 // Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
 // barrier. The result does not depend on the number of threads, to the bit.

@@ -1,5 +1,4 @@
 // LSTM ops: schemas, the CPU and Meta keys. Arguments are described in seqmem_fast/ops/lstm.py.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
@@ -9,6 +8,7 @@
 #include <tuple>
 
 #include "../common/dispatch.h"
+#include "../common/operand.h"
 #include "../common/team.h"
 #include "../common/workspace.h"
 #include "../cpu/lstm_kernel.h"
@@ -46,29 +46,7 @@ namespace {
 
 using Sizes64 = Sizes<int64_t>;
 
-Storage storage_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return Storage::Double;
-    case at::kBFloat16: return Storage::BFloat16;
-    case at::kHalf: return Storage::Half;
-    default: return Storage::Float;
-  }
-}
-
-// Contiguous and alive as long as the call; null where absent.
-class Operand {
- public:
-  explicit Operand(const Tensor& t) : tensor_(t.expect_contiguous()) {}
-  explicit Operand(const OptionalTensor& t)
-      : tensor_(t.has_value() && t->defined() ? t->expect_contiguous()
-                                              : c10::MaybeOwned<Tensor>::owned(Tensor())) {}
-  const void* data() const { return tensor_->defined() ? tensor_->const_data_ptr() : nullptr; }
-
- private:
-  c10::MaybeOwned<Tensor> tensor_;
-};
-
-void* data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+constexpr char kName[] = "seqmem::lstm", kCellName[] = "seqmem::lstm_cell";
 
 // Where the rows lie and which are alive when: see Shape.
 struct Rows {
@@ -188,15 +166,6 @@ void run_backward(const Call& call, const Sizes64& s, const Tensor& like, Backwa
   schedule.plan.pack = s.T * s.B > kRowsWorthPacking;
   schedule.plan.chunk = std::max<int64_t>(1, 256 / std::max<int64_t>(s.B, 1));
   launch(SEQMEM_CHOOSE(backward_kernel), storage_of(like), call.shape, schedule, arguments);
-}
-
-template <class Int>
-Tensor empty_like_of(const Tensor& like, std::initializer_list<Int> sizes) {
-  if constexpr (std::is_same_v<Int, int64_t>) {
-    return at::empty(at::IntArrayRef(sizes), like.options());
-  } else {
-    return at::empty_symint(c10::SymIntArrayRef(sizes), like.options());
-  }
 }
 
 // ---- one cell
@@ -478,19 +447,6 @@ Gradients lstm_backward_meta(const OptionalTensor&, const OptionalTensor&, const
   return allocate_gradients(input, s, weight_hr.has_value(), has_bias, false, output_mask);
 }
 
-// Where no kernel exists (sparse, quantized, other devices): the checks' error, or a plain one.
-template <auto check_op, class Out>
-struct Unsupported;
-template <class Out, class... Args, void (*check_op)(Args...)>
-struct Unsupported<check_op, Out> {
-  static Out call(Args... args) {
-    check_op(args...);
-    const Tensor& input = std::get<0>(std::tie(args...));
-    TORCH_CHECK_TYPE(false, "seqmem::lstm: expected tensors on cpu, cuda or meta, got ",
-                     input.device(), " (layout ", input.layout(), ")");
-  }
-};
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
@@ -541,14 +497,14 @@ TORCH_LIBRARY_IMPL(seqmem, Meta, m) {
 TORCH_LIBRARY_IMPL(seqmem, CompositeExplicitAutograd, m) {
   m.impl("check_lstm_cell", check_lstm_cell_op);
   m.impl("check_lstm", check_lstm_op);
-  m.impl("lstm_cell", Unsupported<&check_lstm_cell_op, CellOutputs>::call);
-  m.impl("lstm", Unsupported<&check_lstm_op, Outputs>::call);
+  m.impl("lstm_cell", Unsupported<kCellName, &check_lstm_cell_op, CellOutputs>::call);
+  m.impl("lstm", Unsupported<kName, &check_lstm_op, Outputs>::call);
 }
 
 // Nested tensors are the one kind that the key above leaves out.
 TORCH_LIBRARY_IMPL(seqmem, NestedTensorCPU, m) {
-  m.impl("lstm_cell", Unsupported<&check_lstm_cell_op, CellOutputs>::call);
-  m.impl("lstm", Unsupported<&check_lstm_op, Outputs>::call);
+  m.impl("lstm_cell", Unsupported<kCellName, &check_lstm_cell_op, CellOutputs>::call);
+  m.impl("lstm", Unsupported<kName, &check_lstm_op, Outputs>::call);
 }
 
 }  // namespace seqmem::lstm

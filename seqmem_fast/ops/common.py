@@ -1,17 +1,111 @@
-"""Refusals while torch.compile traces: the same ValueError or TypeError as everywhere else.
+"""What the ops' wrappers share: second derivatives, and refusals while torch.compile traces.
 
-Dynamo would wrap what an op's check raises into its own error type. So, while it traces, an op's
-wrapper first runs the op by itself on the tracer's fake tensors, and where that refuses raises an
-exception of both types, which Dynamo hands on as it is.
+Second derivatives: a backward op's own derivative is autograd through the same formula in plain
+PyTorch, registered by :func:`differentiate`.
+
+Refusals: Dynamo would wrap what an op's check raises into its own error type. So, while it traces,
+an op's wrapper first runs the op by itself on the tracer's fake tensors, and where that refuses
+raises an exception of both types, which Dynamo hands on as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def differentiate(backward_op: str, vjp: Callable[..., Gradients]) -> None:
+    """Make a backward op differentiable.
+
+    Args:
+        backward_op: its qualified name, ``"seqmem::lstm_backward"``.
+        vjp: takes the backward op's arguments and returns what it returns, in differentiable
+            PyTorch; None in the places that the op leaves empty.
+    """
+    torch.library.register_autograd(backward_op, _derivative(vjp), setup_context=_save)
+
+
+def reference_vjp(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> Gradients:
+    """The vector-Jacobian product of a reference, differentiable itself; for ``differentiate``.
+
+    Args:
+        function: called with ``inputs``; returns the op's outputs.
+        inputs: the op's tensor arguments, None where absent.
+        grads: of each output, None for zero.
+        wanted: which inputs' gradients are asked for; the others come back as None.
+    """
+    with torch.enable_grad():
+        leaves = [
+            t if t is None or t.requires_grad or not t.is_floating_point() else t.requires_grad_()
+            for t in (None if t is None else t.view_as(t) for t in inputs)
+        ]
+        pairs = [
+            (output, grad)
+            for output, grad in zip(function(*leaves), grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        found: list[Tensor | None] = [None] * len(leaves)
+        asked = {k: leaf for k, leaf in enumerate(leaves) if leaf is not None and wanted[k]}
+        if pairs and asked:
+            outputs, seeds = zip(*pairs, strict=True)
+            values = torch.autograd.grad(
+                outputs,
+                list(asked.values()),
+                seeds,
+                create_graph=True,
+                materialize_grads=True,
+            )
+            for k, value in zip(asked, values, strict=True):
+                found[k] = value
+    return tuple(found)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+    ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """The backward of a backward op: autograd through the same formula in plain PyTorch."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # A view apart of each tensor: one argument may have been computed from another.
+            args = [
+                constant if tensor is None else tensor.view_as(tensor)
+                for tensor, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
+            ]
+            results = vjp(*args)
+            pairs = [
+                (result, grad)
+                for result, grad in zip(results, grads, strict=True)
+                if result is not None and grad is not None and result.requires_grad
+            ]
+            wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+            found: list[Tensor | None] = [None] * len(args)
+            if pairs:
+                outputs, seeds = zip(*pairs, strict=True)
+                values = torch.autograd.grad(
+                    outputs, [args[k] for k in wanted], seeds, create_graph=again, allow_unused=True
+                )
+                for k, value in zip(wanted, values, strict=True):
+                    found[k] = value
+        return tuple(found)
+
+    return backward
 
 
 def try_while_tracing(op: OpOverload, **locals_named: str) -> Callable[[Any], None]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lstm as reference
-from .common import try_while_tracing
+from .common import Gradients, differentiate, try_while_tracing
 
 State = tuple[Tensor, Tensor]
 
@@ -229,9 +229,6 @@ def _zeros(input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, batch: in
     return input.new_zeros(batch, out), input.new_zeros(batch, hidden)
 
 
-Gradients = tuple[Tensor | None, ...]
-
-
 def _cell_vjp(*args: Any) -> Gradients:
     has_bias, wanted = args[-2:]
     return _masked(reference.lstm_cell_backward(*args[:-2]), args[4], has_bias, wanted)
@@ -251,46 +248,5 @@ def _masked(grads: Gradients, hx: Tensor | None, has_bias: bool, wanted: list[bo
     return tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=False))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
-    ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
-
-
-def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """The backward of a backward op: autograd through the same formula in plain PyTorch."""
-
-    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # A view apart of each tensor: one argument may have been computed from another.
-            args = [
-                constant if tensor is None else tensor.view_as(tensor)
-                for tensor, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
-            ]
-            results = vjp(*args)
-            pairs = [
-                (result, grad)
-                for result, grad in zip(results, grads, strict=True)
-                if result is not None and grad is not None and result.requires_grad
-            ]
-            wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
-            found: list[Tensor | None] = [None] * len(args)
-            if pairs:
-                outputs, seeds = zip(*pairs, strict=True)
-                values = torch.autograd.grad(
-                    outputs, [args[k] for k in wanted], seeds, create_graph=again, allow_unused=True
-                )
-                for k, value in zip(wanted, values, strict=True):
-                    found[k] = value
-        return tuple(found)
-
-    return backward
-
-
-torch.library.register_autograd(
-    "seqmem::lstm_cell_backward", _derivative(_cell_vjp), setup_context=_save
-)
-torch.library.register_autograd(
-    "seqmem::lstm_backward", _derivative(_lstm_vjp), setup_context=_save
-)
+differentiate("seqmem::lstm_cell_backward", _cell_vjp)
+differentiate("seqmem::lstm_backward", _lstm_vjp)
