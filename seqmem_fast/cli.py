@@ -10,7 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "bench": ("train with both LSTMs, measure every row (--full: longer)", "seqmem_fast.bench"),
     "info": ("versions, processor and build: what a bug report needs", "seqmem_fast.info"),
-    "plot": ("pictures: plot gates", "seqmem_fast.plot"),
+    "plot": ("pictures: plot gates", "seqmem_fast.plot.command"),
 }
 
 

@@ -1,15 +1,14 @@
-"""Pictures of what a network does inside; needs matplotlib (`pip install matplotlib`)."""
+"""The gates and cell states of an LSTM over time."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from .bench import run_in_clone
+from .common import colour_bar, heat, label_columns, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +21,6 @@ GATES = {
     "o": "output gate $o$: how much is shown",
     "c": "cell state $c$: what is remembered",
 }
-VISIBLE = {" ": "␣", "\n": "↵", "\t": "→"}  # white space a reader can see
 
 
 class Gates(Protocol):
@@ -72,10 +70,9 @@ def _draw(axes: Axes, name: str, values: Tensor, units: Sequence[int]) -> None:
     """One panel: units by time; gates on one scale 0 to 1, signed values on one around 0."""
     signed = name in "gc"
     reach = max(1.0, float(values.abs().max())) if name == "c" else 1.0
-    image = axes.imshow(
+    image = heat(
+        axes,
         values.t().numpy(),
-        aspect="auto",
-        interpolation="nearest",
         cmap="RdBu_r" if signed else "magma",
         vmin=-reach if signed else 0.0,
         vmax=reach,
@@ -83,11 +80,7 @@ def _draw(axes: Axes, name: str, values: Tensor, units: Sequence[int]) -> None:
     axes.set_title(GATES[name], loc="left", fontsize=10)
     axes.set_ylabel("unit", fontsize=8)
     axes.set_yticks(range(len(units)), [str(unit) for unit in units], fontsize=7)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=10)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
+    colour_bar(image, axes, pad=0.01, fraction=0.03, aspect=10)
 
 
 def gates(
@@ -127,12 +120,6 @@ def gates(
         ValueError: layer, batch, units, show out of range, or a text that is not T long.
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "seqmem_fast.plot needs matplotlib: run `pip install matplotlib`"
-        ) from error
     if not show or set(show) - set(GATES):
         raise ValueError(f"plot.gates: expected show made of 'ifgoc', got {show!r}")
     cells = _trace(gates, "c", layer, batch, batch_first)
@@ -144,31 +131,13 @@ def gates(
         raise ValueError(f"plot.gates: expected text of {steps} steps, got {len(text)}")
 
     height = 0.4 + 0.125 * len(chosen)
-    figure = Figure(
-        figsize=(max(5.0, 1.6 + 0.145 * steps), 0.7 + height * len(show)), layout="constrained"
-    )
+    figure = new_figure(max(5.0, 1.6 + 0.145 * steps), 0.7 + height * len(show))
     panels = figure.subplots(len(show), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, show, strict=True):
         _draw(axes, name, _trace(gates, name, layer, batch, batch_first)[:, chosen], chosen)
     if text is not None:
-        panels[-1].set_xticks(
-            range(steps),
-            [VISIBLE.get(label, label) for label in text],
-            family="monospace",
-            fontsize=9,
-        )
-        if any(len(label) > 1 for label in text):
-            panels[-1].tick_params(axis="x", rotation=90)
+        label_columns(panels[-1], text, fontsize=9)
     panels[-1].set_xlabel("time step" if text is None else "time")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command `plot`: `plot gates` draws a character model reading a sentence."""
-    parser = argparse.ArgumentParser(prog="python -m seqmem_fast plot")
-    parser.add_argument("picture", choices=("gates",))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="see: plot gates --help")
-    parsed = parser.parse_args(arguments)
-    return run_in_clone(f"benchmarks.{parsed.picture}", parsed.options)

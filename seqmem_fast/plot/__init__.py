@@ -1,0 +1,6 @@
+"""Pictures of what a network does inside; needs matplotlib (`pip install matplotlib`)."""
+
+from .attention import attention
+from .gates import gates, liveliest
+
+__all__ = ["attention", "gates", "liveliest"]

@@ -1,0 +1,72 @@
+"""Where each step of an output looked: attention weights as a heat map with both texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .common import colour_bar, heat, label_columns, new_figure, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CELL = 0.2  # inches
+
+
+def attention(
+    weights: Tensor,
+    source_tokens: str | Sequence[str],
+    target_tokens: str | Sequence[str],
+    *,
+    title: str | None = None,
+) -> Figure:
+    """The alignment picture: target tokens down, source tokens across, weights as colours.
+
+    As Bahdanau, Cho & Bengio drew it (arXiv 1409.0473, figure 3). All heads share one scale, from
+    0 to the largest weight.
+
+    Args:
+        weights: [Tq, Tk], one row for each target token, or [heads, Tq, Tk], one panel each. Of a
+            batch choose a row: ``weights[0]``.
+        source_tokens: Tk labels of what was attended to; a string gives its characters.
+        target_tokens: Tq labels of what attended.
+        title: above the picture.
+
+    Returns:
+        A matplotlib Figure; ``figure.savefig("attention.png")`` keeps it.
+
+    Raises:
+        ValueError: weights of other dimensions or empty, or labels that are not as many as the
+            weights' rows and columns.
+        ImportError: matplotlib is not installed.
+    """
+    if weights.dim() not in (2, 3) or weights.numel() == 0:
+        raise ValueError(
+            "plot.attention: expected weights of shape [Tq, Tk] or [heads, Tq, Tk], got "
+            f"{list(weights.shape)}"
+        )
+    heads = weights.detach().to("cpu", torch.float32)
+    heads = heads[None] if heads.dim() == 2 else heads
+    count, rows, columns = heads.shape
+    named = ("source_tokens", source_tokens, columns), ("target_tokens", target_tokens, rows)
+    for name, tokens, wanted in named:
+        if len(tokens) != wanted:
+            raise ValueError(f"plot.attention: expected {wanted} {name}, got {len(tokens)}")
+
+    figure = new_figure(count * max(1.6, CELL * columns) + 1.6, max(1.6, CELL * rows) + 1.2)
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    top = float(heads.max())
+    for index, (axes, values) in enumerate(zip(panels, heads, strict=True)):
+        image = heat(axes, values.numpy(), cmap="magma", vmin=0.0, vmax=top)
+        axes.xaxis.tick_top()
+        label_columns(axes, source_tokens, fontsize=9)
+        if count > 1:
+            axes.set_xlabel(f"head {index}", fontsize=9)
+    panels[0].set_yticks(range(rows), visible(target_tokens), family="monospace", fontsize=9)
+    colour_bar(image, list(panels), pad=0.01, fraction=0.04, aspect=15)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure

@@ -1,0 +1,68 @@
+"""plot.attention: what is in the figure, not how its pixels fall."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from seqmem_fast import plot
+
+pytest.importorskip("matplotlib")
+
+SOURCE, TARGET = ["the", "red", "house"], "ab c"
+
+
+def weights(*heads: int) -> torch.Tensor:
+    return torch.rand(*heads, len(TARGET), len(SOURCE)).softmax(-1)
+
+
+def panels(figure: Any) -> list[Any]:
+    return [axes for axes in figure.axes if axes.images]
+
+
+def test_the_panel_holds_the_weights_with_both_texts() -> None:
+    shown = weights().requires_grad_()
+    (axes,) = panels(plot.attention(shown, SOURCE, TARGET))
+    values = torch.from_numpy(axes.images[0].get_array().data.copy())
+    assert torch.equal(values, shown.detach())
+    assert [label.get_text() for label in axes.get_xticklabels()] == SOURCE
+    assert [label.get_text() for label in axes.get_yticklabels()] == list("ab␣c")
+    assert [label.get_rotation() for label in axes.get_xticklabels()] == [90] * 3
+
+
+def test_heads_stand_side_by_side_on_one_scale() -> None:
+    shown = weights(3).to(torch.bfloat16)
+    found = panels(plot.attention(shown, SOURCE, TARGET))
+    assert [axes.get_xlabel() for axes in found] == ["head 0", "head 1", "head 2"]
+    assert {axes.images[0].get_clim() for axes in found} == {(0.0, float(shown.max()))}
+
+
+def test_it_can_be_saved(tmp_path: Any) -> None:
+    path = tmp_path / "picture.png"
+    plot.attention(weights(), SOURCE, TARGET, title="where it looks").savefig(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("shape", "source", "message"),
+    [
+        ((4,), SOURCE, r"weights of shape .* got \[4\]"),
+        ((1, 2, 4, 3), SOURCE, r"weights of shape .* got \[1, 2, 4, 3\]"),
+        ((0, 3), SOURCE, r"weights of shape .* got \[0, 3\]"),
+        ((4, 2), SOURCE, "expected 2 source_tokens, got 3"),
+        ((5, 3), SOURCE, "expected 5 target_tokens, got 4"),
+        ((4, 3), "four", "expected 3 source_tokens, got 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(shape: tuple[int, ...], source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot.attention(torch.zeros(shape), source, TARGET)
+
+
+def test_without_matplotlib_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        plot.attention(weights(), SOURCE, TARGET)
