@@ -6,13 +6,15 @@ from seqmem_fast._load import _C
 
 from . import _triton, nn, ops, reference
 from .accelerate import accelerate, restore
-from .nn import LSTM, LSTMCell, LSTMGates
+from .nn import LSTM, DynamicMemory, EpisodicMemory, LSTMCell, LSTMGates
 
 if TYPE_CHECKING:
     from . import plot as plot
 
 __all__ = [
     "LSTM",
+    "DynamicMemory",
+    "EpisodicMemory",
     "LSTMCell",
     "LSTMGates",
     "__version__",

@@ -1,5 +1,5 @@
 """Plain PyTorch of every op: the executable specification."""
 
-from . import lstm
+from . import dynamic_memory, lstm
 
-__all__ = ["lstm"]
+__all__ = ["dynamic_memory", "lstm"]
