@@ -17,13 +17,12 @@ constexpr int64_t kDepth = 64;
 constexpr int64_t kSlice = 512;
 
 template <class S>
-class BackwardRun {
+class BackwardRun : Walk {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int W = 4 * L;
   static constexpr bool converts = !std::is_same_v<S, C>;
 
-  const Shape& s;
   const Plan& plan;
   const Backward& a;
   const int thread, threads;
@@ -32,7 +31,6 @@ class BackwardRun {
   const int64_t units, Hs, Ps, Is;          // vectors of units; H, P, I rounded up to vectors
   const int64_t x_width, h_width, m_width;  // row lengths of the chunk's copies, cache-set friendly
   const bool packs;  // weights are copied; they must be where lanes or types differ
-  int64_t row_begin, row_step;
   Share mine;
   int64_t capacity;  // rows a chunk can hold, odd: see spread()
 
@@ -49,7 +47,7 @@ class BackwardRun {
  public:
   BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
               SpinBarrier& barrier)
-      : s(s),
+      : Walk(s, plan, thread, threads),
         plan(plan),
         a(a),
         thread(thread),
@@ -63,8 +61,6 @@ class BackwardRun {
         h_width(spread(Ps)),
         m_width(spread(Hs)),
         packs(plan.pack || converts || s.I % L != 0 || s.P % L != 0) {
-    row_begin = plan.by_rows ? thread : 0;
-    row_step = plan.by_rows ? threads : 1;
     // Whole groups of 4 vectors: they are the columns of packed weights as well.
     mine = plan.by_rows ? Share{0, units} : share(ceil_div(units, 4), thread, threads);
     if (!plan.by_rows) mine = {mine.begin * 4, min(mine.end * 4, units)};
@@ -128,13 +124,6 @@ class BackwardRun {
     const int64_t lines = ceil_div(width, line);
     return (lines | 1) * line;
   }
-  int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
-  int64_t row(int64_t j) const { return row_begin + j * row_step; }
-  int64_t alive(int64_t t) const {
-    const int64_t n = s.active[t] - row_begin;
-    return n <= 0 ? 0 : ceil_div(n, row_step);
-  }
-  int64_t index(int64_t t, int64_t r) const { return s.step_row[t] + s.order[r] * s.row_stride; }
   C* dz_at(int64_t u, int64_t n) const { return dz + (u * capacity + n) * W; }
 
   // ---- before the last step
@@ -153,16 +142,9 @@ class BackwardRun {
     if (thread == 0)
       for (int64_t i = 0; i < max(Ps, Hs); ++i) zeros[i] = 0;
     for (int64_t r = thread; r < s.B; r += threads) {
-      load_gradient(dh + r * Ps, static_cast<const S*>(a.grad_hy), r, s.P, Ps);
-      load_gradient(dc + r * Hs, static_cast<const S*>(a.grad_cy), r, s.H, Hs);
+      copy_padded(dh + r * Ps, at_row(static_cast<const S*>(a.grad_hy), s.order[r] * s.P), s.P, Ps);
+      copy_padded(dc + r * Hs, at_row(static_cast<const S*>(a.grad_cy), s.order[r] * s.H), s.H, Hs);
     }
-  }
-
-  void load_gradient(C* to, const S* from, int64_t r, int64_t width, int64_t padded) {
-    for (int64_t i = 0; i < padded; i += L)
-      store(to + i, from == nullptr
-                        ? Vec<C>{}
-                        : load_n(from + s.order[r] * width + i, static_cast<int>(width - i)));
   }
 
   // panel[group of 4 vectors of columns][u][gate][lane][column]; the last group may be narrower.
@@ -198,25 +180,29 @@ class BackwardRun {
   int64_t run_step(int64_t t, int64_t n) {
     const int64_t count = alive(t);
     for (int64_t j = 0; j < count; ++j) row_index[j] = index(t, row(j));
-    if (s.projected) unproject(t, count, n);
+    if (s.projected) unproject(count, n);
     for (int64_t u = mine.begin; u < mine.end; ++u)
       for (int64_t j = 0; j < count; ++j) differentiate_cell(t, j, u, n);
     copy_operands(t, n);
     if (!plan.by_rows) barrier.wait();
     const Share columns = plan.by_rows ? Share{0, Ps / L} : mine;
-    for_column_blocks(columns, [&](auto block, int64_t v) {
+    const auto multiply = [&](auto block, int64_t v) {
       hidden_gradient<decltype(block)::value>(t, n, count, v);
-    });
+    };
+    const int64_t whole = (columns.end - columns.begin) / 4, rest = columns.begin + 4 * whole;
+    for (int64_t i = 0; i < whole; ++i)
+      multiply(std::integral_constant<int, 4>{}, columns.begin + 4 * zigzag(t, i, whole));
+    for_column_blocks({rest, columns.end}, multiply);
     return s.active[t];
   }
 
   // dm = (grad_output + dh) weight_hr, and keeps the left factor for weight_hr's gradient.
-  void unproject(int64_t t, int64_t count, int64_t n) {
+  void unproject(int64_t count, int64_t n) {
     for (int64_t j = 0; j < count; ++j) {
       const int64_t r = row(j);
       C* total = dh_projected + (n + r) * h_width;
       for (int64_t i = 0; i < Ps; i += L)
-        store(total + i, load(dh + r * Ps + i) + arriving(a.grad_output, t, j, s.P, i));
+        store(total + i, load(dh + r * Ps + i) + arriving(a.grad_output, j, s.P, i));
       a_row[j] = total;
     }
     for_row_blocks<C>(count, [&](auto block, int64_t start) {
@@ -231,7 +217,7 @@ class BackwardRun {
   }
 
   // A vector of an optional gradient of a sequence tensor at (t, row j), or zero.
-  SEQMEM_INLINE Vec<C> arriving(const void* grad, int64_t, int64_t j, int64_t width, int64_t at) {
+  SEQMEM_INLINE Vec<C> arriving(const void* grad, int64_t j, int64_t width, int64_t at) {
     if (grad == nullptr) return Vec<C>{};
     return load_n(static_cast<const S*>(grad) + row_index[j] * width + at,
                   static_cast<int>(min<int64_t>(L, width - at)));
@@ -248,8 +234,8 @@ class BackwardRun {
         tanh<C>(load_n(static_cast<const S*>(a.cells) + row_index[j] * s.H + at, lanes));
     const Vec<C> dm_total = s.projected
                                 ? load(dm + r * Hs + at)
-                                : load(dh + r * Ps + at) + arriving(a.grad_output, t, j, s.H, at);
-    const Vec<C> dc_total = load(dc + r * Hs + at) + arriving(a.grad_cells, t, j, s.H, at) +
+                                : load(dh + r * Ps + at) + arriving(a.grad_output, j, s.H, at);
+    const Vec<C> dc_total = load(dc + r * Hs + at) + arriving(a.grad_cells, j, s.H, at) +
                             dm_total * o * (C(1) - squashed_cell * squashed_cell);
     const bool cut = is_cut(s, t, r);
     Vec<C> d_i = dc_total * g, d_f = dc_total * previous_cell(t, r, at, lanes, cut);
@@ -291,17 +277,13 @@ class BackwardRun {
     for (int64_t r = some.begin; r < some.end; ++r) {
       chunk_row[n + r] = index(t, r);
       if (a.grad_weight_ih == nullptr) continue;
-      copy_row(x + (n + r) * x_width, static_cast<const S*>(a.input) + index(t, r) * s.I, s.I, Is);
+      copy_padded(x + (n + r) * x_width, static_cast<const S*>(a.input) + index(t, r) * s.I, s.I,
+                  Is);
       const S* before = is_cut(s, t, r) ? nullptr
                                         : previous(static_cast<const S*>(a.output),
                                                    static_cast<const S*>(a.hx), t, r, s.P);
-      copy_row(h + (n + r) * h_width, before, s.P, Ps);
+      copy_padded(h + (n + r) * h_width, before, s.P, Ps);
     }
-  }
-
-  void copy_row(C* to, const S* from, int64_t width, int64_t padded) {
-    for (int64_t i = 0; i < padded; i += L)
-      store(to + i, from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(width - i)));
   }
 
   // Blocks of up to 4 vectors of columns.
@@ -514,28 +496,12 @@ class BackwardRun {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, const Plan& plan, int threads) {
-  return with_storage(storage, [&](auto tag) {
-    SpinBarrier barrier(threads);
-    return BackwardRun<decltype(tag)>(s, plan, Backward{}, 0, threads, barrier).place(nullptr);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Plan& plan, const Backward& a, int thread,
-         int threads, SpinBarrier& barrier) {
-  with_storage(storage, [&](auto tag) {
-    BackwardRun<decltype(tag)> call(s, plan, a, thread, threads, barrier);
-    call.place(static_cast<char*>(a.workspace));
-    call.run();
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
 extern const BackwardKernel backward_kernel;
-const BackwardKernel backward_kernel = {workspace, run};
+const BackwardKernel backward_kernel = {Entry<BackwardRun, Backward>::workspace,
+                                        Entry<BackwardRun, Backward>::run};
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::lstm

@@ -7,6 +7,64 @@
 namespace seqmem::lstm {
 namespace {
 
+// The rows of one thread, and where they lie.
+struct Walk {
+  const Shape& s;
+  int64_t row_begin, row_step;
+
+  Walk(const Shape& s, const Plan& plan, int thread, int threads)
+      : s(s), row_begin(plan.by_rows ? thread : 0), row_step(plan.by_rows ? threads : 1) {}
+
+  int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  int64_t row(int64_t j) const { return row_begin + j * row_step; }
+  int64_t index(int64_t t, int64_t r) const { return s.step_row[t] + s.order[r] * s.row_stride; }
+  // How many of this thread's rows are alive at time t.
+  int64_t alive(int64_t t) const {
+    const int64_t n = s.active[t] - row_begin;
+    return n <= 0 ? 0 : ceil_div(n, row_step);
+  }
+};
+
+// to[0..padded-1] = from[0..width-1], then zeros; all zeros where from is null.
+template <class S>
+SEQMEM_INLINE void copy_padded(compute_t<S>* to, const S* from, int64_t width, int64_t padded) {
+  using C = compute_t<S>;
+  for (int64_t i = 0; i < padded; i += kLanes<C>)
+    store(to + i, from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(width - i)));
+}
+
+template <class X>
+SEQMEM_INLINE const X* at_row(const X* base, int64_t offset) {
+  return base == nullptr ? nullptr : base + offset;
+}
+
+// The i-th of n places, from the other end at every second step: a pass over weights that are too
+// large for a cache then begins with those that the step before left in it.
+SEQMEM_INLINE int64_t zigzag(int64_t step, int64_t i, int64_t n) {
+  return step & 1 ? n - 1 - i : i;
+}
+
+// The entry points of one kernel over all storage types.
+template <template <class> class Run, class Arguments>
+struct Entry {
+  static int64_t workspace(Storage storage, const Shape& s, const Plan& plan, int threads) {
+    return with_storage(storage, [&](auto tag) {
+      SpinBarrier barrier(threads);
+      return Run<decltype(tag)>(s, plan, Arguments{}, 0, threads, barrier).place(nullptr);
+    });
+  }
+
+  static void run(Storage storage, const Shape& s, const Plan& plan, const Arguments& a, int thread,
+                  int threads, SpinBarrier& barrier) {
+    with_storage(storage, [&](auto tag) {
+      Run<decltype(tag)> call(s, plan, a, thread, threads, barrier);
+      call.place(static_cast<char*>(a.workspace));
+      call.run();
+      return int64_t(0);
+    });
+  }
+};
+
 // Whether row r's state is zeroed before it enters time t. A reset at t cuts the link between
 // t-1 and t, whichever way time runs.
 SEQMEM_INLINE bool is_cut(const Shape& s, int64_t t, int64_t r) {

@@ -10,22 +10,20 @@ namespace seqmem::lstm {
 namespace {
 
 template <class S>
-class ForwardRun {
+class ForwardRun : Walk {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int W = 4 * L;  // a panel's width: one vector of units, 4 gates
   static constexpr bool copies_inputs = !std::is_same_v<S, C>;
 
-  const Shape& s;
   const Plan& plan;
   const Forward& a;
   const int thread, threads;
   SpinBarrier& barrier;
 
-  const int64_t units;          // vectors of units, all
-  const int64_t Hs, Ps;         // H and P rounded up to vectors
-  int64_t row_begin, row_step;  // this thread's rows
-  Share mine;                   // this thread's vectors of units
+  const int64_t units;   // vectors of units, all
+  const int64_t Hs, Ps;  // H and P rounded up to vectors
+  Share mine;            // this thread's vectors of units
 
   // Shared by all threads.
   C *h[2], *c, *zeros, *panel_ih, *panel_hh, *bias, *squashed, *panel_hr;
@@ -37,7 +35,7 @@ class ForwardRun {
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
              SpinBarrier& barrier)
-      : s(s),
+      : Walk(s, plan, thread, threads),
         plan(plan),
         a(a),
         thread(thread),
@@ -46,8 +44,6 @@ class ForwardRun {
         units(ceil_div(s.H, L)),
         Hs(units * L),
         Ps(ceil_div(s.P, L) * L) {
-    row_begin = plan.by_rows ? thread : 0;
-    row_step = plan.by_rows ? threads : 1;
     mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
   }
 
@@ -97,13 +93,6 @@ class ForwardRun {
   }
 
  private:
-  int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
-  int64_t row(int64_t j) const { return row_begin + j * row_step; }
-  // How many of this thread's rows are alive at time t.
-  int64_t alive(int64_t t) const {
-    const int64_t n = s.active[t] - row_begin;
-    return n <= 0 ? 0 : ceil_div(n, row_step);
-  }
   // ---- before the first step
   // ---------------------------------------------------------------------
 
@@ -119,20 +108,13 @@ class ForwardRun {
     if (thread == 0)
       for (int64_t i = 0; i < max(Ps, Hs); ++i) zeros[i] = 0;
     for (int64_t r = thread; r < s.B; r += threads) {
-      load_state(h[0] + r * Ps, static_cast<const S*>(a.hx), r, s.P, Ps);
-      load_state(h[1] + r * Ps, static_cast<const S*>(a.hx), r, s.P, Ps);
-      load_state(c + r * Hs, static_cast<const S*>(a.cx), r, s.H, Hs);
+      copy_padded(h[0] + r * Ps, at_row(static_cast<const S*>(a.hx), s.order[r] * s.P), s.P, Ps);
+      copy_padded(h[1] + r * Ps, at_row(static_cast<const S*>(a.hx), s.order[r] * s.P), s.P, Ps);
+      copy_padded(c + r * Hs, at_row(static_cast<const S*>(a.cx), s.order[r] * s.H), s.H, Hs);
       if (r >= s.active[0]) {  // an empty sequence hands its state on
         store_row(static_cast<S*>(a.hy) + s.order[r] * s.P, h[0] + r * Ps, s.P);
         store_row(static_cast<S*>(a.cy) + s.order[r] * s.H, c + r * Hs, s.H);
       }
-    }
-  }
-
-  void load_state(C* to, const S* from, int64_t r, int64_t width, int64_t padded) {
-    for (int64_t i = 0; i < padded; i += L) {
-      const int n = static_cast<int>(width - i);
-      store(to + i, from == nullptr ? Vec<C>{} : load_n(from + s.order[r] * width + i, n));
     }
   }
 
@@ -180,7 +162,7 @@ class ForwardRun {
   int64_t gather_inputs(int64_t t, int64_t n) {
     const int64_t count = alive(t);
     for (int64_t j = 0; j < count; ++j) {
-      const S* x = static_cast<const S*>(a.input) + index(t, j) * s.I;
+      const S* x = static_cast<const S*>(a.input) + index(t, row(j)) * s.I;
       if constexpr (copies_inputs) {
         C* copy = x_copy + (n + j) * s.I;
         for (int64_t i = 0; i < s.I; i += L) {
@@ -193,10 +175,6 @@ class ForwardRun {
       }
     }
     return count;
-  }
-
-  int64_t index(int64_t t, int64_t j) const {
-    return s.step_row[t] + s.order[row(j)] * s.row_stride;
   }
 
   C* z_at(int64_t n, int64_t u) const {
@@ -229,15 +207,17 @@ class ForwardRun {
     const int64_t count = alive(t);
     for (int64_t j = 0; j < count; ++j) {
       const bool cut = is_cut(s, t, row(j));
-      row_index[j] = index(t, j);
+      row_index[j] = index(t, row(j));
       h_row[j] = cut ? zeros : h[step & 1] + row(j) * Ps;
       c_row[j] = cut ? zeros : c + row(j) * Hs;
     }
     C* next = h[(step + 1) & 1];
-    int64_t u = mine.begin;
-    if (plan.pack && count == 1)
-      for (; u + 2 <= mine.end; u += 2) step_one_row(t, n, u, next);
-    for (; u < mine.end; ++u) {
+    const int64_t pairs = plan.pack && count == 1 ? (mine.end - mine.begin) / 2 : 0;
+    for (int64_t i = 0; i < pairs; ++i)
+      step_one_row(t, n, mine.begin + 2 * zigzag(step, i, pairs), next);
+    const int64_t rest = mine.begin + 2 * pairs, left = mine.end - rest;
+    for (int64_t i = 0; i < left; ++i) {
+      const int64_t u = rest + zigzag(step, i, left);
       for_row_blocks<C>(count, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
@@ -373,28 +353,12 @@ class ForwardRun {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, const Plan& plan, int threads) {
-  return with_storage(storage, [&](auto tag) {
-    SpinBarrier barrier(threads);
-    return ForwardRun<decltype(tag)>(s, plan, Forward{}, 0, threads, barrier).place(nullptr);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Plan& plan, const Forward& a, int thread,
-         int threads, SpinBarrier& barrier) {
-  with_storage(storage, [&](auto tag) {
-    ForwardRun<decltype(tag)> call(s, plan, a, thread, threads, barrier);
-    call.place(static_cast<char*>(a.workspace));
-    call.run();
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
 extern const ForwardKernel forward_kernel;
-const ForwardKernel forward_kernel = {workspace, run};
+const ForwardKernel forward_kernel = {Entry<ForwardRun, Forward>::workspace,
+                                      Entry<ForwardRun, Forward>::run};
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::lstm
