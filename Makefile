@@ -29,7 +29,7 @@ format: $(DONE)/test
 	$(BIN)/clang-format -i $(CPP)
 
 pytest: $(DONE)/test $(DONE)/build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 bench: $(DONE)/bench $(DONE)/build
 	$(BIN)/python -m seqmem_fast bench $(if $(filter 1,$(FULL)),--full)
