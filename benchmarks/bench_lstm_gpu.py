@@ -23,18 +23,17 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks import machine, report
-from benchmarks.bench_lstm import Row, error, sample, truth, weights
+from benchmarks.bench_lstm import Row, sample, truth, weights
 from benchmarks.lstm_sides import (
     MODES,
-    OURS,
     TORCH,
-    Contender,
     Forward,
     Outputs,
     Sample,
     our_side,
     torch_side,
 )
+from benchmarks.rows import OURS, Contender, error
 from seqmem_fast.reference import lstm as reference
 
 REFERENCE = "reference"

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lstm_sides import Contender, Sample
+from benchmarks.lstm_sides import Sample
+from benchmarks.rows import Contender
 
 ONNX = "ONNX Runtime"
 JAX = "JAX lax.scan"
@@ -70,7 +71,7 @@ def onnx_model(module: nn.Module, kind: str) -> bytes:
 
 
 def onnx_runtime(module: nn.Module, kind: str) -> Contender:
-    """ONNX Runtime with as many threads as torch, one node after the other."""
+    """ONNX Runtime with as many threads as torch, spinning as it does by default."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -100,7 +101,7 @@ def onnx_runtime(module: nn.Module, kind: str) -> Contender:
         y, h, c = (torch.from_numpy(a) for a in call(feed))
         return [h[0], c[0]] if kind == "cell" else [y[:, 0], h, c]
 
-    return Contender(ONNX, prepare, call, values)
+    return Contender(ONNX, prepare, call, values, pool=ONNX)
 
 
 def jax_missing(kind: str, dtype: torch.dtype) -> str | None:
@@ -157,4 +158,4 @@ def jax_scan(module: nn.Module, mode: str) -> Contender:
         flat = found if mode == "inference" else (found[1], *found[0])
         return [torch.from_numpy(np.array(a)) for a in flat]
 
-    return Contender(JAX, prepare, call, values)
+    return Contender(JAX, prepare, call, values, pool=JAX)

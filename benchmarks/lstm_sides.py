@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import seqmem_fast
+from benchmarks.rows import INFERENCE, OURS, TRAINING, Contender
 
 Outputs = tuple[Tensor, ...]
 Forward = Callable[[nn.Module, "Sample"], Outputs]
@@ -29,16 +29,6 @@ class Sample:
         x = self.x.detach().double().requires_grad_(self.x.requires_grad)
         state = self.state and (self.state[0].double(), self.state[1].double())
         return replace(self, x=x, state=state)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to do a row's work: `prepare` is not timed, `call` is, `values` are checked."""
-
-    name: str
-    prepare: Callable[[Sample], Any]
-    call: Callable[[Any], Any]
-    values: Callable[[Any], list[Tensor]]  # outputs, or gradients of the input and the weights
 
 
 def layer(module: nn.Module, s: Sample) -> Outputs:
@@ -138,8 +128,8 @@ def training(name: str, module: nn.Module, forward: Forward) -> Contender:
 
 
 MODES: dict[str, Callable[[str, nn.Module, Forward], Contender]] = {
-    "inference": inference,
-    "training step": training,
+    INFERENCE: inference,
+    TRAINING: training,
 }
 
 
@@ -150,7 +140,6 @@ TORCH: dict[str, dict[str, Forward]] = {
     "lengths": {"nn.LSTM, packed": packed},
     "rollout": {"loop over nn.LSTMCell": cell_loop, "loop over nn.LSTM": layer_loop},
 }
-OURS = "ours"
 
 
 def torch_side(name: str, kind: str, weights: nn.LSTM) -> tuple[str, nn.Module, Forward]:
@@ -171,7 +160,8 @@ def our_side(kind: str, weights: nn.LSTM) -> tuple[str, nn.Module, Forward]:
         "rollout": (seqmem_fast.LSTM, with_reset),
         "lengths": (seqmem_fast.LSTM, with_lengths),
     }[kind]
-    module = family(weights.input_size, weights.hidden_size, dtype=_dtype(weights))
+    layers = {"num_layers": weights.num_layers} if family is seqmem_fast.LSTM else {}
+    module = family(weights.input_size, weights.hidden_size, dtype=_dtype(weights), **layers)
     _copy(weights, module)
     return OURS, module, forward
 

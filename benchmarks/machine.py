@@ -16,7 +16,8 @@ import torch
 from seqmem_fast import info
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+HERE = ROOT / "benchmarks"
+RESULTS = HERE / "results"
 
 # glibc that keeps freed memory: no page is ever faulted in twice (regime M; D is the default)
 KEEPING = {
@@ -51,6 +52,12 @@ def ensure_process(module: str, regime: str, threads: int) -> None:
     wanted = child_environment(regime, threads)
     if wanted != dict(os.environ):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], wanted)
+
+
+def ops() -> list[str]:
+    """The ops that have a table: those with a bench_<op>.py, the LSTM first."""
+    names = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+    return sorted((name for name in names if not name.endswith("_gpu")), key="lstm".__ne__)
 
 
 def isa_extensions() -> list[str]:

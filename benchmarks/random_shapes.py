@@ -1,24 +1,22 @@
-"""Is the LSTM anywhere slower than nn.LSTM? Random shapes, one verdict.
+"""Is an op anywhere slower than what it replaces? Random shapes, one verdict.
 
-    python -m benchmarks.random_shapes [--count 60] [--seed 0] [--json PATH] [--fresh]
+    python -m benchmarks.random_shapes [--op lstm] [--count 40] [--seed 0] [--json PATH] [--fresh]
 
-T 1..512, B 1..128, I and H 1..1024, each log-uniform; fp32 and bf16 by turns, one and two layers
-by turns. A shape whose forward pass takes more multiply-adds than a cap is drawn again, so that
-one call of the baseline stays within seconds; the caps and how many draws they cost are
-printed and kept. Rows below the bar are measured a second time for longer, and the second figure
-counts; both are kept. An interrupted run goes on where it stopped.
+benchmarks/bench_<op>.py gives the shapes (random_rows) and the main peer: eager PyTorch, or the
+module of torch.nn that the op replaces. A draw that would take too long is drawn again; how many
+were is printed and kept. Rows below the bar are measured a second time for longer, and the second
+figure counts; both are kept. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,93 +24,53 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-import seqmem_fast
 from benchmarks import machine, report
-from benchmarks.lstm_sides import MODES, Sample, layer
-from benchmarks.timing import Budget, Side, compare
+from benchmarks.rows import MODES, Row, measure
+from benchmarks.timing import Budget
 
-RANGES = {"t": 512, "b": 128, "i": 1024, "h": 1024}
 BAR = 0.95
-# billions of multiply-adds; without bf16 in hardware nn.LSTM trains bf16 some 50 times slower
-CAPS_HARDWARE = {"float32": 15.0, "bfloat16": 15.0}
-CAPS_EMULATED = {"float32": 15.0, "bfloat16": 1.0}
+COUNT = {"lstm": 60}  # 40 for every other op
+DRAWS = 100  # for each shape; a generator that refuses more often asks for too little
+
+Draw = Callable[[random.Random, int], "list[Row] | None"]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One configuration."""
-
-    t: int
-    b: int
-    i: int
-    h: int
-    layers: int
-    dtype: str
-
-    @property
-    def gmacs(self) -> float:
-        """Billions of multiply-adds of one forward pass."""
-        widths = [self.i] + [self.h] * (self.layers - 1)
-        return self.t * self.b * 4 * self.h * sum(width + self.h for width in widths) / 1e9
-
-    def __str__(self) -> str:
-        return f"{self.t}, {self.b}, {self.i}, {self.h}"
-
-
-def draw(count: int, seed: int, caps: Mapping[str, float]) -> tuple[list[Shape], int]:
-    """The shapes, and how many draws were over the cap."""
+def draw(random_rows: Draw, count: int, seed: int) -> tuple[list[list[Row]], int]:
+    """`count` shapes, each as the rows of its modes, and how many draws were refused."""
     rng = random.Random(seed)
-    shapes: list[Shape] = []
+    shapes: list[list[Row]] = []
     over = 0
     while len(shapes) < count:
-        place = len(shapes)
-        sizes = {
-            name: round(math.exp(rng.uniform(0, math.log(most)))) for name, most in RANGES.items()
-        }
-        shape = Shape(**sizes, layers=1 + place // 2 % 2, dtype=("float32", "bfloat16")[place % 2])
-        if shape.gmacs <= caps[shape.dtype]:
-            shapes.append(shape)
+        found = random_rows(rng, len(shapes))
+        if found:
+            shapes.append(found)
         else:
             over += 1
+        if over > DRAWS * count:
+            raise RuntimeError(f"{over} draws were refused: random_rows asks for too large shapes")
     return shapes, over
 
 
-def ratios(shape: Shape, budget: Budget) -> dict[str, dict[str, Any]]:
-    """nn.LSTM against ours in both modes."""
-    dtype = getattr(torch, shape.dtype)
-    torch.manual_seed(0)
-    theirs = nn.LSTM(shape.i, shape.h, shape.layers, dtype=dtype)
-    ours = seqmem_fast.LSTM(shape.i, shape.h, shape.layers, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict())
+def ratios(shape: Sequence[Row], budget: Budget) -> dict[str, dict[str, Any]]:
+    """The main peer against ours, in each mode."""
     out = {}
-    for mode, make in MODES.items():
-        pool = [
-            Sample(
-                torch.randn(shape.t, shape.b, shape.i, dtype=dtype).requires_grad_(
-                    mode != "inference"
-                )
-            )
-            for _ in range(4)
-        ]
-        sides = [
-            make(name, module, layer) for name, module in (("nn.LSTM", theirs), ("ours", ours))
-        ]
-        found = compare([Side(s.name, s.call, pool, s.values) for s in sides], budget)
-        peer_s, ours_s = found["nn.LSTM"].median_s, found["ours"].median_s
-        out[mode] = {
-            "peer_s": peer_s,
-            "ours_s": ours_s,
-            "ratio": peer_s / ours_s,
-            "samples": len(found["ours"].samples),
+    for row in shape:
+        [found] = measure(row, budget, only=row.build().peers[:1])
+        out[row.mode] = {
+            "peer": found.peer,
+            "peer_s": found.peer_s,
+            "ours_s": found.ours_s,
+            "ratio": found.ratio,
+            "error": found.ours_error,
+            "samples": found.ours_samples,
         }
     return out
 
 
-def measure(shape: Shape, seconds: float) -> dict[str, Any]:
-    """One row; where a ratio is below the bar, measured again three times as long."""
-    row: dict[str, Any] = {**asdict(shape), "gmacs": shape.gmacs}
+def measure_shape(shape: Sequence[Row], seconds: float) -> dict[str, Any]:
+    """One shape; where a ratio is below the bar, measured again three times as long."""
+    row: dict[str, Any] = {"row": shape[0].label, "dtype": shape[0].dtype}
     row["modes"] = ratios(shape, Budget(seconds, 12 * seconds))
     if min(mode["ratio"] for mode in row["modes"].values()) < BAR:
         row["first_attempt"] = row["modes"]
@@ -121,51 +79,48 @@ def measure(shape: Shape, seconds: float) -> dict[str, Any]:
 
 
 def show(console: Console, content: Mapping[str, Any]) -> None:
-    """Every row, then the slowest of each mode and all below the bar."""
+    """Every shape, then the slowest of each mode and all below the bar."""
+    results = content["results"]
+    modes = [mode for mode in MODES if any(mode in row["modes"] for row in results)]
     out = Table(title=machine.one_line(content["machine"]), title_justify="left", box=SIMPLE_HEAD)
-    for name in (
-        "T, B, I, H",
-        "layers",
-        "dtype",
-        "nn.LSTM inference",
-        "ratio",
-        "nn.LSTM training",
-        "ratio",
-        "measured again",
-    ):
+    heads = [f"{content['op']}, shape ({content['letters']}), dtype"]
+    for mode in modes:
+        heads += [f"peer's {mode}", "ratio"]
+    for name in (*heads, "error", "measured again"):
         out.add_column(name, justify="right", no_wrap=True)
-    for row in content["results"]:
-        cells = []
-        for mode in MODES:
-            ratio = row["modes"][mode]["ratio"]
-            colour = "green" if ratio >= BAR else "red"
+    for row in results:
+        cells = [f"{row['row']}  {report.SHORT_DTYPE.get(row['dtype'], row['dtype'])}"]
+        for mode in modes:
+            found = row["modes"].get(mode)
+            if found is None:
+                cells += ["", ""]
+                continue
+            colour = "green" if found["ratio"] >= BAR else "red"
             cells += [
-                report.duration(row["modes"][mode]["peer_s"]),
-                f"[{colour}]{ratio:.2f}[/{colour}]",
+                report.duration(found["peer_s"]),
+                f"[{colour}]{found['ratio']:.2f}[/{colour}]",
             ]
-        shape = ", ".join(str(row[name]) for name in "tbih")
+        errors = [found["error"] for found in row["modes"].values() if found["error"] is not None]
         out.add_row(
-            shape,
-            str(row["layers"]),
-            report.SHORT_DTYPE[row["dtype"]],
             *cells,
+            report.scale_of(max(errors, default=None)),
             "yes" if "first_attempt" in row else "",
         )
     console.print(out)
-    for mode in MODES:
-        found = sorted(row["modes"][mode]["ratio"] for row in content["results"])
+    for mode in modes:
+        found = sorted(row["modes"][mode]["ratio"] for row in results if mode in row["modes"])
         below = sum(ratio < BAR for ratio in found)
         console.print(
             f"{mode}: {len(found)} rows, smallest ratio {found[0]:.2f}, median "
             f"{found[len(found) // 2]:.2f}, {below} below {BAR}",
             highlight=False,
         )
-    console.print(
-        f"{content['over_cap']} draws were over the cap of {content['caps']} billion "
-        "multiply-adds and drawn again",
-        style="dim",
-        highlight=False,
-    )
+    if content["over_cap"]:
+        console.print(
+            f"{content['over_cap']} draws were too large to measure and drawn again",
+            style="dim",
+            highlight=False,
+        )
 
 
 def kept_rows(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -184,47 +139,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--op", default="lstm", choices=machine.ops())
+    parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--malloc", choices=("D", "M"), default="D")
     parser.add_argument("--seconds", type=float, default=1.5, help="for one side of one row")
-    parser.add_argument("--cap-fp32", type=float, help="billions of multiply-adds")
-    parser.add_argument("--cap-bf16", type=float, help="billions of multiply-adds")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "random_shapes.json")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     machine.ensure_process("benchmarks.random_shapes", args.malloc, args.threads)
 
     torch.set_num_threads(args.threads)
+    bench = import_module(f"benchmarks.bench_{args.op}")
+    shapes, over = draw(bench.random_rows, args.count or COUNT.get(args.op, 40), args.seed)
+    path: Path = args.json or machine.RESULTS / f"random_shapes_{args.op}.json"
     here = machine.describe()
-    caps = dict(CAPS_HARDWARE if here["bf16_in_hardware"] else CAPS_EMULATED)
-    caps |= {
-        name: cap for name, cap in (("float32", args.cap_fp32), ("bfloat16", args.cap_bf16)) if cap
-    }
-    shapes, over = draw(args.count, args.seed, caps)
     asked = {
+        "schema": report.SCHEMA,
+        "op": args.op,
         "seed": args.seed,
-        "caps": caps,
         "threads": args.threads,
         "malloc": args.malloc,
         "commit": here["commit"],
     }
     content = {
-        "schema": report.SCHEMA,
         "job": "random_shapes",
         "machine": here,
         **asked,
+        "letters": bench.LETTERS,
         "over_cap": over,
-        "results": [] if args.fresh else kept_rows(args.json, asked),
+        "results": [] if args.fresh else kept_rows(path, asked)[: len(shapes)],
     }
     console = report.console()
     with report.progress_bar(console) as bar:
         task = bar.add_task("", total=len(shapes), completed=len(content["results"]))
         for shape in shapes[len(content["results"]) :]:
-            bar.update(task, description=f"{shape} {shape.dtype}, {shape.layers} layer(s)")
-            content["results"].append(measure(shape, args.seconds))
-            report.write_json(args.json, content)
+            bar.update(task, description=f"{shape[0].label} {shape[0].dtype}")
+            content["results"].append(measure_shape(shape, args.seconds))
+            report.write_json(path, content)
             bar.advance(task)
     show(console, content)
     return 0

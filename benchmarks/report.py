@@ -16,7 +16,7 @@ from rich.table import Table
 
 from benchmarks import machine
 
-SCHEMA = 1
+SCHEMA = 2
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 WIDE = [
     "peer's error",
@@ -42,8 +42,8 @@ class Result:
     goal: float | None  # the ratio this project asks of itself; None where it only reports
     peer_first_s: float
     ours_first_s: float
-    peer_error: float  # largest relative error against float64
-    ours_error: float
+    peer_error: float | None  # largest relative error against float64; None if not comparable
+    ours_error: float | None
     peer_samples: int
     ours_samples: int
     peer_calls: int
@@ -61,13 +61,18 @@ def document(
     description: Mapping[str, Any],
     results: Sequence[Result],
     left_out: Sequence[str],
+    letters: str,
 ) -> dict[str, Any]:
-    """The JSON document of a job: schema number, machine, rows, what was left out and why."""
+    """The JSON document of a job: schema number, machine, rows, what was left out and why.
+
+    `letters` names the sizes of a shape: "T, B, I, H".
+    """
     rows = [asdict(result) for result in results]
     return {
         "schema": SCHEMA,
         "job": job,
         "machine": dict(description),
+        "letters": letters,
         "results": rows,
         "left_out": list(left_out),
     }
@@ -90,13 +95,18 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
 
+def scale_of(value: float | None) -> str:
+    """ "3e-07", or nothing."""
+    return "" if value is None else f"{value:.0e}"
+
+
 def verdict(result: Result) -> str:
     """The ratio, green where it meets its goal (or 1.0 where none is set), red where not."""
     colour = "green" if result.ratio >= (result.goal or 1.0) else "red"
     return f"[{colour}]{result.ratio:.2f}[/{colour}]"
 
 
-def table(results: Sequence[Result], title: str, wide: bool = False) -> Table:
+def table(results: Sequence[Result], title: str, letters: str, wide: bool = False) -> Table:
     """One line for each result; `wide` adds what else was measured beside the times."""
     out = Table(
         title=title,
@@ -106,7 +116,7 @@ def table(results: Sequence[Result], title: str, wide: bool = False) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for name in ("op, shape (T, B, I, H), dtype", "mode", "peer"):
+    for name in (f"op, shape ({letters}), dtype", "mode", "peer"):
         out.add_column(name, no_wrap=True)
     for name in ["peer's", "ours", "ratio", "goal", "error", "n", *(WIDE if wide else [])]:
         out.add_column(name, justify="right", no_wrap=True)
@@ -123,12 +133,12 @@ def table(results: Sequence[Result], title: str, wide: bool = False) -> Table:
             duration(r.ours_s),
             verdict(r),
             f"{r.goal:g}" if r.goal else "",
-            f"{r.ours_error:.0e}",
+            scale_of(r.ours_error),
             str(r.peer_samples),
         ]
         if wide:
             cells += [
-                f"{r.peer_error:.0e}",
+                scale_of(r.peer_error),
                 f"{duration(r.peer_first_s)} / {duration(r.ours_first_s)}",
                 f"{r.peer_faults:.0f} / {r.ours_faults:.0f}",
                 f"{r.peer_spread:.0%} / {r.ours_spread:.0%}",
@@ -139,10 +149,10 @@ def table(results: Sequence[Result], title: str, wide: bool = False) -> Table:
 
 
 def print_table(
-    console: Console, results: Sequence[Result], left_out: Sequence[str], title: str
+    console: Console, results: Sequence[Result], left_out: Sequence[str], title: str, letters: str
 ) -> None:
     """The table, how to read it, and every row that was left out, with the reason."""
-    console.print(table(results, title, wide=console.width >= 180))
+    console.print(table(results, title, letters, wide=console.width >= 180))
     console.print(
         "times: medians of n samples; ratio: peer's time / ours, goal: what this project "
         "asks of it; error: ours against float64, the largest relative one",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import seqmem_fast
 from seqmem_fast import bench
@@ -37,6 +39,7 @@ from benchmarks import (  # noqa: E402
     memory,
     random_shapes,
     report,
+    rows,
     timing,
 )
 
@@ -50,6 +53,12 @@ ROWS = [
 ]
 IDS = [f"{row.kind}-{row.dtype_name}" for row in ROWS]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed here need not be right, so no turn waits for idle threads."""
+    monkeypatch.setattr(timing, "SPIN_LIMIT_S", 0.0)
 
 
 def quiet() -> Console:
@@ -95,6 +104,30 @@ def test_a_call_longer_than_the_cap_is_made_once() -> None:
     assert len(found["fast"].samples) >= 2
 
 
+def test_the_turn_passes_when_the_other_s_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SPIN_LIMIT_S", 5.0)
+    ended: list[float] = []
+    gaps: list[float] = []
+
+    def spin(until: float) -> None:
+        while time.perf_counter() < until:
+            pass
+        ended.append(until)
+
+    def leaves_a_thread_spinning(_: int) -> None:
+        threading.Thread(target=spin, args=(time.perf_counter() + 0.05,)).start()
+
+    def plain(_: int) -> None:
+        gaps.append(time.perf_counter() - max(ended))
+
+    sides = [
+        timing.Side("a", leaves_a_thread_spinning, [0], leaves_a_thread_spinning, pool="a"),
+        timing.Side("b", plain, [0], plain, pool="b"),
+    ]
+    timing.compare(sides, timing.Budget(0.01, 1.0, few=1, most=1))
+    assert gaps and min(gaps) > 0
+
+
 @pytest.mark.parametrize(
     ("call_s", "samples"), [(1e-6, 200), (0.1, 10), (0.4, 3), (5.0, 2), (11.0, 1), (20.0, 1)]
 )
@@ -128,7 +161,7 @@ def test_every_contender_computes_the_same(row: bench_lstm.Row, mode: str) -> No
     for name in bench_lstm.names(row, mode):
         side = bench_lstm.contender(name, row, mode)
         found = side.values(side.prepare(given))
-        assert bench_lstm.error(found, exact) < TOLERANCE[row.dtype], name
+        assert rows.error(found, exact) < TOLERANCE[row.dtype], name
 
 
 def test_resets_do_something() -> None:
@@ -138,7 +171,7 @@ def test_resets_do_something() -> None:
     given = dataclasses.replace(given, reset=given.reset.logical_not())
     side = bench_lstm.contender("ours", row, "inference")
     plain = bench_lstm.truth(dataclasses.replace(row, kind="layer"), "inference", given)
-    assert bench_lstm.error(side.values(given), plain) > 0.01
+    assert rows.error(side.values(given), plain) > 0.01
 
 
 def test_training_leaves_no_gradient_behind() -> None:
@@ -150,8 +183,16 @@ def test_training_leaves_no_gradient_behind() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_run_gives_one_result_for_each_peer() -> None:
-    results, left_out = bench_lstm.run(ROWS[:3], TINY, quiet())
+@pytest.fixture(scope="module")
+def measured() -> Any:
+    """The results of three rows and what was left out; JAX's compiling makes this slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "SPIN_LIMIT_S", 0.0)
+        return rows.run(bench_lstm.table_rows(ROWS[:3]), TINY, quiet())
+
+
+def test_a_run_gives_one_result_for_each_peer(measured: Any) -> None:
+    results, left_out = measured
     rivals = {lstm_rivals.ONNX, lstm_rivals.JAX}
     against_torch = [result for result in results if result.peer not in rivals]
     assert [(r.row, r.mode) for r in against_torch] == [
@@ -166,7 +207,7 @@ def test_a_run_gives_one_result_for_each_peer() -> None:
 
 
 def test_rows_that_do_not_fit_are_named() -> None:
-    results, left_out = bench_lstm.run(ROWS[1:2], TINY, quiet(), limit_s=0.0)
+    results, left_out = rows.run(bench_lstm.table_rows(ROWS[1:2]), TINY, quiet(), limit_s=0.0)
     assert not results
     assert left_out[:2] == [
         "LSTM 5, 2, 4, 8 float32 inference: out of time",
@@ -178,18 +219,102 @@ def test_a_missing_rival_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> No
     for package in ("onnx", "jax"):
         monkeypatch.setitem(sys.modules, package, None)
     assert bench_lstm.names(ROWS[1], "inference") == ["ours", "nn.LSTM"]
-    lines = bench_lstm.missing_packages(ROWS)
-    assert [line.split(" is ")[0] for line in lines] == ["JAX", "ONNX Runtime"]
+    lines = bench_lstm.missing_packages(bench_lstm.Row("layer", 5, 2, 4, 3))
+    assert [line.split(" is ")[0] for line in lines] == ["ONNX Runtime", "JAX"]
+
+
+def squares(x: Tensor, weight: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    return (x * weight)[places], (x * x).sum(-1)
+
+
+def work(**options: Any) -> rows.Work:
+    """Elementwise work, and a peer that is wrong by a tenth."""
+
+    def sample(rng: torch.Generator) -> tuple[Tensor, ...]:
+        x, weight = torch.randn(4, 3, generator=rng), torch.randn(3, generator=rng)
+        return x, weight, torch.tensor([2, 0])
+
+    def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = squares(*args)
+        return 1.1 * first, second
+
+    return rows.Work(sample, ours=squares, peers={"eager": squares, "wrong": wrong}, **options)
+
+
+@pytest.mark.parametrize("loss", [rows.first_sum, rows.sum_all])
+def test_declared_rows_are_measured_and_checked(loss: Any) -> None:
+    table = rows.pair(
+        "squares", "4, 3", functools.partial(work, loss=loss), goals={"eager": (2, None)}
+    )
+    results, left_out = rows.run(table, TINY, quiet())
+    assert not left_out
+    assert [(r.mode, r.peer, r.goal) for r in results] == [
+        ("inference", "eager", 2),
+        ("inference", "wrong", None),
+        ("training step", "eager", None),
+        ("training step", "wrong", None),
+    ]
+    for result in results:
+        assert result.ours_error is not None and result.ours_error < 1e-6
+        assert result.peer_error == pytest.approx(0.1 * (result.peer == "wrong"), abs=1e-3)
+
+
+def test_a_training_step_gives_every_gradient_and_leaves_none() -> None:
+    side = rows.contender("ours", squares, rows.TRAINING)
+    args = rows.bench(work, rows.TRAINING).sample(0)
+    x, weight, places = args
+    grads = side.values(side.prepare(args))
+    assert torch.equal(grads[1], x[places].sum(0).detach())
+    assert len(grads) == 2 and x.grad is None and weight.grad is None
+
+
+def test_modules_are_trained_and_checked_in_float64() -> None:
+    linear, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(linear.state_dict())
+    module_work = rows.Work(
+        lambda rng: (torch.randn(5, 3, generator=rng),), ours=linear, peers={"nn.Linear": other}
+    )
+    for row in rows.pair("linear", "5, 3", lambda: module_work):
+        [result] = rows.measure(row, TINY)
+        assert result.ours_error is not None and 0 < result.ours_error < 1e-6
+    assert linear.weight.grad is None and other.weight.dtype == torch.float32
+
+
+def test_of_one_of_only_the_fastest_is_reported() -> None:
+    def slow(*args: Tensor) -> tuple[Tensor, Tensor]:
+        time.sleep(0.01)
+        return squares(*args)
+
+    def make() -> rows.Work:
+        found = work(one_of=("eager", "slow"), checked=False)
+        return dataclasses.replace(found, peers={"slow": slow, **found.peers})
+
+    [row, _] = rows.pair("squares", "4, 3", make)
+    results = rows.measure(row, TINY)
+    assert [result.peer for result in results] == ["eager", "wrong"]
+    assert results[0].ours_error is None
+    [only] = rows.measure(row, TINY, only=["slow"])
+    assert only.peer == "slow" and only.ratio > 5
+
+
+def test_every_table_is_found_and_declares_what_the_job_needs() -> None:
+    assert machine.ops()[0] == "lstm" and not any("gpu" in op for op in machine.ops())
+    for op in machine.ops():
+        bench_op = importlib.import_module(f"benchmarks.bench_{op}")
+        assert bench_op.LETTERS and bench_op.ROWS
+        assert len({str(row) for row in bench_op.ROWS}) == len(bench_op.ROWS)
+        drawn, _ = random_shapes.draw(bench_op.random_rows, 2, 0)
+        assert all(row.mode in rows.MODES for shape in drawn for row in shape)
 
 
 # records
 
 
 @pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    """What a run of two rows leaves behind."""
-    results, left_out = bench_lstm.run(ROWS[1:3], TINY, quiet())
-    return report.document("lstm", machine.describe(), results, left_out)
+def document(measured: Any) -> dict[str, Any]:
+    """What a run of three rows leaves behind."""
+    results, left_out = measured
+    return report.document("lstm", machine.describe(), results, left_out, bench_lstm.LETTERS)
 
 
 def test_json_says_what_was_measured_and_where(tmp_path: Path, document: dict[str, Any]) -> None:
@@ -212,7 +337,7 @@ def test_a_nan_is_not_kept(tmp_path: Path) -> None:
 def test_the_table_names_rows_peers_and_what_was_left_out(document: dict[str, Any]) -> None:
     console = quiet()
     results = [report.Result(**row) for row in document["results"]]
-    report.print_table(console, results, ["a row: no time"], "title")
+    report.print_table(console, results, ["a row: no time"], "title", "T, B, I, H")
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     for piece in ("LSTM 5, 2, 4, 8  fp32", "LSTM resets", "nn.LSTM", "left out: a row: no time"):
@@ -227,11 +352,15 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 
 
 def test_the_chart_has_a_bar_for_each_ratio_against_torch(document: dict[str, Any]) -> None:
-    axes = chart.draw(document).axes[0]
+    axes = chart.draw([document]).axes[0]
     ratios = [row["ratio"] for row in document["results"] if row["peer"] not in chart.MARKS]
     assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx(ratios)
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["LSTM 5, 2, 4, 8  fp32", "LSTM resets 9, 3, 4, 8  fp32"]
+    assert names == [
+        "LSTMCell B 2, I 4, H 8  fp32",
+        "LSTM 5, 2, 4, 8  fp32",
+        "LSTM resets 9, 3, 4, 8  fp32",
+    ]
 
 
 def test_the_malloc_regime_is_read_from_the_environment() -> None:
@@ -266,33 +395,42 @@ def test_children_start_under_the_regime_asked_for(
 # random shapes and memory
 
 
-def test_random_shapes_are_the_same_for_a_seed_and_under_the_cap() -> None:
-    caps = {"float32": 1.0, "bfloat16": 0.01}
-    shapes, over = random_shapes.draw(60, 0, caps)
-    assert (shapes, over) == random_shapes.draw(60, 0, caps)
+def test_random_shapes_are_the_same_for_a_seed_and_under_the_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_lstm, "CAPS", {"float32": 1.0, "bfloat16": 0.01})
+    shapes, over = random_shapes.draw(bench_lstm.random_shape, 60, 0)
+    assert (shapes, over) == random_shapes.draw(bench_lstm.random_shape, 60, 0)
     assert len(shapes) == 60 and over > 0
-    assert all(shape.gmacs <= caps[shape.dtype] for shape in shapes)
-    for name, most in random_shapes.RANGES.items():
+    assert all(shape.gmacs <= bench_lstm.CAPS[shape.dtype_name] for shape in shapes)
+    for name, most in bench_lstm.RANDOM.items():
         assert all(1 <= getattr(shape, name) <= most for shape in shapes)
     assert {(shape.layers, shape.dtype) for shape in shapes} == {
-        (layers, dtype) for layers in (1, 2) for dtype in caps
+        (layers, dtype) for layers in (1, 2) for dtype in (torch.float32, torch.bfloat16)
     }
 
 
+def test_a_generator_that_only_refuses_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="refused"):
+        random_shapes.draw(lambda rng, place: None, 1, 0)
+
+
 def test_multiply_adds_of_two_layers() -> None:
-    shape = random_shapes.Shape(10, 2, 3, 4, 2, "float32")
+    shape = bench_lstm.Row("layer", 10, 2, 3, 4, layers=2)
     assert shape.gmacs == pytest.approx(10 * 2 * 16 * ((3 + 4) + (4 + 4)) / 1e9)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_lstm, "CAPS", {"float32": 1e-5, "bfloat16": 1e-5})
     monkeypatch.setattr(machine, "ensure_process", lambda *_: None)
     monkeypatch.setattr(machine, "commit", lambda: "abc")
     monkeypatch.setattr(report, "console", quiet)
     path = tmp_path / "shapes.json"
-    options = ["--seconds", "0.001", "--cap-fp32", "1e-5", "--cap-bf16", "1e-5", "--threads", "1"]
-    options += ["--json", str(path)]
+    options = ["--seconds", "0.001", "--threads", "1", "--json", str(path)]
     assert random_shapes.main(["--count", "1", *options]) == 0
     first = json.loads(path.read_text())["results"]
+    assert [*first[0]["modes"]] == list(rows.MODES)
+    assert {mode["peer"] for mode in first[0]["modes"].values()} == {"nn.LSTM"}
     assert random_shapes.main(["--count", "2", *options]) == 0
     assert json.loads(path.read_text())["results"][0] == first[0]
     assert random_shapes.main(["--count", "1", "--seed", "1", *options]) == 0
@@ -365,7 +503,7 @@ def test_a_kept_model_comes_back_and_draws_its_gates(tmp_path: Path) -> None:
 
 
 def test_a_pass_runs_in_a_process_of_its_regime() -> None:
-    found = main_job.rows(1, "M", ["--rows", "LSTMCell B 1,", "--seconds", "0.01"])
+    found = main_job.rows("lstm", 1, "M", ["--rows", "LSTMCell B 1,", "--seconds", "0.01"])
     assert (found["machine"]["malloc"], found["machine"]["threads"]) == ("M", 1)
     assert {row["row"] for row in found["results"]} == {"LSTMCell B 1, I 64, H 64"}
     assert all((row["malloc"], row["threads"]) == ("M", 1) for row in found["results"])
@@ -378,9 +516,9 @@ def short_job(
     """The main job with little text, a small model, and its passes noted instead of run."""
     passes: list[tuple[Any, ...]] = []
 
-    def rows(threads: int, regime: str, options: list[str]) -> dict[str, Any]:
-        passes.append((threads, regime, options))
-        return document
+    def one_pass(op: str, threads: int, regime: str, options: list[str]) -> dict[str, Any]:
+        passes.append((op, threads, regime, options))
+        return {**document, "job": op}
 
     small = functools.partial(charlm.train_both, length=8, batch=4, hidden=16)
     monkeypatch.setattr(charlm, "english", lambda: "The cat sat on the mat. " * 800)
@@ -390,7 +528,9 @@ def short_job(
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "console", quiet)
     monkeypatch.setattr(memory, "SHAPE", (2, 2, 4, 4))
-    monkeypatch.setattr(main_job, "rows", rows)
+    monkeypatch.setattr(main_job, "rows", one_pass)
+    monkeypatch.setattr(main_job, "copy_task", lambda console, seconds: {"seconds": seconds})
+    monkeypatch.setattr(machine, "ops", lambda: ["lstm", "other"])
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     return passes
 
@@ -402,10 +542,14 @@ def test_the_main_job_keeps_losses_tables_and_chart(
     kept = json.loads((tmp_path / "bench.json").read_text())
     assert kept["charlm"]["training_steps"] == 10
     assert set(charlm.TOLERANCES) <= set(kept["charlm"])
-    assert len(kept["tables"]) == len(kept["memory"]) == 1
+    assert kept["copy"] == {"seconds": main_job.COPY_S}
+    assert [table["job"] for table in kept["tables"]] == ["lstm", "other"]
+    assert len(kept["memory"]) == 1
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "charlm.pt").is_file()
-    assert [regime for _, regime, _ in short_job] == ["D"]
+    assert [(op, regime) for op, _, regime, _ in short_job] == [("lstm", "D"), ("other", "D")]
+    limits = [float(options[options.index("--limit") + 1]) for *_, options in short_job]
+    assert 0 < limits[0] < 0.8 * main_job.LIMIT_S and 0 < limits[1] < main_job.LIMIT_S
 
 
 def test_the_full_job_passes_over_threads_and_regimes(
@@ -413,8 +557,9 @@ def test_the_full_job_passes_over_threads_and_regimes(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert main_job.main(["--full"]) == 0
-    passes = [(threads, regime) for threads, regime, _ in short_job]
+    passes = [(threads, regime) for op, threads, regime, _ in short_job if op == "other"]
     assert passes == [(2, "D"), (2, "M"), (1, "D"), (1, "M")]
+    assert len(short_job) == 8
     assert (tmp_path / "bench_full.json").is_file()
 
 
