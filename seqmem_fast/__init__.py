@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqmem_fast._load import _C
 
-from . import _triton, nn, ops, reference
+from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
 from .nn import LSTM, DynamicMemory, EpisodicMemory, LSTMCell, LSTMGates
 
@@ -23,6 +23,7 @@ __all__ = [
     "ops",
     "reference",
     "restore",
+    "tasks",
 ]
 
 __version__: str = _C.build_info()["version"]

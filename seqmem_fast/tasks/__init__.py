@@ -1,0 +1,39 @@
+"""The NTM paper's five tasks (Graves, Wayne & Danihelka, arXiv 1410.5401, section 4) as generators.
+
+    loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
+
+Each task is a class whose fields are its sizes.
+how that is done and what was measured stands in :mod:`.settings`.
+"""
+
+from .associative_recall import AssociativeRecallTask
+from .copy import CopyTask
+from .dynamic_ngrams import DynamicNgramsTask
+from .priority_sort import PrioritySortTask
+from .repeat_copy import RepeatCopyTask
+from .task import Batch, Probe, Score, Stream, Task, evaluate, loss_of, wrong_bits
+
+__all__ = [
+    "TASKS",
+    "AssociativeRecallTask",
+    "Batch",
+    "CopyTask",
+    "DynamicNgramsTask",
+    "PrioritySortTask",
+    "Probe",
+    "RepeatCopyTask",
+    "Score",
+    "Stream",
+    "Task",
+    "evaluate",
+    "loss_of",
+    "wrong_bits",
+]
+
+TASKS: dict[str, type[Task]] = {
+    "associative_recall": AssociativeRecallTask,
+    "copy": CopyTask,
+    "dynamic_ngrams": DynamicNgramsTask,
+    "priority_sort": PrioritySortTask,
+    "repeat_copy": RepeatCopyTask,
+}

@@ -1,0 +1,100 @@
+"""Repeat copy (NTM paper, arXiv 1410.5401, section 4.2): say it again so many times, then stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator
+
+from .task import (
+    Batch,
+    Probe,
+    Size,
+    Task,
+    draw_between,
+    random_bits,
+    require_positive,
+    require_range,
+)
+
+
+@dataclass(frozen=True)
+class RepeatCopyTask(Task):
+    """`length` random vectors, the number of copies as a scalar on a channel of its own, then the
+    copies one after the other and an end marker on an output channel of its own.
+
+    The scalar is normalised to mean 0 and variance 1 over training's numbers of copies. In the
+    paper: 8 bits, lengths 1 to 10, 1 to 10 copies, tested up to length 20 and 20 copies.
+
+    input [L + 1 + L R + 1, B, bits + 1], target [.., B, bits + 1], the last L R + 1 steps count.
+
+    Raises:
+        ValueError: a number below 1, a minimum above its maximum.
+    """
+
+    bits: int = 8
+    min_length: int = 1
+    max_length: int = 10
+    min_repeats: int = 1
+    max_repeats: int = 10
+
+    def __post_init__(self) -> None:
+        require_positive("repeat_copy", bits=self.bits)
+        require_range("repeat_copy", "length", self.min_length, self.max_length)
+        require_range("repeat_copy", "repeats", self.min_repeats, self.max_repeats)
+
+    @property
+    def input_size(self) -> int:
+        return self.bits + 1
+
+    @property
+    def output_size(self) -> int:
+        return self.bits + 1
+
+    def draw(self, generator: Generator) -> Size:
+        return {
+            "length": draw_between(self.min_length, self.max_length, generator),
+            "repeats": draw_between(self.min_repeats, self.max_repeats, generator),
+        }
+
+    def normalised(self, repeats: int) -> float:
+        """That number of copies as the network is shown it."""
+        numbers = self.max_repeats - self.min_repeats + 1
+        deviation = max(((numbers**2 - 1) / 12) ** 0.5, 1e-8)  # of a uniform whole number
+        if numbers == 1:
+            return 1.0  # always the same number: a flag
+        return (repeats - (self.min_repeats + self.max_repeats) / 2) / deviation
+
+    def batch(
+        self, batch_size: int, generator: Generator, *, length: int = 10, repeats: int = 10
+    ) -> Batch:
+        require_positive("repeat_copy", length=length, repeats=repeats)
+        sequence = random_bits(length, batch_size, self.bits, generator=generator)
+        start = length + 1
+        steps = start + length * repeats + 1
+        shown = sequence.new_zeros(steps, batch_size, self.input_size)
+        shown[:length, :, : self.bits] = sequence
+        shown[length, :, self.bits] = self.normalised(repeats)
+        target = sequence.new_zeros(steps, batch_size, self.output_size)
+        target[start:-1, :, : self.bits] = sequence.repeat(repeats, 1, 1)
+        target[-1, :, self.bits] = 1
+        mask = sequence.new_zeros(steps, batch_size)
+        mask[start:] = 1
+        return Batch(shown, target, mask, torch.full((batch_size,), steps))
+
+    def probes(self) -> list[Probe]:
+        most, often = self.max_length, self.max_repeats
+        return [
+            Probe(
+                f"length {length}, {repeats} copies",
+                {"length": length, "repeats": repeats},
+                length <= most and repeats <= often,
+            )
+            for length, repeats in (
+                (most, often),
+                (2 * most, often),
+                (most, 2 * often),
+                (2 * most, 2 * often),
+            )
+        ]

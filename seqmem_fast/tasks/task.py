@@ -1,0 +1,160 @@
+"""What all algorithmic tasks share: a batch, its score, and the stream that a DataLoader takes."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset, get_worker_info
+
+Size = dict[str, int]  # what one batch's rows have in common: {"length": 7}
+
+
+class Batch(NamedTuple):
+    """Sequences of one size, time first; the loss counts where `mask` is 1."""
+
+    input: Tensor  # [T, B, I]
+    target: Tensor  # [T, B, O] of 0 and 1; 0 where the mask is
+    mask: Tensor  # [T, B] of 0 and 1
+    lengths: Tensor  # [B] int64, the steps of each row: T, since a batch's rows are equally long
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A size to evaluate at, and whether training has sequences as large."""
+
+    label: str
+    size: Size
+    trained: bool
+
+
+class Task(ABC):
+    """A family of sequences to learn; all that is random comes from the generator given."""
+
+    @property
+    @abstractmethod
+    def input_size(self) -> int:
+        """I: the width of the input."""
+
+    @property
+    @abstractmethod
+    def output_size(self) -> int:
+        """O: the bits of the target at each step."""
+
+    @abstractmethod
+    def draw(self, generator: Generator) -> Size:
+        """The size of a training batch, at random."""
+
+    @abstractmethod
+    def batch(self, batch_size: int, generator: Generator, *args: Any, **size: Any) -> Batch:
+        """Random sequences of that size; a task names the whole numbers that make it."""
+
+    @abstractmethod
+    def probes(self) -> list[Probe]:
+        """The sizes that a finished training is judged by, beyond training's own too."""
+
+    def best_cost(self, batch: Batch) -> float | None:
+        """The bits per sequence that no learner gets under on average; None: zero."""
+        return None
+
+
+class Score(NamedTuple):
+    """Means over sequences."""
+
+    wrong_bits: float  # of the output rounded to 0 or 1, per sequence
+    cost: float  # negative log2 likelihood, bits per sequence
+    perfect: float  # share of sequences without a wrong bit
+    best_cost: float | None
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Binary cross-entropy in nats, the mean over all bits that count; logits [T, B, O]."""
+    each = F.binary_cross_entropy_with_logits(logits, batch.target, reduction="none").sum(2)
+    return (each * batch.mask).sum() / (batch.mask.sum() * batch.target.shape[2])
+
+
+def wrong_bits(logits: Tensor, batch: Batch) -> Tensor:
+    """How many bits of each sequence come out wrong, [B]; logits [T, B, O]."""
+    return (((logits > 0) != (batch.target > 0.5)).sum(2) * batch.mask).sum(0)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, size: Size | None, sequences: int, seed: int, batch_size: int = 50
+) -> Score:
+    """The score over fresh sequences of that size, or of training's sizes where it is None.
+
+    The model is called as model(input) -> logits [T, B, O]. The same seed gives the same sequences.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wrong, cost, best = [], 0.0, 0.0
+    known = False
+    for start in range(0, sequences, batch_size):
+        rows = min(batch_size, sequences - start)
+        batch = task.batch(rows, generator, **(task.draw(generator) if size is None else size))
+        logits = model(batch.input)
+        wrong.append(wrong_bits(logits, batch))
+        bits = float(batch.mask.sum()) * batch.target.shape[2]
+        cost += float(loss_of(logits, batch)) * bits / math.log(2)
+        best_here = task.best_cost(batch)
+        if best_here is not None:
+            known, best = True, best + best_here * rows
+    each = torch.cat(wrong)
+    return Score(
+        float(each.mean()),
+        cost / sequences,
+        float((each == 0).float().mean()),
+        best / sequences if known else None,
+    )
+
+
+class Stream(IterableDataset[Batch]):
+    """Ready batches without end: `DataLoader(Stream(CopyTask(), 16), batch_size=None)`.
+
+    Args:
+        task: what to draw from.
+        batch_size: B of every batch.
+        seed: the same seed gives the same batches; each worker of a DataLoader has its own.
+    """
+
+    def __init__(self, task: Task, batch_size: int, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"Stream: expected batch_size of at least 1, got {batch_size}")
+        self.task, self.batch_size, self.seed = task, batch_size, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        # 32 bits are all that a generator takes; the odd factor keeps workers of near seeds apart.
+        seed = (self.seed + (worker.id * 0x9E3779B1 if worker else 0)) % 2**32
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield self.task.batch(self.batch_size, generator, **self.task.draw(generator))
+
+
+def draw_between(low: int, high: int, generator: Generator) -> int:
+    """A whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def random_bits(*shape: int, generator: Generator) -> Tensor:
+    """Fair coins, 0 or 1 in the default dtype."""
+    return torch.randint(2, shape, generator=generator).to(torch.get_default_dtype())
+
+
+def require_range(task: str, name: str, low: int, high: int) -> None:
+    """A ValueError unless 1 <= low <= high."""
+    if not 1 <= low <= high:
+        raise ValueError(f"{task}: expected 1 <= min_{name} <= max_{name}, got {low} and {high}")
+
+
+def require_positive(task: str, **values: int) -> None:
+    """A ValueError naming the first that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{task}: expected {name} of at least 1, got {value}")

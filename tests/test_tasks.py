@@ -1,0 +1,260 @@
+"""The tasks' generators: small cases by hand, masks, seeds, and the DataLoader."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from seqmem_fast import tasks
+from seqmem_fast.tasks import TASKS, Batch, Stream, Task
+
+SMALL: dict[str, tuple[Task, dict[str, int]]] = {
+    "copy": (tasks.CopyTask(bits=3), {"length": 2}),
+    "repeat_copy": (tasks.RepeatCopyTask(bits=2), {"length": 2, "repeats": 3}),
+    "associative_recall": (tasks.AssociativeRecallTask(bits=2, item_length=2), {"items": 3}),
+    "dynamic_ngrams": (tasks.DynamicNgramsTask(order=3, length=9), {"length": 9}),
+    "priority_sort": (
+        tasks.PrioritySortTask(bits=4, items=5, highest=3),
+        {"items": 5, "highest": 3},
+    ),
+}
+
+
+def draw(name: str, rows: int = 4, seed: int = 0) -> Batch:
+    task, size = SMALL[name]
+    return task.batch(rows, torch.Generator().manual_seed(seed), **size)
+
+
+def test_there_is_a_case_for_every_task() -> None:
+    assert SMALL.keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_shapes_values_and_masks(name: str) -> None:
+    task, _ = SMALL[name]
+    batch = draw(name)
+    steps, rows, width = batch.input.shape
+    assert (rows, width) == (4, task.input_size)
+    assert batch.target.shape == (steps, rows, task.output_size)
+    assert batch.mask.shape == (steps, rows)
+    assert batch.lengths.tolist() == [steps] * rows
+    assert set(batch.target.unique().tolist()) <= {0.0, 1.0}
+    assert set(batch.mask.unique().tolist()) == {0.0, 1.0}
+    assert not batch.target[batch.mask == 0].any()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_seed_decides(name: str) -> None:
+    one, same, other = (draw(name, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one.input, other.input)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    draw(name)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_copy_by_hand() -> None:
+    batch = draw("copy")
+    assert batch.mask[:, 0].tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(batch.target[3:], batch.input[:2, :, :3])
+    assert batch.input[2].tolist() == [[0, 0, 0, 1]] * 4
+    assert not batch.input[3:].any() and not batch.input[:2, :, 3].any()
+
+
+def test_repeat_copy_by_hand() -> None:
+    batch = draw("repeat_copy")
+    shown = batch.input[:2, :, :2]
+    assert batch.mask[:, 0].tolist() == [0] * 3 + [1] * 7
+    assert torch.equal(batch.target[3:9, :, :2], torch.cat([shown, shown, shown]))
+    assert batch.target[:, 0, 2].tolist() == [0] * 9 + [1]
+    assert not batch.target[9, :, :2].any()
+    assert not batch.input[3:].any() and not batch.input[:2, :, 2].any()
+
+
+def test_the_number_of_copies_is_normalised() -> None:
+    task = tasks.RepeatCopyTask()
+    values = torch.tensor([task.normalised(n) for n in range(1, 11)], dtype=torch.float64)
+    assert abs(float(values.mean())) < 1e-12
+    assert abs(float(values.var(correction=0)) - 1) < 1e-12
+    shown = task.batch(2, torch.Generator(), length=1, repeats=10).input[1, :, 8]
+    torch.testing.assert_close(shown, torch.full((2,), 4.5 / math.sqrt(8.25)))
+    assert tasks.RepeatCopyTask(min_repeats=4, max_repeats=4).normalised(4) == 1
+
+
+def test_associative_recall_by_hand() -> None:
+    batch = draw("associative_recall", rows=32)
+    assert batch.input.shape[0] == 3 * 3 + 2 + 2 + 2
+    assert batch.mask[:, 0].tolist() == [0] * 13 + [1] * 2
+    for row in range(32):
+        shown = batch.input[:, row]
+        assert shown[:, 2].nonzero().flatten().tolist() == [0, 3, 6]
+        assert shown[:, 3].nonzero().flatten().tolist() == [9, 12]
+        items = [shown[start : start + 2, :2].tolist() for start in (1, 4, 7)]
+        query = shown[10:12, :2].tolist()
+        answers = [items[i + 1] for i in range(2) if items[i] == query]
+        assert batch.target[13:, row].tolist() in answers
+        assert not shown[13:].any()
+
+
+def test_every_item_but_the_last_is_asked_for() -> None:
+    task = tasks.AssociativeRecallTask(bits=8)
+    batch = task.batch(64, torch.Generator().manual_seed(0), items=4)
+    query = batch.input[17:20, :, :8]
+    asked = [
+        [
+            bool((batch.input[4 * i + 1 : 4 * i + 4, row, :8] == query[:, row]).all())
+            for i in range(4)
+        ]
+        for row in range(64)
+    ]
+    counts = torch.tensor(asked).sum(0).tolist()
+    assert min(counts[:3]) > 8 and counts[3] == 0
+
+
+def test_priority_sort_by_hand() -> None:
+    batch = draw("priority_sort")
+    for row in range(4):
+        shown = batch.input[:5, row]
+        wanted = sorted(shown.tolist(), key=lambda vector: -vector[4])[:3]
+        assert batch.target[5:, row].tolist() == [vector[:4] for vector in wanted]
+    assert batch.mask[:, 0].tolist() == [0] * 5 + [1] * 3
+    assert not batch.input[5:].any()
+    assert batch.input[:5, :, 4].abs().max() <= 1 and batch.input[:5, :, 4].min() < 0
+
+
+def test_ngrams_predict_the_next_bit() -> None:
+    batch = draw("dynamic_ngrams")
+    assert batch.input.shape == (8, 4, 1)
+    assert batch.mask[:, 0].tolist() == [0] + [1] * 7  # two bits make the first context
+    assert torch.equal(batch.target[1:-1, :, 0], batch.input[2:, :, 0])
+
+
+def test_ngram_frequencies_follow_a_beta_law_per_context() -> None:
+    """After one context the share of ones in a long row is its table entry: arcsine over rows."""
+    task = tasks.DynamicNgramsTask(order=2, length=600)
+    batch = task.batch(400, torch.Generator().manual_seed(3), length=600)
+    before, after = batch.input[..., 0], batch.target[..., 0]
+    visits = (before == 1).sum(0)
+    shares = ((before == 1) * after).sum(0)[visits > 100] / visits[visits > 100]
+    assert shares.numel() > 150
+    assert abs(float(shares.mean()) - 0.5) < 0.15
+    assert float(((shares < 0.05) | (shares > 0.95)).float().mean()) > 0.15  # uniform: 0.1
+
+
+def test_the_optimal_estimator_by_hand() -> None:
+    task = tasks.DynamicNgramsTask(order=2, length=4)
+    bits = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    batch = Batch(
+        bits[:-1].view(3, 1, 1), bits[1:].view(3, 1, 1), torch.ones(3, 1), torch.tensor([3])
+    )
+    # After a 1 came 1, 1, 0: chances 1/2, then 3/4, then 1 - 5/6.
+    wanted = -sum(math.log2(chance) for chance in (1 / 2, 3 / 4, 1 / 6))
+    assert abs(task.best_cost(batch) - wanted) < 1e-5
+
+
+def test_the_optimal_estimator_beats_a_coin_and_nothing_beats_it() -> None:
+    task = tasks.DynamicNgramsTask()
+    batch = task.batch(50, torch.Generator().manual_seed(0), length=200)
+    cost = task.best_cost(batch)
+    assert 100 < cost < 195 * 0.8
+
+
+class Oracle(torch.nn.Module):
+    """Says a given target, with some bits flipped."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (self.target * 2 - 1) * 30
+
+
+def test_wrong_bits_count_only_where_the_mask_is() -> None:
+    batch = draw("copy")
+    flipped = batch.target.clone()
+    flipped[:3] = 1  # not asked for
+    flipped[3, 1] = 1 - flipped[3, 1]
+    flipped[4, 2, 0] = 1 - flipped[4, 2, 0]
+    logits = Oracle(flipped)(batch.input)
+    assert tasks.wrong_bits(logits, batch).tolist() == [0, 3, 1, 0]
+    torch.testing.assert_close(tasks.loss_of(logits, batch), torch.tensor(4 * 30 / 24.0))
+
+
+def test_evaluate_gives_means_over_sequences() -> None:
+    task, size = SMALL["copy"]
+    target = task.batch(3, torch.Generator().manual_seed(7), **size).target
+    target[3, 1] = 1 - target[3, 1]
+    score = tasks.evaluate(Oracle(target), task, size, 3, 7)
+    assert score.wrong_bits == 1.0
+    assert abs(score.perfect - 2 / 3) < 1e-6
+    assert abs(score.cost - 3 * 30 / math.log(2) / 3) < 1e-3
+    assert score.best_cost is None
+
+
+def test_evaluate_knows_the_least_cost() -> None:
+    task = tasks.DynamicNgramsTask(order=2, length=20)
+    zeros = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(zeros.weight)
+    torch.nn.init.zeros_(zeros.bias)
+    score = tasks.evaluate(zeros, task, None, 30, 0, batch_size=20)
+    assert abs(score.cost - 19) < 1e-3  # a coin for each bit
+    assert score.best_cost is not None and 0 < score.best_cost < 19
+
+
+def test_a_dataloader_takes_the_stream() -> None:
+    stream = Stream(tasks.CopyTask(bits=2, max_length=3), 5, seed=3)
+    loaded = iter(DataLoader(stream, batch_size=None))
+    direct = iter(stream)
+    sizes = set()
+    for _ in range(12):
+        ours, theirs = next(direct), next(loaded)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        sizes.add(ours.input.shape[0])
+    assert sizes == {3, 5, 7}
+
+
+def test_workers_of_a_dataloader_draw_apart() -> None:
+    stream = Stream(tasks.CopyTask(max_length=1), 8, seed=3)
+    loaded = iter(DataLoader(stream, batch_size=None, num_workers=2))
+    first, second = next(loaded), next(loaded)
+    assert not torch.equal(first.input, second.input)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tasks.CopyTask(bits=0), "copy: expected bits of at least 1, got 0"),
+        (
+            lambda: tasks.CopyTask(min_length=5, max_length=4),
+            "min_length <= max_length, got 5 and 4",
+        ),
+        (lambda: tasks.CopyTask(min_length=0), "1 <= min_length"),
+        (lambda: tasks.RepeatCopyTask(max_repeats=0), "min_repeats <= max_repeats"),
+        (lambda: tasks.AssociativeRecallTask(min_items=1), "expected min_items from 2, got 1"),
+        (lambda: tasks.DynamicNgramsTask(order=1), "expected order from 2, got 1"),
+        (lambda: tasks.DynamicNgramsTask(order=6, length=5), "expected length from 6 on, got 5"),
+        (lambda: tasks.PrioritySortTask(items=3), "1 <= highest <= items, got 16 and 3"),
+        (lambda: tasks.CopyTask().batch(1, torch.Generator(), length=0), "length of at least 1"),
+        (lambda: Stream(tasks.CopyTask(), 0), "batch_size of at least 1, got 0"),
+    ],
+)
+def test_sizes_out_of_range_are_named(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_probes_go_beyond_training(name: str) -> None:
+    task = TASKS[name]()
+    probes = task.probes()
+    assert probes[0].trained and not probes[-1].trained
+    for probe in probes[:2]:
+        batch = task.batch(2, torch.Generator(), **probe.size)
+        assert batch.input.shape[1] == 2
