@@ -6,13 +6,14 @@ from seqmem_fast._load import _C
 
 from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
-from .nn import LSTM, DynamicMemory, EpisodicMemory, LSTMCell, LSTMGates
+from .nn import LSTM, AdditiveAttention, DynamicMemory, EpisodicMemory, LSTMCell, LSTMGates
 
 if TYPE_CHECKING:
     from . import plot as plot
 
 __all__ = [
     "LSTM",
+    "AdditiveAttention",
     "DynamicMemory",
     "EpisodicMemory",
     "LSTMCell",

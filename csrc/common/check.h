@@ -15,15 +15,18 @@ namespace seqmem {
 template <class Int>
 class Check {
  public:
-  // `like` decides the dtype and device that all floating arguments must share.
-  Check(const char* op, const at::Tensor& like) : op_(op), like_(like) {}
+  // `like` decides the dtype and device that all floating arguments must share; it is the
+  // argument of the name given.
+  Check(const char* op, const at::Tensor& like, const char* like_name = "input")
+      : op_(op), like_(like), like_name_(like_name) {}
 
   void floating_input() const {
-    strided("input", like_);
+    strided(like_name_, like_);
     const auto type = like_.scalar_type();
     TORCH_CHECK_TYPE(
         type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-        op_, ": expected input of dtype float32, float64, bfloat16 or float16, got ", type);
+        op_, ": expected ", like_name_, " of dtype float32, float64, bfloat16 or float16, got ",
+        type);
   }
 
   void dims(const char* name, const at::Tensor& t, int64_t expected) const {
@@ -61,14 +64,14 @@ class Check {
 
   void same_kind(const char* name, const at::Tensor& t) const {
     strided(name, t);
-    TORCH_CHECK_TYPE(t.scalar_type() == like_.scalar_type(), op_, ": expected ", name,
-                     " of input's dtype ", like_.scalar_type(), ", got ", t.scalar_type());
+    TORCH_CHECK_TYPE(t.scalar_type() == like_.scalar_type(), op_, ": expected ", name, " of ",
+                     like_name_, "'s dtype ", like_.scalar_type(), ", got ", t.scalar_type());
     same_device(name, t);
   }
 
   void same_device(const char* name, const at::Tensor& t) const {
-    TORCH_CHECK_TYPE(t.device() == like_.device(), op_, ": expected ", name, " on input's device ",
-                     like_.device(), ", got ", t.device());
+    TORCH_CHECK_TYPE(t.device() == like_.device(), op_, ": expected ", name, " on ", like_name_,
+                     "'s device ", like_.device(), ", got ", t.device());
   }
 
   void strided(const char* name, const at::Tensor& t) const {
@@ -97,6 +100,7 @@ class Check {
  private:
   const char* op_;
   const at::Tensor& like_;
+  const char* like_name_;
 };
 
 }  // namespace seqmem

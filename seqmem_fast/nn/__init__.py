@@ -1,6 +1,7 @@
 """Modules with the constructors, parameters and call forms of their torch.nn namesakes."""
 
+from .additive_attention import AdditiveAttention
 from .dynamic_memory import DynamicMemory, EpisodicMemory
 from .lstm import LSTM, LSTMCell, LSTMGates
 
-__all__ = ["LSTM", "DynamicMemory", "EpisodicMemory", "LSTMCell", "LSTMGates"]
+__all__ = ["LSTM", "AdditiveAttention", "DynamicMemory", "EpisodicMemory", "LSTMCell", "LSTMGates"]

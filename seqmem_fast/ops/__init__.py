@@ -1,6 +1,7 @@
 """Public differentiable functions over ``torch.ops.seqmem``."""
 
+from .additive_attention import additive_attention
 from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
 
-__all__ = ["dynamic_memory", "lstm", "lstm_cell", "lstm_trace"]
+__all__ = ["additive_attention", "dynamic_memory", "lstm", "lstm_cell", "lstm_trace"]

@@ -1,0 +1,190 @@
+// Additive attention forward: scores, softmax and the weighted sum of a block of queries at once,
+// so that nothing larger than a block of scores exists.
+#include "additive_attention_common.h"
+
+namespace seqmem::additive_attention {
+namespace {
+
+template <class S>
+class ForwardRun {
+  using C = compute_t<S>;
+  static constexpr int L = kLanes<C>;
+  static constexpr int64_t kRows = 16;  // queries of a block
+  static constexpr C kMasked = C(-1e9);
+
+  const Shape& s;
+  const Forward& a;
+  const int64_t blocks, As, Ks, Ds;  // blocks of a batch row; A, Tk and Dv as whole vectors
+
+  C *weight = nullptr, *key_copy = nullptr, *value_copy = nullptr, *query_copy = nullptr,
+    *scores = nullptr;
+  Matrix<C> query, key, value;
+
+ public:
+  ForwardRun(const Shape& s, const Forward& a)
+      : s(s),
+        a(a),
+        blocks(ceil_div(s.Tq, kRows)),
+        As(padded<C>(s.A)),
+        Ks(padded<C>(s.Tk)),
+        Ds(padded<C>(s.Dv)) {}
+
+  // Places one thread's buffers; returns the bytes used. Called with a null base to size them.
+  int64_t place(char* base) {
+    Carver take(base);
+    weight = take.array<C>(As);
+    key_copy = take.array<C>(s.Tk * As);
+    value_copy = take.array<C>(s.Tk * Ds);
+    query_copy = take.array<C>(kRows * As);
+    scores = take.array<C>(kRows * Ks);
+    return take.used();
+  }
+
+  void run(int thread, int threads) {
+    copy_rows(static_cast<const S*>(a.score_weight), 1, s.A, weight, As);
+    const Share mine = share(s.B * blocks, thread, threads);
+    int64_t current = -1;
+    for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
+      const int64_t b = unit / blocks, first = unit % blocks * kRows;
+      if (b != current) {
+        key = matrix(a.key, s.key_of[b], s.Tk, s.A, key_copy);
+        value = matrix(a.value, s.value_of[b], s.Tk, s.Dv, value_copy);
+        current = b;
+      }
+      run_block(b, first, min(kRows, s.Tq - first));
+    }
+  }
+
+ private:
+  static Matrix<C> matrix(const void* all, int64_t index, int64_t rows, int64_t width, C* copy) {
+    return as_rows(static_cast<const S*>(all) + index * rows * width, rows, width, copy);
+  }
+
+  void run_block(int64_t b, int64_t first, int64_t count) {
+    const int64_t at = s.query_of[b] * s.Tq + first;
+    query = as_rows(static_cast<const S*>(a.query) + at * s.A, count, s.A, query_copy);
+    for (int64_t i = 0; i < count; ++i) {
+      C* row = scores + i * Ks;
+      score_row(query.row(i), mask_row(s, a.keep, b, first + i), row);
+      if (a.bias != nullptr)
+        add_bias(row, mask_row(s, static_cast<const S*>(a.bias), b, first + i));
+      softmax(row);
+      store_row(static_cast<S*>(a.weights) + (b * s.Tq + first + i) * s.Tk, row, s.Tk);
+    }
+    weigh_values(static_cast<S*>(a.output) + (b * s.Tq + first) * s.Dv, count);
+  }
+
+  // row[j] = weight . tanh(q + key_j), four keys at a time; masked fours cost nothing.
+  SEQMEM_INLINE void score_row(const C* q, const bool* keep, C* row) {
+    for (int64_t j = 0; j < s.Tk; j += 4) {
+      const int64_t n = min<int64_t>(4, s.Tk - j);
+      C sums[4] = {};
+      if (keep == nullptr || any(keep + j, n)) {
+        const C* k[4];
+        for (int64_t i = 0; i < 4; ++i) k[i] = key.row(j + min(i, n - 1));
+        score_four(q, k, sums);
+      }
+      for (int64_t i = 0; i < n; ++i)
+        row[j + i] = keep == nullptr || keep[j + i] ? sums[i] : kMasked;
+    }
+  }
+
+  static bool any(const bool* keep, int64_t n) {
+    bool found = false;
+    for (int64_t i = 0; i < n; ++i) found |= keep[i];
+    return found;
+  }
+
+  SEQMEM_INLINE void score_four(const C* q, const C* const (&k)[4], C* sums) {
+    Vec<C> acc[4] = {};
+    for (int64_t v = 0; v < As; v += L) {
+      const Vec<C> x = load(q + v), w = load(weight + v);
+      SEQMEM_UNROLL
+      for (int i = 0; i < 4; ++i) acc[i] += w * squash(x + load(k[i] + v));
+    }
+    store_sums4<C>(sums, acc);
+  }
+
+  void add_bias(C* row, const S* bias) {
+    for (int64_t j = 0; j < s.Tk; j += L) {
+      const int n = static_cast<int>(s.Tk - j);
+      store_n(row + j, load_n(row + j, n) + load_n(bias + j, n), n);
+    }
+  }
+
+  // In place; what lies beyond Tk becomes zero.
+  void softmax(C* row) {
+    constexpr C kLimit = ExpConstants<C>::limit;
+    fill(row + s.Tk, Ks - s.Tk, -C(__builtin_inf()));
+    Vec<C> top = splat<C>(-C(__builtin_inf()));
+    for (int64_t j = 0; j < Ks; j += L) {
+      const Vec<C> x = load(row + j);
+      top = x > top ? x : top;
+    }
+    C largest = top[0];
+    for (int l = 1; l < L; ++l) largest = max(largest, top[l]);
+    Vec<C> total{};
+    for (int64_t j = 0; j < Ks; j += L) {
+      const Vec<C> x[1] = {load(row + j) - largest};
+      const Vec<C> inside[1] = {clamp<C>(x[0], kLimit)};
+      ExpParts<C> e[1];
+      exp_parts<1, C>(inside, e);
+      // Below the limit lie what was masked, and else only denormals.
+      const Vec<C> y = x[0] < -kLimit ? Vec<C>{} : e[0].power + e[0].power * e[0].fraction;
+      total += y;
+      store(row + j, y);
+    }
+    const C scale = 1 / sum<C>(total);
+    for (int64_t j = 0; j < Ks; j += L) store(row + j, load(row + j) * scale);
+  }
+
+  // output = weights value, for the block's rows.
+  void weigh_values(S* output, int64_t count) {
+    for_row_blocks<C>(count, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      int64_t d = 0;
+      for (; d + 4 * L <= Ds; d += 4 * L) weigh_tile<R, 4>(output, start, d);
+      for (; d < Ds; d += L) weigh_tile<R, 1>(output, start, d);
+    });
+  }
+
+  template <int R, int NV>
+  SEQMEM_INLINE void weigh_tile(S* output, int64_t start, int64_t d) {
+    const C* rows[R];
+    Vec<C> acc[R][NV] = {};
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) rows[r] = scores + (start + r) * Ks;
+    tile_multiply<R, NV, C>(s.Tk, rows, 1, value.data + d, L, value.stride, acc);
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = d + v * L;
+      store_n(output + (start + r) * s.Dv + at, acc[r][v], static_cast<int>(s.Dv - at));
+    }
+  }
+};
+
+int64_t workspace(Storage storage, const Shape& s, int threads) {
+  return with_storage(storage, [&](auto tag) {
+    return threads * ForwardRun<decltype(tag)>(s, Forward{}).place(nullptr);
+  });
+}
+
+void run(Storage storage, const Shape& s, const Forward& a, int thread, int threads) {
+  with_storage(storage, [&](auto tag) {
+    ForwardRun<decltype(tag)> call(s, a);
+    char* base = static_cast<char*>(a.workspace);
+    call.place(base + thread * call.place(nullptr));
+    call.run(thread, threads);
+    return int64_t(0);
+  });
+}
+
+}  // namespace
+
+namespace SEQMEM_ISA {
+extern const ForwardKernel forward_kernel;
+const ForwardKernel forward_kernel = {workspace, run};
+}  // namespace SEQMEM_ISA
+
+}  // namespace seqmem::additive_attention

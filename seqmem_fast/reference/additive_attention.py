@@ -1,0 +1,91 @@
+r"""Additive attention in plain PyTorch: what ``seqmem::additive_attention`` computes.
+
+.. math::
+    e_{ij} = \sum_a v_a \tanh(q_{ia} + k_{ja}), \qquad
+    e_{ij} = -10^9 \text{ where masked}, \qquad
+    W = \operatorname{softmax}_j(e), \qquad O = W V
+
+Letters: Tq queries, Tk keys, A features that both were projected to, Dv features of a value.
+Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473, appendix A.1.2), where q_i = W s_{i-1}, k_j = U h_j.
+
+Everything here works under ``torch.func`` and any order of derivative; nothing here is fast, and
+the [..., Tq, Tk, A] intermediates are all in memory. Arguments are not checked: the op does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MASKED = -1e9  # the score of a masked entry; a row without any other is uniform
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """query [..., Tq, A], key [..., Tk, A], value [..., Tk, Dv], score_weight [A] and a mask that
+    broadcasts to [..., Tq, Tk] -> output [..., Tq, Dv], weights [..., Tq, Tk]; leading dimensions
+    broadcast."""
+    hidden = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3))  # [..., Tq, Tk, A]
+    scores = hidden @ score_weight
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    elif mask is not None:
+        lowest = max(MASKED, torch.finfo(scores.dtype).min)
+        scores = torch.where(mask == 0, lowest, scores)
+    weights = torch.softmax(scores, -1)
+    batch = torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
+    weights = weights.expand(*batch, -1, -1)
+    return weights @ value, weights
+
+
+class Sample(NamedTuple):
+    """The arguments of one call, under a name that says which option it reaches."""
+
+    name: str
+    args: tuple[Tensor | None, ...]  # query, key, value, score_weight, mask
+
+
+def sample_inputs(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: tuple[int, int, int, int, int] = (3, 5, 7, 6, 4),
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """Calls that reach every option of the op once; sizes = (B, Tq, Tk, A, Dv)."""
+    batch, queries, keys, width, value_width = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return value.to(device=device, dtype=dtype)
+
+    def choose(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=generator) < 0.7).to(device)
+
+    q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
+    score_weight = draw(width)
+    mask = choose(batch, queries, keys)
+    mask[:, queries - 1 :] = False  # a row without any allowed key
+    yield Sample("plain", (q, k, v, score_weight, None))
+    yield Sample("masked", (q, k, v, score_weight, mask))
+    yield Sample("integer_mask", (q, k, v, score_weight, choose(batch, 1, keys).int()))
+    yield Sample("added_mask", (q, k, v, score_weight, draw(batch, queries, keys)))
+    yield Sample(
+        "broadcast",
+        (
+            draw(batch, 2, queries, width),
+            draw(2, keys, width),
+            draw(batch, 1, keys, value_width),
+            score_weight,
+            draw(2, 1, keys),
+        ),
+    )
