@@ -1,6 +1,6 @@
-"""Gate maths shared by the Triton kernels: sigmoid, tanh and the pointwise LSTM cell.
+"""What the Triton kernels share: gate maths, masked softmax, and how products are multiplied.
 
-Everything here computes in the dtype it is given; callers widen 16-bit storage first. Written
+All kernels here compute in the dtype it is given; callers widen 16-bit storage first. Written
 with `tl.exp` alone (no libdevice), so that one source runs on NVIDIA, on AMD and in Triton's
 interpreter.
 """
@@ -9,8 +9,43 @@ interpreter.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may round float32 products to TF32.
+
+    Reads what either of torch's two settings left; the older flag raises if both were used.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def has_matrix_cores(device: torch.device) -> bool:
+    """Whether the device has them for 16 bits and TF32; the interpreter counts as one that has."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def product_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """tl.dot's input_precision: what float32 is rounded to on its way into tensor cores."""
+    if dtype != torch.float32 or torch.version.hip is not None or not has_matrix_cores(device):
+        return "ieee"
+    return "tf32" if tf32_allowed() else "tf32x3"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over this storage."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The same for a kernel."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @triton.jit
@@ -76,3 +111,51 @@ def lstm_point_backward(i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o):
     dz_g = (d_c * i + d_g) * (1.0 - g * g)
     dz_o = (d_h * tanh_c + d_o) * o * (1.0 - o)
     return dz_i, dz_f, dz_g, dz_o, d_c * f
+
+
+# ---- scores of keys, their softmax over blocks of keys, and its gradient -------------------------
+#
+# Rows are queries [BM], columns keys [BN]. A bool or integer mask comes as uint8 (0 = masked, the
+# score becomes -1e9, so that a row with no key left is uniform), a floating one is added. What is
+# no key of its row at all (past the last key, or after the query where causal) scores -inf.
+
+
+@triton.jit
+def masked_scores(s, mask_ptr, rows, columns, stride_row, stride_column, there, known):
+    """Scores with the mask applied; `there`: inside the matrix; `known`: a key of its row."""
+    if mask_ptr is not None:
+        at = rows[:, None] * stride_row + columns[None, :] * stride_column
+        if mask_ptr.dtype.element_ty == tl.uint8:
+            s = tl.where(tl.load(mask_ptr + at, mask=there, other=1) == 0, -1e9, s)
+        else:
+            s = s + tl.load(mask_ptr + at, mask=there, other=0.0).to(s.dtype)
+    return tl.where(known, s, float("-inf"))
+
+
+@triton.jit
+def softmax_step(s, m, z):
+    """One block of scores into the running maximum m and sum z of exp(s - m), both [BM].
+
+    A maximum of -inf (all scores so far are) counts as 0, or -inf minus it would be NaN; a NaN
+    score reaches z and with it the whole row.
+    """
+    m_new = tl.maximum(m, tl.max(s, axis=1))
+    least = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, z * tl.exp(m - least) + tl.sum(tl.exp(s - least[:, None]), axis=1)
+
+
+@triton.jit
+def softmax_weights(s, m, z):
+    """exp(s - m) / z with m and z from `softmax_step`."""
+    least = tl.where(m == float("-inf"), 0.0, m)
+    return tl.exp(s - least[:, None]) / z[:, None]
+
+
+@triton.jit
+def unmasked(ds, mask_ptr, rows, columns, stride_row, stride_column, there):
+    """The gradient of scores before the mask: none where a bool mask replaced them."""
+    if mask_ptr is not None:
+        if mask_ptr.dtype.element_ty == tl.uint8:
+            at = rows[:, None] * stride_row + columns[None, :] * stride_column
+            ds = tl.where(tl.load(mask_ptr + at, mask=there, other=1) == 0, 0.0, ds)
+    return ds

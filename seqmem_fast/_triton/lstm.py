@@ -34,10 +34,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import lstm_on_chip, lstm_step
+from .common import accumulator, has_matrix_cores, tf32_allowed, wide
 
 # One tile of the pointwise kernels: 4 elements for each of the 128 threads of a program.
 _TILE = 512
@@ -81,23 +81,17 @@ def on_chip_plan(
     block_h = max(16, triton.next_power_of_2(hidden))
     if dtype == torch.float64 or block_h > 128:
         return None
-    tensor_cores = _has_matrix_cores(device)
+    tensor_cores = has_matrix_cores(device)
     precision, warps = "ieee", 8 if block_h == 128 else 4
     if dtype == torch.float32:
         # AMD's TF32 path spills; its float32 keeps to multiply-adds.
-        tensor_cores = tensor_cores and torch.version.hip is None and _tf32_allowed()
+        tensor_cores = tensor_cores and torch.version.hip is None and tf32_allowed()
         precision, warps = "tf32", 8
     if block_h <= 64 and not (tensor_cores and batch > 512):
         return OnChipPlan(1, block_h, False, "ieee", 8 if block_h == 64 else 4)
     if not tensor_cores or (block_h == 128 and not (precision == "ieee" and _holds_128(device))):
         return None
     return OnChipPlan(16, block_h, True, precision, warps)
-
-
-def _has_matrix_cores(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True  # the interpreter
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _holds_128(device: torch.device) -> bool:
@@ -109,11 +103,6 @@ def _holds_128(device: torch.device) -> bool:
         return True
     limit = triton.runtime.driver.active.utils.get_device_properties(device.index)
     return bool(limit["max_shared_mem"] >= 152 * 1024)
-
-
-def _tf32_allowed() -> bool:
-    # Reads what either of torch's two settings left; the older flag raises if both were used.
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 class Grads(NamedTuple):
@@ -255,7 +244,7 @@ def lstm_cell(
             gates_ptr=z if return_gates else None,
             cells_ptr=None,
             PROJECTED=False,
-            ACC=_acc(input.dtype),
+            ACC=accumulator(input.dtype),
             **_ONLY_STEP,
         )
     return hy, cy, z if return_gates else input.new_empty(0)
@@ -298,7 +287,7 @@ def lstm_cell_backward(
             dz_ptr=dz,
             prev_row0=0,
             PROJECTED=False,
-            ACC=_acc(input.dtype),
+            ACC=accumulator(input.dtype),
             **_ONLY_STEP,
         )
         none = input.new_empty(0)
@@ -442,7 +431,7 @@ def _forward_by_step(
             gates_ptr=gates,
             cells_ptr=cells,
             PROJECTED=weight_hr is not None,
-            ACC=_acc(z.dtype),
+            ACC=accumulator(z.dtype),
             **where,
         )
         if weight_hr is not None:
@@ -515,7 +504,7 @@ def lstm_backward(
             _launch_entering(rows, hx, output, entering)
             grad_weight_hh = dz.t() @ entering
         if of_weights and grad_p is not None:
-            full = gates[:, 3 * hidden :] * cells.to(_wide(cells.dtype)).tanh()  # [rows, H]
+            full = gates[:, 3 * hidden :] * cells.to(wide(cells.dtype)).tanh()  # [rows, H]
             grad_weight_hr = grad_p.t() @ full.to(gates.dtype)
         return (
             (dz @ weight_ih).view(input.shape) if of_input else none,
@@ -578,7 +567,7 @@ def _backward_by_step(
     of_state: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     batch, hidden, width = rows.batch, weight_hh.shape[0] // 4, weight_hh.shape[1]
-    d_c = dz.new_zeros(batch, hidden, dtype=_wide(dz.dtype))
+    d_c = dz.new_zeros(batch, hidden, dtype=wide(dz.dtype))
     if grads.cy is not None:
         d_c.copy_(grads.cy)
     grad_p = None if weight_hr is None else dz.new_empty(dz.shape[0], width)
@@ -633,7 +622,7 @@ def _step_back(
                 grad_hy_ptr=grads.hy,
                 from_next_ptr=from_next,
                 dp_ptr=grad_p,
-                ACC=_acc(dz.dtype),
+                ACC=accumulator(dz.dtype),
                 **where,
             )
             torch.mm(rows.at(grad_p, t), weight_hr, out=full[:size])
@@ -654,7 +643,7 @@ def _step_back(
             dz_ptr=dz,
             prev_row0=rows.start(order[count + 1]) if count + 1 < rows.steps else 0,
             PROJECTED=weight_hr is not None,
-            ACC=_acc(dz.dtype),
+            ACC=accumulator(dz.dtype),
             **where,
         )
 
@@ -724,11 +713,3 @@ def _dense(a: Tensor | None) -> Tensor | None:
 
 def _flat(a: Tensor | None) -> Any:
     return None if a is None else a.contiguous().flatten(0, -2)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _acc(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32

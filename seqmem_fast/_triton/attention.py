@@ -1,0 +1,297 @@
+r"""Attention with its weights on GPU: launchers of `attention` and `attention_backward`.
+
+Formulas, shapes and errors: `ops/attention.py`; the kernels: attention_kernels.py. Leading
+dimensions of any number become two, each argument keeping its own strides: nothing that broadcasts
+is copied, except a non-collapsible expansion over more than two. Gradients of what was broadcast
+come out at full size and are summed by torch, in a fixed order.
+
+Products run on tensor cores: 16-bit storage as it is, float32 as three TF32 products, which keep
+its precision to a few units in the last place (one where `torch.backends.cuda.matmul` allows TF32;
+AMD multiplies float32 itself). Float64 and heads wider than `tiles` can hold take a plain path of
+torch's own products and softmax.
+
+State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import attention_kernels as kernels
+from .common import product_precision, wide
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a block, warps of a program."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+def tiles(width: int, dtype: torch.dtype) -> Tiles | None:
+    """The blocks for heads of this width (the larger of D and Dv), None for the plain path.
+
+    The largest that spill nothing on any target that we compile for.
+    """
+    if dtype == torch.float64:
+        return None
+    if dtype == torch.float32:
+        return Tiles(32, 32, 4) if width <= 64 else None
+    if width <= 128:
+        return Tiles(64, 64, 4) if width <= 64 else Tiles(64, 32, 8)
+    return Tiles(32, 32, 8) if width <= 256 else None
+
+
+class _Call:
+    """One call's sizes, and its arguments as [Z0, Z1, rows, columns]."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        mask_lead = () if mask is None else mask.shape[:-2]
+        shapes = [t.shape[:-2] for t in (query, key, value)]
+        self.lead = tuple(torch.broadcast_shapes(*shapes, mask_lead))
+        self.queries, self.width = query.shape[-2:]
+        self.keys, self.value_width = value.shape[-2:]
+        self.scale = 1 / math.sqrt(self.width) if scale is None else scale
+        self.query, self.key, self.value = (self.matrices(t) for t in (query, key, value))
+        self.mask = None if mask is None else self.mask_matrices(mask)
+        self.like = query
+
+    def matrices(self, t: Tensor) -> Tensor:
+        """t with two leading dimensions and dense rows."""
+        return self._two(t if t.stride(-1) == 1 else t.contiguous())
+
+    def mask_matrices(self, mask: Tensor) -> Tensor:
+        if mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        elif not mask.is_floating_point():
+            mask = mask.ne(0).view(torch.uint8)
+        return self.scores(mask)
+
+    def scores(self, t: Tensor) -> Tensor:
+        """What broadcasts to [..., Tq, Tk], with any strides."""
+        return self._two(t.expand(*self.lead, self.queries, self.keys))
+
+    def _two(self, t: Tensor) -> Tensor:
+        t = t.expand(*self.lead, *t.shape[-2:])
+        if t.dim() > 4:
+            return t.flatten(0, -4)
+        return t[(None,) * (4 - t.dim())]
+
+    def empty(self, rows: int, columns: int) -> Tensor:
+        return self.like.new_empty(*self.lead, rows, columns)
+
+    @property
+    def batch(self) -> int:
+        return math.prod(self.lead)
+
+    def arguments(self, tile: Tiles, block: int, rows: int) -> dict[str, Any]:
+        """What every kernel takes; its programs own `block` of `rows` rows each."""
+        return {
+            "scale": self.scale,
+            "queries": self.queries,
+            "keys": self.keys,
+            "width": self.width,
+            "value_width": self.value_width,
+            "heads": 1 if len(self.lead) < 1 else self.lead[-1],
+            "blocks": triton.cdiv(rows, block),
+            "PRECISION": product_precision(self.like.dtype, self.like.device),
+            "BM": tile.queries,
+            "BN": tile.keys,
+            "BD": max(16, triton.next_power_of_2(self.width)),
+            "BV": max(16, triton.next_power_of_2(self.value_width)),
+            "num_warps": tile.warps,
+            "num_stages": 1,
+        }
+
+
+def _strides(prefix: str, t: Tensor | None, last: str = "") -> dict[str, int]:
+    """The strides a kernel takes for a [Z0, Z1, rows, columns], 0 where a dimension has one."""
+    names = [f"{prefix}_{end}" for end in ("0", "1", *(("i", "j") if last else ("t",)))]
+    if t is None:
+        return dict.fromkeys(names, 0)
+    sizes = zip(t.shape, t.stride(), strict=True)
+    found = [0 if size == 1 else stride for size, stride in sizes]
+    return dict(zip(names, found, strict=False))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """`seqmem::attention` on GPU."""
+    torch.ops.seqmem.check_attention(query, key, value, mask, scale, is_causal)
+    call = _Call(query, key, value, mask, scale)
+    weights = call.empty(call.queries, call.keys)
+    output = call.empty(call.queries, call.value_width)
+    if weights.numel() == 0:
+        return output.zero_(), weights
+    tile = tiles(max(call.width, call.value_width), query.dtype)
+    with torch.cuda.device_of(query):
+        if tile is None:
+            return _plain(call, is_causal)
+        arguments = call.arguments(tile, tile.queries, call.queries)
+        kernels.attention_forward[(call.batch * arguments["blocks"],)](
+            q_ptr=call.query,
+            k_ptr=call.key,
+            v_ptr=call.value,
+            mask_ptr=call.mask,
+            output_ptr=output,
+            weights_ptr=weights,
+            CAUSAL=is_causal,
+            ONE_BLOCK=call.keys <= tile.keys,
+            **_strides("q", call.query),
+            **_strides("k", call.key),
+            **_strides("v", call.value),
+            **_strides("m", call.mask, "j"),
+            **arguments,
+        )
+    return output, weights
+
+
+def attention_backward(
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """`seqmem::attention_backward` on GPU: one kernel by rows, one by columns."""
+    call = _Call(query, key, value, mask, scale)
+    of_mask = output_mask[3] and mask is not None and mask.is_floating_point()
+    wanted = (*output_mask[:3], of_mask)
+    sizes = (
+        (call.queries, call.width),
+        (call.keys, call.width),
+        (call.keys, call.value_width),
+        (call.queries, call.keys),
+    )
+    with torch.cuda.device_of(query):
+        tile = tiles(max(call.width, call.value_width), query.dtype)
+        grads: list[Tensor | None]
+        if weights.numel() == 0 or tile is None:
+            grads = _plain_backward(call, grad_output, grad_weights, weights, wanted)
+        else:
+            grads = [
+                call.empty(*size) if is_wanted else None
+                for size, is_wanted in zip(sizes, wanted, strict=True)
+            ]
+            _backward(call, tile, grad_output, grad_weights, weights, is_causal, grads)
+        return tuple(
+            query.new_empty(0) if grad is None or like is None else grad.sum_to_size(like.shape)
+            for grad, like in zip(grads, (query, key, value, mask), strict=True)
+        )
+
+
+def _backward(
+    call: _Call,
+    tile: Tiles,
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    weights: Tensor,
+    is_causal: bool,
+    grads: Sequence[Tensor | None],
+) -> None:
+    grad_query, grad_key, grad_value, grad_scores = grads
+    g_weights = None if grad_weights is None else call.scores(grad_weights)
+    delta = weights.new_empty(call.batch * call.queries, dtype=torch.float32)
+    common = {
+        "grad_output_ptr": None if grad_output is None else grad_output.contiguous(),
+        "grad_weights_ptr": g_weights,
+        "v_ptr": call.value,
+        "mask_ptr": call.mask,
+        "weights_ptr": weights.contiguous(),
+        "delta_ptr": delta,
+        **_strides("g", g_weights, "j"),
+        **_strides("v", call.value),
+        **_strides("m", call.mask, "j"),
+    }
+    if grad_query is not None or grad_key is not None or grad_scores is not None:
+        arguments = call.arguments(tile, tile.queries, call.queries)
+        kernels.attention_backward_rows[(call.batch * arguments["blocks"],)](
+            k_ptr=call.key,
+            grad_q_ptr=grad_query,
+            grad_scores_ptr=grad_scores,
+            **_strides("k", call.key),
+            **common,
+            **arguments,
+        )
+    if grad_key is not None or (grad_value is not None and grad_output is not None):
+        arguments = call.arguments(tile, tile.keys, call.keys)
+        kernels.attention_backward_columns[(call.batch * arguments["blocks"],)](
+            q_ptr=call.query,
+            grad_k_ptr=grad_key,
+            grad_v_ptr=grad_value,
+            CAUSAL=is_causal,
+            **_strides("q", call.query),
+            **common,
+            **arguments,
+        )
+    elif grad_value is not None:
+        grad_value.zero_()
+
+
+def _plain(call: _Call, is_causal: bool) -> tuple[Tensor, Tensor]:
+    dtype = call.like.dtype
+    query, key = (t.to(wide(dtype)) for t in (call.query, call.key))
+    scores = (query * call.scale) @ key.mT  # [Z0, Z1, Tq, Tk]
+    if call.mask is not None and call.mask.dtype == torch.uint8:
+        scores.masked_fill_(call.mask == 0, -1e9)
+    elif call.mask is not None:
+        scores += call.mask
+    if is_causal:
+        ahead = torch.ones(call.queries, call.keys, dtype=torch.bool, device=scores.device)
+        scores.masked_fill_(ahead.triu_(1), -math.inf)
+    weights = scores.softmax(-1).to(dtype)
+    output = weights @ call.value
+    return (
+        output.view(*call.lead, call.queries, call.value_width),
+        weights.view(*call.lead, call.queries, call.keys),
+    )
+
+
+def _plain_backward(
+    call: _Call,
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    weights: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    dtype = call.like.dtype
+    w = call.scores(weights)
+    g = call.empty(call.queries, call.value_width).zero_() if grad_output is None else grad_output
+    g = call.matrices(g)
+    p = (g @ call.value.mT).to(wide(dtype))
+    if grad_weights is not None:
+        p += call.scores(grad_weights)
+    scores = w * (p - (w * p).sum(-1, keepdim=True))
+    if call.mask is not None and call.mask.dtype == torch.uint8:
+        scores.masked_fill_(call.mask == 0, 0)
+    scaled = (scores * call.scale).to(dtype)
+    grads = (scaled @ call.key, scaled.mT @ call.query, w.mT @ g, scores.to(dtype))
+    return [
+        grad.reshape(*call.lead, *grad.shape[-2:]) if is_wanted else None
+        for grad, is_wanted in zip(grads, wanted, strict=True)
+    ]
