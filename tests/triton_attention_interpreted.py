@@ -1,0 +1,113 @@
+"""Triton attention on CPU tensors; run by test_triton_ops.py in a process of its own.
+
+Triton must see TRITON_INTERPRET=1 before it is first imported, so this is no file for the main run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqmem_fast
+from seqmem_fast._triton import attention as launchers
+from seqmem_fast.reference import attention as reference
+
+assert seqmem_fast.__version__
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-3}
+SIZES = (2, 18, 21, 5, 6)  # B, Tq, Tk, D, Dv: two blocks of each, no power of two in sight
+SAMPLES = {s.name: s for s in reference.sample_inputs(sizes=SIZES)}
+SMALL = launchers.Tiles(16, 16, 4)
+
+
+def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
+    assert ours.shape == right.shape and ours.dtype == dtype
+    error = (ours.detach().double() - right).norm() / right.norm().clamp_min(1e-30)
+    assert error <= factor * TOLERANCES[dtype]
+
+
+def check(sample: Any, dtype: torch.dtype, given: tuple[bool, bool] = (True, True)) -> None:
+    """Forward and backward beside the reference in float64; given: which gradients come in."""
+    args = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in sample.args]
+    options = {"scale": None, "is_causal": False, **sample.kwargs}
+    tail = (options["scale"], options["is_causal"])
+    exact = [
+        a.double().requires_grad_() if a is not None and a.is_floating_point() else a for a in args
+    ]
+    right = reference.attention(*exact, **options)
+    ours = launchers.attention(*args, *tail)
+    seeds = []
+    for a, b, is_given in zip(ours, right, given, strict=True):
+        assert_near(a, b.detach(), dtype)
+        seeds.append(torch.randn(b.shape).to(dtype) if is_given else None)
+    leaves = [a for a in exact if a is not None and a.requires_grad]
+    loss = sum((a * b).sum() for a, b in zip(right, seeds, strict=True) if b is not None)
+    expected = iter(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    saved = right[1].detach().to(dtype)
+    grads = launchers.attention_backward(*seeds, *args, saved, *tail, [True] * 4)
+    for leaf, grad in zip(exact, grads, strict=True):
+        if leaf is not None and leaf.requires_grad:
+            assert_near(grad, next(expected), dtype, 10)
+        else:
+            assert grad.shape == (0,)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "tiles", lambda *_: SMALL)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_blocks(name: str, small: None) -> None:
+    check(SAMPLES[name], torch.float32)
+
+
+def test_one_block_and_each_gradient_alone() -> None:
+    check(SAMPLES["masked"], torch.float32, (True, False))
+    check(SAMPLES["added_mask"], torch.float32, (False, True))
+    check(SAMPLES["causal_masked"], torch.float32)
+
+
+def test_storage_of_16_bits(small: None) -> None:
+    check(SAMPLES["masked"], torch.float16)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_plain_path(name: str) -> None:
+    check(SAMPLES[name], torch.float64)
+
+
+def test_more_leading_dimensions_and_strides() -> None:
+    q, v = torch.randn(2, 1, 3, 4, 5), torch.randn(1, 3, 9, 2)
+    k = torch.randn(2, 2, 1, 9, 10)[..., ::2]
+    mask = torch.rand(9) < 0.5
+    sample = reference.Sample("leads", (q, k, v, mask), {})
+    check(sample, torch.float32)
+
+
+def test_nothing_leaves_its_row(small: None) -> None:
+    q, k, v, _ = SAMPLES["plain"].args
+    clean = launchers.attention(q, k, v, None, None, False)
+    q = q.clone()
+    q[0, 3] = float("nan")
+    for causal in (False, True):
+        clean = launchers.attention(*SAMPLES["plain"].args, None, causal)
+        for a, b in zip(launchers.attention(q, k, v, None, None, causal), clean, strict=True):
+            assert a[0, 3].isnan().all()
+            a[0, 3] = b[0, 3]
+            assert torch.equal(a, b)
+
+
+def test_nothing_to_do() -> None:
+    q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
+    output, weights = launchers.attention(q, k, v, None, None, False)
+    assert output.shape == (2, 3, 5) and not output.any() and weights.shape == (2, 3, 0)
+    grads = launchers.attention_backward(
+        output, None, q, k, v, None, weights, None, False, [True] * 4
+    )
+    assert [tuple(g.shape) for g in grads] == [(2, 3, 4), (2, 0, 4), (2, 0, 5), (0,)]
+    assert not grads[0].any()
+    with pytest.raises(ValueError, match="expected key of shape"):
+        launchers.attention(q, k[..., 1:], v, None, None, False)
