@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .common import product_precision, wide
+from .common import as_bytes, product_precision, strides, two_leading, wide
 
 
 class Tiles(NamedTuple):
@@ -67,29 +67,16 @@ class _Call:
         self.keys, self.value_width = value.shape[-2:]
         self.scale = 1 / math.sqrt(self.width) if scale is None else scale
         self.query, self.key, self.value = (self.matrices(t) for t in (query, key, value))
-        self.mask = None if mask is None else self.mask_matrices(mask)
+        self.mask = None if mask is None else self.scores(as_bytes(mask))
         self.like = query
 
     def matrices(self, t: Tensor) -> Tensor:
         """t with two leading dimensions and dense rows."""
-        return self._two(t if t.stride(-1) == 1 else t.contiguous())
-
-    def mask_matrices(self, mask: Tensor) -> Tensor:
-        if mask.dtype == torch.bool:
-            mask = mask.view(torch.uint8)
-        elif not mask.is_floating_point():
-            mask = mask.ne(0).view(torch.uint8)
-        return self.scores(mask)
+        return two_leading(t if t.stride(-1) == 1 else t.contiguous(), self.lead)
 
     def scores(self, t: Tensor) -> Tensor:
         """What broadcasts to [..., Tq, Tk], with any strides."""
-        return self._two(t.expand(*self.lead, self.queries, self.keys))
-
-    def _two(self, t: Tensor) -> Tensor:
-        t = t.expand(*self.lead, *t.shape[-2:])
-        if t.dim() > 4:
-            return t.flatten(0, -4)
-        return t[(None,) * (4 - t.dim())]
+        return two_leading(t.expand(*self.lead, self.queries, self.keys), self.lead)
 
     def empty(self, rows: int, columns: int) -> Tensor:
         return self.like.new_empty(*self.lead, rows, columns)
@@ -116,16 +103,6 @@ class _Call:
             "num_warps": tile.warps,
             "num_stages": 1,
         }
-
-
-def _strides(prefix: str, t: Tensor | None, last: str = "") -> dict[str, int]:
-    """The strides a kernel takes for a [Z0, Z1, rows, columns], 0 where a dimension has one."""
-    names = [f"{prefix}_{end}" for end in ("0", "1", *(("i", "j") if last else ("t",)))]
-    if t is None:
-        return dict.fromkeys(names, 0)
-    sizes = zip(t.shape, t.stride(), strict=True)
-    found = [0 if size == 1 else stride for size, stride in sizes]
-    return dict(zip(names, found, strict=False))
 
 
 def attention(
@@ -157,10 +134,10 @@ def attention(
             weights_ptr=weights,
             CAUSAL=is_causal,
             ONE_BLOCK=call.keys <= tile.keys,
-            **_strides("q", call.query),
-            **_strides("k", call.key),
-            **_strides("v", call.value),
-            **_strides("m", call.mask, "j"),
+            **strides("q", call.query, "0", "1", "t"),
+            **strides("k", call.key, "0", "1", "t"),
+            **strides("v", call.value, "0", "1", "t"),
+            **strides("m", call.mask, "0", "1", "i", "j"),
             **arguments,
         )
     return output, weights
@@ -224,9 +201,9 @@ def _backward(
         "mask_ptr": call.mask,
         "weights_ptr": weights.contiguous(),
         "delta_ptr": delta,
-        **_strides("g", g_weights, "j"),
-        **_strides("v", call.value),
-        **_strides("m", call.mask, "j"),
+        **strides("g", g_weights, "0", "1", "i", "j"),
+        **strides("v", call.value, "0", "1", "t"),
+        **strides("m", call.mask, "0", "1", "i", "j"),
     }
     if grad_query is not None or grad_key is not None or grad_scores is not None:
         arguments = call.arguments(tile, tile.queries, call.queries)
@@ -234,7 +211,7 @@ def _backward(
             k_ptr=call.key,
             grad_q_ptr=grad_query,
             grad_scores_ptr=grad_scores,
-            **_strides("k", call.key),
+            **strides("k", call.key, "0", "1", "t"),
             **common,
             **arguments,
         )
@@ -245,7 +222,7 @@ def _backward(
             grad_k_ptr=grad_key,
             grad_v_ptr=grad_value,
             CAUSAL=is_causal,
-            **_strides("q", call.query),
+            **strides("q", call.query, "0", "1", "t"),
             **common,
             **arguments,
         )

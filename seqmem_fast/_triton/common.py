@@ -9,11 +9,13 @@ interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 def tf32_allowed() -> bool:
@@ -46,6 +48,30 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def accumulator(dtype: torch.dtype) -> Any:
     """The same for a kernel."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def two_leading(t: Tensor, lead: Sequence[int]) -> Tensor:
+    """t, whose leading dimensions broadcast to `lead`, as [Z0, Z1, rows, columns].
+
+    Copies only what no strides can express: more than two leading dimensions, partly broadcast.
+    """
+    t = t.expand(*lead, *t.shape[-2:])
+    return t.flatten(0, -4) if t.dim() > 4 else t[(None,) * (4 - t.dim())]
+
+
+def strides(prefix: str, t: Tensor | None, *ends: str) -> dict[str, int]:
+    """A kernel's stride arguments `prefix_end`, of t's first dimensions; 0 where there is one."""
+    if t is None:
+        return {f"{prefix}_{end}": 0 for end in ends}
+    found = zip(ends, t.shape, t.stride(), strict=False)
+    return {f"{prefix}_{end}": 0 if size == 1 else stride for end, size, stride in found}
+
+
+def as_bytes(mask: Tensor) -> Tensor:
+    """A bool or integer mask as uint8 that is 0 where masked; a floating one as it is."""
+    if mask.is_floating_point():
+        return mask
+    return (mask if mask.dtype == torch.bool else mask.ne(0)).view(torch.uint8)
 
 
 @triton.jit

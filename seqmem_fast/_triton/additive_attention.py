@@ -1,0 +1,280 @@
+r"""Additive attention on GPU: launchers of `additive_attention` and `additive_attention_backward`.
+
+Formulas, shapes and errors: `ops/additive_attention.py`. The Tq Tk A hyperbolic tangents are nearly
+all of the work and never reach memory. Forward: one kernel gives the scores, torch does softmax and
+the product with the values. Backward: torch gives the scores' gradient dS, then one kernel, run
+once by rows and once by columns, recomputes t = tanh(q_i + k_j) and sums
+
+    dq_i = v (sum_j dS_ij (1 - t^2)),   dk_j = v (sum_i dS_ij (1 - t^2)),   dv = sum_ij dS_ij t
+
+without atomics: each program owns its rows, dv is summed per program and then over programs, in a
+fixed order. Memory is a few times Tq Tk of the wide dtype (float32, float64 for float64).
+
+State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import accumulator, as_bytes, masked_scores, strides, tanh, two_leading, wide
+
+# Sizes that change from call to call: specialising on them would only compile the same code again.
+VARYING = ("queries", "keys", "own", "others", "heads", "blocks", "width_blocks")
+
+# Rows and columns of a block, for four warps; the second kernel's are rows and features.
+_SCORES = (16, 64)
+_BACKWARD = (16, 32)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def additive_scores(
+    q_ptr,  # [Z0, Z1, Tq, A]
+    k_ptr,  # [Z0, Z1, Tk, A]
+    v_ptr,  # [A]
+    mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
+    scores_ptr,  # [Z0 * Z1, Tq, Tk], dense, of the wide dtype
+    queries,
+    keys,
+    width,
+    heads,  # Z1
+    blocks,  # of queries
+    q_0, q_1, q_t,
+    k_0, k_1, k_t,
+    m_0, m_1, m_i, m_j,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Masked scores of BM queries and BN keys, one feature at a time."""
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    z_0 = z // heads
+    z_1 = z % heads
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    q_at = q_ptr + z_0 * q_0 + z_1 * q_1 + i * q_t
+    k_at = k_ptr + z_0 * k_0 + z_1 * k_1 + j * k_t
+    s = tl.zeros([BM, BN], ACC)
+    for a in range(width):
+        q = tl.load(q_at + a, mask=i < queries, other=0.0).to(ACC)
+        k = tl.load(k_at + a, mask=j < keys, other=0.0).to(ACC)
+        s += tl.load(v_ptr + a).to(ACC) * tanh(q[:, None] + k[None, :])
+    if mask_ptr is not None:
+        mask_ptr += z_0 * m_0 + z_1 * m_1
+    there = (i < queries)[:, None] & (j < keys)[None, :]
+    s = masked_scores(s, mask_ptr, i, j, m_i, m_j, there, there)
+    tl.store(scores_ptr + (z * queries + i[:, None]) * keys + j[None, :], s, mask=there)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def additive_backward(
+    own_ptr,  # [Z0, Z1, own, A]: queries, or keys
+    other_ptr,  # [Z0, Z1, others, A]: keys, or queries
+    v_ptr,  # [A]
+    grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], of the wide dtype
+    grad_own_ptr,  # [Z0 * Z1, own, A], dense, or None
+    grad_v_ptr,  # [Z0 * Z1 * blocks, A] partial sums of the wide dtype, or None
+    own,
+    others,
+    width,
+    heads,
+    blocks,  # of own
+    own_0, own_1, own_t,
+    other_0, other_1, other_t,
+    s_own, s_other,  # strides of grad_scores
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+    BA: tl.constexpr,
+):  # fmt: skip
+    """The gradients of BM own rows and BA features, over all others in order."""
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    z_0 = z // heads
+    z_1 = z % heads
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    a = tl.program_id(1) * BA + tl.arange(0, BA)
+    mine = (i < own)[:, None] & (a < width)[None, :]
+    at = own_ptr + z_0 * own_0 + z_1 * own_1 + i[:, None] * own_t + a[None, :]
+    x = tl.load(at, mask=mine, other=0.0).to(ACC)
+    v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
+    other_ptr += z_0 * other_0 + z_1 * other_1
+    ds_at = grad_scores_ptr + z * own * others + i * s_own
+    grad = tl.zeros([BM, BA], ACC)
+    grad_v = tl.zeros([BM, BA], ACC)
+    for _ in range(others):
+        y = tl.load(other_ptr + a, mask=a < width, other=0.0).to(ACC)
+        ds = tl.load(ds_at, mask=i < own, other=0.0)[:, None]
+        other_ptr += other_t
+        ds_at += s_other
+        t = tanh(x + y[None, :])
+        grad += ds * (1.0 - t * t)
+        if grad_v_ptr is not None:
+            grad_v += ds * t
+    if grad_own_ptr is not None:
+        to = grad_own_ptr + (z * own + i[:, None]) * width + a[None, :]
+        tl.store(to, (grad * v[None, :]).to(grad_own_ptr.dtype.element_ty), mask=mine)
+    if grad_v_ptr is not None:
+        to = grad_v_ptr + tl.program_id(0).to(tl.int64) * width + a
+        tl.store(to, tl.sum(grad_v, axis=0), mask=a < width)
+
+
+class _Call:
+    """One call's sizes, and its arguments as [Z0, Z1, rows, columns]."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        mask_lead = () if mask is None else mask.shape[:-2]
+        shapes = [t.shape[:-2] for t in (query, key, value)]
+        self.lead = tuple(torch.broadcast_shapes(*shapes, mask_lead))
+        self.queries, self.width = query.shape[-2:]
+        self.keys, self.value_width = value.shape[-2:]
+        self.batch = math.prod(self.lead)
+        self.heads = self.lead[-1] if self.lead else 1
+        self.query, self.key = (self.dense_rows(t) for t in (query, key))
+        self.mask = None
+        if mask is not None:
+            whole = as_bytes(mask).expand(*self.lead, self.queries, self.keys)
+            self.mask = two_leading(whole, self.lead)
+
+    def dense_rows(self, t: Tensor) -> Tensor:
+        return two_leading(t if t.stride(-1) == 1 else t.contiguous(), self.lead)
+
+
+def additive_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`seqmem::additive_attention` on GPU."""
+    torch.ops.seqmem.check_additive_attention(query, key, value, score_weight, mask)
+    call = _Call(query, key, value, mask)
+    scores = query.new_empty(*call.lead, call.queries, call.keys, dtype=wide(query.dtype))
+    if scores.numel() == 0:
+        output = query.new_zeros(*call.lead, call.queries, call.value_width)
+        return output, scores.to(query.dtype)
+    block_m, block_n = _SCORES
+    blocks = triton.cdiv(call.queries, block_m)
+    with torch.cuda.device_of(query):
+        additive_scores[(call.batch * blocks, triton.cdiv(call.keys, block_n))](
+            q_ptr=call.query,
+            k_ptr=call.key,
+            v_ptr=score_weight.contiguous(),
+            mask_ptr=call.mask,
+            scores_ptr=scores,
+            queries=call.queries,
+            keys=call.keys,
+            width=call.width,
+            heads=call.heads,
+            blocks=blocks,
+            ACC=accumulator(query.dtype),
+            BM=block_m,
+            BN=block_n,
+            num_warps=4,
+            **strides("q", call.query, "0", "1", "t"),
+            **strides("k", call.key, "0", "1", "t"),
+            **strides("m", call.mask, "0", "1", "i", "j"),
+        )
+        weights = scores.softmax(-1).to(query.dtype)
+        return weights @ value, weights
+
+
+def additive_attention_backward(
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """`seqmem::additive_attention_backward` on GPU."""
+    of_query, of_key, of_value, of_score_weight, of_mask = output_mask
+    call = _Call(query, key, value, mask)
+    dtype = query.dtype
+    none = query.new_empty(0)
+    with torch.cuda.device_of(query):
+        w = weights.to(wide(dtype))
+        p = torch.zeros_like(w) if grad_output is None else (grad_output @ value.mT).to(w.dtype)
+        if grad_weights is not None:
+            p = p + grad_weights
+        scores = w * (p - (w * p).sum(-1, keepdim=True))
+        if mask is not None and not mask.is_floating_point():
+            scores = scores.masked_fill(mask == 0, 0)
+        scores = scores.contiguous()
+        grads: dict[str, Tensor] = {}
+        if of_query or of_score_weight:
+            grads |= _by_rows(call, scores, score_weight, of_query, of_score_weight)
+        if of_key:
+            grads |= _by_columns(call, scores, score_weight)
+        if of_value:
+            grads["value"] = torch.zeros_like(value)
+            if grad_output is not None:
+                grads["value"] = (weights.mT @ grad_output).sum_to_size(value.shape)
+        return (
+            grads["query"].sum_to_size(query.shape) if of_query else none,
+            grads["key"].sum_to_size(key.shape) if of_key else none,
+            grads["value"] if of_value else none,
+            grads["score_weight"].to(dtype) if of_score_weight else none,
+            scores.sum_to_size(mask.shape).to(dtype) if of_mask and mask is not None else none,
+        )
+
+
+def _by_rows(
+    call: _Call, scores: Tensor, score_weight: Tensor, of_query: bool, of_score_weight: bool
+) -> dict[str, Tensor]:
+    """Gradients of the queries and of the score weight."""
+    blocks = triton.cdiv(call.queries, _BACKWARD[0])
+    grad = score_weight.new_empty(*call.lead, call.queries, call.width) if of_query else None
+    parts = scores.new_empty(call.batch * blocks, call.width) if of_score_weight else None
+    _launch_backward(call, call.query, call.key, scores, score_weight, grad, parts, (call.keys, 1))
+    found = {} if grad is None else {"query": grad}
+    return found if parts is None else {**found, "score_weight": parts.sum(0)}
+
+
+def _by_columns(call: _Call, scores: Tensor, score_weight: Tensor) -> dict[str, Tensor]:
+    grad = score_weight.new_empty(*call.lead, call.keys, call.width)
+    _launch_backward(call, call.key, call.query, scores, score_weight, grad, None, (1, call.keys))
+    return {"key": grad}
+
+
+def _launch_backward(
+    call: _Call,
+    own: Tensor,
+    other: Tensor,
+    scores: Tensor,
+    score_weight: Tensor,
+    grad_own: Tensor | None,
+    grad_v: Tensor | None,
+    score_strides: tuple[int, int],
+) -> None:
+    block_m, block_a = _BACKWARD
+    blocks = triton.cdiv(own.shape[2], block_m)
+    if call.batch * blocks == 0 or call.width == 0:
+        return
+    additive_backward[(call.batch * blocks, triton.cdiv(call.width, block_a))](
+        own_ptr=own,
+        other_ptr=other,
+        v_ptr=score_weight.contiguous(),
+        grad_scores_ptr=scores,
+        grad_own_ptr=grad_own,
+        grad_v_ptr=grad_v,
+        own=own.shape[2],
+        others=other.shape[2],
+        width=call.width,
+        heads=call.heads,
+        blocks=blocks,
+        s_own=score_strides[0],
+        s_other=score_strides[1],
+        ACC=accumulator(own.dtype),
+        BM=block_m,
+        BA=block_a,
+        num_warps=4,
+        **strides("own", own, "0", "1", "t"),
+        **strides("other", other, "0", "1", "t"),
+    )

@@ -1,0 +1,97 @@
+"""Triton additive attention on CPU tensors; run by test_triton_ops.py in a process of its own.
+
+Triton must see TRITON_INTERPRET=1 before it is first imported, so this is no file for the main run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import seqmem_fast
+from seqmem_fast._triton import additive_attention as launchers
+from seqmem_fast.reference import additive_attention as reference
+
+assert seqmem_fast.__version__
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+SIZES = (2, 3, 5, 6, 4)  # B, Tq, Tk, A, Dv
+SAMPLES = {s.name: s.args for s in reference.sample_inputs(sizes=SIZES)}
+MORE = {s.name: s.args for s in reference.sample_inputs(sizes=(1, 18, 17, 9, 3))}
+
+
+def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
+    assert ours.shape == right.shape and ours.dtype == dtype
+    error = (ours.detach().double() - right).norm() / right.norm().clamp_min(1e-30)
+    assert error <= factor * TOLERANCES[dtype]
+
+
+def check(given: Any, dtype: torch.dtype, seeded: tuple[bool, bool] = (True, True)) -> None:
+    """Forward and backward beside the reference in float64; seeded: which gradients come in."""
+    args = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in given]
+    exact = [
+        a.double().requires_grad_() if a is not None and a.is_floating_point() else a for a in args
+    ]
+    right = reference.additive_attention(*exact)
+    ours = launchers.additive_attention(*args)
+    seeds = []
+    for a, b, is_given in zip(ours, right, seeded, strict=True):
+        assert_near(a, b.detach(), dtype)
+        seeds.append(torch.randn(b.shape).to(dtype) if is_given else None)
+    wanted = [a is not None and a.requires_grad for a in exact]
+    leaves = [a for a in exact if a is not None and a.requires_grad]
+    loss = sum((a * b).sum() for a, b in zip(right, seeds, strict=True) if b is not None)
+    expected = iter(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    saved = right[1].detach().to(dtype)
+    grads = launchers.additive_attention_backward(*seeds, *args, saved, wanted)
+    for is_wanted, grad in zip(wanted, grads, strict=True):
+        if is_wanted:
+            assert_near(grad, next(expected), dtype, 10)
+        else:
+            assert grad.shape == (0,)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_option(name: str) -> None:
+    check(SAMPLES[name], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(SAMPLES["masked"], dtype)
+
+
+def test_more_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_SCORES", (16, 16))
+    monkeypatch.setattr(launchers, "_BACKWARD", (16, 8))
+    check(MORE["added_mask"], torch.float32)
+
+
+def test_each_gradient_alone() -> None:
+    check(SAMPLES["plain"], torch.float32, (True, False))
+    check(SAMPLES["plain"], torch.float32, (False, True))
+
+
+def test_nothing_leaves_its_row() -> None:
+    q, *rest = SAMPLES["plain"]
+    clean = launchers.additive_attention(q, *rest)
+    q = q.clone()
+    q[0, 1] = float("nan")
+    for a, b in zip(launchers.additive_attention(q, *rest), clean, strict=True):
+        assert a[0, 1].isnan().all()
+        a[0, 1] = b[0, 1]
+        assert torch.equal(a, b)
+
+
+def test_nothing_to_do() -> None:
+    q, k, v, w = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5), torch.randn(4)
+    output, weights = launchers.additive_attention(q, k, v, w, None)
+    assert output.shape == (2, 3, 5) and not output.any() and weights.shape == (2, 3, 0)
+    wanted = [True] * 4 + [False]
+    grads = launchers.additive_attention_backward(output, None, q, k, v, w, None, weights, wanted)
+    assert [tuple(g.shape) for g in grads] == [(2, 3, 4), (2, 0, 4), (2, 0, 5), (4,), (0,)]
+    assert not grads[0].any() and not grads[3].any()
+    with pytest.raises(ValueError, match="expected key of shape"):
+        launchers.additive_attention(q, k[..., 1:], v, w, None)
