@@ -35,7 +35,7 @@ SHARED = {"__init__", "common"}  # the files of a room that belong to no single 
 MAY_IMPORT = {
     "nn": {"nn", "ops"},
     "ops": {"ops", "reference"},
-    "_triton": {"_triton", "ops"},
+    "_triton": {"_triton", "ops", "reference"},
     "reference": {"reference"},
     "tasks": {"tasks", "nn", "ops", "reference"},
 }

@@ -9,7 +9,8 @@ interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +73,21 @@ def as_bytes(mask: Tensor) -> Tensor:
     if mask.is_floating_point():
         return mask
     return (mask if mask.dtype == torch.bool else mask.ne(0)).view(torch.uint8)
+
+
+@contextmanager
+def autograd_below() -> Iterator[None]:
+    """Lets autograd record inside a kernel, whose callers have switched it off.
+
+    For backwards whose plain path differentiates the reference.
+    """
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(keys, name))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 @triton.jit
