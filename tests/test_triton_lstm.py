@@ -6,15 +6,14 @@ The interpreter's tests are in triton_lstm_interpreted.py and run in a process o
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import TARGETS, report, resources
 from torch import Tensor, nn
 
 import seqmem_fast as sf
@@ -79,12 +78,6 @@ def test_every_op_has_a_cuda_kernel(op: str) -> None:
 
 # ---- ahead of time ------------------------------------------------------------------------------
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 STEP = {"BLOCK_B": 4, "BLOCK_H": 128}
 # label: storage, padded H, tensor cores, precision, warps: as on_chip_plan chooses them
 ON_CHIP = {
@@ -94,8 +87,6 @@ ON_CHIP = {
     "bf16 H 64 dot": ("bf16", 64, True, "ieee", 4),
     "bf16 H 128 dot": ("bf16", 128, True, "ieee", 8),
 }
-# What a block may have.
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
 def compiled(kernel: Any, storage: str, target: str, warps: int, **constants: Any) -> Any:
@@ -121,39 +112,6 @@ def compiled(kernel: Any, storage: str, target: str, warps: int, **constants: An
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": warps, "num_stages": 1}
     return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-
-
-def resources(kernel: Any, target: str) -> tuple[int, int, int]:
-    """Registers a thread, shared memory a block, bytes (AMD: registers) a thread that spill."""
-    if target == "gfx942":
-        text = kernel.asm["amdgcn"]
-        counts = (
-            re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
-        )
-        registers, spilled = (int(found[1]) for found in counts if found)
-        return registers, kernel.metadata.shared, spilled
-    import triton.backends.nvidia as backend
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), kernel.metadata.shared, int(found[2]) + int(found[3])
-
-
-def report(
-    capsys: pytest.CaptureFixture[str], target: str, rows: dict[str, tuple[int, int, int]]
-) -> None:
-    with capsys.disabled():
-        print(f"\n{target}: registers, shared bytes, spilled")
-        for label, row in rows.items():
-            print(f"  {label:36} {row[0]:>4} {row[1]:>7} {row[2]:>3}")
-    assert all(spilled == 0 for *_, spilled in rows.values())
-    assert all(shared <= SHARED_LIMIT[target] for _, shared, _ in rows.values())
 
 
 @pytest.mark.slow

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 # Module of this package -> its launchers, each named as its op.
-_LAUNCHERS = {"lstm": ("lstm_cell", "lstm_cell_backward", "lstm", "lstm_backward")}
+_LAUNCHERS = {
+    "additive_attention": ("additive_attention", "additive_attention_backward"),
+    "lstm": ("lstm_cell", "lstm_cell_backward", "lstm", "lstm_backward"),
+}
 
 
 def register() -> None:

@@ -194,7 +194,7 @@ def dynamic_memory_backward(
         wide_query = query.to(dtype)
         grad_query = none
         if of_query:
-            total = ds if score_query is None else 0.0
+            total = ds if score_query is None else torch.zeros_like(wide_query)
             for k, weight in enumerate((gate_weight, write_weight)):
                 total = total + dz_sum[:, k] @ weight[:, width:].to(dtype)
             grad_query = total.to(query.dtype)

@@ -1,0 +1,87 @@
+"""Compiling Triton kernels for GPUs that are not here, and what the result asks of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# What a block may have.
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+def compiled(
+    kernel: Any,
+    target: str,
+    storage: str,
+    warps: int,
+    constants: dict[str, Any],
+    pointers: dict[str, str],
+    aligned: Sequence[str] = (),
+) -> Any:
+    """The kernel for one target: pointers to `storage` unless named, 32-bit integers elsewhere.
+
+    aligned: the integers that 16 divides, as launches with well-shaped tensors have them.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature, values, attributes = {}, {}, {}
+    for k, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name], values[(k,)] = "constexpr", constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = pointers.get(name, f"*{storage}")
+            attributes[(k,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+            if name in aligned:
+                attributes[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": warps, "num_stages": 1}
+    return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def resources(kernel: Any, target: str) -> tuple[int, int, int]:
+    """Registers a thread, shared memory a block, bytes (AMD: registers) a thread that spill."""
+    if target == "gfx942":
+        text = kernel.asm["amdgcn"]
+        counts = (
+            re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        registers, spilled = (int(found[1]) for found in counts if found)
+        return registers, kernel.metadata.shared, spilled
+    import triton.backends.nvidia as backend
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), kernel.metadata.shared, int(found[2]) + int(found[3])
+
+
+def report(
+    capsys: pytest.CaptureFixture[str], target: str, rows: dict[str, tuple[int, int, int]]
+) -> None:
+    with capsys.disabled():
+        print(f"\n{target}: registers, shared bytes, spilled")
+        for label, row in rows.items():
+            print(f"  {label:36} {row[0]:>4} {row[1]:>7} {row[2]:>3}")
+    assert all(spilled == 0 for *_, spilled in rows.values())
+    assert all(shared <= SHARED_LIMIT[target] for _, shared, _ in rows.values())

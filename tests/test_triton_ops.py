@@ -1,0 +1,95 @@
+"""The Triton kernels of all ops but the LSTM: interpreted, and compiled ahead of time.
+
+Each op's tests under the interpreter are in triton_<op>_interpreted.py and run in a process of
+their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ahead_of_time import compiled, report, resources
+
+import seqmem_fast
+
+assert seqmem_fast.__version__  # its import registers the ops
+HERE = Path(__file__).parent
+OPS = {
+    "additive_attention": ("additive_attention", "additive_attention_backward"),
+}
+
+
+@pytest.fixture(autouse=True)
+def triton() -> Any:
+    return pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_in_the_interpreter(op: str) -> None:
+    file = HERE / f"triton_{op}_interpreted.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", [name for names in OPS.values() for name in names])
+def test_every_op_has_a_cuda_kernel(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqmem::{name}", "CUDA")
+
+
+# ---- ahead of time ------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """How a kernel is launched on a usual shape."""
+
+    module: str
+    name: str
+    storage: str
+    warps: int
+    constants: dict[str, Any]
+    pointers: dict[str, str] = {}  # noqa: RUF012
+    aligned: tuple[str, ...] = ()
+
+
+MASK = {"mask_ptr": "*u8"}
+
+
+def additive_kernels() -> list[Kernel]:
+    file = "additive_attention"
+    rows = ("q_t", "k_t", "own_t", "other_t", "width", "keys")
+    wide = {"scores_ptr": "*fp32", "grad_scores_ptr": "*fp32", "grad_v_ptr": "*fp32"}
+    scores = {"m_j": 1, "BM": 16, "BN": 64}
+    return [
+        Kernel(file, "additive_scores", "bf16", 4, scores, {**MASK, **wide}, rows),
+        Kernel(file, "additive_backward", "bf16", 4, {"BM": 16, "BA": 32}, wide, rows),
+    ]
+
+
+KERNELS = {"additive_attention": additive_kernels}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("op", KERNELS)
+def test_kernels_compile(op: str, target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib
+
+    import triton.language as tl
+
+    rows = {}
+    for spec in KERNELS[op]():
+        kernel = getattr(importlib.import_module(f"seqmem_fast._triton.{spec.module}"), spec.name)
+        constants = {"ACC": tl.float32, **spec.constants}
+        built = compiled(
+            kernel, target, spec.storage, spec.warps, constants, spec.pointers, spec.aligned
+        )
+        rows[f"{spec.name} {spec.storage}"] = resources(built, target)
+    report(capsys, target, rows)
