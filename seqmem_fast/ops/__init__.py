@@ -3,5 +3,16 @@
 from .additive_attention import additive_attention
 from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
+from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
-__all__ = ["additive_attention", "dynamic_memory", "lstm", "lstm_cell", "lstm_trace"]
+__all__ = [
+    "additive_attention",
+    "dynamic_memory",
+    "lstm",
+    "lstm_cell",
+    "lstm_trace",
+    "ntm_addressing",
+    "ntm_content_addressing",
+    "ntm_read",
+    "ntm_write",
+]

@@ -144,7 +144,8 @@ def sample_inputs(
     for suffix, (rows, head) in layouts.items():
         lead = (*rows, *head)
         memory, key = draw(*rows, slots, width), draw(*lead, width)
-        beta, gate, gamma = draw(*lead).exp() * 2, draw(*lead).sigmoid(), 1 + draw(*lead).exp()
+        beta, gate, gamma = (draw(*lead).sigmoid() for _ in range(3))
+        beta, gamma = 1 + 5 * beta, 1 + 3 * gamma
         shift, weights = draw(*lead, taps).softmax(-1), draw(*lead, slots).softmax(-1)
         erase, add = draw(*lead, width).sigmoid(), draw(*lead, width)
         calls = {
