@@ -1,11 +1,11 @@
 """Public differentiable functions over ``torch.ops.seqmem``."""
 
 from .additive_attention import additive_attention
+from .attention import attention
 from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
-__all__ = [
     "additive_attention",
     "dynamic_memory",
     "lstm",
@@ -16,3 +16,5 @@ __all__ = [
     "ntm_read",
     "ntm_write",
 ]
+
+__all__ = ["additive_attention", "attention", "dynamic_memory", "lstm", "lstm_cell", "lstm_trace"]

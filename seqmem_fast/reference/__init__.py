@@ -1,5 +1,5 @@
 """Plain PyTorch of every op: the executable specification."""
 
-from . import additive_attention, dynamic_memory, lstm, ntm, ntm_sequence
+from . import additive_attention, attention, dynamic_memory, lstm, ntm, ntm_sequence
 
-__all__ = ["additive_attention", "dynamic_memory", "lstm", "ntm", "ntm_sequence"]
+__all__ = ["additive_attention", "attention", "dynamic_memory", "lstm", "ntm", "ntm_sequence"]

@@ -1,0 +1,257 @@
+// What attention's forward and backward kernels share: panels, products by tiles, mask rows.
+#pragma once
+
+#include "../common/gemm.h"
+#include "../common/kernel_util.h"
+#include "attention_kernel.h"
+
+namespace seqmem::attention {
+namespace {
+
+// Bytes of a block of score rows, which shall stay in the second-level cache.
+constexpr int64_t kBlockBytes = 192 << 10;
+constexpr int64_t kMostRows = 24;
+constexpr int64_t kChunk = 128;  // keys whose values stay in the first-level cache
+
+template <class C>
+SEQMEM_INLINE int64_t padded(int64_t n) {
+  return ceil_div(n, kLanes<C>) * kLanes<C>;
+}
+
+// Elements from one score row to the next: whole steps of four vectors, and no power of two, whose
+// rows would share cache sets.
+template <class C>
+SEQMEM_INLINE int64_t row_stride(int64_t Tk) {
+  return ceil_div(Tk, 4 * kLanes<C>) * 4 * kLanes<C> + 64 / int64_t(sizeof(C));
+}
+
+// Query rows handled at once, with `arrays` score rows for each.
+template <class C>
+SEQMEM_INLINE int64_t block_rows(int64_t Tq, int64_t Tk, int arrays) {
+  const int64_t R = kTileRows<C>;
+  const int64_t fit = kBlockBytes / (row_stride<C>(Tk) * int64_t(sizeof(C)) * arrays) / R * R;
+  return min(max(min(fit, kMostRows), R), Tq);
+}
+
+// n elements from p, `step` apart, zero beyond.
+template <class S>
+SEQMEM_INLINE Vec<compute_t<S>> load_apart(const S* p, int64_t step, int n) {
+  using C = compute_t<S>;
+  if (step == 1) return load_n(p, n);
+  S lanes[kLanes<C>] = {};
+  for (int i = 0; i < min(n, kLanes<C>); ++i) lanes[i] = p[i * step];
+  return load(lanes);
+}
+
+// to[0..padded(n)-1] = factor * row, zero beyond n.
+template <class S, class C = compute_t<S>>
+void copy_row(C* to, const S* from, int64_t step, int64_t n, C factor) {
+  for (int64_t i = 0; i < n; i += kLanes<C>)
+    store(to + i, factor * load_apart(from + i * step, step, static_cast<int>(min<int64_t>(n - i, 64))));
+}
+
+// One batch of an operand.
+template <class S>
+struct Rows {
+  const S* data;
+  int64_t rows, columns;
+
+  Rows(const Matrices& m, int64_t n)
+      : data(m.data == nullptr ? nullptr : static_cast<const S*>(m.data) + m.offset[n]),
+        rows(m.rows),
+        columns(m.columns) {}
+  const S* row(int64_t i) const { return data + i * rows; }
+};
+
+// Rows in SIMD lanes: the panel of rows 4 L p ... is [width][vectors * L], where the last panel has
+// as many vectors as it needs; rows beyond the last are zero.
+template <class S, class C = compute_t<S>>
+void pack_lanes(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
+  constexpr int L = kLanes<C>;
+  for (int64_t first = 0; first < rows; first += 4 * L) {
+    const int64_t vectors = min<int64_t>(4, ceil_div(rows - first, L));
+    C* panel = to + first * width;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t start = first + v * L, lanes = min<int64_t>(L, rows - start);
+      for (int64_t k = 0; k < width; k += L) {
+        Vec<C> square[L] = {};
+        const int n = static_cast<int>(min<int64_t>(L, width - k));
+        for (int64_t l = 0; l < lanes; ++l)
+          square[l] = load_apart(m.row(start + l) + k * m.columns, m.columns, n);
+        transpose<C>(square);
+        for (int i = 0; i < n; ++i) store(panel + (k + i) * vectors * L + v * L, square[i]);
+      }
+    }
+  }
+}
+
+// Columns in SIMD lanes: the panel of columns 4 L p ... is [rows][vectors * L].
+template <class S, class C = compute_t<S>>
+void pack_columns(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
+  constexpr int L = kLanes<C>;
+  for (int64_t first = 0; first < width; first += 4 * L) {
+    const int64_t vectors = min<int64_t>(4, ceil_div(width - first, L));
+    C* panel = to + first * rows;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t start = first + v * L;
+        store(panel + (r * vectors + v) * L,
+              load_apart(m.row(r) + start * m.columns, m.columns,
+                         static_cast<int>(min<int64_t>(L, width - start))));
+      }
+  }
+}
+
+// Calls f(constant V) for V = vectors, 1..4.
+template <class F>
+SEQMEM_INLINE void with_vectors(int64_t vectors, F&& f) {
+  switch (vectors) {
+    case 1: f(std::integral_constant<int, 1>{}); break;
+    case 2: f(std::integral_constant<int, 2>{}); break;
+    case 3: f(std::integral_constant<int, 3>{}); break;
+    default: f(std::integral_constant<int, 4>{}); break;
+  }
+}
+
+// Columns of b, as pack_columns lays them or as they lie.
+template <class C>
+struct Columns {
+  const C* data;
+  int64_t step;        // from one row to the next where b lies as it is, else 0
+  int64_t total_rows;  // of a packed b
+
+  const C* panel(int64_t first) const { return data + (step != 0 ? first : first * total_rows); }
+  int64_t row_step(int64_t vectors) const { return step != 0 ? step : vectors * kLanes<C>; }
+};
+
+// out[r] (+)= sum_k a[r][k] b[k], k = 0..K-1, for `rows` rows and a padded width; K in chunks, so
+// that a panel of b is in the first-level cache for all the rows.
+template <class C>
+void multiply_rows(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride,
+                   const Columns<C>& b, C* out, int64_t out_stride) {
+  constexpr int L = kLanes<C>;
+  for (int64_t k = 0; k < K; k += kChunk) {
+    const int64_t n = min(kChunk, K - k);
+    for (int64_t first = 0; first < width; first += 4 * L) {
+      const int64_t vectors = min<int64_t>(4, ceil_div(width - first, L));
+      const int64_t step = b.row_step(vectors);
+      const C* panel = b.panel(first) + k * step;
+      with_vectors(vectors, [&](auto constant) {
+        constexpr int V = decltype(constant)::value;
+        for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+          constexpr int R = decltype(block)::value;
+          const C* from[R];
+          Vec<C> acc[R][V];
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) {
+            from[r] = a + (start + r) * a_stride + k;
+            SEQMEM_UNROLL
+            for (int v = 0; v < V; ++v)
+              acc[r][v] =
+                  k == 0 ? Vec<C>{} : load(out + (start + r) * out_stride + first + v * L);
+          }
+          tile_multiply<R, V, C>(n, from, 1, panel, L, step, acc);
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+          for (int v = 0; v < V; ++v)
+            store(out + (start + r) * out_stride + first + v * L, acc[r][v]);
+        });
+      });
+    }
+  }
+}
+
+template <class C>
+struct ByteTypes;
+template <>
+struct ByteTypes<float> {
+  typedef uint8_t type __attribute__((vector_size(SEQMEM_VEC_BYTES / 4)));
+};
+template <>
+struct ByteTypes<double> {
+  typedef uint8_t type __attribute__((vector_size(SEQMEM_VEC_BYTES / 8)));
+};
+
+// Bytes of a mask as a vector of 0 or -1: whether each is not zero.
+template <class C>
+SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n) {
+  typename ByteTypes<C>::type bytes = {};
+  if (n >= kLanes<C>) {
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+  } else {
+    for (int i = 0; i < n; ++i) bytes[i] = p[i];
+  }
+  return __builtin_convertvector(bytes, IntVec<C>) != 0;
+}
+
+template <class C>
+SEQMEM_INLINE IntVec<C> lane_numbers() {
+  IntVec<C> lanes;
+  for (int i = 0; i < kLanes<C>; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// The mask rows of a block of queries, each Tk contiguous elements of bytes or C.
+template <class C>
+struct MaskRows {
+  const uint8_t* allowed[kMostRows];
+  const C* added[kMostRows];
+};
+
+// Rows whose elements all are one (columns is 0), or that are stored in 16 bits, are written out
+// into `buffer`, [rows][Tk] of C.
+template <class S, class C = compute_t<S>>
+void mask_rows(MaskRows<C>& out, const Matrices& mask, MaskKind kind, int64_t n, int64_t i,
+               int64_t rows, int64_t keys, C* buffer, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = mask.offset[n] + (i + r) * mask.rows;
+    if (kind == MaskKind::Allowed) {
+      out.allowed[r] = static_cast<const uint8_t*>(mask.data) + at;
+      if (mask.columns == 0) {
+        uint8_t* row = reinterpret_cast<uint8_t*>(buffer + r * stride);
+        __builtin_memset(row, *out.allowed[r], keys);
+        out.allowed[r] = row;
+      }
+    } else {
+      const S* from = static_cast<const S*>(mask.data) + at;
+      if constexpr (std::is_same_v<S, C>) {
+        if (mask.columns == 1) {
+          out.added[r] = from;
+          continue;
+        }
+      }
+      copy_row<S>(buffer + r * stride, from, mask.columns, keys, C(1));
+      out.added[r] = buffer + r * stride;
+    }
+  }
+}
+
+// Whether mask_rows needs its buffer.
+template <class S>
+SEQMEM_INLINE bool copies_mask(const Shape& s, const Matrices& mask) {
+  if (s.mask == MaskKind::None) return false;
+  return mask.columns == 0 || (s.mask == MaskKind::Added && !std::is_same_v<S, compute_t<S>>);
+}
+
+// Which queries of which batch a task stands for.
+struct Task {
+  int64_t n, group, begin, end;
+};
+
+// Takes the next task; false when none is left. Query rows are split at multiples of `block`.
+SEQMEM_INLINE bool take_task(const Shape& s, const Plan& plan, int64_t block, Task& task) {
+  const int64_t k = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED);
+  if (k >= s.N * plan.groups) return false;
+  const int64_t blocks = ceil_div(s.Tq, block), g = k % plan.groups;
+  task = {k / plan.groups, g, blocks * g / plan.groups * block,
+          min(blocks * (g + 1) / plan.groups * block, s.Tq)};
+  return true;
+}
+
+// Keys that queries before `end` may see.
+SEQMEM_INLINE int64_t visible_keys(const Shape& s, int64_t end) {
+  return s.causal ? min(s.Tk, end) : s.Tk;
+}
+
+}  // namespace
+}  // namespace seqmem::attention

@@ -1,0 +1,178 @@
+r"""Functional scaled dot-product attention that returns its weights.
+
+.. math::
+    S = \text{scale} \cdot Q K^\top, \qquad
+    S_{ij} = -10^9 \text{ where masked}, \qquad
+    W = \text{softmax}_j(S), \qquad O = W V
+
+Paper: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import attention as reference
+from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+
+_attention = torch.ops.seqmem.attention.default
+_check = torch.ops.seqmem.check_attention.default
+_try_attention = try_while_tracing(_attention)
+_dynamo_traces = torch.compiler.is_dynamo_compiling
+_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_weights: Literal[True] = True,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention in one pass, with its weights; the equation is in the module's
+    docstring.
+
+    Letters: Tq queries, Tk keys, D features of query and key, Dv of a value.
+
+    query, key, value and a floating mask are float32, float64, bfloat16 or float16, all of one
+    dtype (under ``torch.autocast`` they are cast), and are differentiable, any number of times,
+    through both results: the first derivative has its own kernel, higher ones run in plain PyTorch.
+    All tensors are on one device, their strides are free. Inside a ``torch.func`` transform (grad,
+    vmap, jacrev, ...) the call runs in plain PyTorch, since these transforms cannot see into C++
+    functions: right, but slow.
+
+    Args:
+        query: [..., Tq, D], D > 0.
+        key: [..., Tk, D].
+        value: [..., Tk, Dv]. The leading dimensions of query, key, value and mask broadcast.
+        mask: broadcasts to [..., Tq, Tk]. Bool or integer: the score is -1e9 where it is zero, so
+            a row of zeros has uniform weights; no gradient passes there. Floating: added to the
+            scores, differentiable; a row of -inf has NaN weights, as softmax gives it.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        is_causal: query i sees keys 0..i alone (counted from the top left where Tq and Tk
+            differ, as in ``F.scaled_dot_product_attention``). Later keys have weight zero whatever
+            the mask says, and their values are not read.
+        return_weights: False calls ``F.scaled_dot_product_attention``, which never holds the
+            weights; a row whose mask is all zero is uniform there, too.
+
+    Returns:
+        output [..., Tq, Dv] and weights [..., Tq, Tk] (None without ``return_weights``). No keys
+        (Tk = 0) give outputs of zero.
+
+    Raises:
+        ValueError: shapes do not fit; the message names the argument, what was expected and what
+            came.
+        TypeError: a dtype, device or layout does not fit.
+    """
+    if _transform_active():
+        return reference.attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            return_weights=return_weights,
+        )
+    if _dynamo_traces():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_try_attention)
+    if not return_weights:
+        _check(query, key, value, mask, scale, is_causal)
+        return _without_weights(query, key, value, mask, scale, is_causal), None
+    output, weights = _attention(query, key, value, mask, scale, is_causal)
+    return output, weights
+
+
+def _without_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+) -> Tensor:
+    """What torch's own op computes, a row without any allowed key made uniform."""
+    if mask is not None:
+        if is_causal:  # torch takes one of the two
+            rows = torch.arange(query.size(-2), device=query.device)
+            behind = rows[:, None] >= torch.arange(key.size(-2), device=query.device)
+        if mask.is_floating_point():
+            mask = mask.masked_fill(~behind, float("-inf")) if is_causal else mask
+        else:
+            mask = mask != 0
+            mask = mask & behind if is_causal else mask
+            # Such a row asks with zeros instead, and sees all its keys: uniform weights, and no
+            # gradient but the value's.
+            empty = ~mask.any(-1, keepdim=True)
+            mask = mask | (empty & behind if is_causal else empty)
+            query = torch.where(empty, 0, query)
+    batch = torch.broadcast_shapes(
+        query.shape[:-2], key.shape[:-2], value.shape[:-2], () if mask is None else mask.shape[:-2]
+    )
+    # Only four dimensions reach torch's fused kernels.
+    operands = [_four(t, batch) for t in (query, key, value)]
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-2], *mask.shape[-2:]) if mask.dim() >= 2 else mask
+        mask = _four(mask.expand(torch.broadcast_shapes(mask.shape, (1, key.size(-2)))), batch)
+        mask = mask.expand(-1, -1, query.size(-2), -1)
+    output = F.scaled_dot_product_attention(
+        *operands, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale
+    )
+    return output.reshape(*batch, query.size(-2), value.size(-1))
+
+
+def _four(t: Tensor, batch: torch.Size) -> Tensor:
+    """[..., R, C] as [1 or more, 1 or more, R, C] with the leading dimensions of ``batch``."""
+    t = t.expand(*batch, -1, -1)
+    if len(batch) > 2:
+        return t.reshape(-1, batch[-1], *t.shape[-2:])
+    return t if len(batch) == 2 else t.reshape(*batch, *(1,) * (2 - len(batch)), *t.shape[-2:])
+
+
+def _vjp(*args: Any) -> Gradients:
+    grad_output, grad_weights, query, key, value, mask, _, scale, is_causal, wanted = args
+
+    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> tuple[Tensor, ...]:
+        output, weights = reference.attention(q, k, v, m, scale=scale, is_causal=is_causal)
+        return output, weights  # type: ignore[return-value]
+
+    return reference_vjp(function, (query, key, value, mask), (grad_output, grad_weights), wanted)
+
+
+differentiate("seqmem::attention_backward", _vjp)

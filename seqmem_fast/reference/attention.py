@@ -1,0 +1,110 @@
+r"""Scaled dot-product attention with its weights in plain PyTorch: what ``seqmem::attention`` computes.
+
+.. math::
+    S = \text{scale} \cdot Q K^\top, \qquad
+    S_{ij} = -10^9 \text{ where masked}, \qquad
+    W = \text{softmax}_j(S), \qquad O = W V
+
+Letters: Tq queries, Tk keys, D features of a query and a key, Dv features of a value.
+Vaswani et al. 2017 (arXiv 1706.03762); the mask's -1e9 makes a row without any allowed key uniform.
+
+Everything here works under ``torch.func`` and any order of derivative; nothing here is fast.
+Arguments are not checked: the op does that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MASKED = -1e9  # the score of a masked entry
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """query [..., Tq, D], key [..., Tk, D], value [..., Tk, Dv], mask broadcast to [..., Tq, Tk]
+    -> output [..., Tq, Dv], weights [..., Tq, Tk]; all leading dimensions broadcast."""
+    if scale is None:
+        scale = 1 / math.sqrt(query.size(-1))
+    scores = query @ key.transpose(-2, -1) * scale
+    if mask is not None:
+        if mask.is_floating_point():
+            scores = scores + mask
+        else:
+            lowest = max(MASKED, torch.finfo(scores.dtype).min)
+            scores = torch.where(mask == 0, lowest, scores)
+    if is_causal:  # keys after a query take no part at all
+        scores = scores.masked_fill(_ahead(scores), -math.inf)
+    weights = torch.softmax(scores, -1)
+    weights = weights.expand(*torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2]), -1, -1)
+    return weights @ value, weights if return_weights else None
+
+
+def _ahead(scores: Tensor) -> Tensor:
+    """bool [Tq, Tk]: whether key j comes after query i."""
+    rows, columns = scores.shape[-2:]
+    i = torch.arange(rows, device=scores.device)
+    j = torch.arange(columns, device=scores.device)
+    return j > i[:, None]
+
+
+class Sample(NamedTuple):
+    """The arguments of one call, under a name that says which option it reaches."""
+
+    name: str
+    args: tuple[Any, ...]  # query, key, value, mask
+    kwargs: dict[str, Any]
+
+
+def sample_inputs(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: tuple[int, int, int, int, int] = (3, 5, 7, 4, 6),
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """Calls of :func:`attention` that reach every option once; sizes = (B, Tq, Tk, D, Dv)."""
+    batch, queries, keys, width, value_width = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return value.to(device=device, dtype=dtype)
+
+    def choose(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=generator) < 0.7).to(device)
+
+    q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
+    mask = choose(batch, queries, keys)
+    mask[:, -1] = False  # a row without any allowed key
+    yield Sample("plain", (q, k, v, None), {})
+    yield Sample("masked", (q, k, v, mask), {})
+    yield Sample("integer_mask", (q, k, v, choose(batch, 1, keys).int()), {"scale": 0.3})
+    yield Sample("added_mask", (q, k, v, draw(batch, queries, keys)), {})
+    yield Sample("causal", (q, k, v, None), {"is_causal": True})
+    behind = choose(batch, queries, keys)
+    behind[..., 0] = True
+    yield Sample("causal_masked", (q, k, v, behind), {"is_causal": True, "scale": -1.5})
+    heads = 2
+    yield Sample(
+        "broadcast",
+        (
+            draw(batch, heads, queries, width),
+            draw(heads, keys, width),
+            draw(1, 1, keys, value_width),
+            draw(heads, 1, keys),
+        ),
+        {},
+    )
