@@ -6,7 +6,7 @@ from seqmem_fast._load import _C
 
 from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
-from .nn import LSTM, AdditiveAttention, DynamicMemory, EpisodicMemory, LSTMCell, LSTMGates
+from .nn import AdditiveAttention, Attention, DynamicMemory, EpisodicMemory, LSTM, LSTMCell, LSTMGates
 
 if TYPE_CHECKING:
     from . import plot as plot
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LSTM",
     "AdditiveAttention",
+    "Attention",
     "DynamicMemory",
     "EpisodicMemory",
     "LSTMCell",

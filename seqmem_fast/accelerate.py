@@ -1,4 +1,4 @@
-"""Swap the nn.LSTM and nn.LSTMCell modules of an existing model, and swap them back."""
+"""Swap the LSTM and attention modules of an existing model for ours, and swap them back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .nn import LSTM, LSTMCell
+from .nn import LSTM, Attention, LSTMCell
 
 _ORIGINAL = "_accelerated_from"  # where a replacement keeps the module that it replaces
 _SHARED = ("_buffers", "_non_persistent_buffers_set", "_is_full_backward_hook")
 _CACHES = ("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
-_RECURRENT = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell")
+_NAMES = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell", "MultiheadAttention")
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.LSTMCell: LSTMCell,
+    nn.MultiheadAttention: Attention,
+}
 
 
 @dataclass(repr=False)
@@ -34,13 +39,14 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replace every ``nn.LSTM`` and ``nn.LSTMCell`` inside ``model`` by ours, in place.
+    """Replace every nn.LSTM, nn.LSTMCell and nn.MultiheadAttention inside ``model``, in place.
 
     The replacement works on the same Parameters, so optimizers, state_dicts and tied weights stay
     as they are. Hooks, weight normalisation, pruning and other parametrizations go along (a hook
     then receives the new module). A module used in several places is replaced by one module.
-    Subclasses, quantized and scripted modules are left, and so is ``model`` itself, which only its
-    owner can replace: ``model = seqmem_fast.LSTM.from_torch(model)``.
+    Subclasses, quantized and scripted modules are left, as is the attention inside torch's
+    transformer layers, which ask for no weights; and so is ``model`` itself, which only its owner
+    can replace: ``model = seqmem_fast.LSTM.from_torch(model)``.
 
     Returns:
         A :class:`Report`.
@@ -52,16 +58,17 @@ def accelerate(model: nn.Module) -> Report:
             parent._modules[key] = swapped[module]
             report.swapped.append((name, "shared with another name"))
             continue
-        reason = _reason_to_keep(module)
+        reason = _reason_to_keep(module, parent)
         if reason is None:
-            parent._modules[key] = swapped[module] = _replacement(module)
-            report.swapped.append((name, module.__class__.__name__ + f"({module.extra_repr()})"))
+            parent._modules[key] = swapped[module] = new = _replacement(module)
+            report.swapped.append((name, f"{type(module).__name__}({new.extra_repr()})"))
         elif reason:
             report.kept.append((name, type(module).__name__, reason))
     reason, cls = _reason_to_keep(model), parametrize.type_before_parametrizations(model).__name__
     if reason is None:
         plain = not parametrize.is_parametrized(model)
-        how = f"use seqmem_fast.{cls}.from_torch(model)" if plain else "put it into another module"
+        ours = _OURS[parametrize.type_before_parametrizations(model)].__name__
+        how = f"use seqmem_fast.{ours}.from_torch(model)" if plain else "put it into another module"
         reason = f"nothing holds it that could be changed; {how}"
     if reason:
         report.kept.append(("", cls, reason))
@@ -91,28 +98,27 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module
                 yield parent, key, f"{prefix}.{key}" if prefix else key, child
 
 
-def _reason_to_keep(module: nn.Module) -> str | None:
+def _reason_to_keep(module: nn.Module, parent: nn.Module | None = None) -> str | None:
     """Why a module stays; None if it can be swapped, "" if it is nothing of ours."""
     cls = parametrize.type_before_parametrizations(module)
-    if cls in (nn.LSTM, nn.LSTMCell):
+    if cls in _OURS:
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            return "its layer asks for no weights, where torch's own kernel is the right one"
         return "its forward was patched on the instance" if "forward" in vars(module) else None
-    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+    if isinstance(module, tuple(_OURS)):
         return "a subclass, which may compute something else"
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "not an LSTM"
     if isinstance(module, torch.jit.ScriptModule):
-        return "scripted: its code is fixed" if module.original_name in _RECURRENT else ""
-    if cls.__name__ in _RECURRENT and cls.__module__.startswith(("torch.ao.", "torchao.")):
+        return "scripted: its code is fixed" if module.original_name in _NAMES else ""
+    if cls.__name__ in _NAMES and cls.__module__.startswith(("torch.ao.", "torchao.")):
         return "quantized: there is no quantized kernel"
     return ""
 
 
 def _replacement(module: nn.Module) -> nn.Module:
-    replacement: nn.Module
-    if isinstance(module, nn.LSTM):
-        replacement = LSTM.from_torch(module)
-    else:
-        replacement = LSTMCell.from_torch(cast(nn.LSTMCell, module))
+    ours: Any = _OURS[parametrize.type_before_parametrizations(module)]
+    replacement: nn.Module = ours.from_torch(module)
     if parametrize.is_parametrized(module):
         _share_parametrizations(module, replacement)
     for name, value in vars(module).items():

@@ -116,8 +116,7 @@ class BackwardRun {
 
  private:
   void pack(int64_t n) {
-    if (has_output && scores_wanted)
-      pack_lanes<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
+    if (has_output && scores_wanted) pack_lanes<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
     if (a.grad_query != nullptr) pack_columns<S>(key_columns, Rows<S>(a.key, n), s.Tk, s.D);
   }
 
@@ -162,8 +161,7 @@ class BackwardRun {
     if (a.grad_value != nullptr && has_output) {
       accumulate_transposed<C>(rows, keys, Dvp, weights, stride, grads, own_value, first);
     } else if (first) {
-      if (a.grad_value != nullptr)
-        __builtin_memset(own_value, 0, s.Tk * Dvp * sizeof(C));
+      if (a.grad_value != nullptr) __builtin_memset(own_value, 0, s.Tk * Dvp * sizeof(C));
     }
     if (!scores_wanted) return;
     MaskRows<C> mask;
@@ -205,7 +203,8 @@ class BackwardRun {
           tile_multiply<R, V, C>(s.Dv, from_rows + start, 1, panel, L, step, acc);
           SEQMEM_UNROLL
           for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-          for (int v = 0; v < V; ++v) store(slopes + (start + r) * stride + first + v * L, acc[r][v]);
+          for (int v = 0; v < V; ++v)
+            store(slopes + (start + r) * stride + first + v * L, acc[r][v]);
         });
       });
     }
@@ -221,7 +220,8 @@ class BackwardRun {
     for (int64_t j = 0; j < keys; j += L) {
       const int lanes = static_cast<int>(min<int64_t>(L, keys - j));
       Vec<C> x = has_output ? load(slope + j) : Vec<C>{};
-      if (grad != nullptr) x += load_apart(grad + j * grad_weights.columns, grad_weights.columns, lanes);
+      if (grad != nullptr)
+        x += load_apart(grad + j * grad_weights.columns, grad_weights.columns, lanes);
       store(slope + j, x);
       total += x * load(weight + j);
     }
@@ -229,7 +229,8 @@ class BackwardRun {
     for (int64_t j = 0; j < keys; j += L) {
       Vec<C> x = load(weight + j) * (load(slope + j) - mean);
       if (allowed != nullptr)
-        x = allowed_lanes<C>(allowed + j, static_cast<int>(min<int64_t>(L, keys - j))) ? x : Vec<C>{};
+        x = allowed_lanes<C>(allowed + j, static_cast<int>(min<int64_t>(L, keys - j))) ? x
+                                                                                       : Vec<C>{};
       store(slope + j, x);
     }
   }

@@ -47,7 +47,8 @@ SEQMEM_INLINE Vec<compute_t<S>> load_apart(const S* p, int64_t step, int n) {
 template <class S, class C = compute_t<S>>
 void copy_row(C* to, const S* from, int64_t step, int64_t n, C factor) {
   for (int64_t i = 0; i < n; i += kLanes<C>)
-    store(to + i, factor * load_apart(from + i * step, step, static_cast<int>(min<int64_t>(n - i, 64))));
+    store(to + i,
+          factor * load_apart(from + i * step, step, static_cast<int>(min<int64_t>(n - i, 64))));
 }
 
 // One batch of an operand.
@@ -147,8 +148,7 @@ void multiply_rows(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a
             from[r] = a + (start + r) * a_stride + k;
             SEQMEM_UNROLL
             for (int v = 0; v < V; ++v)
-              acc[r][v] =
-                  k == 0 ? Vec<C>{} : load(out + (start + r) * out_stride + first + v * L);
+              acc[r][v] = k == 0 ? Vec<C>{} : load(out + (start + r) * out_stride + first + v * L);
           }
           tile_multiply<R, V, C>(n, from, 1, panel, L, step, acc);
           SEQMEM_UNROLL

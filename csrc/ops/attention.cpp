@@ -96,11 +96,10 @@ Shape shape_of(const Sizes64& s, const Argument& mask, std::optional<double> sca
                bool is_causal) {
   int64_t N = 1;
   for (const int64_t size : s.batch) N *= size;
-  const MaskKind kind = !mask.tensor.defined()             ? MaskKind::None
+  const MaskKind kind = !mask.tensor.defined()                   ? MaskKind::None
                         : mask.tensor.scalar_type() == at::kBool ? MaskKind::Allowed
-                                                           : MaskKind::Added;
-  return {N,    s.Tq, s.Tk, s.D, s.Dv, scale.value_or(1 / std::sqrt(double(s.D))), is_causal,
-          kind};
+                                                                 : MaskKind::Added;
+  return {N, s.Tq, s.Tk, s.D, s.Dv, scale.value_or(1 / std::sqrt(double(s.D))), is_causal, kind};
 }
 
 // Estimates in microseconds of one core; they only steer the choices below. Waking a thread costs
@@ -150,7 +149,8 @@ Outputs attention_cpu(const Tensor& query, const Tensor& key, const Tensor& valu
   const int wanted = threads_for(shape, 1);
   const bool pack = s.Tq >= kRowsWorthPacking || k.columns != 1;
   const Plan plan = {pack, groups_for(shape, wanted == 1 ? 1 : wanted * kTasksPerThread), 0};
-  Forward arguments = {q.view(), k.view(), v.view(), m.view(), data(output), data(weights), nullptr};
+  Forward arguments = {q.view(),     k.view(),      v.view(), m.view(),
+                       data(output), data(weights), nullptr};
   const auto& kernel = SEQMEM_CHOOSE(forward_kernel);
   const Storage storage = storage_of(query);
   run_team(
@@ -203,8 +203,8 @@ Gradients attention_backward_cpu(const OptionalTensor& grad_output,
                                  const Tensor& weights, std::optional<double> scale, bool is_causal,
                                  std::array<bool, 4> output_mask) {
   const Sizes64 s = backward_sizes<int64_t>(query, value, weights);
-  const Argument q(query, s), k(key, s), v(value, s), m = mask_argument(mask, s),
-      g_output(grad_output, s), g_weights(grad_weights, s);
+  const Argument q(query, s), k(key, s), v(value, s),
+      m = mask_argument(mask, s), g_output(grad_output, s), g_weights(grad_weights, s);
   const Operand saved(weights);
   const Shape shape = shape_of(s, m, scale, is_causal);
   auto make = [&](bool wanted, int64_t rows, int64_t columns) {
@@ -217,8 +217,8 @@ Gradients attention_backward_cpu(const OptionalTensor& grad_output,
   if (shape.N > 0 && s.Tk > 0) {
     const int wanted = threads_for(shape, 2.5);
     const Plan plan = {true, groups_for(shape, kBackwardTasks), 0};
-    Backward arguments = {g_output.view(), g_weights.view(), q.view(),         k.view(),
-                          v.view(),        m.view(),         saved.data(),     data(grad_query),
+    Backward arguments = {g_output.view(), g_weights.view(), q.view(),        k.view(),
+                          v.view(),        m.view(),         saved.data(),    data(grad_query),
                           data(grad_key),  data(grad_value), data(grad_mask), nullptr};
     const auto& kernel = SEQMEM_CHOOSE(backward_kernel);
     const Storage storage = storage_of(query);
@@ -258,7 +258,7 @@ Gradients attention_backward_meta(const OptionalTensor&, const OptionalTensor&, 
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_ATTENTION_ARGUMENTS                                                              \
+#define SEQMEM_ATTENTION_ARGUMENTS \
   "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool is_causal)"
   m.def("attention" SEQMEM_ATTENTION_ARGUMENTS " -> (Tensor output, Tensor weights)", tags);
   m.def("check_attention" SEQMEM_ATTENTION_ARGUMENTS " -> ()", tags);

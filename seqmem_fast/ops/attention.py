@@ -146,31 +146,30 @@ def _without_weights(
         query.shape[:-2], key.shape[:-2], value.shape[:-2], () if mask is None else mask.shape[:-2]
     )
     # Only four dimensions reach torch's fused kernels.
-    operands = [_four(t, batch) for t in (query, key, value)]
-    if mask is not None:
-        mask = mask.expand(*mask.shape[:-2], *mask.shape[-2:]) if mask.dim() >= 2 else mask
-        mask = _four(mask.expand(torch.broadcast_shapes(mask.shape, (1, key.size(-2)))), batch)
-        mask = mask.expand(-1, -1, query.size(-2), -1)
     output = F.scaled_dot_product_attention(
-        *operands, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale
+        _four(query, batch),
+        _four(key, batch),
+        _four(value, batch),
+        attn_mask=None if mask is None else _four(torch.atleast_2d(mask), batch),
+        is_causal=is_causal and mask is None,
+        scale=scale,
     )
     return output.reshape(*batch, query.size(-2), value.size(-1))
 
 
 def _four(t: Tensor, batch: torch.Size) -> Tensor:
-    """[..., R, C] as [1 or more, 1 or more, R, C] with the leading dimensions of ``batch``."""
+    """[..., R, C] in four dimensions, the leading ones those of ``batch``; a view if it can be."""
     t = t.expand(*batch, -1, -1)
     if len(batch) > 2:
-        return t.reshape(-1, batch[-1], *t.shape[-2:])
-    return t if len(batch) == 2 else t.reshape(*batch, *(1,) * (2 - len(batch)), *t.shape[-2:])
+        return t.flatten(0, -4)
+    return t if len(batch) == 2 else t.view(*batch, *(1,) * (2 - len(batch)), *t.shape[-2:])
 
 
 def _vjp(*args: Any) -> Gradients:
     grad_output, grad_weights, query, key, value, mask, _, scale, is_causal, wanted = args
 
     def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> tuple[Tensor, ...]:
-        output, weights = reference.attention(q, k, v, m, scale=scale, is_causal=is_causal)
-        return output, weights  # type: ignore[return-value]
+        return reference.attention(q, k, v, m, scale=scale, is_causal=is_causal)
 
     return reference_vjp(function, (query, key, value, mask), (grad_output, grad_weights), wanted)
 

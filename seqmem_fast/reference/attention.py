@@ -1,4 +1,4 @@
-r"""Scaled dot-product attention with its weights in plain PyTorch: what ``seqmem::attention`` computes.
+r"""Attention with its weights in plain PyTorch: what ``seqmem::attention`` computes.
 
 .. math::
     S = \text{scale} \cdot Q K^\top, \qquad
@@ -16,12 +16,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 MASKED = -1e9  # the score of a masked entry
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_weights: Literal[True] = True,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]: ...
 
 
 def attention(

@@ -1,0 +1,322 @@
+"""Multi-head attention as torch.nn has it, over :mod:`seqmem_fast.ops.attention`.
+
+Constructor, call form, attributes, parameter names and initialisation are those of
+``torch.nn.MultiheadAttention``, and state_dicts load both ways.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Attention(nn.Module):
+    """Multi-head attention, a drop-in for :class:`torch.nn.MultiheadAttention`.
+
+    Args:
+        embed_dim: E, the width of the query and of the output.
+        num_heads: H, dividing E; each head has E / H features.
+        dropout: probability of zeroing a weight in training.
+        bias: with in_proj_bias and out_proj.bias.
+        add_bias_kv: one learned key and value more, bias_k and bias_v.
+        add_zero_attn: one key and value of zeros more.
+        kdim, vdim: widths of key and value, E by default.
+        batch_first: tensors are [B, T, *] instead of [T, B, *].
+        device, dtype: of the parameters.
+
+    ``attention(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+    average_attn_weights=True, is_causal=False) -> (output, weights)``:
+
+    - query [Tq, B, E], key [Tk, B, kdim], value [Tk, B, vdim], or unbatched without B.
+    - key_padding_mask: [B, Tk] ([Tk] unbatched), bool (true: the key is left out) or floating
+      (added to the scores).
+    - attn_mask: [Tq, Tk] or [B * H, Tq, Tk], likewise.
+    - need_weights: False returns None instead of weights and calls
+      ``F.scaled_dot_product_attention``.
+    - average_attn_weights: weights are the heads' mean [B, Tq, Tk]; False gives each head's,
+      [B, H, Tq, Tk]. Unbatched weights have no B. Both are differentiable.
+    - is_causal: a hint that attn_mask, which must be given, is the causal one: query i sees keys
+      0..i alone. Half of the work is then left out.
+    - returns output, laid out as query.
+
+    A query whose every key is left out by bool masks attends to all alike, where
+    ``torch.nn.MultiheadAttention`` gives NaN. Errors are a ValueError for shapes and values, a
+    TypeError for dtypes and devices. Equation and paper: :mod:`seqmem_fast.ops.attention`.
+
+    Parameters: in_proj_weight [3E, E] (rows of query, key, value), or, where kdim or vdim differs
+    from E, q_proj_weight [E, E], k_proj_weight [E, kdim] and v_proj_weight [E, vdim];
+    in_proj_bias [3E]; bias_k and bias_v [1, 1, E]; out_proj.weight [E, E] and out_proj.bias [E].
+    """
+
+    __constants__: ClassVar[list[str]] = ["batch_first"]
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    q_proj_weight: Tensor | None
+    k_proj_weight: Tensor | None
+    v_proj_weight: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+            raise ValueError(
+                "seqmem::attention: expected embed_dim > 0 that num_heads > 0 divides, "
+                f"got {embed_dim} and {num_heads}"
+            )
+        self.embed_dim = embed_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self._qkv_same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.head_dim = embed_dim // num_heads
+        self.add_zero_attn = add_zero_attn
+        shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(_PARAMETERS[:5])
+        if self._qkv_same_embed_dim:
+            shapes["in_proj_weight"] = (3 * embed_dim, embed_dim)
+        else:
+            shapes["q_proj_weight"] = (embed_dim, embed_dim)
+            shapes["k_proj_weight"] = (embed_dim, self.kdim)
+            shapes["v_proj_weight"] = (embed_dim, self.vdim)
+        if bias:
+            shapes["in_proj_bias"] = (3 * embed_dim,)
+        if add_bias_kv:
+            shapes["bias_k"] = shapes["bias_v"] = (1, 1, embed_dim)
+        else:
+            self.bias_k = self.bias_v = None  # no parameters, as in torch
+        for name, shape in shapes.items():
+            value = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention) -> Attention:
+        """The same attention over the very Parameters of a ``torch.nn.MultiheadAttention``."""
+        attention = cls(
+            module.embed_dim,
+            module.num_heads,
+            module.dropout,
+            module.in_proj_bias is not None,
+            module.bias_k is not None,
+            module.add_zero_attn,
+            module.kdim,
+            module.vdim,
+            module.batch_first,
+            device="meta",
+        )
+        attention._parameters = module._parameters
+        attention.out_proj = module.out_proj
+        return attention.train(module.training)
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.MultiheadAttention draws them; out_proj.weight stays as nn.Linear drew it."""
+        for name in _PARAMETERS[:4]:
+            if (weight := getattr(self, name)) is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = query.dim() == 3
+        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            same = key is value, query is key
+            query = query.transpose(0, 1)
+            key = query if same[1] else key.transpose(0, 1)
+            value = key if same[0] else value.transpose(0, 1)
+        q, k, v = self._project(query, key, value)  # [B, T, E]
+        causal = is_causal and key_padding_mask is None and not self._extends
+        extra = None if causal else attn_mask
+        mask = self._mask(key_padding_mask, extra, query.size(0), q.dtype)
+        k, v, mask = self._extend(k, v, mask)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        output, weights = self._attend(q, k, v, mask, causal, need_weights)
+        output = self.out_proj(output.transpose(1, 2).flatten(2))  # [B, Tq, E]
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return output[0], None if weights is None else weights[0]
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    @property
+    def _extends(self) -> bool:
+        """Whether keys and values are added to those given."""
+        return self.bias_k is not None or self.add_zero_attn
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [B, H, Tq, E/H], k and v [B, H, Tk, E/H] -> [B, H, Tq, E/H], [B, H, Tq, Tk]."""
+        drop = self.dropout if self.training else 0.0
+        if drop == 0:
+            return ops.attention(q, k, v, mask, is_causal=causal, return_weights=need_weights)
+        # Values of no features: the weights alone, which dropout thins before they meet the values.
+        _, weights = ops.attention(q, k, v[..., :0], mask, is_causal=causal)
+        weights = F.dropout(weights, drop)
+        return weights @ v, weights if need_weights else None
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            inputs = (query, key, value)
+            return tuple(map(F.linear, inputs, cast(Any, weights), cast(Any, biases)))
+        weight = cast(Tensor, self.in_proj_weight)
+        if query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        width = self.embed_dim
+        if key is value:
+            q_bias, kv_bias = (None, None) if bias is None else bias.split([width, 2 * width])
+            q = F.linear(query, weight[:width], q_bias)
+            return q, *F.linear(key, weight[width:], kv_bias).chunk(2, -1)
+        parts = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(map(F.linear, (query, key, value), weight.chunk(3), cast(Any, parts)))
+
+    def _mask(
+        self, padding: Tensor | None, extra: Tensor | None, batch: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """One mask that broadcasts to [B, H, Tq, Tk]: bool (true: kept) or floating (added)."""
+        if padding is not None:
+            padding = padding[:, None, None, :]
+        if extra is not None and extra.dim() == 3:
+            extra = extra.unflatten(0, (batch, self.num_heads))
+        masks = [mask for mask in (padding, extra) if mask is not None]
+        if all(mask.dtype == torch.bool for mask in masks):
+            masks = [~mask for mask in masks]
+            return masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
+        lowest = max(-1e9, torch.finfo(dtype).min)
+        added = [
+            torch.zeros((), dtype=dtype, device=mask.device).masked_fill(mask, lowest)
+            if mask.dtype == torch.bool
+            else mask.to(dtype)
+            for mask in masks
+        ]
+        return added[0] + added[1] if len(added) == 2 else added[0]
+
+    def _extend(
+        self, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The learned key and value, then those of zeros, which no mask leaves out."""
+        more = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat((k, self.bias_k.to(k.dtype).expand(k.size(0), -1, -1)), 1)
+            v = torch.cat((v, self.bias_v.to(v.dtype).expand(v.size(0), -1, -1)), 1)
+            more += 1
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            more += 1
+        if mask is not None and more:
+            mask = F.pad(mask, (0, more), value=mask.dtype == torch.bool)
+        return k, v, mask
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, {self.num_heads}" + (
+            ", batch_first=True" if self.batch_first else ""
+        )
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        extra: Tensor | None,
+        is_causal: bool,
+    ) -> None:
+        if query.dim() not in (2, 3):
+            _refuse("query with 2 or 3 dimensions", query)
+        batched = query.dim() == 3
+        at = 0 if self.batch_first and batched else int(batched)  # where the batch is
+        queries = query.size(0 if not batched else 1 - at)
+        keys = key.size(0 if not batched else 1 - at) if key.dim() == query.dim() else -1
+        batch = query.size(at) if batched else 1
+        for name, tensor, length, width in (
+            ("query", query, queries, self.embed_dim),
+            ("key", key, keys, self.kdim),
+            ("value", value, keys, self.vdim),
+        ):
+            shape = [length, width]
+            if batched:
+                shape.insert(at, batch)
+            if tensor.dim() != query.dim() or list(tensor.shape) != shape:
+                _refuse(f"{name} of shape {shape}".replace("-1", "Tk"), tensor)
+        if padding is not None and list(padding.shape) != ([batch, keys] if batched else [keys]):
+            _refuse(f"key_padding_mask of shape {[batch, keys] if batched else [keys]}", padding)
+        if extra is None:
+            if is_causal:
+                raise ValueError("seqmem::attention: expected attn_mask with is_causal, got None")
+        elif list(extra.shape) not in (
+            [queries, keys],
+            [batch * self.num_heads, queries, keys],
+        ):
+            _refuse(
+                f"attn_mask of shape {[queries, keys]} or "
+                f"{[batch * self.num_heads, queries, keys]}",
+                extra,
+            )
+        for name, mask in (("key_padding_mask", padding), ("attn_mask", extra)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(
+                    f"seqmem::attention: expected {name} of dtype bool or a floating one, "
+                    f"got {mask.dtype}"
+                )
+
+
+def _refuse(expected: str, got: Tensor) -> None:
+    raise ValueError(f"seqmem::attention: expected {expected}, got shape {list(got.shape)}")
+
+
+_PARAMETERS = (
+    "in_proj_weight",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+)
