@@ -1,0 +1,103 @@
+"""Attention rows: the seed's eager form, torch's fused op without weights, and this package.
+
+python -m benchmarks.bench_attention [--threads 2] [--malloc D|M] [--rows TEXT] [--json PATH]
+pytest benchmarks/bench_attention.py          the same contenders under pytest-benchmark
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import rows
+from seqmem_fast import ops
+
+LETTERS = "B, Tq, Tk, d"
+EAGER, SDPA = "eager", "F.sdpa, no weights"
+# Random shapes: each size's bound, and billions of multiply-adds of a forward pass at most.
+RANDOM = {"b": 64, "queries": 2048, "keys": 2048, "width": 256}
+CAP = 2.0
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As a lesson writes it."""
+    scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(query.size(-1))
+    scores = scores.masked_fill(mask == 0, -1e9)
+    weights = torch.softmax(scores, dim=-1)
+    return torch.matmul(weights, value), weights
+
+
+def without_weights(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor]:
+    """torch's fused op, which returns the output alone; it wants a dimension of heads."""
+    q, k, v, allowed = (t[:, None] for t in (query, key, value, mask))
+    return (F.scaled_dot_product_attention(q, k, v, allowed)[:, 0],)
+
+
+def output_alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor]:
+    """Ours beside it: the weights are made as well, and dropped."""
+    return (ops.attention(query, key, value, mask)[0],)
+
+
+def work(b: int, queries: int, keys: int, width: int, dtype: torch.dtype, peer: str) -> rows.Work:
+    """Three operands, and a mask that leaves out three entries in ten."""
+
+    def sample(rng: torch.Generator) -> tuple[Tensor, ...]:
+        sizes = ((b, queries, width), (b, keys, width), (b, keys, width))
+        operands = (torch.randn(*size, generator=rng).to(dtype) for size in sizes)
+        return *operands, torch.rand(b, queries, keys, generator=rng) < 0.7
+
+    if peer == SDPA:
+        return rows.Work(sample, ours=output_alone, peers={SDPA: without_weights})
+    return rows.Work(sample, ours=ops.attention, peers={EAGER: eager})
+
+
+def row(
+    b: int,
+    queries: int,
+    keys: int,
+    width: int,
+    goals: tuple[float | None, float | None] = (None, None),
+    *,
+    dtype: torch.dtype = torch.float32,
+    peer: str = EAGER,
+) -> list[rows.Row]:
+    """A shape in both modes; beside torch's fused op in inference alone."""
+    return rows.pair(
+        "attention",
+        f"{b}, {queries}, {keys}, {width}",
+        partial(work, b, queries, keys, width, dtype, peer),
+        goals={peer: goals},
+        modes=rows.MODES if peer == EAGER else (rows.INFERENCE,),
+        dtype=str(dtype).removeprefix("torch."),
+        name="attention with mask",
+    )
+
+
+def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
+    """A random fp32 shape in both modes; None where it is over the cap."""
+    b, queries, keys, width = (
+        round(math.exp(rng.uniform(0, math.log(most)))) for most in RANDOM.values()
+    )
+    if 2 * b * queries * keys * width > CAP * 1e9:
+        return None
+    return row(b, queries, keys, width)
+
+
+ROWS = [
+    *row(4, 2048, 2048, 64, (6, 4)),
+    *row(4, 2048, 2048, 64, (2.2, None), peer=SDPA),
+    *row(8, 512, 512, 64, (6, 3)),
+    *row(32, 64, 64, 64, (3, 2)),
+    *row(8, 512, 512, 64, dtype=torch.bfloat16),
+]
+pytest_generate_tests = rows.generator(ROWS)
+test_row = rows.test_row
+
+if __name__ == "__main__":
+    sys.exit(rows.main("attention", ROWS, LETTERS))

@@ -1,0 +1,211 @@
+"""seqmem_fast.Attention beside torch.nn.MultiheadAttention, and accelerate's swap of the two."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import seqmem_fast as sf
+
+BATCH, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 6, 8, 2
+MODULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "widths": {"kdim": 5, "vdim": 7},
+    "no_bias": {"bias": False},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True},
+    "all_extras": {"add_bias_kv": True, "add_zero_attn": True, "bias": False, "kdim": 3},
+    "batch_first": {"batch_first": True},
+    "dropout": {"dropout": 0.3},
+}
+padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [False] + [True] * 5])
+causal = torch.ones(QUERIES, KEYS, dtype=torch.bool).triu(1)
+bias = torch.randn(BATCH * HEADS, QUERIES, KEYS, generator=torch.Generator().manual_seed(1))
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "heads": {"average_attn_weights": False, "key_padding_mask": padding},
+    "two_masks": {"key_padding_mask": padding, "attn_mask": causal},
+    "causal": {"attn_mask": causal, "is_causal": True},
+    "added": {"attn_mask": bias},
+    "added_per_key": {"key_padding_mask": bias[:BATCH, 0], "attn_mask": bias[0]},
+    "mixed": {"attn_mask": bias, "key_padding_mask": padding},
+    "no_weights": {"need_weights": False},
+    "no_weights_masked": {"need_weights": False, "key_padding_mask": padding},
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():  # torch would rather have both masks of one type
+        warnings.filterwarnings("ignore", message="Support for mismatched")
+        yield
+
+
+def pair(options: dict[str, Any]) -> tuple[nn.MultiheadAttention, sf.Attention]:
+    made = []
+    for cls in (nn.MultiheadAttention, sf.Attention):
+        torch.manual_seed(0)
+        made.append(cls(WIDTH, HEADS, **options))
+    return tuple(made)
+
+
+def inputs(options: dict[str, Any]) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(2)
+    widths = (WIDTH, options.get("kdim", WIDTH), options.get("vdim", WIDTH))
+    made = [
+        torch.randn(length, BATCH, width, generator=rng).requires_grad_()
+        for length, width in zip((QUERIES, KEYS, KEYS), widths, strict=True)
+    ]
+    return [t.transpose(0, 1) for t in made] if options.get("batch_first") else made
+
+
+def run(module: nn.Module, args: list[Tensor], call: dict[str, Any]) -> list[Tensor]:
+    """Outputs and gradients of inputs and parameters, dropout drawn from one seed."""
+    torch.manual_seed(3)
+    output, weights = module(*args, **call)
+    loss = (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum()
+    if weights is not None:
+        loss = loss + (weights * weights.detach().sin()).sum()
+    leaves = [*args, *module.parameters()]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [output, *([] if weights is None else [weights]), *grads]
+
+
+def agree(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MODULES)
+def test_equals_torch(name: str, call: str) -> None:
+    theirs, ours = pair(MODULES[name])
+    args = inputs(MODULES[name])
+    agree(run(ours, args, CALLS[call]), run(theirs, args, CALLS[call]))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_same_parameters_from_the_same_seed_and_both_ways(name: str) -> None:
+    theirs, ours = pair(MODULES[name])
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    assert all(torch.equal(ours.state_dict()[key], state[key]) for key in state)
+    ours.load_state_dict({key: value + 1 for key, value in state.items()})
+    theirs.load_state_dict(ours.state_dict())
+    assert all(
+        torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("shared", ["all", "key and value"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_self_attention_projects_at_once(shared: str, bias: bool) -> None:
+    theirs, ours = pair({"bias": bias})
+    q, k, _ = inputs({})
+    args = [q, q, q] if shared == "all" else [q, k, k]
+    agree(run(ours, args, {})[:2], run(theirs, args, {})[:2])
+
+
+def test_unbatched() -> None:
+    theirs, ours = pair({})
+    args = [t[:, 0] for t in inputs({})]
+    for call in ({}, {"key_padding_mask": padding[1], "average_attn_weights": False}):
+        agree(run(ours, args, call), run(theirs, args, call))
+    assert ours(*args)[0].shape == (QUERIES, WIDTH)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_row_without_keys_is_uniform(need_weights: bool) -> None:
+    _, ours = pair({})
+    everything = torch.ones(BATCH, KEYS, dtype=torch.bool)
+    args = inputs({})
+    output, weights = ours(*args, key_padding_mask=everything, need_weights=need_weights)
+    _, _, v = args
+    value = ours.in_proj_weight[2 * WIDTH :] @ v.mean(0).T
+    torch.testing.assert_close(output, ours.out_proj(value.T).expand_as(output))
+    if need_weights:
+        torch.testing.assert_close(weights, torch.full_like(weights, 1 / KEYS))
+
+
+def test_compiles_into_one_graph() -> None:
+    _, ours = pair({})
+    args = inputs({})
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    agree(run(compiled, args, CALLS["two_masks"]), run(ours, args, CALLS["two_masks"]))
+
+
+def test_copies_and_pickles() -> None:
+    _, ours = pair({"add_bias_kv": True})
+    args = inputs({})
+    expected = ours(*args)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(twin(*args)[0], expected[0])
+
+
+def test_autocast() -> None:
+    theirs, ours = pair({})
+    args = inputs({})
+    with torch.autocast("cpu", torch.bfloat16):
+        output, weights = ours(*args, attn_mask=bias)
+        expected = theirs(*args, attn_mask=bias)
+    assert output.dtype == weights.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected[0], rtol=0.05, atol=0.02)
+
+
+class Model(nn.Module):
+    """Attention of one's own, and torch's layer, which asks for no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, HEADS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, weights = self.attention(x, x, x)
+        return self.layer(y), weights
+
+
+def test_accelerate_swaps_and_restores() -> None:
+    torch.manual_seed(0)
+    net = Model().eval()
+    x = inputs({})[0]
+    before = net(x)
+    original, parameters = net.attention, dict(net.named_parameters())
+    report = sf.accelerate(net)
+    assert report.swapped == [("attention", "MultiheadAttention(8, 2)")]
+    assert "left layer.self_attn: MultiheadAttention: its layer asks for no weights" in str(report)
+    assert isinstance(net.attention, sf.Attention) and not net.attention.training
+    assert all(p is parameters[name] for name, p in net.named_parameters())
+    torch.testing.assert_close(net(x), before)
+    assert sf.restore(net) == 1 and net.attention is original
+    assert torch.equal(net(x)[0], before[0])
+
+
+def test_accelerate_takes_parametrizations_along() -> None:
+    net = nn.ModuleList([nn.MultiheadAttention(WIDTH, HEADS)])
+    parametrizations.weight_norm(net[0], "in_proj_weight")
+    args = inputs({})
+    before = net[0](*args)
+    names = list(net.state_dict())
+    sf.accelerate(net)
+    assert isinstance(net[0], sf.Attention) and list(net.state_dict()) == names
+    torch.testing.assert_close(net[0](*args), before)
+
+
+def test_accelerate_leaves_subclasses_and_the_model_itself() -> None:
+    class Own(nn.MultiheadAttention):
+        pass
+
+    report = sf.accelerate(nn.ModuleList([Own(WIDTH, HEADS)]))
+    assert not report.swapped and "a subclass" in str(report)
+    model = nn.MultiheadAttention(WIDTH, HEADS)
+    assert "seqmem_fast.Attention.from_torch" in str(sf.accelerate(model))
