@@ -6,7 +6,15 @@ from seqmem_fast._load import _C
 
 from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
-from .nn import AdditiveAttention, Attention, DynamicMemory, EpisodicMemory, LSTM, LSTMCell, LSTMGates
+from .nn import (
+    LSTM,
+    AdditiveAttention,
+    Attention,
+    DynamicMemory,
+    EpisodicMemory,
+    LSTMCell,
+    LSTMGates,
+)
 
 if TYPE_CHECKING:
     from . import plot as plot

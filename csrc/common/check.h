@@ -27,7 +27,6 @@ class Check {
         type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
         op_, ": expected ", like_name_, " of dtype float32, float64, bfloat16 or float16, got ",
         type);
-        op_, ": expected ", like_name_, " of dtype float32, float64, bfloat16 or float16, got ", type);
   }
 
   void dims(const char* name, const at::Tensor& t, int64_t expected) const {
@@ -67,9 +66,6 @@ class Check {
     strided(name, t);
     TORCH_CHECK_TYPE(t.scalar_type() == like_.scalar_type(), op_, ": expected ", name, " of ",
                      like_name_, "'s dtype ", like_.scalar_type(), ", got ", t.scalar_type());
-    TORCH_CHECK_TYPE(t.scalar_type() == like_.scalar_type(), op_, ": expected ", name,
-                     " of ", like_name_, "'s dtype ", like_.scalar_type(), ", got ",
-                     t.scalar_type());
     same_device(name, t);
   }
 

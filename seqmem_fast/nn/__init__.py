@@ -5,4 +5,12 @@ from .attention import Attention
 from .dynamic_memory import DynamicMemory, EpisodicMemory
 from .lstm import LSTM, LSTMCell, LSTMGates
 
-__all__ = ["AdditiveAttention", "Attention", "DynamicMemory", "EpisodicMemory", "LSTM", "LSTMCell", "LSTMGates"]
+__all__ = [
+    "LSTM",
+    "AdditiveAttention",
+    "Attention",
+    "DynamicMemory",
+    "EpisodicMemory",
+    "LSTMCell",
+    "LSTMGates",
+]
