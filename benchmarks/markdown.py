@@ -1,0 +1,57 @@
+"""A results file's tables as Markdown, as the README shows them.
+
+python -m benchmarks.markdown benchmarks/results/bench.json [--op lstm]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import chart
+from benchmarks.report import SHORT_DTYPE, duration
+from benchmarks.rows import MODES
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def cell(result: Mapping[str, Any] | None) -> str:
+    """ "12 ms → 3.1 ms, **3.9** (goal 3)", or nothing."""
+    if result is None:
+        return ""
+    times = f"{duration(result['peer_s'])} → {duration(result['ours_s'])}"
+    goal = f" (goal {result['goal']:g})" if result["goal"] else ""
+    return f"{times}, **{result['ratio']:.2f}**{goal}"
+
+
+def table(letters: str, results: Results) -> str:
+    """One line for each shape and peer, one column for each mode."""
+    lines: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for r in results:
+        row = r["row"] if r["dtype"] == "float32" else f"{r['row']} {SHORT_DTYPE[r['dtype']]}"
+        lines.setdefault((row, r["peer"]), {})[r["mode"]] = r
+    out = [f"| row ({letters}) | against | {' | '.join(MODES)} |", "|---|---|---|---|"]
+    for (row, peer), by_mode in lines.items():
+        cells = [cell(by_mode.get(mode)) for mode in MODES]
+        out.append(f"| {row} | {peer} | {' | '.join(cells)} |")
+    return "\n".join(out).replace(" us", " µs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables, the first of each op."""
+    parser = argparse.ArgumentParser(prog="benchmarks.markdown", description=main.__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--op", help="this op's table alone")
+    args = parser.parse_args(argv)
+    tables = chart.first_tables(json.loads(args.results.read_text()))
+    wanted = [t for t in tables if args.op in (None, t["job"])]
+    print("\n\n".join(table(t["letters"], t["results"]) for t in wanted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
