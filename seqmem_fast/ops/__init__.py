@@ -6,7 +6,9 @@ from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
+__all__ = [
     "additive_attention",
+    "attention",
     "dynamic_memory",
     "lstm",
     "lstm_cell",
@@ -16,5 +18,3 @@ from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
     "ntm_read",
     "ntm_write",
 ]
-
-__all__ = ["additive_attention", "attention", "dynamic_memory", "lstm", "lstm_cell", "lstm_trace"]
