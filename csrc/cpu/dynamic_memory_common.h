@@ -1,0 +1,325 @@
+// What the dynamic memory's forward and backward kernels share: products, packing, softmax.
+#pragma once
+
+#include "../common/gemm.h"
+#include "../common/kernel_util.h"
+#include "dynamic_memory_kernel.h"
+
+namespace seqmem::dynamic_memory {
+namespace {
+
+template <class C>
+inline constexpr int64_t kPanel = 4 * kLanes<C>;  // columns of a panel
+
+// n rounded up to vectors.
+template <class C>
+SEQMEM_INLINE int64_t padded(int64_t n) {
+  return ceil_div(n, kLanes<C>) * kLanes<C>;
+}
+// The same for a row's stride: large powers of two would send all rows to the same cache lines.
+template <class C>
+SEQMEM_INLINE int64_t pitch(int64_t n) {
+  const int64_t p = padded<C>(n);
+  return p * int64_t(sizeof(C)) % 512 == 0 ? p + kLanes<C> : p;
+}
+
+// A matrix of K rows cut into panels of 4 vectors: element (k, c) lies at
+// data[c / kPanel * panel + k * step + c % kPanel].
+template <class C>
+struct Panels {
+  const C* data;
+  int64_t panel, step;
+};
+template <class C>
+SEQMEM_INLINE Panels<C> packed(const C* data, int64_t K) {
+  return {data, K * kPanel<C>, kPanel<C>};
+}
+template <class C>
+SEQMEM_INLINE Panels<C> as_it_lies(const C* data, int64_t stride) {
+  return {data, kPanel<C>, stride};
+}
+template <class C>
+SEQMEM_INLINE int64_t packed_size(int64_t K, int64_t columns) {
+  return ceil_div(columns, kPanel<C>) * kPanel<C> * K;
+}
+
+// One block of columns of `multiply`, NV vectors wide.
+template <int NV, class C>
+SEQMEM_INLINE void multiply_panel(int64_t rows, int64_t K, const C* a, int64_t a_row,
+                                  int64_t a_step, const C* b, int64_t b_step, C* out,
+                                  int64_t out_row, int last, bool accumulate) {
+  constexpr int L = kLanes<C>;
+  for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+    constexpr int R = decltype(block)::value;
+    Vec<C> acc[R][NV] = {};
+    const C* row[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      row[r] = a + (start + r) * a_row;
+      if (!accumulate) continue;
+      C* to = out + (start + r) * out_row;
+      SEQMEM_UNROLL
+      for (int v = 0; v < NV - 1; ++v) acc[r][v] = load(to + v * L);
+      acc[r][NV - 1] = load_n(to + (NV - 1) * L, last);
+    }
+    tile_multiply<R, NV, C>(K, row, a_step, b, L, b_step, acc);
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      C* to = out + (start + r) * out_row;
+      SEQMEM_UNROLL
+      for (int v = 0; v < NV - 1; ++v) store(to + v * L, acc[r][v]);
+      store_n(to + (NV - 1) * L, acc[r][NV - 1], last);
+    }
+  });
+}
+
+// out[r][c] (+)= sum_k a[r * a_row + k * a_step] * b(k, c), k in steps that keep b in the cache.
+template <class C>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t K, const C* a,
+                                        int64_t a_row, int64_t a_step, Panels<C> b, C* out,
+                                        int64_t out_row, bool accumulate) {
+  constexpr int64_t L = kLanes<C>, kDepth = 128;
+  for (int64_t k = 0; k < K || (k == 0 && !accumulate); k += kDepth) {
+    const int64_t depth = min(kDepth, K - k);
+    for (int64_t c = 0; c < columns; c += kPanel<C>) {
+      const C* panel = b.data + c / kPanel<C> * b.panel + k * b.step;
+      auto run = [&](auto vectors) {
+        constexpr int NV = decltype(vectors)::value;
+        const int last = static_cast<int>(min(L, columns - c - (NV - 1) * L));
+        multiply_panel<NV, C>(rows, depth, a + k * a_step, a_row, a_step, panel, b.step, out + c,
+                              out_row, last, accumulate || k > 0);
+      };
+      switch (min<int64_t>(4, ceil_div(columns - c, L))) {
+        case 1: run(std::integral_constant<int, 1>{}); break;
+        case 2: run(std::integral_constant<int, 2>{}); break;
+        case 3: run(std::integral_constant<int, 3>{}); break;
+        default: run(std::integral_constant<int, 4>{});
+      }
+    }
+  }
+}
+
+// to[panel][k][column] = from[column * stride + k] for the columns from..to of kPanel each.
+template <class C, class S>
+void pack_transposed(C* to, const S* from, int64_t stride, int64_t K, int64_t columns,
+                     Share panels) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    C* panel = to + p * K * kPanel<C>;
+    for (int64_t v = 0; v < kPanel<C>; v += L) {
+      const int64_t first = p * kPanel<C> + v;
+      const int64_t lanes = max<int64_t>(0, min(L, columns - first));
+      for (int64_t k = 0; k < K; k += L) {
+        Vec<C> square[L] = {};
+        const int n = static_cast<int>(min(L, K - k));
+        for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(from + (first + l) * stride + k, n);
+        transpose<C>(square);
+        for (int i = 0; i < n; ++i) store(panel + (k + i) * kPanel<C> + v, square[i]);
+      }
+    }
+  }
+}
+
+// to[panel][first + k][column] = from[k * stride + column], in panels of `depth` rows.
+template <class C, class S>
+void pack_rows(C* to, int64_t depth, int64_t first, const S* from, int64_t stride, int64_t K,
+               int64_t columns) {
+  constexpr int64_t L = kLanes<C>;
+  const int64_t vectors = ceil_div(columns, kPanel<C>) * 4;
+  for (int64_t v = 0; v < vectors; ++v) {
+    C* panel = to + v / 4 * depth * kPanel<C> + v % 4 * L;
+    const int n = static_cast<int>(max<int64_t>(0, min(L, columns - v * L)));
+    for (int64_t k = 0; k < K; ++k)
+      store(panel + (first + k) * kPanel<C>, load_n(from + k * stride + v * L, n));
+  }
+}
+
+// out[r][w] (+)= sum_k a[r][k] * b[w][k]: both as they lie, for few rows.
+template <class C, class S>
+__attribute__((noinline)) void dot(int64_t rows, int64_t columns, int64_t K, const C* a,
+                                   int64_t a_row, const S* b, int64_t b_row, C* out,
+                                   int64_t out_row, bool accumulate) {
+  for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+    constexpr int R = decltype(block)::value;
+    constexpr int Q = R == 1 ? 2 : 1;  // fours of columns: one row needs more sums in flight
+    const C* row[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) row[r] = a + (start + r) * a_row;
+    for (int64_t w = 0; w < columns; w += 4 * Q) {
+      const S* column[4 * Q];
+      SEQMEM_UNROLL
+      for (int i = 0; i < 4 * Q; ++i) column[i] = b + min(w + i, columns - 1) * b_row;
+      Vec<C> sums[R][4 * Q] = {};
+      tile_dot<R, 4 * Q, C, S>(K, row, column, sums);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int q = 0; q < Q; ++q) {
+        C four[4];
+        const Vec<C> parts[4] = {sums[r][4 * q], sums[r][4 * q + 1], sums[r][4 * q + 2],
+                                 sums[r][4 * q + 3]};
+        store_sums4<C>(four, parts);
+        C* to = out + (start + r) * out_row + w + 4 * q;
+        for (int i = 0; i < 4 && w + 4 * q + i < columns; ++i)
+          to[i] = accumulate ? to[i] + four[i] : four[i];
+      }
+    }
+  });
+}
+
+// out[c] += sum_k a[k] * b[k * b_row + c], NV vectors; the last may overlap the one before.
+template <int NV, class C, class S>
+SEQMEM_INLINE void weigh_columns(int64_t K, const C* a, const S* b, int64_t b_row, C* out,
+                                 int64_t last, int n) {
+  constexpr int L = kLanes<C>;
+  Vec<C> acc[NV];
+  SEQMEM_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    acc[v] = Vec<C>{};
+    opaque(acc[v]);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec<C> x = splat(a[k]);
+    SEQMEM_UNROLL
+    for (int v = 0; v < NV - 1; ++v) acc[v] += x * load(b + k * b_row + v * L);
+    acc[NV - 1] += x * load_n(b + k * b_row + last, n);
+  }
+  // The last first: what it overlaps is then written over with the same sums.
+  const Vec<C> before = load_n(out + last, n);
+  Vec<C> sums[NV];
+  SEQMEM_UNROLL
+  for (int v = 0; v < NV - 1; ++v) sums[v] = load(out + v * L) + acc[v];
+  store_n(out + last, before + acc[NV - 1], n);
+  SEQMEM_UNROLL
+  for (int v = 0; v < NV - 1; ++v) store(out + v * L, sums[v]);
+}
+
+// out[c] += sum_k a[k] * b[k][c] for one row of weights.
+template <class C, class S>
+__attribute__((noinline)) void weigh(int64_t K, int64_t columns, const C* a, const S* b,
+                                     int64_t b_row, C* out) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t c = 0; c < columns; c += 8 * L) {
+    const int64_t left = min(8 * L, columns - c);
+    const int64_t last = max<int64_t>(0, left - L);
+    const int n = static_cast<int>(min(L, left));
+    auto run = [&](auto vectors) {
+      weigh_columns<decltype(vectors)::value, C, S>(K, a, b + c, b_row, out + c, last, n);
+    };
+    switch (ceil_div(left, L)) {
+      case 1: run(std::integral_constant<int, 1>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
+      case 3: run(std::integral_constant<int, 3>{}); break;
+      case 4: run(std::integral_constant<int, 4>{}); break;
+      case 5: run(std::integral_constant<int, 5>{}); break;
+      case 6: run(std::integral_constant<int, 6>{}); break;
+      case 7: run(std::integral_constant<int, 7>{}); break;
+      default: run(std::integral_constant<int, 8>{});
+    }
+  }
+}
+
+// Calls f(begin, end) for each run of slots that a row's mask leaves; all of them without mask.
+template <class F>
+SEQMEM_INLINE void for_runs(const bool* mask, int64_t N, F&& f) {
+  if (mask == nullptr) return f(int64_t(0), N);
+  for (int64_t n = 0; n < N;) {
+    while (n < N && !mask[n]) ++n;
+    const int64_t begin = n;
+    while (n < N && mask[n]) ++n;
+    if (begin < n) f(begin, n);
+  }
+}
+
+// Zero wherever the mask has no slot.
+template <class C>
+SEQMEM_INLINE void clear_gaps(const bool* mask, int64_t N, C* row) {
+  if (mask == nullptr) return;
+  for (int64_t n = 0; n < N; ++n) row[n] = mask[n] ? row[n] : C(0);
+}
+
+// e^x for x <= 0: nothing below the smallest normal number, and NaN stays NaN.
+template <int N, class C>
+SEQMEM_INLINE void exp_negative(Vec<C> (&x)[N]) {
+  constexpr C limit = ExpConstants<C>::limit;
+  Vec<C> argument[N];
+  SEQMEM_UNROLL
+  for (int i = 0; i < N; ++i) argument[i] = x[i] < -limit ? splat<C>(-limit) : x[i];
+  ExpParts<C> e[N];
+  exp_parts<N, C>(argument, e);
+  SEQMEM_UNROLL
+  for (int i = 0; i < N; ++i)
+    x[i] = x[i] < -limit ? Vec<C>{} : e[i].power + e[i].power * e[i].fraction;
+}
+
+// In place. What lies below the smallest number that exp gives becomes zero.
+template <class C>
+__attribute__((noinline)) void softmax(C* x, int64_t n) {
+  constexpr int64_t L = kLanes<C>, Q = 4;
+  const Vec<C> lowest = splat<C>(-C(1) / C(0));
+  Vec<C> highest[Q] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + Q * L <= n; i += Q * L) {
+    SEQMEM_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      const Vec<C> v = load(x + i + q * L);
+      highest[q] = v > highest[q] ? v : highest[q];
+    }
+  }
+  for (int q = 1; q < Q; ++q) highest[0] = highest[q] > highest[0] ? highest[q] : highest[0];
+  C top = highest[0][0];
+  for (int l = 1; l < L; ++l) top = highest[0][l] > top ? highest[0][l] : top;
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+
+  Vec<C> sums[Q] = {};
+  for (i = 0; i + Q * L <= n; i += Q * L) {
+    Vec<C> v[Q];
+    SEQMEM_UNROLL
+    for (int q = 0; q < Q; ++q) v[q] = load(x + i + q * L) - top;
+    exp_negative<Q, C>(v);
+    SEQMEM_UNROLL
+    for (int q = 0; q < Q; ++q) {
+      sums[q] += v[q];
+      store(x + i + q * L, v[q]);
+    }
+  }
+  for (; i < n; i += L) {
+    const int lanes = static_cast<int>(min(L, n - i));
+    Vec<C> v[1] = {load_n(x + i, lanes) - top};
+    for (int64_t l = lanes; l < L; ++l) v[0][l] = -C(1) / C(0);
+    exp_negative<1, C>(v);
+    sums[0] += v[0];
+    store_n(x + i, v[0], lanes);
+  }
+  const C scale = C(1) / sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (i = 0; i < n; i += L) {
+    const int lanes = static_cast<int>(min(L, n - i));
+    store_n(x + i, load_n(x + i, lanes) * scale, lanes);
+  }
+}
+
+// One row of S to C, zero up to `width`.
+template <class C, class S>
+SEQMEM_INLINE void load_row(C* to, const S* from, int64_t n, int64_t width) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t i = 0; i < width; i += L)
+    store(to + i, load_n(from + i, static_cast<int>(max<int64_t>(0, min(L, n - i)))));
+}
+
+// Row blocks of one thread: a few rows go through all hops together, so that the weights are read
+// once for all of them while their own memories stay in the second-level cache.
+template <class S>
+SEQMEM_INLINE int64_t rows_together(const Shape& s) {
+  constexpr int64_t kCache = 256 << 10, kMost = 48;
+  if (s.shared) return kMost;
+  return max<int64_t>(3, min<int64_t>(kMost, kCache / (s.N * s.m * int64_t(sizeof(S)))));
+}
+
+// Whether a shared memory can serve as the second operand of a tiled product as it lies.
+template <class S>
+SEQMEM_INLINE bool fit_to_multiply(const Shape& s) {
+  using C = compute_t<S>;
+  return std::is_same_v<S, C> && s.m % kLanes<C> == 0 && s.m * int64_t(sizeof(S)) < 512;
+}
+
+}  // namespace
+}  // namespace seqmem::dynamic_memory
