@@ -40,12 +40,16 @@ class Operand {
 inline void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 template <class Int>
-at::Tensor empty_like_of(const at::Tensor& like, std::initializer_list<Int> sizes) {
+at::Tensor empty_of(const at::TensorOptions& options, std::initializer_list<Int> sizes) {
   if constexpr (std::is_same_v<Int, int64_t>) {
-    return at::empty(at::IntArrayRef(sizes), like.options());
+    return at::empty(at::IntArrayRef(sizes), options);
   } else {
-    return at::empty_symint(c10::SymIntArrayRef(sizes), like.options());
+    return at::empty_symint(c10::SymIntArrayRef(sizes), options);
   }
+}
+template <class Int>
+at::Tensor empty_like_of(const at::Tensor& like, std::initializer_list<Int> sizes) {
+  return empty_of<Int>(like.options(), sizes);
 }
 
 // Where no kernel exists (sparse, quantized, other devices): the error of the op's own check,

@@ -280,6 +280,7 @@ class BackwardRun {
                         const C* shift_in) {
     for (int64_t r = 0; r < rows; ++r) {
       C *z = z_grad + (at + r) * zp, *total = z_sum + (first + r) * zp;
+      const C filled = attention_sum<C>(mask_of(first + r), s.N);
       for (int64_t i = 0; i < ms; i += L) {
         const int64_t j = r * ms + i;
         const Vec<C> g = saved(at + r, 0, i), w = saved(at + r, 1, i), u = saved(at + r, 2, i);
@@ -293,17 +294,18 @@ class BackwardRun {
         store_n(total + s.m + i, load_n(total + s.m + i, lanes(i)) + z_write, lanes(i));
         store(g_scale + j, gA * (C(1) - g));
         store(g_shift + j, gB * (C(1) - g));
-        store(input + (at + r) * wp + i, A * u + B);
+        store(input + (at + r) * wp + i, A * u + filled * B);
         store(work + j, Vec<C>{});
       }
     }
     through_weights(rows, z_grad + at * zp, read_w, 0, s.m, work, ms);
     for (int64_t r = 0; r < rows; ++r) {
+      const C filled = attention_sum<C>(mask_of(first + r), s.N);
       for (int64_t i = 0; i < ms; i += L) {
         const int64_t j = r * ms + i;
         const Vec<C> g = load(work + j), A = load(scale_in + j);
         store(g_scale + j, load(g_scale + j) + g * saved(at + r, 2, i));
-        store(g_shift + j, load(g_shift + j) + g);
+        store(g_shift + j, load(g_shift + j) + filled * g);
         store(read_grad + (at + r) * wp + i, g * A);
         store(probe + (at + r) * wp + i, A * load(sq + j));
       }

@@ -230,6 +230,14 @@ SEQMEM_INLINE void for_runs(const bool* mask, int64_t N, F&& f) {
   }
 }
 
+// The sum of a row's attention: one, or zero where its mask leaves no slot.
+template <class C>
+SEQMEM_INLINE C attention_sum(const bool* mask, int64_t N) {
+  bool any = false;
+  for_runs(mask, N, [&](int64_t, int64_t) { any = true; });
+  return any ? C(1) : C(0);
+}
+
 // Zero wherever the mask has no slot.
 template <class C>
 SEQMEM_INLINE void clear_gaps(const bool* mask, int64_t N, C* row) {

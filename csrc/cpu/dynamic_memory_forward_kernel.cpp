@@ -170,13 +170,11 @@ class ForwardRun {
     const S* memory = memory_of(b);
     if (mask != nullptr)
       for (int64_t n = 0; n < s.N; ++n) weights[n] = -C(1) / C(0);
-    bool any = false;
     for_runs(mask, s.N, [&](int64_t begin, int64_t end) {
       dot<C, S>(1, end - begin, s.m, probe + r * ms, ms, memory + begin * s.m, s.m, weights + begin,
                 s.N, false);
-      any = true;
     });
-    if (any) softmax(weights, s.N);
+    softmax(weights, s.N);
     clear_gaps(mask, s.N, weights);
     for_runs(mask, s.N, [&](int64_t begin, int64_t end) {
       weigh<C, S>(end - begin, s.m, weights + begin, memory + begin * s.m, s.m, read + r * ms);
@@ -185,8 +183,11 @@ class ForwardRun {
 
   // The two networks, and the new affine map.
   void update(int64_t hop, int64_t first, int64_t rows) {
-    for (int64_t i = 0; i < rows * ms; i += L)
-      store(probe + i, load(scale + i) * load(read + i) + load(shift + i));
+    for (int64_t r = 0; r < rows; ++r) {
+      const C filled = attention_sum<C>(mask_of(first + r), s.N);
+      for (int64_t i = r * ms; i < (r + 1) * ms; i += L)
+        store(probe + i, load(scale + i) * load(read + i) + filled * load(shift + i));
+    }
     for (int64_t i = 0; i < rows * zs; i += L) store(z + i, load(z_query + i));
     add_product(rows, probe, ms, read_t, 0, s.m, z);
     for (int64_t r = 0; r < rows; ++r) {

@@ -9,7 +9,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/fresh.h"
+#include "../common/huge_pages.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../common/workspace.h"
@@ -31,8 +31,8 @@ template <class Int>
 Sizes<Int> check(const Tensor& query, const Tensor& memory, const Tensor& gate_weight,
                  const Tensor& gate_bias, const Tensor& write_weight, const Tensor& write_bias,
                  const OptionalTensor& score_query, const OptionalTensor& mask, int64_t num_hops) {
-  const Check<Int> check(kName, query);
-  check.floating_input("query");
+  const Check<Int> check(kName, query, "query");
+  check.floating_input();
   check.dims("query", query, 2);
   check.same_kind("memory", memory);
   TORCH_CHECK_VALUE(memory.dim() == 2 || memory.dim() == 3, kName,
@@ -71,7 +71,8 @@ Sizes<Int> sizes_of(const Tensor& query, const Tensor& memory) {
   return {C::size(query, 0), C::size(memory, last - 1), C::size(memory, last), C::size(query, 1)};
 }
 
-// ---- how a call is run ---------------------------------------------------------------------------
+// ---- how a call is run
+// ---------------------------------------------------------------------------
 
 // Rows enough for packing the memory or the weights to pay.
 constexpr int64_t kRowsWorthPacking = 4;
@@ -107,7 +108,8 @@ void launch(const Kernel& kernel, Storage storage, const Shape& shape, int wante
       });
 }
 
-// ---- forward -------------------------------------------------------------------------------------
+// ---- forward
+// -------------------------------------------------------------------------------------
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -115,9 +117,8 @@ template <class Int>
 Outputs allocate(const Tensor& query, const Sizes<Int>& s, int64_t hops, bool return_memory,
                  bool save) {
   auto none = [&] { return empty_like_of<Int>(query, {Int(0)}); };
-  Tensor saved = save ? empty_like_of<Int>(query, {Int(hops), s.B, Int(3), s.m},
-                                           at::toOpMathType(query.scalar_type()))
-                      : none();
+  const auto computed = query.options().dtype(at::toOpMathType(query.scalar_type()));
+  Tensor saved = save ? empty_of<Int>(computed, {Int(hops), s.B, Int(3), s.m}) : none();
   return {return_memory ? empty_like_of<Int>(query, {s.B, s.N, s.m}) : none(),
           empty_like_of<Int>(query, {Int(hops), s.B, s.N}), saved};
 }
@@ -134,7 +135,7 @@ Outputs dynamic_memory_cpu(const Tensor& query, const Tensor& memory, const Tens
   const Operand q(query), m(memory), w_g(gate_weight), b_g(gate_bias), w_w(write_weight),
       b_w(write_bias), score(score_query), slots(mask);
   const Shape shape = shape_of(s, num_hops, memory.dim() == 2, mask.has_value());
-  if (return_memory) prefer_huge_pages(final_memory);
+  if (return_memory) ask_for_huge_pages(final_memory);
   Forward arguments = {q.data(),
                        m.data(),
                        w_g.data(),
@@ -171,7 +172,8 @@ void check_op(const Tensor& query, const Tensor& memory, const Tensor& gate_weig
                      mask, num_hops);
 }
 
-// ---- backward ------------------------------------------------------------------------------------
+// ---- backward
+// ------------------------------------------------------------------------------------
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -194,9 +196,10 @@ Gradients allocate_gradients(const Tensor& query, const Tensor& memory, const Si
 Gradients dynamic_memory_backward_cpu(const OptionalTensor& grad_final,
                                       const OptionalTensor& grad_attention, const Tensor& query,
                                       const Tensor& memory, const Tensor& gate_weight,
-                                      const Tensor& write_weight, const OptionalTensor& score_query,
-                                      const OptionalTensor& mask, const Tensor& attention,
-                                      const Tensor& saved, std::array<bool, 4> output_mask) {
+                                      const Tensor&, const Tensor& write_weight, const Tensor&,
+                                      const OptionalTensor& score_query, const OptionalTensor& mask,
+                                      const Tensor& attention, const Tensor& saved,
+                                      std::array<bool, 4> output_mask) {
   const auto s = sizes_of<int64_t>(query, memory);
   const bool has_score = score_query.has_value();
   Gradients out = allocate_gradients(query, memory, s, has_score, output_mask);
@@ -208,7 +211,7 @@ Gradients dynamic_memory_backward_cpu(const OptionalTensor& grad_final,
   auto given = [](const OptionalTensor& t) {
     return t.has_value() ? t->const_data_ptr() : nullptr;
   };
-  if (output_mask[1]) prefer_huge_pages(g_memory);
+  if (output_mask[1]) ask_for_huge_pages(g_memory);
   Backward arguments = {given(grad_final),
                         given(grad_attention),
                         {},
@@ -240,8 +243,9 @@ Gradients dynamic_memory_backward_cpu(const OptionalTensor& grad_final,
 
 Gradients dynamic_memory_backward_meta(const OptionalTensor&, const OptionalTensor&,
                                        const Tensor& query, const Tensor& memory, const Tensor&,
-                                       const Tensor&, const OptionalTensor& score_query,
-                                       const OptionalTensor&, const Tensor&, const Tensor&,
+                                       const Tensor&, const Tensor&, const Tensor&,
+                                       const OptionalTensor& score_query, const OptionalTensor&,
+                                       const Tensor&, const Tensor&,
                                        std::array<bool, 4> output_mask) {
   return allocate_gradients(query, memory, sizes_of<c10::SymInt>(query, memory),
                             score_query.has_value(), output_mask);
@@ -251,8 +255,8 @@ Gradients dynamic_memory_backward_meta(const OptionalTensor&, const OptionalTens
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_ARGUMENTS                                                                         \
-  "(Tensor query, Tensor memory, Tensor gate_weight, Tensor gate_bias, Tensor write_weight, "    \
+#define SEQMEM_ARGUMENTS                                                                          \
+  "(Tensor query, Tensor memory, Tensor gate_weight, Tensor gate_bias, Tensor write_weight, "     \
   "Tensor write_bias, Tensor? score_query, Tensor? mask, int num_hops, bool return_memory, bool " \
   "save)"
   m.def("dynamic_memory" SEQMEM_ARGUMENTS
@@ -261,8 +265,9 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   m.def("check_dynamic_memory" SEQMEM_ARGUMENTS " -> ()", tags);
   m.def(
       "dynamic_memory_backward(Tensor? grad_final, Tensor? grad_attention, Tensor query, "
-      "Tensor memory, Tensor gate_weight, Tensor write_weight, Tensor? score_query, Tensor? mask, "
-      "Tensor attention, Tensor saved, bool[4] output_mask) -> (Tensor grad_query, "
+      "Tensor memory, Tensor gate_weight, Tensor gate_bias, Tensor write_weight, "
+      "Tensor write_bias, Tensor? score_query, Tensor? mask, Tensor attention, Tensor saved, "
+      "bool[4] output_mask) -> (Tensor grad_query, "
       "Tensor grad_memory, Tensor grad_gate_weight, Tensor grad_gate_bias, "
       "Tensor grad_write_weight, Tensor grad_write_bias, Tensor grad_score_query)",
       tags);

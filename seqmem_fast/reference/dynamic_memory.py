@@ -103,8 +103,8 @@ def sample_inputs(
     narrow, wide = draw(batch, width), draw(batch, hidden)
     projected = {"score_query": draw(batch, width)}
     yield Sample("shared", (narrow, shared, *networks(width)), {})
-    yield Sample("shared_projected", (wide, shared, *networks(hidden), 2), projected)
-    yield Sample("no_memory", (narrow, shared, *networks(width)), {"return_memory": False})
-    yield Sample("per_sample", (wide, own, *networks(hidden)), projected)
-    yield Sample("per_sample_masked", (wide, own, *networks(hidden)), {**projected, "mask": mask})
+    yield Sample(
+        "projected", (wide, shared, *networks(hidden)), {**projected, "return_memory": False}
+    )
     yield Sample("shared_masked", (narrow, shared, *networks(width), 2), {"mask": mask})
+    yield Sample("per_sample", (wide, own, *networks(hidden)), {**projected, "mask": mask})
