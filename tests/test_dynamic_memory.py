@@ -80,9 +80,9 @@ class TestDynamicMemory(OpSuite):
 def plain_case(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, name: str = "shared", hops: int = 3
 ) -> Case:
-    """Of that name, with the final memory; "unmasked" is per_sample without its mask."""
+    """Of that name, with the final memory; "unmasked" is per_sample_masked without its mask."""
     samples = {s.name: s for s in reference.sample_inputs(dtype=dtype, sizes=sizes)}
-    sample = samples["per_sample" if name == "unmasked" else name]
+    sample = samples["per_sample_masked" if name == "unmasked" else name]
     options = {k: v for k, v in sample.kwargs.items() if k == "score_query" or name != "unmasked"}
     return make_case((*sample.args[:6], hops), {**options, "return_memory": True})
 
@@ -101,7 +101,7 @@ SIZES = [
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_sizes(dtype: torch.dtype) -> None:
     for k, sizes in enumerate(SIZES):
-        for name in ("projected", ("per_sample", "unmasked")[k % 2]):
+        for name in ("projected", ("per_sample_masked", "unmasked")[k % 2]):
             check_against_float64(plain_case(sizes, dtype, name, 2), f"{name} {sizes}")
 
 
@@ -109,7 +109,7 @@ def test_sizes(dtype: torch.dtype) -> None:
 @given(
     st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40)),
     st.integers(1, 4),
-    st.sampled_from(["projected", "per_sample", "unmasked"]),
+    st.sampled_from(["projected", "per_sample_masked", "unmasked"]),
 )
 def test_any_configuration(sizes: tuple[int, int, int, int], hops: int, name: str) -> None:
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_large_same_bits_at_any_thread_count(
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("name", ["shared", "per_sample"])
+@pytest.mark.parametrize("name", ["shared", "per_sample_masked"])
 @pytest.mark.parametrize("shape", ["all", "slots", "rows", "turned", "columns"])
 def test_gradients_of_the_memory_by_any_strides(name: str, shape: str) -> None:
     """Expanded or transposed, as sums and permutations after the op make them."""
@@ -172,7 +172,7 @@ def test_an_expanded_gradient_is_not_copied() -> None:
 @pytest.mark.parametrize("filler", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rows", [2, 9])
 def test_masked_slots_are_never_read(rows: int, filler: float) -> None:
-    case = plain_case((rows, 20, 8, 5), torch.float32, "per_sample")
+    case = plain_case((rows, 20, 8, 5), torch.float32, "per_sample_masked")
     query, memory, *weights, score, mask = case.tensors
     mask[-1] = False  # a row without slots
     results = []

@@ -107,4 +107,4 @@ def sample_inputs(
         "projected", (wide, shared, *networks(hidden)), {**projected, "return_memory": False}
     )
     yield Sample("shared_masked", (narrow, shared, *networks(width), 2), {"mask": mask})
-    yield Sample("per_sample", (wide, own, *networks(hidden)), {**projected, "mask": mask})
+    yield Sample("per_sample_masked", (wide, own, *networks(hidden)), {**projected, "mask": mask})
