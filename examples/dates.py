@@ -1,6 +1,6 @@
 """Dates as people write them, turned into ISO form, and where the network looks as it writes.
 
-    python examples/dates.py [--seed 0] [--steps 1200] [--out docs/images/dates_alignment.png]
+    python examples/dates.py [--seed 0] [--steps 800] [--out docs/images/dates_alignment.png]
 
 "Mar 3rd, '98", "Tuesday, 3 March 1998" and "03.03.1998" all become 1998-03-03. The model is the
 encoder and decoder of Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473), small: a bidirectional
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--text", default=SHOWN[0], help="the date to draw")
     parser.add_argument("--out", type=Path, default=Path("docs/images/dates_alignment.png"))

@@ -56,6 +56,93 @@ Matrix<C> as_rows(const S* from, int64_t rows, int64_t width, C* scratch) {
   return copy_rows(from, rows, width, scratch, padded<C>(width));
 }
 
+// ---- tanh of a sum by factors
+// --------------------------------------------------------------------------
+// With E = e^2q e^2k, tanh(q + k) = (E - 1) / (E + 1): the exponentials are taken once for each
+// query and key, and what is left for each pair is a product and a division. Each factor is held as
+// a sum of two floats, so that E - 1 loses nothing near zero. Wants a fused multiply-add.
+
+inline constexpr bool kHasFusedMultiplyAdd = SEQMEM_VEC_BYTES >= 32;
+// The exponentials of larger projections, or products of their small parts, might leave the range.
+inline constexpr float kLargestFactor = 15;
+// Below these the exponentials cost more than they save.
+inline constexpr int64_t kQueriesWorthFactors = 8, kKeysWorthFactors = 16;
+
+template <class C>
+SEQMEM_INLINE bool worth_factors(const Shape& s) {
+  return kHasFusedMultiplyAdd && std::is_same_v<C, float> && s.Tq >= kQueriesWorthFactors &&
+         s.Tk >= kKeysWorthFactors;
+}
+
+struct Factor {
+  Vec<float> high, low;
+};
+
+SEQMEM_INLINE Factor factor(Vec<float> x) {
+  const Vec<float> argument[1] = {x + x};
+  ExpParts<float> e[1];
+  exp_parts<1, float>(argument, e);
+  const Vec<float> high = e[0].power + e[0].power * e[0].fraction;
+  return {high, (e[0].power - high) + e[0].power * e[0].fraction};
+}
+
+// E - 1 from its factors; E + 1 is two more.
+SEQMEM_INLINE Vec<float> product_less_one(Factor q, Factor k) {
+  return q.low * k.high + (q.high * k.low + (q.high * k.high - 1.0f));
+}
+
+// Lanes become all ones where x is too large, or NaN.
+SEQMEM_INLINE IntVec<float> too_large(Vec<float> x) {
+  return ~((x >= -kLargestFactor) & (x <= kLargestFactor));
+}
+
+SEQMEM_INLINE bool none(IntVec<float> lanes) {
+  int32_t any = 0;
+  for (int l = 0; l < kLanes<float>; ++l) any |= lanes[l];
+  return any == 0;
+}
+
+// A panel holds the factors of a vector of keys, [A][high, low][lanes]; beyond the last of `rows`
+// keys, up to `padded_rows`, they are those of zero. False if a key is too large.
+template <class S>
+bool pack_keys(const S* keys, int64_t rows, int64_t padded_rows, int64_t width, float* panels) {
+  constexpr int L = kLanes<float>;
+  IntVec<float> bad{};
+  for (int64_t j = 0; j < padded_rows; j += L) {
+    float* panel = panels + j * width * 2;
+    const int64_t lanes = min<int64_t>(L, rows - j);
+    for (int64_t i = 0; i < width; i += L) {
+      const int n = static_cast<int>(min<int64_t>(L, width - i));
+      Vec<float> square[L] = {};
+      for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(keys + (j + l) * width + i, n);
+      transpose<float>(square);
+      for (int l = 0; l < n; ++l) {
+        bad |= too_large(square[l]);
+        const Factor f = factor(square[l]);
+        store(panel + (i + l) * 2 * L, f.high);
+        store(panel + (i + l) * 2 * L + L, f.low);
+      }
+    }
+  }
+  return none(bad);
+}
+
+// The factors of rows of queries, `stride` apart. False if one is too large.
+SEQMEM_INLINE bool split_queries(const Matrix<float>& query, int64_t rows, int64_t stride,
+                                 float* high, float* low) {
+  IntVec<float> bad{};
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < stride; i += kLanes<float>) {
+      const Vec<float> x = load(query.row(r) + i);
+      bad |= too_large(x);
+      const Factor f = factor(x);
+      store(high + r * stride + i, f.high);
+      store(low + r * stride + i, f.low);
+    }
+  }
+  return none(bad);
+}
+
 // The mask's row for query i of batch row b; null without a mask.
 template <class M>
 SEQMEM_INLINE const M* mask_row(const Shape& s, const M* mask, int64_t b, int64_t i) {
