@@ -1,0 +1,85 @@
+"""The stories mean what they say, and the example learns from them."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "examples" / "babi.py"
+if not PATH.is_file():
+    pytest.skip("the examples are not beside these tests", allow_module_level=True)
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def babi() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("example_babi", PATH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def answer(facts: list[str], asked: str, babi: ModuleType) -> str | None:
+    """Where it is, told by walking through the story's text."""
+    where: dict[str, str] = {}
+    carried: dict[str, list[str]] = {name: [] for name in babi.PEOPLE}
+    for fact in facts:
+        who, *_, what = fact.split()
+        if what in babi.PLACES:
+            for name in (who, *carried[who]):
+                where[name] = what
+        elif any(fact.startswith(f"{who} {taking}") for taking in babi.TOOK):
+            carried[who].append(what)
+            where.pop(what, None)
+            if who in where:
+                where[what] = where[who]
+        else:
+            carried[who].remove(what)
+    return where.get(asked)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_answers_follow_from_the_supporting_facts(babi: ModuleType, task: int) -> None:
+    tell = list(babi.TASKS.values())[task]
+    rng = random.Random(0)
+    for _ in range(300):
+        story = tell(rng, rng.randint(2, babi.MOST_FACTS))
+        asked = story.question.split()[-1]
+        assert story.answer == answer(story.facts, asked, babi)
+        assert len(story.support) == task + 1
+        assert asked in story.facts[story.support[0]]
+        assert story.facts[story.support[-1]].endswith(story.answer)
+
+
+def test_stories_become_numbers(babi: ModuleType) -> None:
+    story = babi.Story(["Ben picked up the map", "Ben ran to the barn"], "Where is the map", "barn",
+                       [0, 1])  # fmt: skip
+    short = babi.Story(["Anna ran to the attic"], "Where is Anna", "attic", [0])
+    batch = babi.batch_of([story, short])
+    assert batch.facts.shape == (2, 2, babi.MOST_WORDS)
+    assert batch.lengths.tolist() == [2, 1]
+    assert batch.age[0].tolist() == [1, 0]
+    assert not batch.facts[1, 1].any()
+    assert batch.support.t().tolist() == [[0, 1], [0, 0]]
+    told = [babi.WORDS[number - 1] for number in batch.facts[0, 1].tolist() if number]
+    assert " ".join(told) == story.facts[1]
+
+
+def test_a_short_training_learns_the_first_task(
+    babi: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], restored_threads: Any
+) -> None:
+    out = tmp_path / "hops.png"
+    found = babi.main(["--steps", "150", "--out", str(out)])
+    assert found["one supporting fact"] > 0.5  # a guess is right once in six
+    assert found["two supporting facts"] > 0.3
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "Where is" in capsys.readouterr().out
