@@ -20,8 +20,11 @@ import seqmem_fast
 
 assert seqmem_fast.__version__  # its import registers the ops
 HERE = Path(__file__).parent
+NTM = ("ntm_addressing", "ntm_content_addressing", "ntm_read", "ntm_write")
 OPS = {
-    "additive_attention": ("additive_attention", "additive_attention_backward"),
+    "additive_attention": ("additive_attention",),
+    "attention": ("attention",),
+    "ntm": NTM,
 }
 
 
@@ -42,7 +45,8 @@ def test_in_the_interpreter(op: str) -> None:
 
 @pytest.mark.parametrize("name", [name for names in OPS.values() for name in names])
 def test_every_op_has_a_cuda_kernel(name: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqmem::{name}", "CUDA")
+    for op in (f"seqmem::{name}", f"seqmem::{name}_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
 
 
 # ---- ahead of time ------------------------------------------------------------------------------
@@ -74,7 +78,36 @@ def additive_kernels() -> list[Kernel]:
     ]
 
 
-KERNELS = {"additive_attention": additive_kernels}
+def attention_kernels() -> list[Kernel]:
+    file = "attention_kernels"
+    rows = ("q_t", "k_t", "v_t", "m_i", "g_i", "keys", "width", "value_width")
+    kernels = []
+    for storage, (block_m, block_n, warps) in {"bf16": (64, 64, 4), "fp32": (32, 32, 4)}.items():
+        tile = {"BM": block_m, "BN": block_n, "BD": 64, "BV": 64, "m_j": 1, "g_j": 1}
+        names: dict[str, dict[str, Any]] = {
+            "attention_forward": {"CAUSAL": False, "ONE_BLOCK": False},
+            "attention_backward_rows": {"grad_scores_ptr": None},
+            "attention_backward_columns": {"CAUSAL": False},
+        }
+        for name, options in names.items():
+            pointers = {**MASK, "delta_ptr": "*fp32"}
+            constants = {**tile, **options}
+            kernels.append(Kernel(file, name, storage, warps, constants, pointers, rows))
+    return kernels
+
+
+def ntm_kernels() -> list[Kernel]:
+    """N = 128, M = 64: the most that stays on chip."""
+    shape = {"BN": 128, "BW": 64, "BS": 4}
+    names = ("ntm_address", "ntm_address_backward", "ntm_write_heads", "ntm_write_heads_backward")
+    return [Kernel("ntm_kernels", name, "bf16", 8, shape, {}, ("slots", "width")) for name in names]
+
+
+KERNELS = {
+    "additive_attention": additive_kernels,
+    "attention": attention_kernels,
+    "ntm": ntm_kernels,
+}
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -87,7 +120,8 @@ def test_kernels_compile(op: str, target: str, capsys: pytest.CaptureFixture[str
     rows = {}
     for spec in KERNELS[op]():
         kernel = getattr(importlib.import_module(f"seqmem_fast._triton.{spec.module}"), spec.name)
-        constants = {"ACC": tl.float32, **spec.constants}
+        precision = "ieee" if target == "gfx942" or spec.storage == "bf16" else "tf32x3"
+        constants = {"ACC": tl.float32, "PRECISION": precision, **spec.constants}
         built = compiled(
             kernel, target, spec.storage, spec.warps, constants, spec.pointers, spec.aligned
         )

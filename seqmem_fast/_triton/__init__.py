@@ -14,7 +14,18 @@ import torch
 # Module of this package -> its launchers, each named as its op.
 _LAUNCHERS = {
     "additive_attention": ("additive_attention", "additive_attention_backward"),
+    "attention": ("attention", "attention_backward"),
     "lstm": ("lstm_cell", "lstm_cell_backward", "lstm", "lstm_backward"),
+    "ntm": (
+        "ntm_addressing",
+        "ntm_addressing_backward",
+        "ntm_content_addressing",
+        "ntm_content_addressing_backward",
+        "ntm_read",
+        "ntm_read_backward",
+        "ntm_write",
+        "ntm_write_backward",
+    ),
 }
 
 

@@ -1,0 +1,587 @@
+"""The whole NTM sequence of a batch row in one program, forward and backward.
+
+The row's memory stays in registers over all steps. Vectors that are summed over (controller state,
+reads, head values) pass through a few hundred bytes of global scratch that only this program
+touches, with a barrier between; the controller's weights are read from L2 at every step, which
+bounds a step from below (200 kB at C = 100: about 2 us). No launch and no grid-wide barrier per
+step, and rows do not wait for each other.
+
+Packed by the launcher, in the wide dtype: the LSTM's gates of a unit side by side, so that one
+reduction leaves each thread all four; per layer the weights of [below, h] as [K, C * G] for the
+forward and [C * G, K] for the backward, one layer after the other.
+
+Backward: memories are recomputed from a checkpoint, a segment at a time, from the weightings and
+head values that were kept; each head's memory within a step by writing anew. Weight gradients are
+left to matrix products over dz and dp of all steps.
+
+Letters: G 4 gates or 1, K = width below + C (LSTM), P head values, S taps, Hd heads, R read heads.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import lstm_point, lstm_point_backward, sigmoid, tanh
+from .ntm_kernels import (
+    block_of,
+    content_backward,
+    gated,
+    sharpened,
+    sharpened_backward,
+    shifted,
+    shifted_backward,
+    similarity,
+    softmax_of,
+    written,
+    written_backward,
+)
+
+VARYING = ("steps", "batch", "writes", "segment")
+
+
+@triton.jit
+def _accumulate(acc, x_ptr, rows, w_ptr, stride, o, o_inside, BK: tl.constexpr):
+    """acc [BK, BO] += x[k] w[k, o], to be summed over its first dimension in the end."""
+    for start in range(0, rows, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_ptr + k, mask=k < rows, other=0.0)
+        at = w_ptr + k[:, None] * stride + o[None, :]
+        acc += x[:, None] * tl.load(at, mask=(k < rows)[:, None] & o_inside[None, :], other=0.0)
+    return acc
+
+
+@triton.jit
+def _copy(from_ptr, to_ptr, count, BLOCK: tl.constexpr):
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        value = tl.load(from_ptr + k, mask=k < count)
+        tl.store(to_ptr + k, value.to(to_ptr.dtype.element_ty), mask=k < count)
+
+
+@triton.jit
+def _move(carry_ptr, to_ptr, count, BLOCK: tl.constexpr):
+    """to += carry, carry = 0."""
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        total = tl.load(to_ptr + k, mask=k < count) + tl.load(carry_ptr + k, mask=k < count)
+        tl.store(to_ptr + k, total, mask=k < count)
+        tl.store(carry_ptr + k, tl.zeros_like(total), mask=k < count)
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _vector(p_ptr, width, SQUASH: tl.constexpr, BW: tl.constexpr):
+    """A key or an add out of head values."""
+    m = tl.arange(0, BW)
+    x = tl.load(p_ptr + m, mask=m < width, other=0.0)
+    if SQUASH:
+        x = tanh(x)
+    return x
+
+
+@triton.jit
+def _erase(p_ptr, width, BW: tl.constexpr):
+    m = tl.arange(0, BW)
+    return tl.where(m < width, sigmoid(tl.load(p_ptr + m, mask=m < width, other=0.0)), 0.0)
+
+
+@triton.jit
+def _taps(p_ptr, taps, BS: tl.constexpr):
+    s = tl.arange(0, BS)
+    return softmax_of(tl.load(p_ptr + s, mask=s < taps, other=0.0), s < taps)
+
+
+@triton.jit
+def _rewritten(memory, w_ptr, p_ptr, heads, writes, slots, width, taps, SQUASH: tl.constexpr,
+               ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """The memory after the first `heads` heads of a step whose weightings are known."""
+    n = tl.arange(0, BN)
+    for h in range(heads):
+        is_write = (writes >> h) & 1
+        if is_write != 0:
+            at = p_ptr + width + taps + 3
+            w = tl.load(w_ptr + h * slots + n, mask=n < slots, other=0.0).to(ACC)
+            add = _vector(at + width, width, SQUASH, BW)
+            memory = written(memory, w, _erase(at, width, BW), add)
+        p_ptr += width + taps + 3 + is_write * 2 * width
+    return memory
+
+
+@triton.jit(do_not_specialize=VARYING)
+def ntm_forward(
+    zx_ptr,  # [T, B, C * G] the input's part of the first layer, with its bias
+    weight_ptr,  # forward weights of all layers
+    bias_ptr,  # [L, C * G]; the first layer's is in zx
+    head_weight_ptr,  # [C, P]
+    head_bias_ptr,  # [P]
+    hidden_ptr,  # [2, B, L, C] the state, in and out, at even and odd steps
+    cell_ptr,  # [B, L, C] the state, in and out; all four are wide scratch
+    weightings_ptr,  # [B, Hd, N]
+    reads_ptr,  # [B, R * M]
+    initial_hidden_ptr,  # [L, C] wide; what reset goes back to, or None all five
+    initial_cell_ptr,
+    initial_memory_ptr,  # [N, M]
+    initial_weightings_ptr,  # [Hd, N]
+    initial_reads_ptr,  # [R * M]
+    memory_ptr,  # [B, N, M]
+    lengths_ptr,  # [B] int64 or None
+    reset_ptr,  # [T, B] uint8 or None
+    features_ptr,  # [T, B, C + R * M]
+    hidden_out_ptr,  # [B, L, C]; None without LSTM
+    memory_out_ptr,  # [B, N, M]
+    trace_ptr,  # [T, B, Hd, N] or None
+    record_ptr,  # [T, B, record] wide; one step long where nothing is saved
+    checkpoints_ptr,  # [segments, B, checkpoint_t] wide, or None
+    steps,
+    batch,
+    record_t,  # elements from a step's record of this row to the next's: 0 without saving
+    record,
+    checkpoint,  # elements of one
+    segment,
+    control,  # C
+    slots,
+    width,
+    values,  # P
+    heads,
+    writes,  # bit h: head h writes
+    taps,
+    read_width,  # R * M
+    LAYERS: tl.constexpr,
+    LSTM: tl.constexpr,
+    SQUASH: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    G: tl.constexpr = 4 if LSTM else 1
+    n = tl.arange(0, BN)
+    m = tl.arange(0, BW)
+    there = n < slots
+    if lengths_ptr is None:
+        length = steps
+    else:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
+    memory = tl.load(block, mask=inside, other=0.0).to(ACC)
+    states = LAYERS * control
+    weightings_ptr += b * heads * slots
+    reads_ptr += b * read_width
+    cell_ptr += b * states
+    feature_width = control + read_width
+    head_at = (LAYERS - 1) * control
+    if LSTM:
+        head_at += 5 * states
+
+    for t in range(length):
+        row = b + t * batch
+        old = hidden_ptr + ((t % 2) * batch + b) * states
+        new = hidden_ptr + ((1 - t % 2) * batch + b) * states
+        kept = record_ptr + b * record + t * record_t
+        feature = features_ptr + row * feature_width
+        if reset_ptr is not None:
+            cut = tl.load(reset_ptr + row) != 0
+            block, inside = block_of(initial_memory_ptr, slots, width, BN, BW)
+            memory = tl.load(block, mask=inside & cut, other=memory)
+            if cut:
+                if LSTM:
+                    _copy(initial_hidden_ptr, old, states, BC)
+                    _copy(initial_cell_ptr, cell_ptr, states, BC)
+                _copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
+                _copy(initial_reads_ptr, reads_ptr, read_width, BC)
+            tl.debug_barrier()
+        if checkpoints_ptr is not None:
+            if t % segment == 0:
+                at = checkpoints_ptr + (t // segment * batch + b) * checkpoint
+                block, inside = block_of(at, slots, width, BN, BW)
+                tl.store(block, memory, mask=inside)
+
+        weight = weight_ptr
+        for layer in tl.static_range(LAYERS):
+            if layer == 0:
+                own = weight + read_width * control * G
+            else:
+                own = weight + control * control * G
+            for start in range(0, control, BC):
+                c = start + tl.arange(0, BC)
+                o = start * G + tl.arange(0, G * BC)
+                real = o < control * G
+                acc = tl.zeros([BK, G * BC], ACC)
+                if layer == 0:
+                    z = tl.load(zx_ptr + row * control * G + o, mask=real, other=0.0)
+                    acc = _accumulate(acc, reads_ptr, read_width, weight, control * G, o, real, BK)
+                else:
+                    z = tl.load(bias_ptr + layer * control * G + o, mask=real, other=0.0)
+                    below = new + (layer - 1) * control
+                    acc = _accumulate(acc, below, control, weight, control * G, o, real, BK)
+                if LSTM:
+                    before = old + layer * control
+                    acc = _accumulate(acc, before, control, own, control * G, o, real, BK)
+                    z += tl.sum(acc, axis=0)
+                    z_ig, z_fo = tl.split(tl.reshape(z, [BC, 2, 2]))
+                    z_i, z_g = tl.split(z_ig)
+                    z_f, z_o = tl.split(z_fo)
+                    at = cell_ptr + layer * control + c
+                    c_prev = tl.load(at, mask=c < control, other=0.0)
+                    g_i, g_f, g_g, g_o, cell, h = lstm_point(z_i, z_f, z_g, z_o, c_prev)
+                    tl.store(at, cell, mask=c < control)
+                    to = kept + layer * 5 * control + c
+                    tl.store(to, g_i, mask=c < control)
+                    tl.store(to + control, g_f, mask=c < control)
+                    tl.store(to + 2 * control, g_g, mask=c < control)
+                    tl.store(to + 3 * control, g_o, mask=c < control)
+                    tl.store(to + 4 * control, cell, mask=c < control)
+                else:
+                    h = tanh(z + tl.sum(acc, axis=0))
+                tl.store(new + layer * control + c, h, mask=c < control)
+                if layer == LAYERS - 1:
+                    tl.store(feature + c, h.to(features_ptr.dtype.element_ty), mask=c < control)
+                else:
+                    to = kept + head_at - (LAYERS - 1 - layer) * control + c
+                    tl.store(to, h, mask=c < control)
+            if LSTM:
+                weight = own + control * control * G
+            else:
+                weight = own
+            tl.debug_barrier()
+
+        p = kept + head_at
+        for start in range(0, values, BC):
+            o = start + tl.arange(0, BC)
+            acc = tl.zeros([BK, BC], ACC)
+            top = new + (LAYERS - 1) * control
+            acc = _accumulate(acc, top, control, head_weight_ptr, values, o, o < values, BK)
+            bias = tl.load(head_bias_ptr + o, mask=o < values, other=0.0)
+            tl.store(p + o, bias + tl.sum(acc, axis=0), mask=o < values)
+        tl.debug_barrier()
+
+        read_at = 0
+        for h in range(heads):
+            is_write = (writes >> h) & 1
+            key = _vector(p, width, SQUASH, BW)
+            K, _norms, _key_norm = similarity(memory, key)
+            content = softmax_of(_softplus(tl.load(p + width)) * K, there)
+            prev = tl.load(weightings_ptr + h * slots + n, mask=there, other=0.0)
+            u = gated(content, sigmoid(tl.load(p + width + 1)), prev)
+            v = shifted(u, _taps(p + width + 2, taps, BS), taps, slots, BN, BS)
+            w, _log = sharpened(v, 1.0 + _softplus(tl.load(p + width + 2 + taps)))
+            tl.store(weightings_ptr + h * slots + n, w, mask=there)
+            if trace_ptr is not None:
+                to = trace_ptr + (row * heads + h) * slots + n
+                tl.store(to, w.to(trace_ptr.dtype.element_ty), mask=there)
+            p += width + 3 + taps
+            if is_write != 0:
+                add = _vector(p + width, width, SQUASH, BW)
+                memory = written(memory, w, _erase(p, width, BW), add)
+                p += 2 * width
+            else:
+                read = tl.sum(w[:, None] * memory, axis=0)
+                tl.store(reads_ptr + read_at + m, read, mask=m < width)
+                to = feature + control + read_at + m
+                tl.store(to, read.to(features_ptr.dtype.element_ty), mask=m < width)
+                read_at += width
+        tl.debug_barrier()
+
+    if LSTM:
+        last = hidden_ptr + ((length % 2) * batch + b) * states
+        _copy(last, hidden_out_ptr + b * states, states, BC)
+    to, inside = block_of(memory_out_ptr + b * slots * width, slots, width, BN, BW)
+    tl.store(to, memory.to(memory_out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def ntm_backward(
+    grad_features_ptr,  # [T, B, C + R * M] with strides, or None
+    grad_trace_ptr,  # [T, B, Hd, N], dense, or None
+    weight_ptr,  # backward weights of all layers
+    head_weight_ptr,  # [P, C]
+    cell_ptr,  # [L, B, C] the first state's; None without LSTM
+    weightings_ptr,  # [B, Hd, N] the first state's
+    initial_cell_ptr,  # wide; what reset goes back to, or None all three
+    initial_memory_ptr,
+    initial_weightings_ptr,
+    lengths_ptr,  # [B] int64 or None
+    reset_ptr,  # [T, B] uint8 or None
+    features_ptr,  # [T, B, C + R * M]
+    trace_ptr,  # [T, B, Hd, N]
+    record_ptr,  # [T, B, record] wide
+    checkpoints_ptr,  # [segments, B, checkpoint] wide
+    memories_ptr,  # [B, segment, N, M] wide scratch: the memory that enters each step of a segment
+    below_ptr,  # [B, C] wide scratch
+    d_hidden_ptr,  # [B, L, C] wide: of the last state before, of the first after, as all d_*
+    d_cell_ptr,  # [B, L, C]
+    d_memory_ptr,  # [B, N, M]
+    d_weightings_ptr,  # [B, Hd, N]
+    d_reads_ptr,  # [B, R * M]
+    i_hidden_ptr,  # the gradients of initial, a part for each row, zeros coming in; or None
+    i_cell_ptr,
+    i_memory_ptr,
+    i_weightings_ptr,
+    i_reads_ptr,
+    dz_ptr,  # [T, B, L, C * G] wide
+    dp_ptr,  # [T, B, P] wide
+    steps,
+    batch,
+    record,
+    checkpoint,
+    segment,
+    control,
+    slots,
+    width,
+    values,
+    heads,
+    writes,
+    taps,
+    read_width,
+    f_t,
+    f_b,
+    f_c,
+    LAYERS: tl.constexpr,
+    LSTM: tl.constexpr,
+    SQUASH: tl.constexpr,
+    ACC: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    G: tl.constexpr = 4 if LSTM else 1
+    n = tl.arange(0, BN)
+    m = tl.arange(0, BW)
+    s = tl.arange(0, BS)
+    there = n < slots
+    if lengths_ptr is None:
+        length = steps
+    else:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    states = LAYERS * control
+    feature_width = control + read_width
+    head_at = (LAYERS - 1) * control
+    if LSTM:
+        head_at += 5 * states
+    weightings_ptr += b * heads * slots
+    below_ptr += b * control
+    d_hidden_ptr += b * states
+    d_cell_ptr += b * states
+    d_weightings_ptr += b * heads * slots
+    d_reads_ptr += b * read_width
+    if reset_ptr is not None:
+        i_hidden_ptr += b * states
+        i_cell_ptr += b * states
+        i_weightings_ptr += b * heads * slots
+        i_reads_ptr += b * read_width
+    matrix = slots * width
+    memories_ptr += b * segment * matrix
+    d_block, inside = block_of(d_memory_ptr + b * matrix, slots, width, BN, BW)
+    d_memory = tl.load(d_block, mask=inside, other=0.0)
+
+    segments = tl.cdiv(length, segment)
+    for passed in range(segments):
+        begin = (segments - 1 - passed) * segment
+        end = tl.minimum(begin + segment, length)
+        at = checkpoints_ptr + (begin // segment * batch + b) * checkpoint
+        block, inside = block_of(at, slots, width, BN, BW)
+        memory = tl.load(block, mask=inside, other=0.0)
+        for t in range(begin, end):
+            row = b + t * batch
+            if reset_ptr is not None:
+                cut = tl.load(reset_ptr + row) != 0
+                block, inside = block_of(initial_memory_ptr, slots, width, BN, BW)
+                memory = tl.load(block, mask=inside & cut & (t > begin), other=memory)
+            block, inside = block_of(memories_ptr + (t - begin) * matrix, slots, width, BN, BW)
+            tl.store(block, memory, mask=inside)
+            memory = _rewritten(
+                memory, trace_ptr + row * heads * slots, record_ptr + row * record + head_at,
+                heads, writes, slots, width, taps, SQUASH, ACC, BN, BW,
+            )  # fmt: skip
+        tl.debug_barrier()
+
+        for back in range(end - begin):
+            t = end - 1 - back
+            row = b + t * batch
+            before = row - batch
+            cut = t < 0
+            if reset_ptr is not None:
+                cut = tl.load(reset_ptr + row) != 0
+            first = (t == 0) & (cut == 0)
+            follows = (t > 0) & (cut == 0)
+            kept = record_ptr + row * record
+            d_feature = grad_features_ptr
+            if grad_features_ptr is not None:
+                d_feature = grad_features_ptr + b * f_b + t * f_t
+
+            p = kept + head_at + values
+            dp = dp_ptr + row * values + values
+            read_at = read_width
+            block, inside = block_of(memories_ptr + (t - begin) * matrix, slots, width, BN, BW)
+            for h_back in range(heads):
+                h = heads - 1 - h_back
+                is_write = (writes >> h) & 1
+                p -= width + 3 + taps + is_write * 2 * width
+                dp -= width + 3 + taps + is_write * 2 * width
+                memory = _rewritten(
+                    tl.load(block, mask=inside, other=0.0), trace_ptr + row * heads * slots,
+                    kept + head_at, h, writes, slots, width, taps, SQUASH, ACC, BN, BW,
+                )  # fmt: skip
+                key = _vector(p, width, SQUASH, BW)
+                raw_beta = tl.load(p + width)
+                gate = sigmoid(tl.load(p + width + 1))
+                shift = _taps(p + width + 2, taps, BS)
+                raw_gamma = tl.load(p + width + 2 + taps)
+                at = weightings_ptr + h * slots + n
+                prev = tl.load(at, mask=there & first, other=0.0).to(ACC)
+                at = trace_ptr + (before * heads + h) * slots + n
+                prev += tl.load(at, mask=there & follows, other=0.0).to(ACC)
+                if reset_ptr is not None:
+                    at = initial_weightings_ptr + h * slots + n
+                    prev += tl.load(at, mask=there & cut, other=0.0)
+                K, norms, key_norm = similarity(memory, key)
+                content = softmax_of(_softplus(raw_beta) * K, there)
+                u = gated(content, gate, prev)
+                v = shifted(u, shift, taps, slots, BN, BS)
+                w, log = sharpened(v, 1.0 + _softplus(raw_gamma))
+
+                dw = tl.load(d_weightings_ptr + h * slots + n, mask=there, other=0.0)
+                if grad_trace_ptr is not None:
+                    at = grad_trace_ptr + (row * heads + h) * slots + n
+                    dw += tl.load(at, mask=there, other=0.0).to(ACC)
+                if is_write != 0:
+                    at = width + 3 + taps
+                    erase = _erase(p + at, width, BW)
+                    add = _vector(p + at + width, width, SQUASH, BW)
+                    d_memory, d_w, d_erase, d_add = written_backward(
+                        d_memory, memory, w, erase, add
+                    )
+                    dw += d_w
+                    tl.store(dp + at + m, d_erase * erase * (1.0 - erase), mask=m < width)
+                    if SQUASH:
+                        d_add *= 1.0 - add * add
+                    tl.store(dp + at + width + m, d_add, mask=m < width)
+                else:
+                    read_at -= width
+                    d_read = tl.load(d_reads_ptr + read_at + m, mask=m < width, other=0.0)
+                    if grad_features_ptr is not None:
+                        at = d_feature + (control + read_at + m) * f_c
+                        d_read += tl.load(at, mask=m < width, other=0.0).to(ACC)
+                    dw += tl.sum(memory * d_read[None, :], axis=1)
+                    d_memory += w[:, None] * d_read[None, :]
+
+                dw = tl.where(there, dw, 0.0)
+                dv, d_gamma = sharpened_backward(dw, v, w, log, 1.0 + _softplus(raw_gamma))
+                du, d_shift = shifted_backward(dv, u, shift, taps, slots, BN, BS)
+                tl.store(d_weightings_ptr + h * slots + n, (1.0 - gate) * du, mask=there)
+                part, d_key, d_beta = content_backward(
+                    gate * du, content, K, norms, key_norm, _softplus(raw_beta), memory, key
+                )
+                d_memory += part
+                if SQUASH:
+                    d_key *= 1.0 - key * key
+                tl.store(dp + m, d_key, mask=m < width)
+                tl.store(dp + width, d_beta * sigmoid(raw_beta))
+                d_gate = tl.sum(du * (content - prev), axis=0)
+                tl.store(dp + width + 1, d_gate * gate * (1.0 - gate))
+                d_shift = shift * (d_shift - tl.sum(d_shift * shift, axis=0))
+                tl.store(dp + width + 2 + s, d_shift, mask=s < taps)
+                tl.store(dp + width + 2 + taps, d_gamma * sigmoid(raw_gamma))
+            tl.debug_barrier()
+
+            for above in tl.static_range(LAYERS):
+                layer: tl.constexpr = LAYERS - 1 - above
+                dz = dz_ptr + (row * LAYERS + layer) * control * G
+                for start in range(0, control, BC):
+                    c = start + tl.arange(0, BC)
+                    real = c < control
+                    dh = tl.zeros([BC], ACC)
+                    if LSTM:
+                        dh += tl.load(d_hidden_ptr + layer * control + c, mask=real, other=0.0)
+                    if above == 0:
+                        acc = tl.zeros([BK, BC], ACC)
+                        acc = _accumulate(acc, dp, values, head_weight_ptr, control, c, real, BK)
+                        dh += tl.sum(acc, axis=0)
+                        if grad_features_ptr is not None:
+                            dh += tl.load(d_feature + c * f_c, mask=real, other=0.0).to(ACC)
+                    else:
+                        dh += tl.load(below_ptr + c, mask=real, other=0.0)
+                    if LSTM:
+                        at = kept + layer * 5 * control + c
+                        g_i = tl.load(at, mask=real, other=0.0)
+                        g_f = tl.load(at + control, mask=real, other=0.0)
+                        g_g = tl.load(at + 2 * control, mask=real, other=0.0)
+                        g_o = tl.load(at + 3 * control, mask=real, other=0.0)
+                        cell = tl.load(at + 4 * control, mask=real, other=0.0)
+                        at = cell_ptr + (layer * batch + b) * control + c
+                        c_prev = tl.load(at, mask=real & first, other=0.0).to(ACC)
+                        at = record_ptr + before * record + (layer * 5 + 4) * control + c
+                        c_prev += tl.load(at, mask=real & follows, other=0.0)
+                        if reset_ptr is not None:
+                            at = initial_cell_ptr + layer * control + c
+                            c_prev += tl.load(at, mask=real & cut, other=0.0)
+                        dc = tl.load(d_cell_ptr + layer * control + c, mask=real, other=0.0)
+                        dz_i, dz_f, dz_g, dz_o, dc = lstm_point_backward(
+                            g_i, g_f, g_g, g_o, cell, c_prev, dh, dc, 0.0, 0.0, 0.0, 0.0
+                        )
+                        tl.store(d_cell_ptr + layer * control + c, dc, mask=real)
+                        tl.store(dz + 4 * c, dz_i, mask=real)
+                        tl.store(dz + 4 * c + 1, dz_f, mask=real)
+                        tl.store(dz + 4 * c + 2, dz_g, mask=real)
+                        tl.store(dz + 4 * c + 3, dz_o, mask=real)
+                    else:
+                        if above == 0:
+                            at = features_ptr + row * feature_width + c
+                        else:
+                            at = kept + head_at - above * control + c
+                        out = tl.load(at, mask=real, other=0.0).to(ACC)
+                        tl.store(dz + c, dh * (1.0 - out * out), mask=real)
+                tl.debug_barrier()
+                if layer == 0:
+                    under = read_width
+                    weight = weight_ptr
+                else:
+                    under = control
+                    K_rows = 2 * control if LSTM else control
+                    first_rows = read_width + control if LSTM else read_width
+                    weight = weight_ptr + (first_rows + (layer - 1) * K_rows) * control * G
+                inputs = under
+                if LSTM:
+                    inputs += control
+                for start in range(0, inputs, BC):
+                    o = start + tl.arange(0, BC)
+                    acc = tl.zeros([BK, BC], ACC)
+                    acc = _accumulate(acc, dz, control * G, weight, inputs, o, o < inputs, BK)
+                    down = tl.sum(acc, axis=0)
+                    if layer == 0:
+                        tl.store(d_reads_ptr + o, down, mask=o < under)
+                    else:
+                        tl.store(below_ptr + o, down, mask=o < under)
+                    if LSTM:
+                        to = d_hidden_ptr + layer * control + o - under
+                        tl.store(to, down, mask=(o >= under) & (o < inputs))
+                tl.debug_barrier()
+
+            if reset_ptr is not None:
+                if cut:
+                    to, inside = block_of(i_memory_ptr + b * matrix, slots, width, BN, BW)
+                    total = tl.load(to, mask=inside, other=0.0) + d_memory
+                    tl.store(to, total, mask=inside)
+                    if LSTM:
+                        _move(d_hidden_ptr, i_hidden_ptr, states, BC)
+                        _move(d_cell_ptr, i_cell_ptr, states, BC)
+                    _move(d_weightings_ptr, i_weightings_ptr, heads * slots, BC)
+                    _move(d_reads_ptr, i_reads_ptr, read_width, BC)
+                d_memory = tl.where(cut, 0.0, d_memory)
+                tl.debug_barrier()
+
+    d_block, inside = block_of(d_memory_ptr + b * matrix, slots, width, BN, BW)
+    tl.store(d_block, d_memory, mask=inside)
