@@ -82,7 +82,7 @@ def attention_kernels() -> list[Kernel]:
     file = "attention_kernels"
     rows = ("q_t", "k_t", "v_t", "m_i", "g_i", "keys", "width", "value_width")
     kernels = []
-    for storage, (block_m, block_n, warps) in {"bf16": (64, 64, 4), "fp32": (32, 32, 4)}.items():
+    for storage, (block_m, block_n, warps) in {"bf16": (64, 64, 4), "fp32": (32, 32, 8)}.items():
         tile = {"BM": block_m, "BN": block_n, "BD": 64, "BV": 64, "m_j": 1, "g_j": 1}
         names: dict[str, dict[str, Any]] = {
             "attention_forward": {"CAUSAL": False, "ONE_BLOCK": False},

@@ -43,7 +43,7 @@ def tiles(width: int, dtype: torch.dtype) -> Tiles | None:
     if dtype == torch.float64:
         return None
     if dtype == torch.float32:
-        return Tiles(32, 32, 4) if width <= 64 else None
+        return Tiles(32, 32, 8) if width <= 64 else None
     if width <= 128:
         return Tiles(64, 64, 4) if width <= 64 else Tiles(64, 32, 8)
     return Tiles(32, 32, 8) if width <= 256 else None
