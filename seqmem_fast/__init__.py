@@ -8,25 +8,31 @@ from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
 from .nn import (
     LSTM,
+    NTM,
     AdditiveAttention,
     Attention,
     DynamicMemory,
     EpisodicMemory,
     LSTMCell,
     LSTMGates,
+    NTMMemory,
 )
+from .ops import NTMState
 
 if TYPE_CHECKING:
     from . import plot as plot
 
 __all__ = [
     "LSTM",
+    "NTM",
     "AdditiveAttention",
     "Attention",
     "DynamicMemory",
     "EpisodicMemory",
     "LSTMCell",
     "LSTMGates",
+    "NTMMemory",
+    "NTMState",
     "__version__",
     "accelerate",
     "nn",

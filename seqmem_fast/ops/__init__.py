@@ -1,20 +1,27 @@
 """Public differentiable functions over ``torch.ops.seqmem``."""
 
+from ..reference import ntm_sequence as _sequence
+from ..reference.ntm import NTMState
 from .additive_attention import additive_attention
 from .attention import attention
 from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
+ntm, ntm_trace = _sequence.ntm, _sequence.ntm_trace
+
 __all__ = [
+    "NTMState",
     "additive_attention",
     "attention",
     "dynamic_memory",
     "lstm",
     "lstm_cell",
     "lstm_trace",
+    "ntm",
     "ntm_addressing",
     "ntm_content_addressing",
     "ntm_read",
+    "ntm_trace",
     "ntm_write",
 ]

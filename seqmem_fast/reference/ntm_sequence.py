@@ -163,6 +163,7 @@ class _Heads:
     ) -> None:
         writes, taps = heads.count("w"), 2 * reach + 1
         self.count, self.writes, self.width, self.squash = len(heads), writes, width, squash
+        self.taps = taps
         self.sizes = [(self.count + writes) * width, 2 * self.count]
         self.sizes += [self.count + writes * width, self.count * taps]
         self.runs: list[tuple[bool, slice]] = []  # whether they write, and which heads
@@ -197,7 +198,7 @@ class _Heads:
         beta, gamma = positive[:, :count], positive[:, count:] + 1
         unit = torch.sigmoid(parts[2])
         gate, erase = unit[:, :count], unit[:, count:].view(batch, self.writes, self.width)
-        shift = torch.softmax(parts[3].view(batch, count, -1), -1)
+        shift = torch.softmax(parts[3].view(batch, count, self.taps), -1)
 
         weightings, reads, written = [], [], 0
         for writes, run in self.runs:

@@ -1,0 +1,362 @@
+"""The Neural Turing Machine as a layer, over :mod:`seqmem_fast.ops.ntm_sequence`.
+
+Papers: Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014; the initial
+memory: Collier & Beel, Implementing Neural Turing Machines, arXiv 1807.08518, 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops import NTMState
+
+_ACTIVATIONS = {None: None, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+_MEMORY = 1e-6  # Collier & Beel's constant
+_FOCUS = 4.0  # a new head holds e^4 times as much weight on its first slot as on all others
+
+
+class NTM(nn.Module):
+    """A Neural Turing Machine over a sequence: controller, heads, memory and an output layer.
+
+    Args:
+        input_size: I, the width of the input.
+        output_size: O, the width of the output.
+        controller_size: C, the units of each controller layer.
+        memory_size: N, the slots.
+        memory_dim: M, the width of a slot.
+        heads: the heads in the order in which they act within a step, "w" or "r" each. A read sees
+            the writes before it.
+        shift_range: r, the farthest move of a shift, which has 2r + 1 taps.
+        controller: "lstm", or "feedforward" (layers of tanh).
+        num_layers: L, the controller's layers.
+        batch_first: input, output, reset and weightings are [B, T, *] instead of [T, B, *].
+        squash: tanh on keys and adds.
+        memory_init: what a sequence starts with: "constant" (1e-6, which Collier & Beel found to
+            train fastest), "learned", or "random" (drawn once, kept as a buffer).
+        weightings_init: "learned" (the softmax of a parameter, which begins focused on the first
+            slot; equal weights on equal slots would stay equal for ever) or "zeros".
+        reads_init: "learned" or "random" (drawn once, kept as a buffer).
+        output_activation: None, "sigmoid", "tanh" or "relu", on the output.
+        device, dtype: of the parameters.
+
+    ``ntm(input, state=None, *, lengths=None, reset=None, return_weightings=False)``:
+
+    - input: [T, B, I]; [T, I] unbatched.
+    - state: :class:`NTMState` of the call before, for running a sequence in chunks; None for the
+      learned initial state (:meth:`init_state`). Unbatched, its tensors have no B.
+    - lengths: [B] int64, row b ends after ``lengths[b]`` steps, 0 <= lengths <= T; later outputs
+      and weightings are zero and the final state is that at the length.
+    - reset: bool [T, B]: true where step t starts from the initial state, as after an episode.
+    - returns output [T, B, O] and the NTMState after the last step; with ``return_weightings`` a
+      third, the weightings [T, B, Hd, N] of all Hd heads, differentiable.
+
+    Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equations:
+    :mod:`seqmem_fast.ops.ntm_sequence`.
+
+    Parameters: of LSTM layer k weight_ih_l[k] [4C, I + R * M] ([4C, C] above the first),
+    weight_hh_l[k], bias_ih_l[k], bias_hh_l[k], rows i, f, g, o, drawn as torch.nn.LSTM's; of a
+    feed-forward layer weight_l[k] and bias_l[k], drawn as torch.nn.Linear's; head_weight [P, C]
+    (Xavier, head by head) and head_bias [P] (zeros), per head key M, beta, gate, shift 2r + 1,
+    gamma and, for "w", erase M, add M; output.weight and output.bias; initial_hidden,
+    initial_cell [L, C], initial_memory [N, M], initial_weightings [Hd, N] (before the softmax) and
+    initial_reads [R, M].
+    """
+
+    head_weight: Tensor
+    head_bias: Tensor
+    initial_hidden: Tensor
+    initial_cell: Tensor
+    initial_memory: Tensor
+    initial_weightings: Tensor
+    initial_reads: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        controller_size: int,
+        memory_size: int,
+        memory_dim: int,
+        heads: str = "wr",
+        shift_range: int = 1,
+        controller: str = "lstm",
+        num_layers: int = 1,
+        batch_first: bool = False,
+        squash: bool = True,
+        memory_init: str = "constant",
+        weightings_init: str = "learned",
+        reads_init: str = "learned",
+        output_activation: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("input_size", input_size),
+            ("output_size", output_size),
+            ("controller_size", controller_size),
+            ("memory_size", memory_size),
+            ("memory_dim", memory_dim),
+            ("num_layers", num_layers),
+        ):
+            if value < 1:
+                raise ValueError(f"NTM: expected {name} > 0, got {value}")
+        if not heads or set(heads) - set("wr"):
+            raise ValueError(f'NTM: expected heads as a string of "w" and "r", got {heads!r}')
+        if not 0 <= shift_range <= (memory_size - 1) // 2:
+            raise ValueError(
+                f"NTM: expected shift_range in 0..{(memory_size - 1) // 2} for {memory_size} "
+                f"slots, got {shift_range}"
+            )
+        _one_of("controller", controller, ("lstm", "feedforward"))
+        _one_of("memory_init", memory_init, ("constant", "learned", "random"))
+        _one_of("weightings_init", weightings_init, ("learned", "zeros"))
+        _one_of("reads_init", reads_init, ("learned", "random"))
+        _one_of("output_activation", output_activation, tuple(_ACTIVATIONS))
+        self.input_size, self.output_size = input_size, output_size
+        self.controller_size, self.num_layers = controller_size, num_layers
+        self.memory_size, self.memory_dim = memory_size, memory_dim
+        self.heads, self.shift_range, self.controller = heads, shift_range, controller
+        self.batch_first, self.squash, self.memory_init = batch_first, squash, memory_init
+        self.weightings_init, self.reads_init = weightings_init, reads_init
+        self.output_activation = output_activation
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        def keep(name: str, learned: bool, *shape: int) -> None:
+            if learned:
+                self.register_parameter(name, nn.Parameter(empty(*shape)))
+            else:
+                self.register_buffer(name, empty(*shape))
+
+        reads, size = heads.count("r"), controller_size
+        self._controller_names: list[str] = []
+        for k in range(num_layers):
+            below = size if k else input_size + reads * memory_dim
+            shapes: dict[str, tuple[int, ...]] = {"weight": (size, below), "bias": (size,)}
+            if controller == "lstm":
+                shapes = {"weight_ih": (4 * size, below), "weight_hh": (4 * size, size)}
+                shapes |= {"bias_ih": (4 * size,), "bias_hh": (4 * size,)}
+            for name, shape in shapes.items():
+                self._controller_names.append(f"{name}_l{k}")
+                keep(f"{name}_l{k}", True, *shape)
+        rows = sum(self._head_rows())
+        keep("head_weight", True, rows, size)
+        keep("head_bias", True, rows)
+        self.output = nn.Linear(size + reads * memory_dim, output_size, device=device, dtype=dtype)
+        kept = num_layers if controller == "lstm" else 0
+        keep("initial_hidden", kept > 0, kept, size)
+        keep("initial_cell", kept > 0, kept, size)
+        keep("initial_memory", memory_init == "learned", memory_size, memory_dim)
+        keep("initial_weightings", weightings_init == "learned", len(heads), memory_size)
+        keep("initial_reads", reads_init == "learned", reads, memory_dim)
+        self.reset_parameters()
+
+    @classmethod
+    def from_pytorch_ntm(cls, encapsulated: nn.Module) -> NTM:
+        """The same machine as an ``EncapsulatedNTM`` of the package pytorch-ntm, weights copied.
+
+        ``ntm(input)`` then gives what ``init_sequence`` and a call per step of the original give.
+        """
+        source = cast(Any, encapsulated)
+        inner, lstm = source.ntm, source.ntm.controller.lstm
+        reading = [head.is_read_head() for head in inner.heads]
+        layers = [
+            head.fc_read if reads else head.fc_write
+            for head, reads in zip(inner.heads, reading, strict=True)
+        ]
+        slots, width = inner.memory.mem_bias.shape
+        taps = layers[0].out_features - 3 - width * (1 if reading[0] else 3)
+        weight = inner.fc.weight
+        ntm = cls(
+            lstm.input_size - width * sum(reading),
+            inner.fc.out_features,
+            lstm.hidden_size,
+            slots,
+            width,
+            heads="".join("r" if reads else "w" for reads in reading),
+            shift_range=taps // 2,
+            num_layers=lstm.num_layers,
+            squash=False,
+            memory_init="random",
+            weightings_init="zeros",
+            reads_init="random",
+            output_activation="sigmoid",
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            for name in ntm._controller_names:
+                getattr(ntm, name).copy_(getattr(lstm, name))
+            ntm.head_weight.copy_(torch.cat([_turned(h.weight, width, taps) for h in layers]))
+            ntm.head_bias.copy_(torch.cat([_turned(h.bias, width, taps) for h in layers]))
+            ntm.output.load_state_dict(inner.fc.state_dict())
+            ntm.initial_hidden.copy_(inner.controller.lstm_h_bias[:, 0])
+            ntm.initial_cell.copy_(inner.controller.lstm_c_bias[:, 0])
+            ntm.initial_memory.copy_(inner.memory.mem_bias)
+            ntm.initial_reads.copy_(torch.cat(list(inner.init_r)))
+        return ntm.train(encapsulated.training)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters and buffers anew."""
+        names = self._controller_names
+        per_layer = len(names) // self.num_layers
+        for k in range(self.num_layers):
+            layer = [getattr(self, name) for name in names[k * per_layer : (k + 1) * per_layer]]
+            fan_in = self.controller_size if self.controller == "lstm" else layer[0].size(1)
+            for parameter in layer:
+                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+        for part in self.head_weight.detach().split(self._head_rows()):
+            nn.init.xavier_uniform_(part)
+        nn.init.zeros_(self.head_bias)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        nn.init.zeros_(self.initial_hidden)
+        nn.init.zeros_(self.initial_cell)
+        if self.memory_init == "constant":
+            nn.init.constant_(self.initial_memory, _MEMORY)
+        else:
+            bound = (self.memory_size + self.memory_dim) ** -0.5
+            nn.init.uniform_(self.initial_memory, -bound, bound)
+        nn.init.zeros_(self.initial_weightings)
+        if self.weightings_init == "learned":
+            with torch.no_grad():
+                self.initial_weightings[:, 0] = _FOCUS + math.log(max(self.memory_size - 1, 1))
+        nn.init.normal_(self.initial_reads, std=0.01)
+
+    def init_state(self, batch_size: int | None = None) -> NTMState:
+        """What a sequence starts with, for a batch, or unbatched; differentiable."""
+        weightings = self.initial_weightings
+        if self.weightings_init == "learned":
+            weightings = torch.softmax(weightings, -1)
+        state = NTMState(
+            self.initial_hidden,
+            self.initial_cell,
+            self.initial_memory,
+            weightings,
+            self.initial_reads,
+        )
+        if batch_size is None:
+            return state
+        hidden, cell, *rest = state
+        return NTMState(
+            hidden.unsqueeze(1).expand(-1, batch_size, -1),
+            cell.unsqueeze(1).expand(-1, batch_size, -1),
+            *(t.expand(batch_size, -1, -1) for t in rest),
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        state: NTMState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_weightings: bool = False,
+    ) -> tuple[Tensor, NTMState] | tuple[Tensor, NTMState, Tensor]:
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"seqmem::ntm: expected input with 2 or 3 dimensions, got {input.dim()} "
+                f"(shape {list(input.shape)})"
+            )
+        unbatched = input.dim() == 2
+        if unbatched:
+            if lengths is not None or reset is not None:
+                raise ValueError(
+                    "seqmem::ntm: expected a batch beside lengths or reset, got input of shape "
+                    f"{list(input.shape)}"
+                )
+            input = input.unsqueeze(1)
+            state = None if state is None else _batched(state)
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+            reset = reset.t() if reset is not None and reset.dim() == 2 else reset
+        arguments: dict[str, Any] = {
+            "heads": self.heads,
+            "shift_range": self.shift_range,
+            "squash": self.squash,
+            "controller_type": self.controller,
+            "lengths": lengths,
+            "reset": reset,
+            "initial": None if reset is None else self.init_state(),
+        }
+        state = self.init_state(input.size(1)) if state is None else NTMState(*state)
+        controller = [getattr(self, name) for name in self._controller_names]
+        operands = (input, state, controller, self.head_weight, self.head_bias)
+        weightings: Tensor | None = None
+        if return_weightings:
+            features, state, weightings = ops.ntm_trace(*operands, **arguments)
+        else:
+            features, state = ops.ntm(*operands, **arguments)
+        output = self.output(features)
+        activation = _ACTIVATIONS[self.output_activation]
+        if activation is not None:
+            output = activation(output)
+        if lengths is not None:
+            step = torch.arange(input.size(0), device=input.device)
+            ended = step[:, None] >= lengths.to(input.device)
+            output = output.masked_fill(ended[..., None], 0)
+        if unbatched:
+            output, state = output.squeeze(1), _unbatched(state)
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        if weightings is None:
+            return output, state
+        if unbatched:
+            weightings = weightings.squeeze(1)
+        elif self.batch_first:
+            weightings = weightings.transpose(0, 1)
+        return output, state, weightings
+
+    def _head_rows(self) -> list[int]:
+        """How many rows of head_weight each head has."""
+        read = self.memory_dim + 2 * self.shift_range + 4
+        return [read + 2 * self.memory_dim * (head == "w") for head in self.heads]
+
+    def extra_repr(self) -> str:
+        said = (
+            f"{self.input_size}, {self.output_size}, {self.controller_size}, {self.memory_size}, "
+            f"{self.memory_dim}, heads={self.heads!r}"
+        )
+        defaults = {
+            "shift_range": 1,
+            "controller": "lstm",
+            "num_layers": 1,
+            "batch_first": False,
+            "squash": True,
+            "memory_init": "constant",
+            "weightings_init": "learned",
+            "reads_init": "learned",
+            "output_activation": None,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                said += f", {name}={getattr(self, name)!r}"
+        return said
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"NTM: expected {name} as one of {list(allowed)}, got {value!r}")
+
+
+def _turned(rows: Tensor, width: int, taps: int) -> Tensor:
+    """Head parameters whose first shift tap moves up, as ours, whose first moves down."""
+    before, shift, after = rows.split([width + 2, taps, rows.size(0) - width - 2 - taps])
+    return torch.cat((before, shift.flip(0), after))
+
+
+def _batched(state: NTMState) -> NTMState:
+    hidden, cell, *rest = state
+    return NTMState(hidden.unsqueeze(1), cell.unsqueeze(1), *(t.unsqueeze(0) for t in rest))
+
+
+def _unbatched(state: NTMState) -> NTMState:
+    hidden, cell, *rest = state
+    return NTMState(hidden.squeeze(1), cell.squeeze(1), *(t.squeeze(0) for t in rest))
