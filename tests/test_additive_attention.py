@@ -70,6 +70,7 @@ SIZES = [
     *((2, 5, 6, 4, width) for width in (1, 8, 32, 45)),
     (1, 200, 130, 20, 40),
     (19, 70, 33, 8, 8),
+    *((2, queries, keys, 5, 3) for queries, keys in ((8, 16), (9, 17), (23, 40), (16, 31))),
 ]
 
 
@@ -87,19 +88,36 @@ def test_long_rows() -> None:
 
 
 @pytest.mark.isa
-def test_tanh_keeps_its_relative_accuracy() -> None:
+@pytest.mark.parametrize("largest", [7, 12])
+@pytest.mark.parametrize("copies", [1, 8])
+def test_tanh_keeps_its_relative_accuracy(copies: int, largest: int) -> None:
     """Near zero and into saturation, read off the gradient of score_weight.
 
-    With score_weight 0 and keys 0 and -2x both weights are a half and tanh is x's and minus that,
-    so that the gradient of the first weight is tanh(x) / 2.
+    With score_weight 0 and keys 0 and -2x all weights are equal, and tanh is x's and minus that, so
+    that the gradient of the first keys' share is tanh(x) / 2. With several copies of all and
+    projections up to 15 the kernels take tanh from factors.
     """
-    x = torch.cat((torch.logspace(-30, -2, 57), torch.linspace(0.01, 12, 400)))
+    x = torch.cat((torch.logspace(-30, -2, 57), torch.linspace(0.01, largest, 400)))
     for query in (x, -x):
-        keys = torch.stack((torch.zeros_like(x), -2 * query))
+        keys = torch.stack((torch.zeros_like(x), -2 * query)).repeat_interleave(copies, 0)
         score_weight = torch.zeros_like(x, requires_grad=True)
-        _, weights = ops.additive_attention(query[None], keys, keys, score_weight)
-        (grad,) = torch.autograd.grad(weights[0, 0], score_weight)
-        torch.testing.assert_close(2 * grad.double(), query.double().tanh(), rtol=5e-7, atol=0)
+        queries = query.expand(copies, -1)
+        _, weights = ops.additive_attention(queries, keys, keys, score_weight)
+        share = weights[:, :copies].sum() / copies
+        (grad,) = torch.autograd.grad(share, score_weight)
+        rtol = 8e-7 if copies == 1 else 3e-6  # 128 terms are added up
+        torch.testing.assert_close(2 * grad.double(), query.double().tanh(), rtol=rtol, atol=0)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0, 40.0])
+def test_projections_of_any_size(scale: float) -> None:
+    """Within the factors' range, astride its end (a few rows of one batch row only) and beyond."""
+    case = plain_case(2, 40, 35, 12, 8)
+    query, key = case.tensors[0] * scale, case.tensors[1] * scale
+    query[0, 17, 3] = 16.0
+    tensors = (query, key, *case.tensors[2:])
+    check_against_float64(case._replace(tensors=tensors))
 
 
 @pytest.mark.sanitize

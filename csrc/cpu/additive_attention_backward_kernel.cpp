@@ -19,13 +19,18 @@ class BackwardRun {
   const Shape& s;
   const Backward& a;
   const int64_t units, As, Ks, Ds;  // units of work; A, Tk and Dv as whole vectors
-  const bool through_scores;        // whether anything behind the scores is wanted
+  const int64_t panels;             // vectors of keys
+  const bool tries_factors;
+  const bool through_scores;  // whether anything behind the scores is wanted
 
   // Shared by all threads: what each unit adds up.
   C *part_key = nullptr, *part_value = nullptr, *part_weight = nullptr;
   // This thread's own.
   C *weight = nullptr, *key_copy = nullptr, *value_copy = nullptr, *query_copy = nullptr;
   C *output_copy = nullptr, *dquery = nullptr, *ds = nullptr, *weights = nullptr;
+  // Where tanh comes from factors: these, and sums whose lanes are keys still to be added up.
+  C *key_factors = nullptr, *query_high = nullptr, *query_low = nullptr, *query_pairs = nullptr;
+  C *dkey_lanes = nullptr, *dquery_lanes = nullptr, *dweight_lanes = nullptr;
   Matrix<C> key, value, query, doutput;
 
  public:
@@ -36,6 +41,8 @@ class BackwardRun {
         As(padded<C>(s.A)),
         Ks(padded<C>(s.Tk)),
         Ds(padded<C>(s.Dv)),
+        panels(Ks / L),
+        tries_factors(worth_factors<C>(s)),
         through_scores(a.grad_query != nullptr || a.grad_key != nullptr ||
                        a.grad_score_weight != nullptr) {}
 
@@ -56,7 +63,19 @@ class BackwardRun {
       C* own_dquery = take.array<C>(kRows * As);
       C* own_ds = take.array<C>(kRows * Ks);
       C* own_weights = take.array<C>(kRows * Ks);
+      const int64_t factored = tries_factors ? L * s.A : 0;
+      C* own_factors = take.array<C>(panels * factored * 2);
+      C* own_high = take.array<C>(tries_factors ? kRows * As : 0);
+      C* own_low = take.array<C>(tries_factors ? kRows * As : 0);
+      C* own_pairs = take.array<C>(tries_factors ? kTogether * s.A * 2 : 0);
+      C* own_dkey_lanes = take.array<C>(panels * factored);
+      C* own_dquery_lanes = take.array<C>(kTogether * factored);
+      C* own_dweight_lanes = take.array<C>(factored);
       if (i != thread) continue;
+      key_factors = own_factors, query_high = own_high, query_low = own_low;
+      query_pairs = own_pairs;
+      dkey_lanes = own_dkey_lanes, dquery_lanes = own_dquery_lanes;
+      dweight_lanes = own_dweight_lanes;
       weight = own_weight, key_copy = own_key, value_copy = own_value, query_copy = own_query;
       output_copy = own_output, dquery = own_dquery, ds = own_ds, weights = own_weights;
     }
@@ -67,15 +86,17 @@ class BackwardRun {
     copy_rows(static_cast<const S*>(a.score_weight), 1, s.A, weight, As);
     const Share mine = share(units, thread, threads);
     int64_t current = -1;
+    bool factors = false;
     for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
       const int64_t b = unit / s.groups, group = unit % s.groups;
       if (b != current) {
-        key = matrix(a.key, s.key_of[b], s.Tk, s.A, key_copy);
+        factors = through_scores && factor_keys(b);
+        key = {};
         value = matrix(a.value, s.value_of[b], s.Tk, s.Dv, value_copy);
         current = b;
       }
       const int64_t part = s.groups > 1 ? unit : thread;
-      run_unit(b, s.Tq * group / s.groups, s.Tq * (group + 1) / s.groups,
+      run_unit(b, factors, s.Tq * group / s.groups, s.Tq * (group + 1) / s.groups,
                part_key + part * s.Tk * As, part_value + part * s.Tk * Ds, part_weight + unit * As);
       if (s.groups == 1) store_sums(b, part_key + part * s.Tk * As, part_value + part * s.Tk * Ds);
     }
@@ -102,6 +123,14 @@ class BackwardRun {
     return as_rows(static_cast<const S*>(all) + index * rows * width, rows, width, copy);
   }
 
+  bool factor_keys([[maybe_unused]] int64_t b) {
+    if constexpr (std::is_same_v<C, float>)
+      if (tries_factors)
+        return pack_keys(static_cast<const S*>(a.key) + s.key_of[b] * s.Tk * s.A, s.Tk, panels * L,
+                         s.A, key_factors);
+    return false;
+  }
+
   // The first of `parts` arrays becomes the sum of all.
   static void add_up(C* first, int64_t parts, int64_t n) {
     for (int64_t p = 1; p < parts; ++p)
@@ -124,10 +153,15 @@ class BackwardRun {
     for (int64_t v = 0; v < As; v += L) store(row + v, load(row + v) * load(weight + v));
   }
 
-  void run_unit(int64_t b, int64_t begin, int64_t end, C* dkey, C* dvalue, C* dweight) {
+  void run_unit(int64_t b, bool factors, int64_t begin, int64_t end, C* dkey, C* dvalue,
+                C* dweight) {
     fill(dkey, s.Tk * As, C(0));
     fill(dvalue, s.Tk * Ds, C(0));
     fill(dweight, As, C(0));
+    if (factors) {
+      fill(dkey_lanes, panels * L * s.A, C(0));
+      fill(dweight_lanes, L * s.A, C(0));
+    }
     for (int64_t first = begin; first < end; first += kRows) {
       const int64_t count = min(kRows, end - first), at = b * s.Tq + first;
       copy_rows(static_cast<const S*>(a.weights) + at * s.Tk, count, s.Tk, weights, Ks);
@@ -142,16 +176,15 @@ class BackwardRun {
       if (!through_scores) continue;
       query = as_rows(static_cast<const S*>(a.query) + (s.query_of[b] * s.Tq + first) * s.A, count,
                       s.A, query_copy);
-      fill(dquery, count * As, C(0));
-      int64_t i = 0;
-      for (; i + kTogether <= count; i += kTogether) slopes<kTogether>(i, dkey, dweight);
-      for (; i < count; ++i) slopes<1>(i, dkey, dweight);
+      if (!factors || !slopes_by_factors(count)) slopes_of_block(b, count, dkey, dweight);
       if (a.grad_query == nullptr) continue;
-      for (i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         scale(dquery + i * As);
         store_row(static_cast<S*>(a.grad_query) + (at + i) * s.A, dquery + i * As, s.A);
       }
     }
+    if constexpr (std::is_same_v<C, float>)
+      if (factors) add_lanes(dkey, dweight);
   }
 
   // dvalue += weights^T doutput, over the block's queries.
@@ -227,7 +260,100 @@ class BackwardRun {
     if (a.grad_scores != nullptr) store_row(static_cast<S*>(a.grad_scores) + at, row, s.Tk);
   }
 
-  // The gradients through tanh, for R queries and all keys.
+  // ---- through tanh, keys in lanes
+  // -------------------------------------------------------------------------------
+
+  // dquery of a block, and what it adds to the lanes' sums. False where a query is too large for
+  // it.
+  bool slopes_by_factors([[maybe_unused]] int64_t count) {
+    if constexpr (std::is_same_v<C, float>) {
+      if (!split_queries(query, count, As, query_high, query_low)) return false;
+      int64_t i = 0;
+      for (; i + kTogether <= count; i += kTogether) factored_slopes<kTogether>(i);
+      for (; i < count; ++i) factored_slopes<1>(i);
+      return true;
+    }
+    return false;
+  }
+
+  // With r = 1 / (E + 1), tanh is (E - 1) r and its slope 4 r (1 - r); the 4 comes at the end.
+  // Everything a feature needs lies together, so that one index finds it all.
+  template <int R>
+  SEQMEM_INLINE void factored_slopes(int64_t start) {
+    const int64_t A = s.A;
+    float *const pairs = query_pairs, *const dq = dquery_lanes, *const dw = dweight_lanes;
+    for (int64_t f = 0; f < A; ++f) {
+      for (int r = 0; r < R; ++r) {
+        pairs[(f * R + r) * 2] = query_high[(start + r) * As + f];
+        pairs[(f * R + r) * 2 + 1] = query_low[(start + r) * As + f];
+      }
+    }
+    fill(dq, A * R * L, C(0));
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      Vec<float> g[R];
+      IntVec<float> busy{};  // else masked, or too little weight to count
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        g[r] = load(ds + (start + r) * Ks + panel * L);
+        busy |= g[r] != 0.0f;
+      }
+      if (none(busy)) continue;
+      const float* const keys = key_factors + panel * L * A * 2;
+      float* const dk = dkey_lanes + panel * L * A;
+      for (int64_t f = 0; f < A; ++f) {
+        const Factor k = {load(keys + f * 2 * L), load(keys + f * 2 * L + L)};
+        Vec<float> dk_sum = load(dk + f * L), dw_sum = load(dw + f * L);
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const float* q = pairs + (f * R + r) * 2;
+          float* to = dq + (f * R + r) * L;
+          const Vec<float> m = product_less_one({splat(q[0]), splat(q[1])}, k);
+          const Vec<float> ratio = 1.0f / (m + 2.0f);
+          const Vec<float> slope = g[r] * (ratio - ratio * ratio);
+          dw_sum += g[r] * (m * ratio);
+          dk_sum += slope;
+          store(to, load(to) + slope);
+        }
+        store(dk + f * L, dk_sum);
+        store(dw + f * L, dw_sum);
+      }
+    }
+    for (int64_t f = 0; f < A; ++f)
+      for (int r = 0; r < R; ++r)
+        dquery[(start + r) * As + f] = 4 * sum<float>(load(dq + (f * R + r) * L));
+    for (int r = 0; r < R; ++r) fill(dquery + (start + r) * As + A, As - A, C(0));
+  }
+
+  // The lanes' sums of a unit join those of its blocks that went without factors.
+  void add_lanes(C* dkey, C* dweight) {
+    for (int64_t f = 0; f < s.A; ++f) dweight[f] += sum<float>(load(dweight_lanes + f * L));
+    for (int64_t j = 0; j < s.Tk; j += L) {
+      const int64_t keys = min<int64_t>(L, s.Tk - j);
+      for (int64_t f = 0; f < s.A; f += L) {
+        Vec<float> square[L] = {};
+        const int64_t n = min<int64_t>(L, s.A - f);
+        for (int64_t i = 0; i < n; ++i) square[i] = load(dkey_lanes + (j * s.A) + (f + i) * L);
+        transpose<float>(square);
+        for (int64_t i = 0; i < keys; ++i) {
+          C* row = dkey + (j + i) * As + f;
+          store(row, load(row) + 4.0f * square[i]);
+        }
+      }
+    }
+  }
+
+  // ---- through tanh, features in lanes
+  // ---------------------------------------------------------------------------
+
+  void slopes_of_block(int64_t b, int64_t count, C* dkey, C* dweight) {
+    if (key.data == nullptr) key = matrix(a.key, s.key_of[b], s.Tk, s.A, key_copy);
+    fill(dquery, count * As, C(0));
+    int64_t i = 0;
+    for (; i + kTogether <= count; i += kTogether) slopes<kTogether>(i, dkey, dweight);
+    for (; i < count; ++i) slopes<1>(i, dkey, dweight);
+  }
+
+  // For R queries and all keys.
   template <int R>
   SEQMEM_INLINE void slopes(int64_t start, C* dkey, C* dweight) {
     const C *q[R], *g[R];

@@ -118,12 +118,14 @@ int threads_for(const Shape& s, double passes) {
   return int(std::clamp(shares, 1.0, double(available_threads())));
 }
 
-// The parts of a batch whose gradients are added up apart: the same at any number of threads.
+// The parts of a batch whose gradients are added up apart: the same at any number of threads, and
+// so few that their sums take about as much memory as the weights at most.
 constexpr int64_t kUnits = 16, kRowsWorthApart = 64;
 
 int64_t groups_for(const Shape& s) {
   const int64_t wanted = (kUnits + s.B - 1) / std::max<int64_t>(s.B, 1);
-  return std::clamp<int64_t>(s.Tq / kRowsWorthApart, 1, wanted);
+  const int64_t rows = std::max(kRowsWorthApart, (s.A + s.Dv) / 2);
+  return std::clamp<int64_t>(s.Tq / rows, 1, wanted);
 }
 
 // ---- forward
