@@ -10,7 +10,8 @@ from importlib import import_module
 COMMANDS = {
     "bench": ("train with both LSTMs, measure every row (--full: longer)", "seqmem_fast.bench"),
     "info": ("versions, processor and build: what a bug report needs", "seqmem_fast.info"),
-    "plot": ("pictures: plot gates", "seqmem_fast.plot.command"),
+    "plot": ("pictures: plot gates, plot copy", "seqmem_fast.plot.command"),
+    "train": ("learn one of the NTM paper's tasks: train copy", "seqmem_fast.tasks.command"),
 }
 
 

@@ -2,5 +2,6 @@
 
 from .attention import attention
 from .gates import gates, liveliest
+from .ntm import ntm
 
-__all__ = ["attention", "gates", "liveliest"]
+__all__ = ["attention", "gates", "liveliest", "ntm"]

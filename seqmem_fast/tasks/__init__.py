@@ -2,8 +2,8 @@
 
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
-Each task is a class whose fields are its sizes.
-how that is done and what was measured stands in :mod:`.settings`.
+Each task is a class whose fields are its sizes. `python -m seqmem_fast train copy` trains on it;
+what was tried and measured stands in :mod:`.settings`.
 """
 
 from .associative_recall import AssociativeRecallTask

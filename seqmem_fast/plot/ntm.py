@@ -1,0 +1,121 @@
+"""An NTM at work on a sequence: what it saw and said, and where its heads were."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .common import colour_bar, heat, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HEADS = {"w": "write weighting", "r": "read weighting"}
+USED = 0.02  # a slot that no head gives more is not worth a row
+STEP, CHANNEL, SLOT = 0.11, 0.09, 0.045  # inches
+
+
+def used_slots(weightings: Tensor, margin: int = 2) -> list[int]:
+    """The shortest run of slots, round the end if need be, that holds all that any head used.
+
+    weightings [..., N] -> slots in order, with a few unused ones on both sides.
+    """
+    slots = weightings.shape[-1]
+    used = (weightings.reshape(-1, slots) > USED).any(0).nonzero().flatten().tolist()
+    if not used:
+        return list(range(slots))
+    after = [*used[1:], used[0] + slots]
+    gaps = [second - first for first, second in zip(used, after, strict=True)]
+    widest = max(range(len(gaps)), key=gaps.__getitem__)
+    first = after[widest] % slots - margin
+    count = min(slots, slots - gaps[widest] + 1 + 2 * margin)
+    return [(first + k) % slots for k in range(count)]
+
+
+def ntm(
+    input: Tensor,
+    output: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    weightings: Tensor | None = None,
+    *,
+    heads: str = "wr",
+    title: str | None = None,
+) -> Figure:
+    """One sequence of an algorithmic task, time across: the NTM paper's figures 4 to 6 in one.
+
+    Panels: the input; the output; its distance from the target, where the target counts; and the
+    weighting of each head over the slots. A head that walks through the memory step by step draws
+    a diagonal, and one that reads what was written draws the same diagonal later.
+
+    Args:
+        input: [T, I].
+        output: [T, O], chances from 0 to 1.
+        target: [T, O] of 0 and 1.
+        mask: [T], 1 where the target counts; the output is shown there alone.
+        weightings: [T, Hd, N] as `NTM(..., return_weightings=True)` gives them; None for a network
+            without heads. Only slots in use are shown.
+        heads: what each of the Hd heads does, as the NTM was built.
+        title: above the picture.
+
+    Returns:
+        A matplotlib Figure; `figure.savefig("ntm.png")` keeps it.
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+        ImportError: matplotlib is not installed.
+    """
+    steps, channels = target.shape
+    expected = {"input": (steps, input.shape[-1]), "output": (steps, channels), "mask": (steps,)}
+    found = {"input": input, "output": output, "mask": mask}
+    if weightings is not None:
+        expected["weightings"] = (steps, len(heads), weightings.shape[-1])
+        found["weightings"] = weightings
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"plot.ntm: expected {name} of shape {list(expected[name])}, "
+                f"got {list(tensor.shape)}"
+            )
+    counted = mask.bool().unsqueeze(1)
+    nothing = torch.tensor(float("nan"))
+    panels = [
+        ("input", input, CHANNEL),
+        ("output", torch.where(counted, output, nothing), CHANNEL),
+        ("error", torch.where(counted, (output - target).abs(), nothing), CHANNEL),
+    ]
+    slots: list[int] = []
+    if weightings is not None:
+        slots = used_slots(weightings)
+        panels += [
+            (HEADS[kind], weightings[:, head, slots], SLOT) for head, kind in enumerate(heads)
+        ]
+    heights = [max(0.6, values.shape[1] * scale) for _, values, scale in panels]
+    figure = new_figure(max(5.0, 1.5 + STEP * steps), sum(heights) + 0.33 * len(panels) + 0.5)
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
+    for each, (name, values, _) in zip(axes, panels, strict=True):
+        _draw(each, name, values, slots)
+    axes[-1].set_xlabel("time step")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _draw(axes: Axes, name: str, values: Tensor, slots: list[int]) -> None:
+    shown = values.detach().to("cpu", torch.float32).t().numpy()
+    low = min(0.0, float(values.min())) if name == "input" else 0.0
+    top = max(1.0, float(values.max())) if name == "input" else 1.0
+    image = heat(axes, shown, cmap="Reds" if name == "error" else "magma", vmin=low, vmax=top)
+    axes.set_facecolor("0.9")
+    axes.set_title(name, loc="left", fontsize=10)
+    if name in HEADS.values():
+        axes.set_ylabel("slot", fontsize=8)
+        rows = range(0, len(slots), max(1, len(slots) // 5))
+        axes.set_yticks(rows, [str(slots[row]) for row in rows], fontsize=7)
+    else:
+        axes.set_ylabel("channel", fontsize=8)
+        axes.set_yticks([])
+    colour_bar(image, axes, pad=0.01, fraction=0.03, aspect=10)

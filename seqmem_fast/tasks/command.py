@@ -1,0 +1,189 @@
+"""The command `train`: `python -m seqmem_fast train copy`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import TASKS, checkpoint, loop
+from .display import Bar, Board, MissingPackage, judge, new_console, show_scores
+from .settings import MODELS, Settings, standard
+from .training import Diverged, Training
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SEQUENCES = 200  # of each size in the table at the end
+
+
+def parser() -> argparse.ArgumentParser:
+    """One sub-command a task, with the task's own sizes among its options."""
+    whole = argparse.ArgumentParser(
+        prog="python -m seqmem_fast train",
+        description="Trains on one of the NTM paper's tasks (arXiv 1410.5401, section 4), then "
+        "judges the result on fresh sequences, larger ones too.",
+    )
+    tasks = whole.add_subparsers(dest="task", required=True, metavar="task")
+    for name, kind in TASKS.items():
+        summary = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
+        one = tasks.add_parser(
+            name,
+            help=summary,
+            description=(inspect.getdoc(kind) or "").partition("\n\nRaises")[0],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        usual = standard(name)
+        settings = one.add_argument_group("what determines the training")
+        for each in fields(Settings):
+            if each.name in ("task", "sizes"):
+                continue
+            value = getattr(usual, each.name)
+            settings.add_argument(
+                _option(each.name),
+                type=type(value),
+                choices=MODELS if each.name == "model" else None,
+                metavar=None if each.name == "model" else type(value).__name__.upper(),
+                help=f"standard: {value}",
+            )
+        sizes = one.add_argument_group("sizes of the task")
+        for each in fields(kind):  # type: ignore[arg-type]
+            sizes.add_argument(
+                _option(each.name), type=int, metavar="INT", help=f"standard: {each.default}"
+            )
+        _add_run_options(one.add_argument_group("this run"), name)
+    return whole
+
+
+def _add_run_options(group: Any, name: str) -> None:
+    default = Path("checkpoints") / name
+    group.add_argument("--checkpoint", type=Path, default=default, help=f"folder: {default}")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    how.add_argument("--restart", action="store_true", help="replace the checkpoint")
+    group.add_argument("--minutes", type=float, help="stop then, resumable; no limit if not given")
+    group.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write curves there")
+    group.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    group.add_argument(
+        "--sequences", type=int, default=SEQUENCES, help="of each size in the evaluation"
+    )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def chosen(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings and the task's sizes that were given on the command line."""
+    settings = {
+        each.name: getattr(options, each.name)
+        for each in fields(Settings)
+        if each.name not in ("task", "sizes") and getattr(options, each.name) is not None
+    }
+    sizes = {
+        each.name: getattr(options, each.name)
+        for each in fields(TASKS[options.task])  # type: ignore[arg-type]
+        if getattr(options, each.name) is not None
+    }
+    return settings, sizes
+
+
+def start(options: argparse.Namespace) -> Training:
+    """A new training, or the one that the checkpoint holds.
+
+    Raises:
+        ValueError: settings out of range, or others than those of the training to resume.
+        CheckpointError: nothing to resume, or a checkpoint in the way.
+    """
+    settings, sizes = chosen(options)
+    if options.resume:
+        training = loop.resume(options.checkpoint)
+        kept = training.settings.to_json()
+        wanted = {"task": options.task, **settings}
+        here = {name: kept["sizes"].get(name) for name in sizes} | {n: kept[n] for n in wanted}
+        for name, value in (wanted | sizes).items():
+            if here[name] != value:
+                raise ValueError(
+                    f"--resume goes on as before: {name} is {here[name]} there, got {value}"
+                )
+        return training
+    if checkpoint.exists(options.checkpoint) and not options.restart:
+        raise checkpoint.CheckpointError(
+            f"{options.checkpoint} holds a checkpoint: --resume goes on from it, --restart "
+            "replaces it, --checkpoint names another folder"
+        )
+    return Training(standard(options.task).with_changes(sizes=sizes, **settings))
+
+
+def train(options: argparse.Namespace, console: Console) -> int:
+    """Trains, keeps, judges; the exit status."""
+    checkpoint.require_safetensors()  # before hours of training, not after
+    training = start(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    limits = loop.Limits(
+        seconds=float("inf") if options.minutes is None else 60 * options.minutes,
+        checkpoint_every=options.checkpoint_every,
+    )
+    with ExitStack() as stack:
+        board = None
+        if options.tensorboard is not None:
+            board = Board(options.tensorboard, training)
+            stack.callback(board.close)
+        bar = stack.enter_context(Bar(console, training))
+
+        def watch(now: Training, loss: float, wrong: float) -> None:
+            bar(now, loss, wrong)
+            if board is not None:
+                board(now, loss, wrong)
+
+        signalled = loop.run(training, options.checkpoint, limits, watch)
+    taken = f"step {training.step_count} of {training.settings.steps}"
+    console.print(f"{taken}, kept in {options.checkpoint}", highlight=False)
+    if signalled:
+        console.print(f"{signal.Signals(signalled).name}: --resume goes on from there")
+        return 128 + signalled
+    scores = judge(training, options.sequences)
+    show_scores(console, training.settings, scores)
+    content = {
+        "step": training.step_count,
+        "seconds": training.seconds,
+        "sequences": options.sequences,
+        "scores": [
+            {"size": probe.label, "trained": probe.trained, **score._asdict()}
+            for probe, score in scores
+        ],
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    checkpoint.replace(options.checkpoint / "evaluation.json", text.encode())
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; every mistake comes as one sentence."""
+    options = parser().parse_args(arguments)
+    for name in ("minutes", "checkpoint_every", "threads", "sequences"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            print(f"{_option(name)}: expected more than 0, got {value}", file=sys.stderr)
+            return 2
+    try:
+        return train(options, new_console())
+    except KeyboardInterrupt:  # while judging: the training itself is kept
+        return 128 + signal.SIGINT
+    except Diverged as error:
+        print(f"stopped: {error}; the last checkpoint is as it was", file=sys.stderr)
+        return 1
+    except (ValueError, MissingPackage, checkpoint.CheckpointError, OSError) as error:
+        print(f"seqmem_fast train: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,162 @@
+"""What a training shows: a progress bar, TensorBoard, and the table at its end. Needs rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .settings import Settings
+from .task import Probe, Score, evaluate
+from .training import Training
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SMOOTHING = 0.02  # of the figures in the bar
+EVALUATION_SEED = 2**31  # a stream that no training's seed below 2^31 sees
+
+
+class MissingPackage(RuntimeError):
+    """An optional package is not installed."""
+
+
+def new_console() -> Console:
+    """Where everything is printed."""
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise MissingPackage("training needs rich: run `pip install rich`") from error
+    return Console()
+
+
+class Bar:
+    """A progress bar with loss, wrong bits per sequence and speed; a watcher of the loop."""
+
+    def __init__(self, console: Console, training: Training) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.5f}"),
+            TextColumn("wrong bits {task.fields[wrong]:.3f}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        settings = training.settings
+        self._row = self._progress.add_task(
+            f"{settings.task}, {settings.model}",
+            total=settings.steps,
+            completed=training.step_count,
+            loss=float("nan"),
+            wrong=float("nan"),
+        )
+        self.loss = self.wrong = float("nan")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, training: Training, loss: float, wrong: float) -> None:
+        if self.loss != self.loss:  # the first step
+            self.loss, self.wrong = loss, wrong
+        self.loss += SMOOTHING * (loss - self.loss)
+        self.wrong += SMOOTHING * (wrong - self.wrong)
+        self._progress.update(
+            self._row, completed=training.step_count, loss=self.loss, wrong=self.wrong
+        )
+
+
+class Board:
+    """TensorBoard's curves of loss and wrong bits; a watcher of the loop."""
+
+    def __init__(self, folder: Path, training: Training) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingPackage(
+                "--tensorboard needs tensorboard: run `pip install tensorboard`"
+            ) from error
+        # A resumed training goes on in the same folder; what came after its checkpoint is dropped.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=training.step_count)
+
+    def __call__(self, training: Training, loss: float, wrong: float) -> None:
+        self._writer.add_scalar("loss", loss, training.step_count)
+        self._writer.add_scalar("wrong bits per sequence", wrong, training.step_count)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def judge(training: Training, sequences: int) -> list[tuple[Probe, Score]]:
+    """The scores at training's sizes and beyond them, on sequences never trained on."""
+    fresh = Probe("as in training", {}, True)
+    scores = []
+    for probe in (fresh, *training.task.probes()):
+        size = probe.size or None
+        score = evaluate(
+            training.model, training.task, size, sequences, EVALUATION_SEED, batch_size=20
+        )
+        scores.append((probe, score))
+    return scores
+
+
+def show_scores(
+    console: Console, settings: Settings, scores: Sequence[tuple[Probe, Score]]
+) -> None:
+    """The table of scores, and in a sentence how far it reaches."""
+    from rich.table import Table
+
+    table = Table(title=f"{settings.task}, {settings.model}: means over fresh sequences")
+    table.add_column("size")
+    table.add_column("trained on")
+    for heading in ("wrong bits", "faultless", "cost in bits"):
+        table.add_column(heading, justify="right")
+    best_known = any(score.best_cost is not None for _, score in scores)
+    if best_known:
+        table.add_column("least possible", justify="right")
+    for probe, score in scores:
+        row = [
+            probe.label,
+            "yes" if probe.trained else "no, larger",
+            f"{score.wrong_bits:.3f}",
+            f"{score.perfect:.1%}",
+            f"{score.cost:.3f}",
+        ]
+        table.add_row(*row, *([f"{score.best_cost:.3f}"] if score.best_cost is not None else []))
+    console.print(table)
+    console.print(verdict(scores), highlight=False)
+
+
+def verdict(scores: Sequence[tuple[Probe, Score]]) -> str:
+    """In a sentence: whether it has learnt the task, and whether that carries over to more."""
+    if any(score.best_cost is not None for _, score in scores):
+        _, score = scores[0]
+        return (
+            f"It spends {score.cost:.2f} bits a sequence where the optimal estimator spends "
+            f"{score.best_cost:.2f}."
+        )
+    _, here = scores[0]
+    learnt = "It has learnt what it was trained on"
+    if here.wrong_bits >= 0.01:
+        learnt = f"On what it was trained on it still gets {here.wrong_bits:.3f} bits wrong"
+    beyond = [(probe, score) for probe, score in scores if not probe.trained]
+    good = [probe.label for probe, score in beyond if score.wrong_bits < 1]
+    bad = [probe.label for probe, score in beyond if score.wrong_bits >= 1]
+    sentence = learnt + "."
+    if good:
+        sentence += f" Beyond it, less than one wrong bit a sequence: {'; '.join(good)}."
+    if bad:
+        sentence += f" It does not carry over to: {'; '.join(bad)}."
+    return sentence

@@ -1,0 +1,79 @@
+"""What determines a training: every number that the weights at its end depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from . import TASKS
+from .task import Task
+
+MODELS = ("ntm", "lstm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one training; equal settings give equal weights on the same machine.
+
+    Raises:
+        ValueError: an unknown task or model, a number out of range.
+    """
+
+    task: str
+    sizes: Mapping[str, int] = field(default_factory=dict)  # fields of the task, its defaults else
+    model: str = "ntm"
+    seed: int = 0
+    steps: int = 4000
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    clip: float = 1.0  # largest norm of the gradient
+    controller_size: int = 100  # hidden units; also of the LSTM that takes the NTM's place
+    num_layers: int = 1
+    memory_size: int = 128  # slots
+    memory_dim: int = 20
+    heads: str = "wr"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("task", self.task, TASKS), ("model", self.model, MODELS)):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name in ("steps", "batch_size", "controller_size", "num_layers", "memory_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:  # all that a generator takes
+            raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
+        self.build_task()
+
+    def build_task(self) -> Task:
+        """The task with these sizes."""
+        kind = TASKS[self.task]
+        unknown = set(self.sizes) - {each.name for each in fields(kind)}  # type: ignore[arg-type]
+        if unknown:
+            raise ValueError(f"{self.task}: unknown sizes {', '.join(sorted(unknown))}")
+        return kind(**self.sizes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary that JSON holds without loss."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Settings:
+        """The settings that :meth:`to_json` gave; TypeError where names are missing or unknown."""
+        return cls(**content)
+
+    def with_changes(self, **changes: Any) -> Settings:
+        """The same but for those."""
+        return replace(self, **changes)
+
+
+# What differs from the above, task by task.
+DEFAULTS: dict[str, dict[str, Any]] = {}
+
+
+def standard(task: str) -> Settings:
+    """The settings that a task is trained with where nothing else is asked for."""
+    return Settings(task, **DEFAULTS.get(task, {}))

@@ -1,0 +1,117 @@
+"""One training on its way: all that a step reads and changes, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import build_model
+from .settings import Settings
+from .task import loss_of, wrong_bits
+
+LOWEST = 0.02  # the share of the learning rate that training ends with
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number; the weights are those before that step."""
+
+
+class Training:
+    """A model, its optimizer, the random state of its data and the number of steps taken.
+
+    Two trainings of the same settings take the same steps bit for bit, also where one of them is
+    put away by :meth:`tensors` and :meth:`counters` and brought back by :meth:`restore`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.task = settings.build_task()
+        self.model = build_model(settings, self.task)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.Adam(
+            self.parameters, settings.learning_rate, betas=(0.9, 0.999), foreach=True
+        )
+        self.step_count = 0
+        self.seconds = 0.0
+
+    def learning_rate(self) -> float:
+        """That of the next step: constant for the first half, then down along a cosine."""
+        done = self.step_count / self.settings.steps
+        falling = max(0.0, 2 * done - 1)
+        low = 0.02
+        return self.settings.learning_rate * (
+            low + (1 - low) * (1 + math.cos(math.pi * falling)) / 2
+        )
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step on a fresh batch: loss and wrong bits per sequence before it.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        size = self.task.draw(self.generator)
+        batch = self.task.batch(self.settings.batch_size, self.generator, **size)
+        logits = self.model(batch.input)
+        loss = loss_of(logits, batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss at step {self.step_count + 1} is {value}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        return value, float(wrong_bits(logits, batch).mean())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and random state, by name."""
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            named |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items()}
+        return named | {"generator": self.generator.get_state()}
+
+    def counters(self) -> dict[str, Any]:
+        """Settings and counters, fit for JSON."""
+        return {
+            "settings": self.settings.to_json(),
+            "step": self.step_count,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> Training:
+        """The training that those came from.
+
+        Raises:
+            ValueError: they do not belong together.
+        """
+        try:
+            training = cls(Settings.from_json(counters["settings"]))
+            training.step_count = int(counters["step"])
+            training.seconds = float(counters["seconds"])
+            training._take(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"not a checkpoint of this training: {error}") from error
+        return training
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.generator.set_state(tensors["generator"])
