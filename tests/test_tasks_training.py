@@ -122,6 +122,21 @@ def test_the_learning_rate_is_constant_then_falls() -> None:
     assert rates == pytest.approx([1, 1, 0.51, 0.02])
 
 
+def test_a_curriculum_lets_sizes_grow() -> None:
+    training = Training(settings(steps=200, curriculum=0.5, sizes={"bits": 2, "max_length": 9}))
+    lengths: list[int] = []
+    training.model.register_forward_hook(
+        lambda module, given, result: lengths.append((given[0].shape[0] - 1) // 2)
+    )
+    for count in (0, 50, 100):
+        training.step_count = count
+        lengths.clear()
+        for _ in range(40):
+            training.step()
+            training.step_count = count
+        assert (min(lengths), max(lengths)) == (1, {0: 2, 50: 6, 100: 9}[count])
+
+
 def test_the_loop_saves_on_the_way_and_at_its_end(tmp_path: Path) -> None:
     seen = []
 
@@ -318,6 +333,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--learning-rate=-1"], "learning_rate: expected more than 0, got -1.0"),
         (["--seed=-1"], "seed: expected 0 to"),
+        (["--curriculum=2"], "curriculum: expected 0 to 1, got 2.0"),
         (["--bits=0"], "copy: expected bits of at least 1, got 0"),
         (["--minutes=0"], "--minutes: expected more than 0, got 0.0"),
         (["--checkpoint-every=0"], "--checkpoint-every: expected more than 0, got 0"),

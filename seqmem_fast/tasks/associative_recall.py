@@ -53,8 +53,8 @@ class AssociativeRecallTask(Task):
     def output_size(self) -> int:
         return self.bits
 
-    def draw(self, generator: Generator) -> Size:
-        return {"items": draw_between(self.min_items, self.max_items, generator)}
+    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+        return {"items": draw_between(self.min_items, self.max_items, reach, generator)}
 
     def batch(self, batch_size: int, generator: Generator, *, items: int = 6) -> Batch:
         if items < 2:

@@ -47,8 +47,8 @@ class CopyTask(Task):
     def output_size(self) -> int:
         return self.bits
 
-    def draw(self, generator: Generator) -> Size:
-        return {"length": draw_between(self.min_length, self.max_length, generator)}
+    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+        return {"length": draw_between(self.min_length, self.max_length, reach, generator)}
 
     def batch(self, batch_size: int, generator: Generator, *, length: int = 20) -> Batch:
         require_positive("copy", length=length)

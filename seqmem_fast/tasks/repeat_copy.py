@@ -52,10 +52,10 @@ class RepeatCopyTask(Task):
     def output_size(self) -> int:
         return self.bits + 1
 
-    def draw(self, generator: Generator) -> Size:
+    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
         return {
-            "length": draw_between(self.min_length, self.max_length, generator),
-            "repeats": draw_between(self.min_repeats, self.max_repeats, generator),
+            "length": draw_between(self.min_length, self.max_length, reach, generator),
+            "repeats": draw_between(self.min_repeats, self.max_repeats, reach, generator),
         }
 
     def normalised(self, repeats: int) -> float:

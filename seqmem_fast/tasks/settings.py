@@ -28,6 +28,7 @@ class Settings:
     batch_size: int = 8
     learning_rate: float = 3e-3
     clip: float = 1.0  # largest norm of the gradient
+    curriculum: float = 0.0  # the share of the steps over which sizes grow from the least
     controller_size: int = 100  # hidden units; also of the LSTM that takes the NTM's place
     num_layers: int = 1
     memory_size: int = 128  # slots
@@ -44,6 +45,8 @@ class Settings:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
         if not 0 <= self.seed < 2**32:  # all that a generator takes
             raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
         self.build_task()
@@ -71,7 +74,10 @@ class Settings:
 
 
 # What differs from the above, task by task.
-DEFAULTS: dict[str, dict[str, Any]] = {}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "associative_recall": {"steps": 10_000, "batch_size": 16, "learning_rate": 1e-3},
+    "repeat_copy": {"steps": 12_000, "learning_rate": 2e-3, "curriculum": 0.3},
+}
 
 
 def standard(task: str) -> Settings:

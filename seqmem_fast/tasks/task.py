@@ -48,8 +48,11 @@ class Task(ABC):
         """O: the bits of the target at each step."""
 
     @abstractmethod
-    def draw(self, generator: Generator) -> Size:
-        """The size of a training batch, at random."""
+    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+        """The size of a training batch, at random.
+
+        reach, 0 to 1: how much of the way from the least to the largest sizes is allowed.
+        """
 
     @abstractmethod
     def batch(self, batch_size: int, generator: Generator, *args: Any, **size: Any) -> Batch:
@@ -137,9 +140,10 @@ class Stream(IterableDataset[Batch]):
             yield self.task.batch(self.batch_size, generator, **self.task.draw(generator))
 
 
-def draw_between(low: int, high: int, generator: Generator) -> int:
-    """A whole number from low to high, both included."""
-    return int(torch.randint(low, high + 1, (), generator=generator))
+def draw_between(low: int, high: int, reach: float, generator: Generator) -> int:
+    """A whole number from low to high, both included; low and the next one where reach is 0."""
+    top = min(high, low + 1 + int((high - low) * reach))
+    return int(torch.randint(low, top + 1, (), generator=generator))
 
 
 def random_bits(*shape: int, generator: Generator) -> Tensor:

@@ -48,13 +48,18 @@ class Training:
             low + (1 - low) * (1 + math.cos(math.pi * falling)) / 2
         )
 
+    def reach(self) -> float:
+        """How far the sizes of the next batch may go, from the least at 0 to all at 1."""
+        growing = self.settings.curriculum * self.settings.steps
+        return min(1.0, self.step_count / growing) if growing else 1.0
+
     def step(self) -> tuple[float, float]:
         """One optimizer step on a fresh batch: loss and wrong bits per sequence before it.
 
         Raises:
             Diverged: the loss is not finite.
         """
-        size = self.task.draw(self.generator)
+        size = self.task.draw(self.generator, self.reach())
         batch = self.task.batch(self.settings.batch_size, self.generator, **size)
         logits = self.model(batch.input)
         loss = loss_of(logits, batch)
