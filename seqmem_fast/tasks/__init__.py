@@ -3,7 +3,7 @@
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
 Each task is a class whose fields are its sizes. `python -m seqmem_fast train copy` trains on it;
-what was tried and measured stands in :mod:`.settings`.
+what was tried and measured stands in docs/ntm_training.md.
 """
 
 from .associative_recall import AssociativeRecallTask

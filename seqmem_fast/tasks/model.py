@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..nn import LSTM
-from ..nn.ntm import NTM
+from ..nn import LSTM, NTM
 from .settings import Settings
 from .task import Task
 
