@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from seqmem_fast.tasks.display import Bar
 from seqmem_fast.tasks.settings import Settings
 from seqmem_fast.tasks.training import Diverged, Training
 
-SMALL = {"batch_size": 2, "controller_size": 32, "memory_size": 16, "memory_dim": 8}
+SMALL: dict[str, Any] = {"batch_size": 2, "controller_size": 32, "memory_size": 16, "memory_dim": 8}
 
 
 class Tireless(Training):

@@ -123,18 +123,18 @@ def test_the_learning_rate_is_constant_then_falls() -> None:
 
 
 def test_a_curriculum_lets_sizes_grow() -> None:
-    training = Training(settings(steps=200, curriculum=0.5, sizes={"bits": 2, "max_length": 9}))
+    sizes = {"bits": 2, "max_length": 9}
+    training = Training(settings(steps=200, curriculum=0.5, sizes=sizes, model="lstm"))
     lengths: list[int] = []
     training.model.register_forward_hook(
         lambda module, given, result: lengths.append((given[0].shape[0] - 1) // 2)
     )
-    for count in (0, 50, 100):
-        training.step_count = count
+    for count, longest in ((0, 2), (50, 6), (100, 9)):
         lengths.clear()
         for _ in range(40):
-            training.step()
             training.step_count = count
-        assert (min(lengths), max(lengths)) == (1, {0: 2, 50: 6, 100: 9}[count])
+            training.step()
+        assert (min(lengths), max(lengths)) == (1, longest)
 
 
 def test_the_loop_saves_on_the_way_and_at_its_end(tmp_path: Path) -> None:
