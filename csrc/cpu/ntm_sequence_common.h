@@ -1,0 +1,173 @@
+// What the forward and backward of the whole-sequence NTM share: where things lie, and products.
+#pragma once
+
+#include "ntm_sequence_memory.h"
+
+namespace seqmem::ntm_sequence {
+namespace {
+
+// Widths and offsets that follow from a shape.
+//
+// A layer's operand is [x | reads | h] for the first and [h | output of the layer below] for the
+// others, h only for an LSTM: what is written by whole vectors spills over onto what is written
+// later, or onto the room at the end.
+template <class C>
+class Layout {
+ public:
+  static constexpr int L = kLanes<C>;
+  static constexpr int W = 4 * L;  // a panel's width
+
+  const Shape& s;
+  const int64_t R, Cs, Ps;  // values read; C and P with room for whole vectors
+  const int64_t units;      // vectors of units
+
+  explicit Layout(const Shape& s)
+      : s(s), R(s.reads * s.M), Cs(room(s.C)), Ps(room(s.P)), units(ceil_div(s.C, L)) {}
+
+  // With room for a vector past the end, and no multiple of 64, which would thrash the cache.
+  static int64_t room(int64_t n) { return slot_stride(n + L); }
+
+  int64_t below(int64_t l) const { return l == 0 ? s.I + R : s.C; }
+  int64_t recurrent() const { return s.lstm ? s.C : 0; }
+  int64_t K(int64_t l) const { return below(l) + recurrent(); }
+  int64_t at_below(int64_t l) const { return l == 0 ? 0 : recurrent(); }
+  int64_t at_hidden(int64_t l) const { return l == 0 ? below(0) : 0; }
+  int64_t operand(int64_t l) const { return room(K(l)); }  // an operand's stride
+  int64_t gates() const { return (s.lstm ? 4 : 1) * s.C; }
+  int64_t gates_stride() const { return room(gates()); }
+
+  // Positions within a record of `saved`.
+  int64_t record_gates(int64_t l) const { return l * 5 * s.C; }
+  int64_t record_output(int64_t l) const { return (s.lstm ? s.layers * 5 * s.C : 0) + l * s.C; }
+  int64_t record_p() const { return record_output(s.layers - 1); }
+
+  // Positions among the controller's tensors.
+  int64_t weight_ih(int64_t l) const { return l * (s.lstm ? 4 : 2); }
+  int64_t weight_hh(int64_t l) const { return l * 4 + 1; }
+  int64_t bias(int64_t l) const { return s.lstm ? l * 4 + 2 : l * 2 + 1; }
+
+  // Where layer l begins in an array of first-layer and further-layer parts.
+  int64_t layer(int64_t l, int64_t first, int64_t other) const {
+    return l == 0 ? 0 : first + (l - 1) * other;
+  }
+
+  bool alive(int64_t t, int64_t b) const { return s.lengths == nullptr || t < s.lengths[b]; }
+  bool reset(int64_t t, int64_t b) const { return s.reset != nullptr && s.reset[t * s.B + b]; }
+};
+
+// Calls f(constant NV, first vector): panels of four vectors, the last one of what is left.
+template <class F>
+SEQMEM_INLINE void for_panels(int64_t vectors, F&& f) {
+  int64_t v = 0;
+  for (; v + 4 <= vectors; v += 4) f(std::integral_constant<int, 4>{}, v);
+  switch (vectors - v) {
+    case 1: f(std::integral_constant<int, 1>{}, v); break;
+    case 2: f(std::integral_constant<int, 2>{}, v); break;
+    case 3: f(std::integral_constant<int, 3>{}, v); break;
+  }
+}
+
+// to[k * step + lane] = from[lane * K + k]: so many rows of a weight, side by side.
+template <class C>
+void pack_rows(const C* from, int64_t K, int64_t rows, C* to, int64_t step) {
+  constexpr int L = kLanes<C>;
+  for (int64_t k = 0; k < K; k += L) {
+    Vec<C> square[L] = {};
+    const int n = static_cast<int>(min<int64_t>(L, K - k));
+    for (int64_t l = 0; l < rows; ++l) square[l] = load_n(from + l * K + k, n);
+    transpose<C>(square);
+    for (int i = 0; i < n; ++i) store(to + (k + i) * step, square[i]);
+  }
+}
+
+// panels[p][k][4 vectors] of a weight [width, K]: its rows become lanes.
+template <class C>
+void pack_panel(const C* weight, int64_t K, int64_t width, int64_t p, C* panels) {
+  constexpr int L = kLanes<C>, W = 4 * L;
+  for (int64_t v = 0; v < 4; ++v) {
+    const int64_t row = p * W + v * L;
+    if (row < width)
+      pack_rows(weight + row * K, K, min<int64_t>(L, width - row), panels + p * K * W + v * L, W);
+  }
+}
+
+// out[r] = start + a[r] panels, whole vectors; `start` [4 vectors a panel], or null for zero.
+template <class C>
+void multiply(int64_t n, const C* const* a, int64_t K, const C* panels, int64_t vectors,
+              const C* start, C* const* out) {
+  constexpr int L = kLanes<C>, W = 4 * L;
+  auto begin = [&](int64_t v) { return start == nullptr ? Vec<C>{} : load(start + v * L); };
+  int64_t done = 0;
+  if (n == 1) {
+    for (; done + 8 <= vectors; done += 8) {
+      Vec<C> acc[2][4];
+      SEQMEM_UNROLL
+      for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = begin(done + i);
+      row_multiply<2, C>(K, a[0], panels + done * L * K, K * W, W, acc);
+      SEQMEM_UNROLL
+      for (int i = 0; i < 8; ++i) store(out[0] + (done + i) * L, acc[i / 4][i % 4]);
+    }
+  }
+  for_panels(vectors - done, [&](auto columns, int64_t first) {
+    constexpr int NV = decltype(columns)::value;
+    const int64_t v = done + first;
+    for_row_blocks<C>(n, [&](auto block, int64_t r0) {
+      constexpr int R = decltype(block)::value;
+      Vec<C> acc[R][NV];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int i = 0; i < NV; ++i) acc[r][i] = begin(v + i);
+      tile_multiply<R, NV, C>(K, a + r0, 1, panels + v * L * K, L, W, acc);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int i = 0; i < NV; ++i) store(out[r0 + r] + (v + i) * L, acc[r][i]);
+    });
+  });
+}
+
+template <class C>
+SEQMEM_INLINE void copy(const C* from, C* to, int64_t n) {
+  if (n > 0) __builtin_memcpy(to, from, n * sizeof(C));
+}
+template <class C>
+SEQMEM_INLINE void zero(C* to, int64_t n) {
+  if (n > 0) __builtin_memset(to, 0, n * sizeof(C));
+}
+
+// Rows that go through time together: few enough that what they carry stays in the cache, many
+// where the weights do not fit there and each pass over them should serve many rows.
+template <class C>
+int64_t rows_together(const Shape& s) {
+  constexpr int64_t kWeightsInCache = 400 << 10;
+  const Layout<C> at(s);
+  int64_t weights = s.P * s.C;
+  for (int64_t l = 0; l < s.layers; ++l) weights += at.gates() * at.K(l);
+  return weights * int64_t(sizeof(C)) <= kWeightsInCache ? 2 * kTileRows<C> : 1 << 20;
+}
+
+// The arrays of one addressing and its heads' parameters, for one thread.
+template <class C>
+struct HeadRoom {
+  typename Slots<C>::Scratch scratch;
+
+  void place(Carver& take, const Slots<C>& slots) {
+    scratch.content = take.array<C>(slots.stride);
+    scratch.ring = take.array<C>(slots.ring_size());
+    scratch.ring_back = take.array<C>(slots.ring_size());
+    scratch.shifted = take.array<C>(slots.stride);
+    scratch.similar = take.array<C>(slots.stride);
+    scratch.inverse = take.array<C>(slots.stride);
+    scratch.grad = take.array<C>(slots.stride);
+  }
+
+  static int64_t head_size(const Shape& s) {
+    return 3 * Layout<C>::room(s.M) + Layout<C>::room(s.taps);
+  }
+  static void attach(Head<C>& head, C* from, const Shape& s) {
+    const int64_t m = Layout<C>::room(s.M);
+    head.key = from, head.erase = from + m, head.add = from + 2 * m, head.shift = from + 3 * m;
+  }
+};
+
+}  // namespace
+}  // namespace seqmem::ntm_sequence

@@ -1,0 +1,381 @@
+// NTM forward over a whole sequence. Every thread runs its own batch rows through time, some of
+// them together, and meets the others only once the weights are packed.
+#include "ntm_sequence_common.h"
+#include "ntm_sequence_kernel.h"
+
+namespace seqmem::ntm_sequence {
+namespace {
+
+template <class C>
+class ForwardRun {
+  static constexpr int L = kLanes<C>;
+  static constexpr int W = 4 * L;
+
+  const Shape& s;
+  const Forward& a;
+  const int thread, threads;
+  SpinBarrier& barrier;
+  const Layout<C> at;
+  const Slots<C> slots;
+  const int64_t head_panels, dense_panels;
+
+  // Shared by all threads.
+  C *panels, *bias, *panels_head, *bias_head;
+  C *x, *cell, *top, *p, *memory, *norm, *weights;
+  C *initial_memory, *initial_norm;
+  int64_t* turn;  // [B]: which of a row's two operands is read in this step
+  // This thread's own.
+  HeadRoom<C> room;
+  Head<C>* head;
+  C *head_values, *dots, *read;
+  int64_t* row;
+  const C** operand;
+  C** result;
+
+ public:
+  ForwardRun(const Shape& s, const Forward& a, int thread, int threads, SpinBarrier& barrier)
+      : s(s),
+        a(a),
+        thread(thread),
+        threads(threads),
+        barrier(barrier),
+        at(s),
+        slots(s),
+        head_panels(ceil_div(s.P, W)),
+        dense_panels(ceil_div(s.C, W)) {}
+
+  // Places all buffers; returns the bytes used. Called with a null base to size them.
+  int64_t place(char* base) {
+    Carver take(base);
+    panels = take.array<C>(panel_at(s.layers));
+    bias = take.array<C>(s.layers * bias_size());
+    panels_head = take.array<C>(head_panels * s.C * W);
+    bias_head = take.array<C>(head_panels * W);
+    x = take.array<C>(operand_at(s.layers));
+    cell = take.array<C>(s.lstm ? s.layers * s.B * at.Cs : 0);
+    top = take.array<C>(s.B * at.Cs);
+    p = take.array<C>(s.B * at.Ps);
+    memory = take.array<C>(s.B * s.M * slots.stride);
+    norm = take.array<C>(s.B * slots.stride);
+    weights = take.array<C>(s.B * s.heads * slots.stride);
+    initial_memory = take.array<C>(s.reset ? s.M * slots.stride : 0);
+    initial_norm = take.array<C>(s.reset ? slots.stride : 0);
+    turn = take.array<int64_t>(s.B);
+    for (int i = 0; i < threads; ++i) {
+      HeadRoom<C> own;
+      own.place(take, slots);
+      Head<C>* own_head = take.array<Head<C>>(s.heads);
+      C* own_values = take.array<C>(s.heads * HeadRoom<C>::head_size(s));
+      C* own_dots = take.array<C>(slots.stride);
+      C* own_read = take.array<C>(Layout<C>::room(s.M));
+      int64_t* own_row = take.array<int64_t>(s.B);
+      const C** own_operand = take.array<const C*>(s.B);
+      C** own_result = take.array<C*>(s.B);
+      if (i != thread) continue;
+      room = own, head = own_head, head_values = own_values, dots = own_dots, read = own_read;
+      row = own_row, operand = own_operand, result = own_result;
+    }
+    return take.used();
+  }
+
+  void run() {
+    pack();
+    for (int64_t h = 0; h < s.heads; ++h)
+      HeadRoom<C>::attach(head[h], head_values + h * HeadRoom<C>::head_size(s), s);
+    const Share mine = share(s.B, thread, threads);
+    for (int64_t b = mine.begin; b < mine.end; ++b) enter(b, a.state, b, s.B);
+    barrier.wait();
+    const int64_t together = rows_together<C>(s);
+    for (int64_t b = mine.begin; b < mine.end; b += together) {
+      const int64_t end = min(b + together, mine.end);
+      for (int64_t t = 0; t < s.T; ++t) step(t, b, end);
+    }
+    for (int64_t b = mine.begin; b < mine.end; ++b) leave(b);
+  }
+
+ private:
+  int64_t bias_size() const { return max(at.units, dense_panels) * W; }
+  int64_t panel_count() const { return s.lstm ? at.units : dense_panels; }
+  int64_t panel_at(int64_t l) const {
+    return at.layer(l, panel_count() * at.K(0) * W, s.layers > 1 ? panel_count() * at.K(1) * W : 0);
+  }
+  int64_t operand_at(int64_t l) const {
+    return at.layer(l, 2 * s.B * at.operand(0), s.layers > 1 ? 2 * s.B * at.operand(1) : 0);
+  }
+  C* operand_of(int64_t l, int64_t b, int64_t which) const {
+    return x + operand_at(l) + (which * s.B + b) * at.operand(l);
+  }
+  C* cell_of(int64_t l, int64_t b) const { return cell + (l * s.B + b) * at.Cs; }
+  C* memory_of(int64_t b) const { return memory + b * s.M * slots.stride; }
+  C* norm_of(int64_t b) const { return norm + b * slots.stride; }
+  C* weights_of(int64_t b, int64_t h) const { return weights + (b * s.heads + h) * slots.stride; }
+  C* saved_of(int64_t t, int64_t b) const {
+    return static_cast<C*>(a.saved) + (t * s.B + b) * s.record();
+  }
+  C* features_of(int64_t t, int64_t b) const {
+    return static_cast<C*>(a.features) + (t * s.B + b) * (s.C + at.R);
+  }
+  C* trace_of(int64_t t, int64_t b) const {
+    return static_cast<C*>(a.trace) + (t * s.B + b) * s.heads * s.N;
+  }
+  const C* given(int64_t i) const { return static_cast<const C*>(a.controller[i]); }
+
+  // ---- before the first step
+
+  void pack() {
+    for (int64_t l = 0; l < s.layers; ++l) {
+      const Share mine = share(panel_count(), thread, threads);
+      for (int64_t u = mine.begin; u < mine.end; ++u)
+        s.lstm ? pack_gates(l, u) : pack_dense(l, u);
+    }
+    const C* given_bias = static_cast<const C*>(a.head_bias);
+    const Share mine = share(head_panels, thread, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      pack_panel(static_cast<const C*>(a.head_weight), s.C, s.P, i, panels_head);
+      for (int64_t j = i * W; j < (i + 1) * W; ++j) bias_head[j] = j < s.P ? given_bias[j] : C(0);
+    }
+    if (s.reset != nullptr && thread == 0) {
+      slots.enter(static_cast<const C*>(a.initial.memory), initial_memory);
+      slots.norms(initial_memory, initial_norm);
+    }
+  }
+
+  // One vector of units x 4 gates, so that a tile's accumulators hold i, f, g, o of the same units.
+  void pack_gates(int64_t l, int64_t u) {
+    C* panel = panels + panel_at(l) + u * at.K(l) * W;
+    const int64_t lanes = min<int64_t>(L, s.C - u * L), below = at.below(l);
+    for (int g = 0; g < 4; ++g) {
+      const int64_t from = g * s.C + u * L;
+      const C* ih = given(at.weight_ih(l)) + from * below;
+      const C* hh = given(at.weight_hh(l)) + from * s.C;
+      pack_rows(ih, below, lanes, panel + at.at_below(l) * W + g * L, W);
+      pack_rows(hh, s.C, lanes, panel + at.at_hidden(l) * W + g * L, W);
+      const int n = static_cast<int>(lanes);
+      store(bias + l * bias_size() + u * W + g * L,
+            load_n(given(at.bias(l)) + from, n) + load_n(given(at.bias(l) + 1) + from, n));
+    }
+  }
+
+  void pack_dense(int64_t l, int64_t u) {
+    pack_panel(given(at.weight_ih(l)), at.K(l), s.C, u, panels + panel_at(l));
+    for (int64_t j = u * W; j < (u + 1) * W; ++j)
+      bias[l * bias_size() + j] = j < s.C ? given(at.bias(l))[j] : C(0);
+  }
+
+  // Row b's state becomes row `from` of a state of `rows` rows.
+  void enter(int64_t b, const State<const void*>& state, int64_t from, int64_t rows) {
+    turn[b] = 0;
+    if (s.lstm) {
+      for (int64_t l = 0; l < s.layers; ++l) {
+        const int64_t row = (l * rows + from) * s.C;
+        copy(static_cast<const C*>(state.hidden) + row, operand_of(l, b, 0) + at.at_hidden(l), s.C);
+        copy(static_cast<const C*>(state.cell) + row, cell_of(l, b), s.C);
+      }
+    }
+    copy(static_cast<const C*>(state.reads) + from * at.R, operand_of(0, b, 0) + s.I, at.R);
+    for (int64_t h = 0; h < s.heads; ++h)
+      slots.enter_weights(
+          static_cast<const C*>(state.weightings) + (from * s.heads + h) * s.N, weights_of(b, h));
+    if (&state == &a.initial) {
+      copy(initial_memory, memory_of(b), s.M * slots.stride);
+      copy(initial_norm, norm_of(b), slots.stride);
+    } else {
+      slots.enter(static_cast<const C*>(state.memory) + from * s.N * s.M, memory_of(b));
+      slots.norms(memory_of(b), norm_of(b));
+    }
+  }
+
+  void leave(int64_t b) {
+    const State<void*>& to = a.final;
+    if (s.lstm) {
+      for (int64_t l = 0; l < s.layers; ++l) {
+        const int64_t row = (l * s.B + b) * s.C;
+        copy<C>(operand_of(l, b, turn[b]) + at.at_hidden(l), static_cast<C*>(to.hidden) + row, s.C);
+        copy<C>(cell_of(l, b), static_cast<C*>(to.cell) + row, s.C);
+      }
+    }
+    copy<C>(operand_of(0, b, turn[b]) + s.I, static_cast<C*>(to.reads) + b * at.R, at.R);
+    for (int64_t h = 0; h < s.heads; ++h)
+      copy<C>(weights_of(b, h), static_cast<C*>(to.weightings) + (b * s.heads + h) * s.N, s.N);
+    slots.leave(memory_of(b), static_cast<C*>(to.memory) + b * s.N * s.M);
+  }
+
+  // ---- one step
+
+  void step(int64_t t, int64_t begin, int64_t end) {
+    int64_t n = 0;
+    for (int64_t b = begin; b < end; ++b) {
+      if (!at.alive(t, b)) {
+        zero(features_of(t, b), s.C + at.R);
+        if (a.trace != nullptr) zero(trace_of(t, b), s.heads * s.N);
+        continue;
+      }
+      row[n++] = b;
+      if (a.checkpoints != nullptr && t % s.segment == 0)
+        copy(memory_of(b),
+             static_cast<C*>(a.checkpoints) +
+                 (t / s.segment * s.B + b) * s.M * slots.stride,
+             s.M * slots.stride);
+      if (at.reset(t, b)) enter(b, a.initial, 0, 1);
+      copy(static_cast<const C*>(a.input) + (t * s.B + b) * s.I, operand_of(0, b, turn[b]), s.I);
+    }
+    if (n == 0) return;
+    for (int64_t l = 0; l < s.layers; ++l) s.lstm ? run_lstm(t, l, n) : run_dense(t, l, n);
+    for (int64_t j = 0; j < n; ++j) {
+      operand[j] = top + row[j] * at.Cs;
+      result[j] = p + row[j] * at.Ps;
+    }
+    multiply<C>(n, operand, s.C, panels_head, ceil_div(s.P, L), bias_head, result);
+    for (int64_t j = 0; j < n; ++j) act(t, row[j]);
+  }
+
+  void run_lstm(int64_t t, int64_t l, int64_t n) {
+    const int64_t K = at.K(l);
+    const C *panel = panels + panel_at(l), *start = bias + l * bias_size();
+    for (int64_t j = 0; j < n; ++j) operand[j] = operand_of(l, row[j], turn[row[j]]);
+    int64_t u = 0;
+    if (n == 1) {
+      for (; u + 2 <= at.units; u += 2) {
+        Vec<C> acc[2][4];
+        SEQMEM_UNROLL
+        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = load(start + u * W + i * L);
+        row_multiply<2, C>(K, operand[0], panel + u * K * W, K * W, W, acc);
+        for (int i = 0; i < 2; ++i) {
+          const Vec<C> z[1][4] = {{acc[i][0], acc[i][1], acc[i][2], acc[i][3]}};
+          finish_units<1>(t, l, 0, u + i, z);
+        }
+      }
+    }
+    for (; u < at.units; ++u) {
+      for_row_blocks<C>(n, [&](auto block, int64_t first) {
+        constexpr int R = decltype(block)::value;
+        Vec<C> acc[R][4];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int g = 0; g < 4; ++g) acc[r][g] = load(start + u * W + g * L);
+        tile_multiply<R, 4, C>(K, operand + first, 1, panel + u * K * W, L, W, acc);
+        finish_units<R>(t, l, first, u, acc);
+      });
+    }
+  }
+
+  // Activations, the new cell and the new hidden state of one vector of units, for R rows.
+  template <int R>
+  SEQMEM_INLINE void finish_units(int64_t t, int64_t l, int64_t first, int64_t u,
+                                  const Vec<C> (&z)[R][4]) {
+    const int n = static_cast<int>(min<int64_t>(L, s.C - u * L));
+    for (int r = 0; r < R; ++r) {
+      const int64_t b = row[first + r];
+      const Vec<C> arguments[4] = {sigmoid_argument<C>(z[r][0]), sigmoid_argument<C>(z[r][1]),
+                                   tanh_argument<C>(z[r][2]), sigmoid_argument<C>(z[r][3])};
+      ExpParts<C> e[4], e_cell[1];
+      exp_parts<4, C>(arguments, e);
+      const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
+      const Vec<C> o = sigmoid_of<C>(e[3]);
+      C* c = cell_of(l, b) + u * L;
+      const Vec<C> now = f * load(c) + i * g;
+      store(c, now);
+      const Vec<C> argument[1] = {tanh_argument<C>(now)};
+      exp_parts<1, C>(argument, e_cell);
+      const Vec<C> h = o * tanh_of<C>(e_cell[0]);
+      store(operand_of(l, b, turn[b] ^ 1) + at.at_hidden(l) + u * L, h);
+      emit(t, l, b, u, h, n);
+      if (a.saved == nullptr) continue;
+      C* record = saved_of(t, b) + at.record_gates(l) + u * L;
+      store_n(record, i, n);
+      store_n(record + s.C, f, n);
+      store_n(record + 2 * s.C, g, n);
+      store_n(record + 3 * s.C, o, n);
+      store_n(record + 4 * s.C, now, n);
+    }
+  }
+
+  // A vector of layer l's output goes to the layer above, or to the heads.
+  SEQMEM_INLINE void emit(int64_t t, int64_t l, int64_t b, int64_t u, Vec<C> h, int n) {
+    if (l + 1 == s.layers) {
+      store(top + b * at.Cs + u * L, h);
+    } else {
+      store(operand_of(l + 1, b, turn[b]) + at.at_below(l + 1) + u * L, h);
+      if (a.saved != nullptr) store_n(saved_of(t, b) + at.record_output(l) + u * L, h, n);
+    }
+  }
+
+  void run_dense(int64_t t, int64_t l, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+      operand[j] = operand_of(l, row[j], turn[row[j]]);
+      result[j] = top + row[j] * at.Cs;
+    }
+    multiply<C>(n, operand, at.K(l), panels + panel_at(l), at.units, bias + l * bias_size(),
+                result);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t u = 0; u < at.units; ++u)
+        emit(t, l, row[j], u, tanh<C>(load(result[j] + u * L)),
+             static_cast<int>(min<int64_t>(L, s.C - u * L)));
+  }
+
+  // The heads of row b, in their order.
+  void act(int64_t t, int64_t b) {
+    const C* values = p + b * at.Ps;
+    const HeadLayout layout(s.M, s.taps);
+    for (int64_t h = 0, from = 0; h < s.heads; ++h) {
+      const bool writes = s.kinds[h] == 'w';
+      activate_head(values + from, s.M, s.taps, writes, s.squash, head[h]);
+      from += layout.size(writes, s.M);
+    }
+    C* reads = operand_of(0, b, turn[b] ^ 1) + s.I;
+    bool have_dots = false;
+    for (int64_t h = 0; h < s.heads; ++h) {
+      if (!have_dots) slots.similarity(memory_of(b), head[h].key, dots);
+      C* w = weights_of(b, h);
+      slots.address(dots, norm_of(b), head[h], w, room.scratch, w);
+      have_dots = false;
+      if (s.kinds[h] == 'w') {
+        have_dots = h + 1 < s.heads;
+        slots.write(memory_of(b), memory_of(b), w, head[h], norm_of(b),
+                    have_dots ? head[h + 1].key : nullptr, dots);
+      } else {
+        slots.read(memory_of(b), w, read);
+        copy<C>(read, reads, s.M);
+        reads += s.M;
+      }
+    }
+    turn[b] ^= 1;
+    C* features = features_of(t, b);
+    copy<C>(top + b * at.Cs, features, s.C);
+    copy<C>(operand_of(0, b, turn[b]) + s.I, features + s.C, at.R);
+    if (a.saved != nullptr) copy(values, saved_of(t, b) + at.record_p(), s.P);
+    if (a.trace == nullptr) return;
+    for (int64_t h = 0; h < s.heads; ++h) copy<C>(weights_of(b, h), trace_of(t, b) + h * s.N, s.N);
+  }
+};
+
+template <class F>
+SEQMEM_INLINE int64_t with_type(bool is_double, F&& f) {
+  return is_double ? f(double{}) : f(float{});
+}
+
+int64_t workspace(bool is_double, const Shape& s, const Forward& a, int threads) {
+  return with_type(is_double, [&](auto tag) {
+    SpinBarrier barrier(threads);
+    return ForwardRun<decltype(tag)>(s, a, 0, threads, barrier).place(nullptr);
+  });
+}
+
+void run(bool is_double, const Shape& s, const Forward& a, int thread, int threads,
+         SpinBarrier& barrier) {
+  with_type(is_double, [&](auto tag) {
+    ForwardRun<decltype(tag)> call(s, a, thread, threads, barrier);
+    call.place(static_cast<char*>(a.workspace));
+    call.run();
+    return int64_t(0);
+  });
+}
+
+}  // namespace
+
+namespace SEQMEM_ISA {
+extern const Kernel<Forward> forward_kernel;
+const Kernel<Forward> forward_kernel = {workspace, run};
+}  // namespace SEQMEM_ISA
+
+}  // namespace seqmem::ntm_sequence

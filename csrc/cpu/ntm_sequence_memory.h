@@ -1,0 +1,291 @@
+// Passes over one row's memory [M][stride] and over the weightings of its slots [stride].
+// Lanes beyond the last slot hold zeros in both, and every pass keeps them so.
+#pragma once
+
+#include "ntm_sequence_kernel.h"
+#include "ntm_sequence_math.h"
+
+namespace seqmem::ntm_sequence {
+namespace {
+
+constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
+
+template <class C>
+class Slots {
+ public:
+  static constexpr int L = kLanes<C>;
+  const int64_t N, M, taps, stride, vectors;
+  IntVec<C> last;  // the true lanes of the last vector
+
+  explicit Slots(const Shape& s)
+      : N(s.N), M(s.M), taps(s.taps), stride(s.stride()), vectors(ceil_div(s.N, L)) {
+    for (int i = 0; i < L; ++i) last[i] = (vectors - 1) * L + i < N ? -1 : 0;
+  }
+
+  int64_t reach() const { return taps / 2; }
+  // Room for a weighting with its two ends repeated.
+  int64_t ring_size() const { return stride + 2 * reach() + L; }
+
+  SEQMEM_INLINE Vec<C> only_slots(int64_t v, Vec<C> x) const {
+    return v + 1 == vectors ? (Vec<C>)((IntVec<C>)x & last) : x;
+  }
+
+  // ---- between [N, M] and [M][stride], squares of vectors at a time
+
+  void enter(const C* from, C* to) const {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int rows = static_cast<int>(min<int64_t>(L, N - v * L));
+      for (int64_t m = 0; m < M; m += L) {
+        Vec<C> square[L] = {};
+        const int n = static_cast<int>(min<int64_t>(L, M - m));
+        for (int i = 0; i < rows; ++i) square[i] = load_n(from + (v * L + i) * M + m, n);
+        transpose<C>(square);
+        for (int i = 0; i < n; ++i) store(to + (m + i) * stride + v * L, square[i]);
+      }
+    }
+  }
+
+  void leave(const C* from, C* to) const {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int rows = static_cast<int>(min<int64_t>(L, N - v * L));
+      for (int64_t m = 0; m < M; m += L) {
+        Vec<C> square[L] = {};
+        const int n = static_cast<int>(min<int64_t>(L, M - m));
+        for (int i = 0; i < n; ++i) square[i] = load(from + (m + i) * stride + v * L);
+        transpose<C>(square);
+        for (int i = 0; i < rows; ++i) store_n(to + (v * L + i) * M + m, square[i], n);
+      }
+    }
+  }
+
+  // A weighting [N] to one with room and zeros, and back.
+  void enter_weights(const C* from, C* to) const {
+    for (int64_t v = 0; v < vectors; ++v)
+      store(to + v * L, load_n(from + v * L, static_cast<int>(min<int64_t>(L, N - v * L))));
+  }
+
+  // ---- passes over the memory
+
+  // Calls f(constant K, first vector), eight vectors of slots at once: that many sums in flight
+  // hide the latency of the multiplications.
+  template <class F>
+  SEQMEM_INLINE void for_tiles(F&& f) const {
+    int64_t v = 0;
+    for (; v + 8 <= vectors; v += 8) f(std::integral_constant<int, 8>{}, v);
+    for (; v + 2 <= vectors; v += 2) f(std::integral_constant<int, 2>{}, v);
+    for (; v < vectors; ++v) f(std::integral_constant<int, 1>{}, v);
+  }
+
+  void norms(const C* memory, C* norm) const {
+    for_tiles([&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> total[K] = {};
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) opaque(total[i]);
+      for (int64_t m = 0; m < M; ++m) SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        const Vec<C> x = load(memory + m * stride + (v + i) * L);
+        total[i] += x * x;
+      }
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) store(norm + (v + i) * L, square_root<C>(total[i]));
+    });
+  }
+
+  // dots_i = sum_m M_i[m] key[m]
+  void similarity(const C* memory, const C* key, C* dots) const {
+    for_tiles([&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> total[K] = {};
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) opaque(total[i]);
+      for (int64_t m = 0; m < M; ++m) {
+        const Vec<C> k = splat(key[m]);
+        SEQMEM_UNROLL
+        for (int i = 0; i < K; ++i) total[i] += k * load(memory + m * stride + (v + i) * L);
+      }
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) store(dots + (v + i) * L, total[i]);
+    });
+  }
+
+  // to = from (1 - w erase^T) + w add^T with its norms and, given a key, its similarity to that.
+  // `to` may be `from`.
+  void write(const C* from, C* to, const C* w, const Head<C>& head, C* norm, const C* key,
+             C* dots) const {
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) write_tile<4>(v, from, to, w, head, norm, key, dots);
+    for (; v < vectors; ++v) write_tile<1>(v, from, to, w, head, norm, key, dots);
+  }
+
+  // out[m] = sum_i w_i M_i[m]
+  void read(const C* memory, const C* w, C* out) const {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) {
+      Vec<C> total[4] = {};
+      SEQMEM_UNROLL
+      for (int j = 0; j < 4; ++j) opaque(total[j]);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Vec<C> x = load(w + v * L);
+        SEQMEM_UNROLL
+        for (int j = 0; j < 4; ++j) total[j] += x * load(memory + (m + j) * stride + v * L);
+      }
+      store_sums4<C>(out + m, total);
+    }
+    for (; m < M; ++m) {
+      Vec<C> total{};
+      for (int64_t v = 0; v < vectors; ++v)
+        total += load(w + v * L) * load(memory + m * stride + v * L);
+      out[m] = sum<C>(total);
+    }
+  }
+
+  // ---- addressing
+
+  // Scratch of one addressing; all [stride], rings have their own size.
+  struct Scratch {
+    C *content, *ring, *ring_back, *shifted, *similar, *inverse, *grad;
+  };
+
+  // content = softmax(beta K), K = dots / (norm |key| + eps). With `keep`, K and 1 / (...) stay.
+  template <bool keep>
+  SEQMEM_INLINE void content(const C* dots, const C* norm, const Head<C>& head,
+                             const Scratch& t) const {
+    const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
+    Vec<C> most = nothing;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vec<C> inverse = C(1) / (load(norm + v * L) * head.key_norm + C(kEpsilon));
+      const Vec<C> similar = load(dots + v * L) * inverse;
+      Vec<C> z = similar * head.beta;
+      if (v + 1 == vectors) z = last ? z : nothing;
+      if (keep) {
+        store(t.similar + v * L, similar);
+        store(t.inverse + v * L, inverse);
+      }
+      store(t.content + v * L, z);
+      most = z > most ? z : most;
+    }
+    const C top = largest<C>(most);
+    Vec<C> total{};
+    for_vectors(vectors, [&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> e[K];
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) e[i] = load(t.content + (v + i) * L) - top;
+      exp_of_negative<K, C>(e);
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        total += e[i];
+        store(t.content + (v + i) * L, e[i]);
+      }
+    });
+    const C scale = C(1) / sum<C>(total);
+    for (int64_t v = 0; v < vectors; ++v)
+      store(t.content + v * L, only_slots(v, load(t.content + v * L) * scale));
+  }
+
+  // ring = gate content + (1 - gate) before
+  SEQMEM_INLINE void interpolate(const C* before, const Head<C>& head, const Scratch& t) const {
+    C* ring = t.ring + reach();
+    const C gate = head.gate, rest = C(1) - gate;
+    for (int64_t v = 0; v < vectors; ++v)
+      store(ring + v * L, gate * load(t.content + v * L) + rest * load(before + v * L));
+    close(t.ring);
+  }
+
+  // Repeats the ends of what lies at ring + reach(): slot N is slot 0.
+  SEQMEM_INLINE void close(C* ring) const {
+    const int64_t r = reach();
+    for (int64_t i = 0; i < r; ++i) ring[i] = ring[N + i];
+    for (int64_t i = 0; i < r; ++i) ring[r + N + i] = ring[r + i];
+  }
+
+  // The vector v of sum_j shift[j] ring[. + 2 r - j]
+  template <int Taps>
+  SEQMEM_INLINE Vec<C> shift(const C* ring, const C* shift, int64_t v) const {
+    const int64_t n = Taps ? Taps : taps;
+    Vec<C> x = shift[0] * load(ring + v * L + n - 1);
+    for (int64_t j = 1; j < n; ++j) x += shift[j] * load(ring + v * L + n - 1 - j);
+    return only_slots(v, x);
+  }
+
+  // From the ring to w; `w` may be what was interpolated from.
+  template <int Taps>
+  SEQMEM_INLINE void sharpen(const Head<C>& head, const Scratch& t, C* w) const {
+    Vec<C> most{};
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vec<C> x = shift<Taps>(t.ring, head.shift, v);
+      store(t.shifted + v * L, x);
+      most = x > most ? x : most;
+    }
+    const C top = largest<C>(most);
+    const C log_top = top > C(0) ? log_of_one<C>(top) : C(0);
+    Vec<C> total{};
+    for_vectors(vectors, [&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> x[K], y[K];
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) x[i] = load(t.shifted + (v + i) * L);
+      log_of_positive<K, C>(x, y);
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) y[i] = (y[i] - log_top) * head.gamma;
+      exp_of_negative<K, C>(y);
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        y[i] = x[i] <= C(0) ? Vec<C>{} : y[i];
+        total += y[i];
+        store(w + (v + i) * L, y[i]);
+      }
+    });
+    const C whole = sum<C>(total);
+    const C scale = whole == C(0) ? C(0) : C(1) / whole;
+    for (int64_t v = 0; v < vectors; ++v) store(w + v * L, load(w + v * L) * scale);
+  }
+
+  // w = the head's weighting; `before` may be `w`.
+  void address(const C* dots, const C* norm, const Head<C>& head, const C* before,
+               const Scratch& t, C* w) const {
+    content<false>(dots, norm, head, t);
+    interpolate(before, head, t);
+    if (taps == 3) {
+      sharpen<3>(head, t, w);
+    } else {
+      sharpen<0>(head, t, w);
+    }
+  }
+
+ private:
+  template <int K>
+  SEQMEM_INLINE void write_tile(int64_t v, const C* from, C* to, const C* w, const Head<C>& head,
+                                C* norm, const C* key, C* dots) const {
+    Vec<C> x[K], squares[K] = {}, dot[K] = {};
+    SEQMEM_UNROLL
+    for (int i = 0; i < K; ++i) {
+      x[i] = load(w + (v + i) * L);
+      opaque(squares[i]);
+      opaque(dot[i]);
+    }
+    const C* other = key == nullptr ? head.key : key;
+    for (int64_t m = 0; m < M; ++m) {
+      const Vec<C> erase = splat(head.erase[m]), add = splat(head.add[m]), k = splat(other[m]);
+      const C* row = from + m * stride + v * L;
+      C* out = to + m * stride + v * L;
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        const Vec<C> old = load(row + i * L);
+        const Vec<C> now = old + x[i] * (add - erase * old);
+        store(out + i * L, now);
+        squares[i] += now * now;
+        dot[i] += now * k;
+      }
+    }
+    SEQMEM_UNROLL
+    for (int i = 0; i < K; ++i) {
+      store(norm + (v + i) * L, square_root<C>(squares[i]));
+      if (key != nullptr) store(dots + (v + i) * L, dot[i]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace seqmem::ntm_sequence
