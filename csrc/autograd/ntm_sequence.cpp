@@ -10,7 +10,11 @@
 // then dp through the activations, dh += W_p^T dp, the controller's layers as in autograd/lstm.cpp
 // (or dz = dh (1 - h^2)), and the operand's gradient splits into those of x, reads and h before.
 // Weights: dW = dz [operand, 1]^T, summed over all steps and rows at once.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "../common/autograd.h"
 
@@ -21,20 +25,20 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using Outputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using ForwardOp = Outputs(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          const Tensor&, const Tensor&, at::TensorList, const Tensor&,
-                          const Tensor&, at::TensorList, const OptionalTensor&,
-                          const OptionalTensor&, std::string_view, int64_t, bool, bool, bool,
-                          bool);
-using BackwardOp = std::vector<Tensor>(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList,
-    const Tensor&, const Tensor&, at::TensorList, const OptionalTensor&, const OptionalTensor&,
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view, int64_t, bool,
-    bool, std::array<bool, 4>);
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardOp = Outputs(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const Tensor&, at::TensorList, const Tensor&, const Tensor&,
+                          at::TensorList, const OptionalTensor&, const OptionalTensor&,
+                          std::string_view, int64_t, bool, bool, bool, bool);
+using BackwardOp = std::vector<Tensor>(const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const Tensor&, const Tensor&,
+                                       const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                       at::TensorList, const Tensor&, const Tensor&, at::TensorList,
+                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                       const Tensor&, const Tensor&, const Tensor&,
+                                       std::string_view, int64_t, bool, bool, std::array<bool, 4>);
 
 const auto& ntm() {
   static const auto op = find_op<ForwardOp>("seqmem::ntm");
@@ -67,13 +71,12 @@ class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
     for (const Tensor& t : {tensor(lengths), tensor(reset), features, trace, saved, checkpoints})
       kept.push_back(t);
     ctx->save_for_backward(kept);
-    ctx->mark_non_differentiable({saved, checkpoints});
     ctx->saved_data["initial"] = initial_count;
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["shift_range"] = shift_range;
     ctx->saved_data["lstm"] = lstm;
     ctx->saved_data["squash"] = squash;
-    return {features, hidden, cell, memory, weightings, reads, trace, saved, checkpoints};
+    return {features, hidden, cell, memory, weightings, reads, trace};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
@@ -112,19 +115,21 @@ bool any_list_requires_grad(at::TensorList tensors) {
 
 Outputs ntm_autograd(const Tensor& input, const Tensor& hidden, const Tensor& cell,
                      const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                     at::TensorList controller, const Tensor& head_weight,
-                     const Tensor& head_bias, at::TensorList initial,
-                     const OptionalTensor& lengths, const OptionalTensor& reset,
-                     std::string_view heads, int64_t shift_range, bool lstm, bool squash,
-                     bool trace, bool save) {
-  variable_list all = {input,      hidden, cell,        memory,
-                       weightings, reads,  head_weight, head_bias};
+                     at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
+                     at::TensorList initial, const OptionalTensor& lengths,
+                     const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
+                     bool lstm, bool squash, bool trace, bool save) {
+  variable_list all = {input, hidden, cell, memory, weightings, reads, head_weight, head_bias};
   all.insert(all.end(), initial.begin(), initial.end());
   all.insert(all.end(), controller.begin(), controller.end());
   if (at::GradMode::is_enabled() && any_list_requires_grad(all)) {
-    auto out = SequenceFunction::apply(all, static_cast<int64_t>(initial.size()), lengths, reset,
-                                       std::string(heads), shift_range, lstm, squash);
-    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7], out[8]};
+    auto out =
+        SequenceFunction::apply(at::TensorList(all), static_cast<int64_t>(initial.size()), lengths,
+                                reset, std::string(heads), shift_range, lstm, squash);
+    // What the backward needs stays with the graph.
+    const auto none = at::empty(
+        {0}, input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], none, at::empty_like(none)};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ntm().call(input, hidden, cell, memory, weightings, reads, controller, head_weight,
@@ -135,11 +140,10 @@ Outputs ntm_autograd(const Tensor& input, const Tensor& hidden, const Tensor& ce
 template <c10::DeviceType device, c10::DispatchKey key>
 Outputs ntm_autocast(const Tensor& input, const Tensor& hidden, const Tensor& cell,
                      const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                     at::TensorList controller, const Tensor& head_weight,
-                     const Tensor& head_bias, at::TensorList initial,
-                     const OptionalTensor& lengths, const OptionalTensor& reset,
-                     std::string_view heads, int64_t shift_range, bool lstm, bool squash,
-                     bool trace, bool save) {
+                     at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
+                     at::TensorList initial, const OptionalTensor& lengths,
+                     const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
+                     bool lstm, bool squash, bool trace, bool save) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   const Cast<device> cast;
   auto each = [&](at::TensorList tensors) {

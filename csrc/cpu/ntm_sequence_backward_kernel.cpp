@@ -190,7 +190,9 @@ class BackwardRun {
   }
   C* dp_of(int64_t t, int64_t b) const { return dp + place_of(t, b) * at.Ps; }
   C* top_of(int64_t t, int64_t b) const { return tops + place_of(t, b) * at.Cs; }
-  Seen* seen_of(int64_t j, int64_t t) const { return seen + (j * s.segment + t % s.segment) * s.heads; }
+  Seen* seen_of(int64_t j, int64_t t) const {
+    return seen + (j * s.segment + t % s.segment) * s.heads;
+  }
 
   // ---- what the forward left
 
@@ -226,7 +228,8 @@ class BackwardRun {
       const Share mine = share(at.gates(), thread, threads);
       for (int64_t j = mine.begin; j < mine.end; ++j) {
         zero(line, at.operand(l));
-        copy(in(a.controller[at.weight_ih(l)], j * at.below(l)), line + at.at_below(l), at.below(l));
+        copy(in(a.controller[at.weight_ih(l)], j * at.below(l)), line + at.at_below(l),
+             at.below(l));
         if (s.lstm) copy(in(a.controller[at.weight_hh(l)], j * s.C), line + at.at_hidden(l), s.C);
         pack_line(panels + panel_at(l), at.gates(), j, at.K(l));
         zero(sums + sums_at(l) + j * at.operand(l), at.operand(l));

@@ -125,8 +125,7 @@ class ForwardRun {
   void pack() {
     for (int64_t l = 0; l < s.layers; ++l) {
       const Share mine = share(panel_count(), thread, threads);
-      for (int64_t u = mine.begin; u < mine.end; ++u)
-        s.lstm ? pack_gates(l, u) : pack_dense(l, u);
+      for (int64_t u = mine.begin; u < mine.end; ++u) s.lstm ? pack_gates(l, u) : pack_dense(l, u);
     }
     const C* given_bias = static_cast<const C*>(a.head_bias);
     const Share mine = share(head_panels, thread, threads);
@@ -174,8 +173,8 @@ class ForwardRun {
     }
     copy(static_cast<const C*>(state.reads) + from * at.R, operand_of(0, b, 0) + s.I, at.R);
     for (int64_t h = 0; h < s.heads; ++h)
-      slots.enter_weights(
-          static_cast<const C*>(state.weightings) + (from * s.heads + h) * s.N, weights_of(b, h));
+      slots.enter_weights(static_cast<const C*>(state.weightings) + (from * s.heads + h) * s.N,
+                          weights_of(b, h));
     if (&state == &a.initial) {
       copy(initial_memory, memory_of(b), s.M * slots.stride);
       copy(initial_norm, norm_of(b), slots.stride);
@@ -213,8 +212,7 @@ class ForwardRun {
       row[n++] = b;
       if (a.checkpoints != nullptr && t % s.segment == 0)
         copy(memory_of(b),
-             static_cast<C*>(a.checkpoints) +
-                 (t / s.segment * s.B + b) * s.M * slots.stride,
+             static_cast<C*>(a.checkpoints) + (t / s.segment * s.B + b) * s.M * slots.stride,
              s.M * slots.stride);
       if (at.reset(t, b)) enter(b, a.initial, 0, 1);
       copy(static_cast<const C*>(a.input) + (t * s.B + b) * s.I, operand_of(0, b, turn[b]), s.I);

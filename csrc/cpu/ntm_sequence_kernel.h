@@ -45,10 +45,11 @@ struct State {
 struct Forward {
   const void* input;  // [T, B, I]
   State<const void*> state, initial;
-  const void* const* controller;  // per layer weight_ih, weight_hh, bias_ih, bias_hh; or weight, bias
-  const void* head_weight;        // [P, C]
-  const void* head_bias;          // [P]
-  void* features;                 // [T, B, C + reads * M]
+  const void* const*
+      controller;           // per layer weight_ih, weight_hh, bias_ih, bias_hh; or weight, bias
+  const void* head_weight;  // [P, C]
+  const void* head_bias;    // [P]
+  void* features;           // [T, B, C + reads * M]
   State<void*> final;
   void* trace;        // [T, B, heads, N], or null
   void* saved;        // [T, B, record()], or null; then the next is null too

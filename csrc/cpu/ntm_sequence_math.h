@@ -142,7 +142,11 @@ struct Head {
 struct HeadLayout {
   int64_t beta, gate, shift, gamma, erase, add;
   SEQMEM_INLINE HeadLayout(int64_t M, int64_t taps)
-      : beta(M), gate(M + 1), shift(M + 2), gamma(M + 2 + taps), erase(M + 3 + taps),
+      : beta(M),
+        gate(M + 1),
+        shift(M + 2),
+        gamma(M + 2 + taps),
+        erase(M + 3 + taps),
         add(2 * M + 3 + taps) {}
   SEQMEM_INLINE int64_t size(bool writes, int64_t M) const { return writes ? add + M : erase; }
 };

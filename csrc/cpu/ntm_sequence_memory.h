@@ -243,8 +243,8 @@ class Slots {
   }
 
   // w = the head's weighting; `before` may be `w`.
-  void address(const C* dots, const C* norm, const Head<C>& head, const C* before,
-               const Scratch& t, C* w) const {
+  void address(const C* dots, const C* norm, const Head<C>& head, const C* before, const Scratch& t,
+               C* w) const {
     content<false>(dots, norm, head, t);
     interpolate(before, head, t);
     if (taps == 3) {

@@ -61,8 +61,7 @@ class SlotsBackward {
       for (int64_t m = 0; m < slots.M; ++m) {
         const Vec<C> x = splat(dread[m]);
         SEQMEM_UNROLL
-        for (int i = 0; i < K; ++i)
-          total[i] += x * load(memory + m * slots.stride + (v + i) * L);
+        for (int i = 0; i < K; ++i) total[i] += x * load(memory + m * slots.stride + (v + i) * L);
       }
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) store(dw + (v + i) * L, total[i]);
@@ -185,14 +184,14 @@ class SlotsBackward {
   SEQMEM_INLINE void finish(const C* memory, C* dmemory, const C* w, const C* other,
                             const Head<C>& head, const Scratch& t, HeadGradients<C>& d) const {
     int64_t m = 0;
-    for (; m + 4 <= slots.M; m += 4) finish_rows<writes, 4>(m, memory, dmemory, w, other, head, t, d);
+    for (; m + 4 <= slots.M; m += 4)
+      finish_rows<writes, 4>(m, memory, dmemory, w, other, head, t, d);
     for (; m < slots.M; ++m) finish_rows<writes, 1>(m, memory, dmemory, w, other, head, t, d);
   }
 
   template <bool writes, int J>
-  SEQMEM_INLINE void finish_rows(int64_t m, const C* memory, C* dmemory, const C* w,
-                                 const C* other, const Head<C>& head, const Scratch& t,
-                                 HeadGradients<C>& d) const {
+  SEQMEM_INLINE void finish_rows(int64_t m, const C* memory, C* dmemory, const C* w, const C* other,
+                                 const Head<C>& head, const Scratch& t, HeadGradients<C>& d) const {
     Vec<C> key[J] = {}, o[J], k[J];
     SEQMEM_UNROLL
     for (int j = 0; j < J; ++j) {

@@ -18,8 +18,7 @@ namespace seqmem::ntm_sequence {
 namespace {
 
 using Sizes64 = Sizes<int64_t>;
-using Outputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr char kName[] = "seqmem::ntm";
 
@@ -115,8 +114,9 @@ template <class Int>
 Outputs allocate(const Tensor& like, const Sizes<Int>& s, bool lstm, bool trace, bool save,
                  at::ScalarType type) {
   auto make = [&](std::initializer_list<Int> sizes, at::ScalarType of) {
-    return at::empty_symint(c10::fmap(at::ArrayRef<Int>(sizes), [](Int n) { return c10::SymInt(n); }),
-                            like.options().dtype(of));
+    return at::empty_symint(
+        c10::fmap(at::ArrayRef<Int>(sizes), [](Int n) { return c10::SymInt(n); }),
+        like.options().dtype(of));
   };
   const auto saved_type = compute_type(like);
   const Int kept = lstm ? s.layers : 0, heads = s.heads, reads = s.reads;
@@ -140,15 +140,14 @@ State<const void*> state_of(const std::vector<const void*>& parts) {
   return {parts[0], parts[1], parts[2], parts[3], parts[4]};
 }
 
-Outputs ntm_cpu(const Tensor& input, const Tensor& hidden, const Tensor& cell,
-                const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-                at::TensorList initial, const OptionalTensor& lengths, const OptionalTensor& reset,
-                std::string_view heads, int64_t shift_range, bool lstm, bool squash, bool trace,
-                bool save) {
-  const Sizes64 s = check_ntm<int64_t>(input, hidden, cell, memory, weightings, reads, controller,
-                                       head_weight, head_bias, initial, lengths, reset, heads,
-                                       shift_range, lstm, true);
+Outputs ntm_cpu(const Tensor& input, const Tensor& hidden, const Tensor& cell, const Tensor& memory,
+                const Tensor& weightings, const Tensor& reads, at::TensorList controller,
+                const Tensor& head_weight, const Tensor& head_bias, at::TensorList initial,
+                const OptionalTensor& lengths, const OptionalTensor& reset, std::string_view heads,
+                int64_t shift_range, bool lstm, bool squash, bool trace, bool save) {
+  const Sizes64 s =
+      check_ntm<int64_t>(input, hidden, cell, memory, weightings, reads, controller, head_weight,
+                         head_bias, initial, lengths, reset, heads, shift_range, lstm, true);
   const auto type = compute_type(input);
   Outputs out = allocate(input, s, lstm, trace, save, type);
   auto& [features, hidden_out, cell_out, memory_out, weightings_out, reads_out, all_weightings,
@@ -156,21 +155,20 @@ Outputs ntm_cpu(const Tensor& input, const Tensor& hidden, const Tensor& cell,
   const Call call(s, lengths, reset, heads, shift_range, lstm, squash);
   Operands operands(type);
   const auto layers = operands(controller);
-  const std::vector<const void*> first =
-      operands({hidden, cell, memory, weightings, reads});
-  Forward arguments = {operands(input),
-                       state_of(first),
-                       state_of(operands(initial)),
-                       layers.data(),
-                       operands(head_weight),
-                       operands(head_bias),
-                       data(features),
-                       {data(hidden_out), data(cell_out), data(memory_out), data(weightings_out),
-                        data(reads_out)},
-                       trace || save ? data(all_weightings) : nullptr,
-                       save ? data(saved) : nullptr,
-                       save ? data(checkpoints) : nullptr,
-                       nullptr};
+  const std::vector<const void*> first = operands({hidden, cell, memory, weightings, reads});
+  Forward arguments = {
+      operands(input),
+      state_of(first),
+      state_of(operands(initial)),
+      layers.data(),
+      operands(head_weight),
+      operands(head_bias),
+      data(features),
+      {data(hidden_out), data(cell_out), data(memory_out), data(weightings_out), data(reads_out)},
+      trace || save ? data(all_weightings) : nullptr,
+      save ? data(saved) : nullptr,
+      save ? data(checkpoints) : nullptr,
+      nullptr};
   launch(SEQMEM_CHOOSE(forward_kernel), features, call.shape, threads_for(call.shape, 1),
          arguments);
   if (type != input.scalar_type()) {
@@ -184,9 +182,9 @@ Outputs ntm_cpu(const Tensor& input, const Tensor& hidden, const Tensor& cell,
 Outputs ntm_meta(const Tensor& input, const Tensor& hidden, const Tensor& cell,
                  const Tensor& memory, const Tensor& weightings, const Tensor& reads,
                  at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-                 at::TensorList initial, const OptionalTensor& lengths,
-                 const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
-                 bool lstm, bool, bool trace, bool save) {
+                 at::TensorList initial, const OptionalTensor& lengths, const OptionalTensor& reset,
+                 std::string_view heads, int64_t shift_range, bool lstm, bool, bool trace,
+                 bool save) {
   const auto s = check_ntm<c10::SymInt>(input, hidden, cell, memory, weightings, reads, controller,
                                         head_weight, head_bias, initial, lengths, reset, heads,
                                         shift_range, lstm, false);
@@ -215,8 +213,7 @@ std::vector<Tensor> allocate_gradients(const Tensor& input, at::TensorList state
   std::vector<Tensor> out;
   const auto options = input.options().dtype(type);
   auto add = [&](const Tensor& like, bool wanted) {
-    out.push_back(wanted ? at::empty_symint(like.sym_sizes(), options)
-                         : at::empty({0}, options));
+    out.push_back(wanted ? at::empty_symint(like.sym_sizes(), options) : at::empty({0}, options));
   };
   add(input, mask[0]);
   for (const Tensor& t : state) add(t, mask[1]);
@@ -230,20 +227,20 @@ std::vector<Tensor> ntm_backward_cpu(
     const OptionalTensor& grad_features, const OptionalTensor& grad_hidden,
     const OptionalTensor& grad_cell, const OptionalTensor& grad_memory,
     const OptionalTensor& grad_weightings, const OptionalTensor& grad_reads,
-    const OptionalTensor& grad_trace, const Tensor& input, const Tensor& hidden,
-    const Tensor& cell, const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-    at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-    at::TensorList initial, const OptionalTensor& lengths, const OptionalTensor& reset,
-    const Tensor& features, const Tensor& trace, const Tensor& saved, const Tensor& checkpoints,
-    std::string_view heads, int64_t shift_range, bool lstm, bool squash, Mask mask) {
-  const Sizes64 s = check_ntm<int64_t>(input, hidden, cell, memory, weightings, reads, controller,
-                                       head_weight, head_bias, initial, lengths, reset, heads,
-                                       shift_range, lstm, true);
+    const OptionalTensor& grad_trace, const Tensor& input, const Tensor& hidden, const Tensor& cell,
+    const Tensor& memory, const Tensor& weightings, const Tensor& reads, at::TensorList controller,
+    const Tensor& head_weight, const Tensor& head_bias, at::TensorList initial,
+    const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& features,
+    const Tensor& trace, const Tensor& saved, const Tensor& checkpoints, std::string_view heads,
+    int64_t shift_range, bool lstm, bool squash, Mask mask) {
+  const Sizes64 s =
+      check_ntm<int64_t>(input, hidden, cell, memory, weightings, reads, controller, head_weight,
+                         head_bias, initial, lengths, reset, heads, shift_range, lstm, true);
   const auto type = compute_type(input);
   const Call call(s, lengths, reset, heads, shift_range, lstm, squash);
   std::vector<Tensor> out =
-      allocate_gradients(input, {hidden, cell, memory, weightings, reads},
-                         {head_weight, head_bias}, initial, controller, mask, type);
+      allocate_gradients(input, {hidden, cell, memory, weightings, reads}, {head_weight, head_bias},
+                         initial, controller, mask, type);
   Operands operands(type);
   const auto layers = operands(controller);
   const std::vector<const void*> first = operands({hidden, cell, memory, weightings, reads});
@@ -274,13 +271,13 @@ std::vector<Tensor> ntm_backward_cpu(
   if (mask[3] && !initial.empty()) arguments.grad_initial = state_at(8);
   std::vector<void*> grad_controller;
   if (mask[2]) {
-    for (size_t i = 8 + initial.size(); i < out.size(); ++i) grad_controller.push_back(data(out[i]));
+    for (size_t i = 8 + initial.size(); i < out.size(); ++i)
+      grad_controller.push_back(data(out[i]));
     arguments.grad_controller = grad_controller.data();
     arguments.grad_head_weight = data(out[6]);
     arguments.grad_head_bias = data(out[7]);
   }
-  launch(SEQMEM_CHOOSE(backward_kernel), out[0], call.shape, threads_for(call.shape, 3),
-         arguments);
+  launch(SEQMEM_CHOOSE(backward_kernel), out[0], call.shape, threads_for(call.shape, 3), arguments);
   if (type != input.scalar_type())
     for (Tensor& t : out) t = t.to(input.scalar_type());
   return out;
@@ -303,9 +300,9 @@ std::vector<Tensor> ntm_backward_meta(
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_NTM_TENSORS                                                                    \
+#define SEQMEM_NTM_TENSORS                                                                     \
   "Tensor input, Tensor hidden, Tensor cell, Tensor memory, Tensor weightings, Tensor reads, " \
-  "Tensor[] controller, Tensor head_weight, Tensor head_bias, Tensor[] initial, "             \
+  "Tensor[] controller, Tensor head_weight, Tensor head_bias, Tensor[] initial, "              \
   "Tensor? lengths, Tensor? reset, "
 #define SEQMEM_NTM_OPTIONS "str heads, int shift_range, bool lstm, bool squash, "
   m.def("ntm(" SEQMEM_NTM_TENSORS SEQMEM_NTM_OPTIONS
@@ -313,12 +310,13 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
         "Tensor weightings, Tensor reads, Tensor trace, Tensor saved, Tensor checkpoints)",
         tags);
   m.def("check_ntm(" SEQMEM_NTM_TENSORS SEQMEM_NTM_OPTIONS "bool trace, bool save) -> ()", tags);
-  m.def("ntm_backward(Tensor? grad_features, Tensor? grad_hidden, Tensor? grad_cell, "
-        "Tensor? grad_memory, Tensor? grad_weightings, Tensor? grad_reads, Tensor? grad_trace, "
-        SEQMEM_NTM_TENSORS
-        "Tensor features, Tensor trace, Tensor saved, Tensor checkpoints, " SEQMEM_NTM_OPTIONS
-        "bool[4] output_mask) -> Tensor[]",
-        tags);
+  m.def(
+      "ntm_backward(Tensor? grad_features, Tensor? grad_hidden, Tensor? grad_cell, "
+      "Tensor? grad_memory, Tensor? grad_weightings, Tensor? grad_reads, Tensor? "
+      "grad_trace, " SEQMEM_NTM_TENSORS
+      "Tensor features, Tensor trace, Tensor saved, Tensor checkpoints, " SEQMEM_NTM_OPTIONS
+      "bool[4] output_mask) -> Tensor[]",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(seqmem, CPU, m) {

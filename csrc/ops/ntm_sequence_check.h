@@ -78,10 +78,10 @@ void check_controller(const Check<Int>& check, Sizes<Int>& s, at::TensorList con
 template <class Int>
 Sizes<Int> check_ntm(const Tensor& input, const Tensor& hidden, const Tensor& cell,
                      const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                     at::TensorList controller, const Tensor& head_weight,
-                     const Tensor& head_bias, at::TensorList initial,
-                     const OptionalTensor& lengths, const OptionalTensor& reset,
-                     std::string_view heads, int64_t shift_range, bool lstm, bool values) {
+                     at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
+                     at::TensorList initial, const OptionalTensor& lengths,
+                     const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
+                     bool lstm, bool values) {
   const Check<Int> check("seqmem::ntm", input);
   check.floating_input();
   check.dims("input", input, 3);
@@ -105,8 +105,8 @@ Sizes<Int> check_ntm(const Tensor& input, const Tensor& hidden, const Tensor& ce
   TORCH_CHECK_VALUE(s.heads > 0 && s.reads + writes == s.heads, check.op(),
                     ": expected heads to be a string of 'w' and 'r', got '", heads, "'");
   TORCH_CHECK_VALUE(shift_range >= 0 && s.N >= 2 * shift_range + 1, check.op(),
-                    ": expected shift_range of at least 0 and 2 * shift_range + 1 of at most ",
-                    s.N, " slots, got shift_range ", shift_range);
+                    ": expected shift_range of at least 0 and 2 * shift_range + 1 of at most ", s.N,
+                    " slots, got shift_range ", shift_range);
   s.R = s.M * s.reads;
   s.P = (s.M + 2 * shift_range + 4) * s.heads + s.M * (2 * writes);
   check.same_kind("head_weight", head_weight);

@@ -7,6 +7,7 @@ from .attention import attention
 from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
+from .ntm_sequence import ntm, ntm_trace
 
 ntm, ntm_trace = _sequence.ntm, _sequence.ntm_trace
 

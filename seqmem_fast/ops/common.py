@@ -25,8 +25,8 @@ def differentiate(backward_op: str, vjp: Callable[..., Gradients]) -> None:
 
     Args:
         backward_op: its qualified name, ``"seqmem::lstm_backward"``.
-        vjp: takes the backward op's arguments and returns what it returns, in differentiable
-            PyTorch; None in the places that the op leaves empty.
+        vjp: takes the backward op's arguments and returns what it returns (the elements, if that is
+            one list), in differentiable PyTorch; None in the places that the op leaves empty.
     """
     torch.library.register_autograd(backward_op, _derivative(vjp), setup_context=_save)
 
@@ -73,14 +73,33 @@ def reference_vjp(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
-    ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+    ctx.sizes = [len(a) if _is_tensor_list(a) else None for a in inputs]
+    flat = _flattened(inputs, ctx.sizes)
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in flat))
+    ctx.constants = [None if isinstance(a, Tensor) else a for a in flat]
 
 
-def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def _is_tensor_list(argument: Any) -> bool:
+    return isinstance(argument, list) and all(isinstance(a, Tensor) for a in argument)
+
+
+def _flattened(arguments: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """Lists of tensors, the arguments with a size, spread out among the others."""
+    pairs = zip(arguments, sizes, strict=True)
+    return [a for item, size in pairs for a in ([item] if size is None else item)]
+
+
+def _nested(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    rest = iter(flat)
+    return [next(rest) if size is None else [next(rest) for _ in range(size)] for size in sizes]
+
+
+def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., tuple[Any, ...]]:
     """The backward of a backward op: autograd through the same formula in plain PyTorch."""
 
-    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if len(grads) == 1 and isinstance(grads[0], list):  # the op returns one list of tensors
+            (grads,) = grads
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # A view apart of each tensor: one argument may have been computed from another.
@@ -88,13 +107,14 @@ def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., Gradients]:
                 constant if tensor is None else tensor.view_as(tensor)
                 for tensor, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
             ]
-            results = vjp(*args)
+            results = vjp(*_nested(args, ctx.sizes))
             pairs = [
                 (result, grad)
                 for result, grad in zip(results, grads, strict=True)
                 if result is not None and grad is not None and result.requires_grad
             ]
-            wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+            needs = _flattened(ctx.needs_input_grad, ctx.sizes)
+            wanted = [k for k, needed in enumerate(needs) if needed]
             found: list[Tensor | None] = [None] * len(args)
             if pairs:
                 outputs, seeds = zip(*pairs, strict=True)
@@ -103,7 +123,7 @@ def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., Gradients]:
                 )
                 for k, value in zip(wanted, values, strict=True):
                     found[k] = value
-        return tuple(found)
+        return tuple(_nested(found, ctx.sizes))
 
     return backward
 
@@ -122,7 +142,7 @@ def try_while_tracing(op: OpOverload, **locals_named: str) -> Callable[[Any], No
         for name in names:
             local = context.get_local(name)
             constant = local.is_python_constant()
-            values.append(local.as_python_constant() if constant else local.as_fake())
+            values.append(local.as_python_constant() if constant else _fake(local.as_proxy()))
         try:
             with torch.no_grad():
                 op(*values)
@@ -130,6 +150,13 @@ def try_while_tracing(op: OpOverload, **locals_named: str) -> Callable[[Any], No
             raise _refusal(error) from None
 
     return run
+
+
+def _fake(proxy: Any) -> Any:
+    """The fake tensor of a traced variable, or those of a list of them."""
+    if isinstance(proxy, list | tuple):
+        return [_fake(one) for one in proxy]
+    return proxy.node.meta["example_value"]
 
 
 def _refusal(error: Exception) -> Exception:

@@ -99,10 +99,11 @@ def ntm_trace(
 
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(time):
+        entered = state
         if reset is not None and initial is not None:
-            state = _choose(reset[t], _expanded(initial, state), state)
-        hidden, cell, top = _control(projected[t], state, layers, controller_type)
-        memory, weightings, reads = layout.act(top, state)
+            entered = _choose(reset[t], _expanded(initial, state), state)
+        hidden, cell, top = _control(projected[t], entered, layers, controller_type)
+        memory, weightings, reads = layout.act(top, entered)
         new = NTMState(hidden, cell, memory, weightings, reads)
         steps.append((top, new.reads, new.weightings))
         state = new if valid is None else _choose(valid[t], new, state)

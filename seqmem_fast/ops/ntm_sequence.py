@@ -1,0 +1,249 @@
+r"""A whole Neural Turing Machine over a sequence as one op, controller and heads included.
+
+One step, for the input x_t and the reads r_{t-1} of the step before:
+
+.. math::
+    h_t &= \mathrm{controller}([x_t, r_{t-1}]), \qquad p_t = W_p h_t + b_p \\
+    K_i &= \frac{M_i \cdot k}{\|M_i\| \|k\| + 10^{-8}}, \quad w^c = \mathrm{softmax}(\beta K) \\
+    w^g &= g w^c + (1 - g) w_{t-1}, \quad
+    \tilde w_i = \sum_{j=0}^{2r} s_j w^g_{(i - (j - r)) \bmod N}, \quad
+    w_i = \tilde w_i^\gamma / \sum_j \tilde w_j^\gamma \\
+    \text{write:}\quad M_i &\leftarrow M_i \circ (1 - w_i e) + w_i a, \qquad
+    \text{read:}\quad r = \sum_i w_i M_i
+
+The heads act in the order of the string ``heads``; a read sees the writes before it. A head's part
+of p_t holds key M, beta 1, gate 1, shift 2r + 1, gamma 1 and, for a write head, erase M, add M;
+beta = softplus, gate = sigmoid, shift = softmax, gamma = 1 + softplus, erase = sigmoid, and key and
+add are squashed by tanh or taken as they are. The step's features are [h_t, its reads].
+
+Letters: T time, B batch, I input, L layers of C units, N slots of width M, Hd heads of which R
+read, P = ``head_bias.size(0)``.
+
+Paper: Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014.
+
+Common to both functions. Every floating tensor is float32, float64, bfloat16 or float16 (the 16-bit
+types are computed with in float32), all of one dtype and one device (under ``torch.autocast`` they
+are cast), and is differentiable, any number of times: the first derivative has its own kernel,
+higher ones run in plain PyTorch. Strides are free. For the backward only every so manieth memory is
+kept, about the square root of T of them; those between are computed again. Inside a ``torch.func``
+transform (grad, vmap, jacrev, ...) the whole call runs in plain PyTorch: right, but slow.
+
+Raises:
+    ValueError: a shape or value does not fit; the message names the argument, what was expected
+        and what came. T = 0 and B = 0 work.
+    TypeError: a dtype, device or layout does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import ntm_sequence as reference
+from ..reference.ntm import NTMState
+from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+
+_ntm = torch.ops.seqmem.ntm.default
+_try_ntm = try_while_tracing(_ntm)
+_dynamo_traces = torch.compiler.is_dynamo_compiling
+_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_STATE = len(NTMState._fields)
+
+
+def ntm(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    heads: str = "wr",
+    shift_range: int = 1,
+    squash: bool = True,
+    controller_type: str = "lstm",
+    initial: NTMState | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, NTMState]:
+    """The whole sequence; the equations, dtypes and errors are in the module's docstring.
+
+    Args:
+        input: [T, B, I].
+        state: what the step before left: hidden and cell [L, B, C] ([0, B, C] for "feedforward"),
+            memory [B, N, M], weightings [B, Hd, N] of all heads, reads [B, R, M].
+        controller: per layer weight_ih, weight_hh, bias_ih, bias_hh (gates i, f, g, o) for "lstm":
+            [4C, I + R * M] in the first layer and [4C, C] in the others, [4C, C], [4C], [4C];
+            weight and bias for "feedforward" (tanh): [C, I + R * M] or [C, C], [C].
+        head_weight: [P, C].
+        head_bias: [P].
+        heads: "w" and "r", in the order in which they act.
+        shift_range: r >= 0, with 2r + 1 <= N.
+        squash: tanh on key and add.
+        controller_type: "lstm" or "feedforward".
+        initial: what ``reset`` brings a row back to: a state without the batch dimension.
+        lengths: [B], int64 or int32, 0 <= lengths <= T, on the CPU or the input's device. Row b
+            ends after ``lengths[b]`` steps: later features are zero, the final state is that of its
+            last step (the given state for length 0). What the padding holds does not matter.
+        reset: bool [T, B]; where true, row b goes back to ``initial`` before step t.
+
+    Returns:
+        features [T, B, C + R * M] and the state after the last step.
+    """
+    features, state, _ = _sequence(
+        input,
+        state,
+        controller,
+        head_weight,
+        head_bias,
+        heads,
+        shift_range,
+        squash,
+        controller_type,
+        initial,
+        lengths,
+        reset,
+        False,
+    )
+    return features, state
+
+
+def ntm_trace(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    heads: str = "wr",
+    shift_range: int = 1,
+    squash: bool = True,
+    controller_type: str = "lstm",
+    initial: NTMState | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, NTMState, Tensor]:
+    """As :func:`ntm`, and the weightings of every step come back as well.
+
+    Returns:
+        features, the state after the last step, and weightings [T, B, Hd, N], zero beyond
+        ``lengths``; all of them differentiable.
+    """
+    return _sequence(
+        input,
+        state,
+        controller,
+        head_weight,
+        head_bias,
+        heads,
+        shift_range,
+        squash,
+        controller_type,
+        initial,
+        lengths,
+        reset,
+        True,
+    )
+
+
+def _sequence(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    heads: str,
+    shift_range: int,
+    squash: bool,
+    controller_type: str,
+    first: NTMState | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    trace: bool,
+) -> tuple[Tensor, NTMState, Tensor]:
+    if controller_type not in ("lstm", "feedforward"):
+        raise ValueError(
+            "seqmem::ntm: expected controller_type 'lstm' or 'feedforward', "
+            f"got {controller_type!r}"
+        )
+    if _transform_active():
+        return reference.ntm_trace(
+            input,
+            state,
+            controller,
+            head_weight,
+            head_bias,
+            heads=heads,
+            shift_range=shift_range,
+            squash=squash,
+            controller_type=controller_type,
+            initial=first,
+            lengths=lengths,
+            reset=reset,
+        )
+    hidden, cell, memory, weightings, reads = state
+    controller = list(controller)
+    initial = [] if first is None else list(first)
+    lstm, save = controller_type == "lstm", False
+    if _dynamo_traces():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_try_ntm)
+    features, hidden, cell, memory, weightings, reads, every, _, _ = _ntm(
+        input,
+        hidden,
+        cell,
+        memory,
+        weightings,
+        reads,
+        controller,
+        head_weight,
+        head_bias,
+        initial,
+        lengths,
+        reset,
+        heads,
+        shift_range,
+        lstm,
+        squash,
+        trace,
+        save,
+    )
+    return features, NTMState(hidden, cell, memory, weightings, reads), every
+
+
+def _vjp(*arguments: Any) -> Gradients:
+    """ntm_backward by the reference; what the forward saved is computed again."""
+    grads, rest = arguments[:7], arguments[7:]
+    input, *state, controller, head_weight, head_bias, initial, lengths, reset = rest[:12]
+    heads, shift_range, lstm, squash, (wants_input, wants_state, wants_weights, wants_initial) = (
+        rest[16:]
+    )
+    leaves = [input, *state, head_weight, head_bias, *initial, *controller]
+    wanted = [wants_input, *[wants_state] * _STATE, wants_weights, wants_weights]
+    wanted += [wants_initial] * len(initial) + [wants_weights] * len(controller)
+    last = 8 + len(initial)
+
+    def function(*values: Tensor | None) -> tuple[Tensor, ...]:
+        tensors: list[Any] = list(values)
+        features, final, weightings = reference.ntm_trace(
+            tensors[0],
+            NTMState(*tensors[1:6]),
+            tensors[last:],
+            *tensors[6:8],
+            heads=heads,
+            shift_range=shift_range,
+            squash=squash,
+            controller_type="lstm" if lstm else "feedforward",
+            initial=NTMState(*tensors[8:last]) if initial else None,
+            lengths=lengths,
+            reset=reset,
+        )
+        return features, *final, weightings
+
+    return reference_vjp(function, leaves, grads, wanted)
+
+
+differentiate("seqmem::ntm_backward", _vjp)
