@@ -1,6 +1,5 @@
 """Public differentiable functions over ``torch.ops.seqmem``."""
 
-from ..reference import ntm_sequence as _sequence
 from ..reference.ntm import NTMState
 from .additive_attention import additive_attention
 from .attention import attention
@@ -8,8 +7,6 @@ from .dynamic_memory import dynamic_memory
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 from .ntm_sequence import ntm, ntm_trace
-
-ntm, ntm_trace = _sequence.ntm, _sequence.ntm_trace
 
 __all__ = [
     "NTMState",
