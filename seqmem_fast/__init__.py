@@ -13,9 +13,13 @@ from .nn import (
     Attention,
     DynamicMemory,
     EpisodicMemory,
+    HardAttention,
     LSTMCell,
     LSTMGates,
+    MovingAverageBaseline,
     NTMMemory,
+    discounted_returns,
+    reinforce_train_step,
 )
 from .ops import NTMState
 
@@ -29,15 +33,19 @@ __all__ = [
     "Attention",
     "DynamicMemory",
     "EpisodicMemory",
+    "HardAttention",
     "LSTMCell",
     "LSTMGates",
+    "MovingAverageBaseline",
     "NTMMemory",
     "NTMState",
     "__version__",
     "accelerate",
+    "discounted_returns",
     "nn",
     "ops",
     "reference",
+    "reinforce_train_step",
     "restore",
     "tasks",
 ]

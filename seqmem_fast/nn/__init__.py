@@ -3,6 +3,12 @@
 from .additive_attention import AdditiveAttention
 from .attention import Attention
 from .dynamic_memory import DynamicMemory, EpisodicMemory
+from .hard_attention import (
+    HardAttention,
+    MovingAverageBaseline,
+    discounted_returns,
+    reinforce_train_step,
+)
 from .lstm import LSTM, LSTMCell, LSTMGates
 from .ntm import NTM
 from .ntm_memory import NTMMemory
@@ -14,7 +20,11 @@ __all__ = [
     "Attention",
     "DynamicMemory",
     "EpisodicMemory",
+    "HardAttention",
     "LSTMCell",
     "LSTMGates",
+    "MovingAverageBaseline",
     "NTMMemory",
+    "discounted_returns",
+    "reinforce_train_step",
 ]

@@ -4,6 +4,7 @@ from ..reference.ntm import NTMState
 from .additive_attention import additive_attention
 from .attention import attention
 from .dynamic_memory import dynamic_memory
+from .hard_attention import categorical_sample, reinforce_loss
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 from .ntm_sequence import ntm, ntm_trace
@@ -12,6 +13,7 @@ __all__ = [
     "NTMState",
     "additive_attention",
     "attention",
+    "categorical_sample",
     "dynamic_memory",
     "lstm",
     "lstm_cell",
@@ -22,4 +24,5 @@ __all__ = [
     "ntm_read",
     "ntm_trace",
     "ntm_write",
+    "reinforce_loss",
 ]

@@ -1,5 +1,13 @@
 """Plain PyTorch of every op: the executable specification."""
 
-from . import additive_attention, attention, dynamic_memory, lstm, ntm, ntm_sequence
+from . import additive_attention, attention, dynamic_memory, hard_attention, lstm, ntm, ntm_sequence
 
-__all__ = ["additive_attention", "attention", "dynamic_memory", "lstm", "ntm", "ntm_sequence"]
+__all__ = [
+    "additive_attention",
+    "attention",
+    "dynamic_memory",
+    "hard_attention",
+    "lstm",
+    "ntm",
+    "ntm_sequence",
+]

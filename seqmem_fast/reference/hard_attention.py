@@ -1,0 +1,122 @@
+r"""Hard attention in plain PyTorch: sampling, and the policy gradient's loss, beside the formulas.
+
+.. math::
+    p = \operatorname{softmax}(z), \qquad H = -\sum_i p_i \log p_i, \qquad
+    a = \min \{ i : p_1 + \dots + p_i > u \}
+
+    L = -\log p_a \, (R - b) - w H
+
+for logits z, a uniform number u, return R, baseline b and entropy weight w of each row. REINFORCE:
+Williams, Simple statistical gradient-following algorithms for connectionist reinforcement learning,
+Machine Learning 8, 1992.
+
+Everything here works under ``torch.func`` and any order of derivative; nothing here is fast.
+Arguments are not checked: the ops do that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def categorical_sample(
+    logits: Tensor, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [..., K] -> action (int64), log_prob, entropy, each [...]."""
+    return sample_at(logits, draw_uniform(logits, generator))
+
+
+def draw_uniform(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One number in [0, 1) for each row, of the type that the arithmetic is done in."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.rand(logits.shape[:-1], generator=generator, dtype=dtype, device=logits.device)
+
+
+def sample_at(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sample that the given uniform numbers [...] lead to."""
+    p = torch.softmax(logits.detach(), -1)
+    reached = p.cumsum(-1)
+    target = uniform.to(p.dtype) * reached[..., -1]
+    passed = (reached > target[..., None]) & (p > 0)
+    # The first that passes; the last with any probability where rounding lets none pass.
+    index = torch.arange(p.size(-1), device=p.device)
+    last = torch.where(p > 0, index, 0).amax(-1)
+    action = torch.where(passed.any(-1), passed.to(torch.uint8).argmax(-1), last)
+    return action, *policy(logits, action)
+
+
+def reinforce_loss(
+    logits: Tensor,
+    action: Tensor | None,
+    returns: Tensor,
+    baseline: Tensor | float | None = None,
+    *,
+    entropy_weight: float = 0.0,
+    reduction: str = "sum",
+) -> Tensor:
+    """logits [..., K] (log-probabilities [...] without action) -> the loss, summed or [...]."""
+    advantage = returns.detach()
+    if baseline is not None:
+        advantage = advantage - (
+            baseline.detach() if isinstance(baseline, Tensor) else torch.as_tensor(baseline)
+        ).to(advantage.dtype)
+    if action is None:
+        loss = -logits * advantage
+    else:
+        log_prob, entropy = policy(logits, action)
+        loss = -log_prob * advantage
+        if entropy_weight != 0:
+            loss = loss - entropy_weight * entropy
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean()
+
+
+def policy(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """log_prob and entropy; an action of probability 0 adds nothing to the entropy."""
+    log_p = torch.log_softmax(logits, -1)
+    p = torch.softmax(logits, -1)
+    finite = log_p.masked_fill(p == 0, 0)
+    entropy = -(p * finite).sum(-1)
+    return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
+
+
+class Sample(NamedTuple):
+    """The arguments of one call, under a name that says which option it reaches."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def sample_inputs(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: tuple[int, int] = (4, 7),
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """Calls of :func:`reinforce_loss` that reach every option once; sizes = (rows, K).
+
+    For :func:`sample_at`, args[0] are the logits and kwargs["uniform"] the numbers.
+    """
+    rows, actions = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return value.to(device=device, dtype=dtype)
+
+    action = torch.randint(actions, (rows,), generator=generator).to(device)
+    logits, returns, baseline = draw(rows, actions), draw(rows), draw(rows)
+    yield Sample("plain", (logits, action, returns), {})
+    yield Sample("mean", (logits, action, returns, baseline), {"reduction": "mean"})
+    yield Sample(
+        "rows",
+        (logits, action, returns, baseline[0]),
+        {"reduction": "none", "entropy_weight": 0.3},
+    )
