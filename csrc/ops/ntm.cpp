@@ -215,16 +215,16 @@ Read2 read_backward_meta(const Tensor&, const Tensor& memory, const Tensor& weig
 Read2 read_backward_cpu(const Tensor& grad, const Tensor& memory, const Tensor& weights,
                         std::array<bool, 2> mask) {
   Read2 out = read_backward_meta(grad, memory, weights, mask);
-  const auto& [grad_memory, grad_weights] = out;
+  void* grad_memory = data_if(mask[0], std::get<0>(out));
+  void* grad_weights = data_if(mask[1], std::get<1>(out));
   const Shape s = shape_of(memory, weights);
   const Operand m(memory), w(weights), g(grad);
   const auto& kernel = SEQMEM_CHOOSE(memory_kernel);
   const Storage storage = storage_of(memory);
   share_batch(s, kernel.workspace(storage, s), 2 * s.H,
               [&](int64_t begin, int64_t end, char* scratch) {
-                kernel.read_backward(storage, s, m.data(), w.data(), g.data(),
-                                     data_if(mask[0], grad_memory), data_if(mask[1], grad_weights),
-                                     begin, end, scratch);
+                kernel.read_backward(storage, s, m.data(), w.data(), g.data(), grad_memory,
+                                     grad_weights, begin, end, scratch);
               });
   return out;
 }

@@ -1,0 +1,105 @@
+"""NTM rows: whole sequences and single functionals, beside vectorised eager PyTorch.
+
+python -m benchmarks.bench_ntm [--threads 2] [--malloc D|M] [--rows TEXT]
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import rows
+from seqmem_fast import ops
+from seqmem_fast.reference import ntm as steps
+from seqmem_fast.reference import ntm_sequence as sequence
+
+LETTERS = "T, B, N, M, C of a sequence; B, N, M of a single step"
+INPUT = 9  # bits of the copy task, and its delimiter
+MOST = (64, 64, 256, 64, 256)  # of a random sequence
+CAP = 3e7  # values of all memories of a random sequence: eager keeps each several times
+Goals = tuple[float | None, float | None]
+
+
+def _seed(rng: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=rng))
+
+
+def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -> rows.Work:
+    """The heads "wr" and one LSTM layer, weights drawn anew for each sample."""
+
+    def sample(rng: torch.Generator) -> tuple[Any, ...]:
+        sizes = (time, batch, INPUT, control, slots, width)
+        return next(sequence.sequence_sample_inputs(sizes=sizes, seed=_seed(rng))).args
+
+    return rows.Work(sample, ops.ntm, {"eager": sequence.ntm})
+
+
+def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
+    """One functional with one head and a shift by at most one slot."""
+
+    def sample(rng: torch.Generator) -> tuple[Any, ...]:
+        samples = steps.sample_inputs(sizes=(batch, slots, width, 1, 3), seed=_seed(rng))
+        return next(s.args for s in samples if s.function == function)
+
+    eager = getattr(steps, function)
+
+    def listed(op: Any) -> Any:
+        return lambda *tensors: (op(*tensors),)
+
+    return rows.Work(
+        sample, listed(getattr(ops, function)), {"eager": listed(eager)}, loss=_weighed
+    )
+
+
+def _weighed(outputs: Any) -> torch.Tensor:
+    """Weightings sum to one, so that their plain sum has no gradient."""
+    output = outputs[0]
+    return torch.dot(output.flatten(), torch.linspace(0, 1, output.numel(), dtype=output.dtype))
+
+
+def sequence_rows(*sizes: int, goals: Goals = (None, None)) -> list[rows.Row]:
+    shape = ", ".join(map(str, sizes))
+    return rows.pair("ntm", shape, partial(sequence_work, *sizes), goals={"eager": goals})
+
+
+def step_rows(
+    function: str, batch: int, slots: int, width: int, goals: Goals = (None, None)
+) -> list[rows.Row]:
+    make = partial(step_work, function, batch, slots, width)
+    shape = f"{batch}, {slots}, {width}"
+    return rows.pair("ntm", shape, make, goals={"eager": goals}, name=function)
+
+
+def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
+    """A random sequence or, every second time, a random functional; None if too large."""
+    time, batch, slots, width, control = (
+        round(math.exp(rng.uniform(0, math.log(most)))) for most in MOST
+    )
+    if time * batch * slots * width > CAP:
+        return None
+    if place % 2 == 0:
+        return sequence_rows(time, batch, max(slots, 3), width, control)
+    names = ("ntm_content_addressing", "ntm_addressing", "ntm_read", "ntm_write")
+    return step_rows(rng.choice(names), batch, max(slots, 3), width)
+
+
+ROWS = [
+    *sequence_rows(41, 1, 128, 20, 100, goals=(60, 60)),
+    *sequence_rows(41, 16, 128, 20, 100, goals=(22, 27)),
+    *sequence_rows(41, 64, 128, 64, 256, goals=(6.5, 7)),
+    *sequence_rows(400, 4, 128, 20, 100, goals=(35, 35)),
+    *step_rows("ntm_addressing", 16, 128, 20, goals=(8, 6)),
+    *step_rows("ntm_content_addressing", 16, 128, 20),
+    *step_rows("ntm_read", 16, 128, 20),
+    *step_rows("ntm_write", 16, 128, 20),
+]
+pytest_generate_tests = rows.generator(ROWS)
+test_row = rows.test_row
+
+if __name__ == "__main__":
+    sys.exit(rows.main("ntm", ROWS, LETTERS))
