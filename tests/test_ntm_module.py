@@ -189,10 +189,39 @@ def test_a_new_layer_breaks_the_symmetry_of_its_slots() -> None:
     assert state.memory[0].std(0).min() > 1e-4
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool) -> None:
+    ntm, x = make(), data()
+    torch.compiler.reset()
+    compiled = torch.compile(ntm, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    output, state, weightings = compiled(x, return_weightings=True)
+    expected = ntm(x, return_weightings=True)
+    torch.testing.assert_close((output, state, weightings), expected)
+    output.sum().backward()
+
+
 def test_export() -> None:
     ntm, x = make(), data()
     program = torch.export.export(ntm, (x,))
     torch.testing.assert_close(program.module()(x)[0], ntm(x)[0])
+
+
+def test_autocast() -> None:
+    ntm = make(dtype=torch.float32)
+    x = data().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = ntm(x)
+        output, _ = ntm(x, state)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ntm.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(dtype: torch.dtype) -> None:
+    ntm = make(dtype=dtype)
+    output, _ = ntm(data().to(dtype))
+    assert output.dtype == dtype and torch.isfinite(output).all()
 
 
 def test_functional_call_and_second_derivative() -> None:
