@@ -34,7 +34,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(
-            self.parameters, settings.learning_rate, betas=(0.9, 0.999), foreach=True
+            self.parameters, settings.learning_rate, betas=(0.9, 0.999), fused=True
         )
         self.step_count = 0
         self.seconds = 0.0
