@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../common/dispatch.h"
+#include "../common/huge_pages.h"
 #include "../common/matrices.h"
 #include "../common/operand.h"
 #include "../common/team.h"
@@ -108,12 +109,16 @@ struct Call {
 };
 
 // Estimates in microseconds of one core; they only steer how many threads take part. Waking one
-// costs about a hundred.
-constexpr double kTanhsPerMicrosecond = 2500, kProductsPerMicrosecond = 20e3;
-constexpr double kCallWorthSharing = 100;
+// costs about a hundred. Where several queries share the keys, each tanh costs half.
+constexpr double kTanhsPerMicrosecond = 2200, kDoubleTanhsPerMicrosecond = 450;
+constexpr double kProductsPerMicrosecond = 20e3, kCallWorthSharing = 100;
+constexpr int64_t kQueriesThatShare = 8;
 
-int threads_for(const Shape& s, double passes) {
-  const double each = s.A / kTanhsPerMicrosecond + s.Dv / kProductsPerMicrosecond;
+int threads_for(const Shape& s, Storage storage, double passes) {
+  const double rate = storage == Storage::Double  ? kDoubleTanhsPerMicrosecond
+                      : s.Tq >= kQueriesThatShare ? 2 * kTanhsPerMicrosecond
+                                                  : kTanhsPerMicrosecond;
+  const double each = s.A / rate + s.Dv / kProductsPerMicrosecond;
   const double shares = passes * s.B * s.Tq * s.Tk * each / kCallWorthSharing;
   return int(std::clamp(shares, 1.0, double(available_threads())));
 }
@@ -142,12 +147,13 @@ Outputs forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
                     const Tensor& score_weight, const OptionalTensor& mask) {
   const auto s = check_arguments<int64_t>(query, key, value, score_weight, mask);
   Outputs out = allocate(query, s);
+  ask_for_huge_pages(std::get<1>(out));
   const Call call(s, query, key, value, score_weight, mask);
   Forward arguments = {call.arguments(), data(std::get<0>(out)), data(std::get<1>(out)), nullptr};
   const auto& kernel = SEQMEM_CHOOSE(forward_kernel);
   const Storage storage = storage_of(query);
   run_team(
-      threads_for(call.shape, 1),
+      threads_for(call.shape, storage, 1),
       [&](int threads) {
         arguments.workspace = Workspace::get(kernel.workspace(storage, call.shape, threads));
       },
@@ -190,7 +196,7 @@ Gradients backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& 
   const auto& kernel = SEQMEM_CHOOSE(backward_kernel);
   const Storage storage = storage_of(query);
   run_team(
-      threads_for(call.shape, 1.5),
+      threads_for(call.shape, storage, 2),
       [&](int threads) {
         arguments.workspace = Workspace::get(kernel.workspace(storage, call.shape, threads));
       },
