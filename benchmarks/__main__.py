@@ -32,6 +32,7 @@ LIMIT_S = 470.0  # of the short run, the closing table and chart included
 TRAINING_S = 20.0  # for torch.nn.LSTM's share of the character model's training
 COPY_S = 60.0
 CLOSING_S = 20.0  # the memory row and the chart
+LEAST_S = 10.0  # for a table, whatever the trainings took
 LSTM_WEIGHT = 3  # its table is three times as long as another op's
 
 
@@ -74,7 +75,7 @@ def copy_task(console: Console, seconds: float) -> dict[str, Any] | None:
 def share(ops: Sequence[str], left_s: float) -> float:
     """The seconds that the first of these ops may take, so that the others have theirs."""
     weights = [LSTM_WEIGHT if op == "lstm" else 1 for op in ops]
-    return left_s * weights[0] / sum(weights)
+    return max(LEAST_S, left_s * weights[0] / sum(weights))
 
 
 def rows(op: str, threads: int, regime: str, options: Sequence[str]) -> dict[str, Any]:
@@ -113,8 +114,11 @@ def keep(console: Console, name: str, content: Mapping[str, Any]) -> None:
     """The JSON, and the chart of its first tables."""
     path = machine.RESULTS / f"{name}.json"
     report.write_json(path, content)
-    chart.save(chart.first_tables(content), path.with_suffix(".png"))
-    console.print(f"kept: {path}\nchart: {path.with_suffix('.png')}", highlight=False)
+    console.print(f"kept: {path}", highlight=False)
+    tables = chart.first_tables(content)
+    if tables:
+        chart.save(tables, path.with_suffix(".png"))
+        console.print(f"chart: {path.with_suffix('.png')}", highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -302,7 +302,8 @@ def test_every_table_is_found_and_declares_what_the_job_needs() -> None:
     for op in machine.ops():
         bench_op = importlib.import_module(f"benchmarks.bench_{op}")
         assert bench_op.LETTERS and bench_op.ROWS
-        assert len({str(row) for row in bench_op.ROWS}) == len(bench_op.ROWS)
+        named = {(str(row), *row.build().peers) for row in bench_op.ROWS}
+        assert len(named) == len(bench_op.ROWS)
         drawn, _ = random_shapes.draw(bench_op.random_rows, 2, 0)
         assert all(row.mode in rows.MODES for shape in drawn for row in shape)
 
@@ -527,7 +528,7 @@ def short_job(
     monkeypatch.setattr(gates, "CHECKPOINT", tmp_path / "charlm.pt")
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "console", quiet)
-    monkeypatch.setattr(memory, "SHAPE", (2, 2, 4, 4))
+    monkeypatch.setattr(main_job, "peak_memory", lambda *_: [{"growth_kib": {}}])
     monkeypatch.setattr(main_job, "rows", one_pass)
     monkeypatch.setattr(main_job, "copy_task", lambda console, seconds: {"seconds": seconds})
     monkeypatch.setattr(machine, "ops", lambda: ["lstm", "other"])
@@ -550,6 +551,19 @@ def test_the_main_job_keeps_losses_tables_and_chart(
     assert [(op, regime) for op, _, regime, _ in short_job] == [("lstm", "D"), ("other", "D")]
     limits = [float(options[options.index("--limit") + 1]) for *_, options in short_job]
     assert 0 < limits[0] < 0.8 * main_job.LIMIT_S and 0 < limits[1] < main_job.LIMIT_S
+
+
+def test_a_job_without_time_keeps_what_it_has(
+    short_job: list[tuple[Any, ...]],
+    tmp_path: Path,
+    document: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main_job, "LIMIT_S", 0.0)
+    monkeypatch.setitem(document, "results", [])
+    assert main_job.main([]) == 0
+    assert (tmp_path / "bench.json").is_file() and not (tmp_path / "bench.png").exists()
+    assert [options[-1] for *_, options in short_job] == [f"{main_job.LEAST_S:.0f}"] * 2
 
 
 def test_the_full_job_passes_over_threads_and_regimes(
