@@ -19,14 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks import charlm, chart, gates, machine, memory, report
+from benchmarks import charlm, chart, gates, machine, memory, ntm_copy, report
 
 LIMIT_S = 470.0  # of the short run, the closing table and chart included
 TRAINING_S = 20.0  # for torch.nn.LSTM's share of the character model's training
@@ -63,13 +62,12 @@ def train(console: Console, seconds: float) -> dict[str, Any]:
     return measured
 
 
-def copy_task(console: Console, seconds: float) -> dict[str, Any] | None:
-    """The NTM learns to copy; None where the copy task is not there yet."""
-    if not (machine.HERE / "ntm_copy.py").is_file():
-        return None
+def copy_task(console: Console, seconds: float) -> dict[str, Any]:
+    """The NTM learns to copy, and what it does with its memory is drawn."""
     console.rule("The copy task, learnt by a Neural Turing Machine")
-    found: dict[str, Any] = import_module("benchmarks.ntm_copy").train_copy(console, seconds)
-    return found
+    measured = ntm_copy.train_copy(console, seconds)
+    ntm_copy.picture(console)
+    return measured
 
 
 def share(ops: Sequence[str], left_s: float) -> float:
