@@ -7,12 +7,13 @@
 namespace seqmem::ntm_sequence {
 namespace {
 
-// Calls f(constant K, first vector) for 0..n-1, four vectors at once as long as they last: the
-// polynomials of one vector alone would wait for themselves.
+// Calls f(constant K, first vector) for 0..n-1, some vectors at once as long as they last: the
+// polynomials of one vector alone would wait for themselves, those of many do not fit registers.
 template <class F>
 SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   int64_t v = 0;
-  for (; v + 4 <= n; v += 4) f(std::integral_constant<int, 4>{}, v);
+  constexpr int K = SEQMEM_VEC_BYTES == 64 ? 4 : 2;
+  for (; v + K <= n; v += K) f(std::integral_constant<int, K>{}, v);
   for (; v < n; ++v) f(std::integral_constant<int, 1>{}, v);
 }
 

@@ -10,6 +10,17 @@ namespace {
 
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
 
+// Sums that start at zero, which the compiler must not know: see opaque. One by one, since a
+// whole array would be cleared by a string instruction.
+template <int K, class V>
+SEQMEM_INLINE void start_sums(V (&x)[K]) {
+  SEQMEM_UNROLL
+  for (int i = 0; i < K; ++i) {
+    x[i] = V{};
+    opaque(x[i]);
+  }
+}
+
 template <class C>
 class Slots {
  public:
@@ -79,9 +90,8 @@ class Slots {
   void norms(const C* memory, C* norm) const {
     for_tiles([&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
-      Vec<C> total[K] = {};
-      SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) opaque(total[i]);
+      Vec<C> total[K];
+      start_sums(total);
       for (int64_t m = 0; m < M; ++m) SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
         const Vec<C> x = load(memory + m * stride + (v + i) * L);
@@ -96,9 +106,8 @@ class Slots {
   void similarity(const C* memory, const C* key, C* dots) const {
     for_tiles([&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
-      Vec<C> total[K] = {};
-      SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) opaque(total[i]);
+      Vec<C> total[K];
+      start_sums(total);
       for (int64_t m = 0; m < M; ++m) {
         const Vec<C> k = splat(key[m]);
         SEQMEM_UNROLL
@@ -122,9 +131,8 @@ class Slots {
   void read(const C* memory, const C* w, C* out) const {
     int64_t m = 0;
     for (; m + 4 <= M; m += 4) {
-      Vec<C> total[4] = {};
-      SEQMEM_UNROLL
-      for (int j = 0; j < 4; ++j) opaque(total[j]);
+      Vec<C> total[4];
+      start_sums(total);
       for (int64_t v = 0; v < vectors; ++v) {
         const Vec<C> x = load(w + v * L);
         SEQMEM_UNROLL
@@ -258,18 +266,17 @@ class Slots {
   template <int K>
   SEQMEM_INLINE void write_tile(int64_t v, const C* from, C* to, const C* w, const Head<C>& head,
                                 C* norm, const C* key, C* dots) const {
-    Vec<C> x[K], squares[K] = {}, dot[K] = {};
+    Vec<C> x[K], squares[K], dot[K];
+    start_sums(squares);
+    start_sums(dot);
     SEQMEM_UNROLL
-    for (int i = 0; i < K; ++i) {
-      x[i] = load(w + (v + i) * L);
-      opaque(squares[i]);
-      opaque(dot[i]);
-    }
-    const C* other = key == nullptr ? head.key : key;
-    for (int64_t m = 0; m < M; ++m) {
-      const Vec<C> erase = splat(head.erase[m]), add = splat(head.add[m]), k = splat(other[m]);
-      const C* row = from + m * stride + v * L;
-      C* out = to + m * stride + v * L;
+    for (int i = 0; i < K; ++i) x[i] = load(w + (v + i) * L);
+    const C *other = key == nullptr ? head.key : key, *erases = head.erase, *adds = head.add;
+    const C* row = from + v * L;
+    C* out = to + v * L;
+    const int64_t step = stride, width = M;
+    for (int64_t m = 0; m < width; ++m, row += step, out += step) {
+      const Vec<C> erase = splat(erases[m]), add = splat(adds[m]), k = splat(other[m]);
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
         const Vec<C> old = load(row + i * L);

@@ -153,11 +153,11 @@ class SlotsBackward {
   template <int J>
   SEQMEM_INLINE void write_weights(int64_t m, const C* memory, const C* dmemory, const C* w,
                                    const Head<C>& head, C* dw, HeadGradients<C>& d) const {
-    Vec<C> add[J] = {}, erase[J] = {}, a[J], e[J];
+    Vec<C> add[J], erase[J], a[J], e[J];
+    start_sums(add);
+    start_sums(erase);
     SEQMEM_UNROLL
     for (int j = 0; j < J; ++j) {
-      opaque(add[j]);
-      opaque(erase[j]);
       a[j] = splat(head.add[m + j]);
       e[j] = splat(head.erase[m + j]);
     }
@@ -192,10 +192,10 @@ class SlotsBackward {
   template <bool writes, int J>
   SEQMEM_INLINE void finish_rows(int64_t m, const C* memory, C* dmemory, const C* w, const C* other,
                                  const Head<C>& head, const Scratch& t, HeadGradients<C>& d) const {
-    Vec<C> key[J] = {}, o[J], k[J];
+    Vec<C> key[J], o[J], k[J];
+    start_sums(key);
     SEQMEM_UNROLL
     for (int j = 0; j < J; ++j) {
-      opaque(key[j]);
       o[j] = splat(other[m + j]);
       k[j] = splat(head.key[m + j]);
     }
