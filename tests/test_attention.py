@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from op_suite import TOLERANCES, Case, Function, OpSuite, check_against_float64
+from op_suite import (
+    TOLERANCES,
+    Case,
+    Function,
+    OpSuite,
+    check_against_float64,
+    compare,
+    values_and_gradients,
+)
+from torch import Tensor
 
 from seqmem_fast import ops
 from seqmem_fast.reference import attention as reference
@@ -83,3 +93,159 @@ SIZES = [
 def test_sizes(sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     for name in ("masked", "added_mask", "causal"):
         check_against_float64(plain_case(*sizes, dtype, name), name)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("sizes", [(1, 300, 130, 32, 16), (5, 70, 90, 24, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_same_bits_at_any_thread_count(
+    sizes: tuple[int, int, int, int, int], dtype: torch.dtype, restored_threads: None
+) -> None:
+    for name in ("masked", "causal"):
+        case = plain_case(*sizes, dtype, name)
+        runs = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(values_and_gradients(case.op, case.tensors))
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def operands(*leading: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(*leading, *size, dtype=dtype) for size in ((5, 4), (7, 4), (7, 3)))
+
+
+MASKS: dict[str, Callable[[], Tensor]] = {
+    "one value": lambda: torch.tensor(True),
+    "keys": lambda: torch.rand(7) < 0.7,
+    "queries": lambda: torch.rand(5, 1) < 0.7,
+    "padding": lambda: (torch.rand(2, 1, 1, 7) < 0.7).expand(2, 3, 5, 7),
+    "heads": lambda: torch.randint(0, 2, (3, 1, 1)).expand(2, 3, 5, 7),
+    "bytes": lambda: torch.randint(0, 3, (2, 1, 5, 7), dtype=torch.uint8),
+    "added to keys": lambda: torch.randn(7, dtype=torch.float64),
+    "added to queries": lambda: torch.randn(3, 5, 1, dtype=torch.float64),
+    "added to all": lambda: torch.randn((), dtype=torch.float64),
+    "transposed": lambda: torch.randn(7, 5, dtype=torch.float64).t(),
+    "more dimensions": lambda: torch.rand(2, 2, 1, 5, 7) < 0.5,
+}
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_broadcast(name: str, is_causal: bool) -> None:
+    mask = MASKS[name]()
+
+    def bind(function: Any) -> Function:
+        return lambda *tensors: function(*tensors, is_causal=is_causal)
+
+    tensors = (*operands(2, 3), mask)
+    compare(bind(ops.attention), bind(reference.attention), tensors, tensors)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["none", *MASKS])
+def test_without_weights(name: str, is_causal: bool) -> None:
+    """torch's own op gives the same outputs and gradients, rows without keys included."""
+    mask = None if name == "none" else MASKS[name]()
+    tensors = (*operands(2, 3), mask)
+
+    def bind(return_weights: bool) -> Function:
+        options = {"is_causal": is_causal, "return_weights": return_weights, "scale": 0.4}
+        return lambda *args: ops.attention(*args, **options)[:1]
+
+    assert ops.attention(*tensors, return_weights=False)[1] is None
+    compare(bind(False), bind(True), tensors, tensors)
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 1, 3)], ids=str)
+def test_without_weights_any_leading_dimensions(leading: tuple[int, ...]) -> None:
+    tensors = operands(*leading)
+    mask = torch.rand(5, 7) < 0.5
+    mask[2] = False
+    expected, _ = ops.attention(*tensors, mask)
+    torch.testing.assert_close(ops.attention(*tensors, mask, return_weights=False)[0], expected)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("return_weights", [True, False])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_row_without_keys_is_uniform(is_causal: bool, return_weights: bool) -> None:
+    """Its gradient goes to the values alone."""
+    q, k, v = (t.requires_grad_() for t in operands(2))
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    output, weights = ops.attention(
+        q, k, v, mask, is_causal=is_causal, return_weights=return_weights
+    )
+    seen = torch.arange(1, 6) if is_causal else torch.full((5,), 7)
+    uniform = (torch.arange(7) < seen[:, None]) / seen[:, None].double()
+    torch.testing.assert_close(output, uniform @ v)
+    if return_weights:
+        torch.testing.assert_close(weights, uniform.expand(2, 5, 7))
+    (output * torch.randn(2, 5, 3)).sum().backward()
+    assert not q.grad.any() and not k.grad.any() and v.grad.any()
+
+
+@pytest.mark.sanitize
+def test_a_row_of_minus_infinity_is_nan_and_alone() -> None:
+    mask = torch.zeros(5, 7, dtype=torch.float64)
+    mask[1] = float("-inf")
+    mask[2, 3] = float("-inf")
+    output, weights = ops.attention(*operands(), mask)
+    assert output[1].isnan().all() and weights[1].isnan().all()
+    assert weights[2, 3] == 0 and output[[0, 2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_far_apart(dtype: torch.dtype) -> None:
+    """Beyond the range of exp, in both directions; what underflows is zero, never denormal."""
+    key = torch.tensor([0.0, -50.0, -86.0, -95.0, -103.0, -700.0, -740.0, -1e4, -1e30], dtype=dtype)
+    query = torch.tensor([[1.0], [-1.0]], dtype=dtype)
+    value = torch.eye(9, dtype=dtype)
+    ours = ops.attention(query, key[:, None], value)
+    exact = reference.attention(query.double(), key[:, None].double(), value.double())
+    tiny = torch.finfo(dtype).tiny
+    for a, b in zip(ours, exact, strict=True):
+        assert (((a.double() - b).abs() <= 1e-5 * b.abs()) | (b <= 20 * tiny)).all()
+        assert not ((a > 0) & (a < tiny)).any()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "shape", [(2, 0, 7, 4, 3), (2, 5, 0, 4, 3), (0, 5, 7, 4, 3), (2, 5, 7, 4, 0)]
+)
+def test_empty(shape: tuple[int, int, int, int, int]) -> None:
+    batch, queries, keys, width, values = shape
+    tensors = (
+        torch.randn(batch, queries, width),
+        torch.randn(batch, keys, width),
+        torch.randn(batch, keys, values),
+    )
+    compare(ops.attention, reference.attention, tensors, tensors)
+    output, _ = ops.attention(*tensors, return_weights=False)
+    assert output.shape == (batch, queries, values)
+    assert keys or not output.any()
+
+
+def test_the_lesson_s_example() -> None:
+    """Shapes and sums that the example prints."""
+    query, key, value = (torch.randn(2, 4, 8) for _ in range(3))
+    output, weights = ops.attention(query, key, value)
+    assert output.shape == (2, 4, 8) and weights.shape == (2, 4, 4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4))
+
+
+def test_gradient_penalty_through_the_weights() -> None:
+    """A loss on the gradient of a loss on the weights."""
+    found = []
+    for op in (ops.attention, reference.attention):
+        torch.manual_seed(0)
+        q, k, v = (t.requires_grad_() for t in operands(2))
+        _, weights = op(q, k, v)
+        (grad,) = torch.autograd.grad(weights.square().sum(), q, create_graph=True)
+        grad.square().sum().backward()
+        found.append((q.grad, k.grad))
+    torch.testing.assert_close(*found)

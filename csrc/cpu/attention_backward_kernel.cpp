@@ -7,6 +7,9 @@
 namespace seqmem::attention {
 namespace {
 
+// Fewer rows would add to all of dK and dV more often, which costs more than a spilt cache.
+constexpr int64_t kBlockBytes = 400 << 10;
+
 // out[k] += sum_r a[r][k] b[r], k = 0..keys-1, over `rows` rows of a block.
 template <class C>
 void accumulate_transposed(int64_t rows, int64_t keys, int64_t width, const C* a, int64_t a_stride,
@@ -61,7 +64,7 @@ class BackwardRun {
         a(a),
         thread(thread),
         threads(threads),
-        block(block_rows<C>(s.Tq, s.Tk, 2)),
+        block(block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes)),
         stride(row_stride<C>(s.Tk)),
         Dp(padded<C>(s.D)),
         Dvp(padded<C>(s.Dv)),
@@ -157,6 +160,11 @@ class BackwardRun {
         copy_row<S>(grads + r * Dvp, grad_output.row(i + r), grad_output.columns, s.Dv, C(1));
       const S* from = static_cast<const S*>(a.weights) + (n * s.Tq + i + r) * s.Tk;
       copy_row<S>(weights + r * stride, from, 1, keys, C(1));
+      // finish_row takes whole steps of four vectors
+      for (int64_t j = padded<C>(keys); j % (4 * L) != 0; j += L) {
+        store(weights + r * stride + j, Vec<C>{});
+        store(slopes + r * stride + j, Vec<C>{});
+      }
     }
     if (a.grad_value != nullptr && has_output) {
       accumulate_transposed<C>(rows, keys, Dvp, weights, stride, grads, own_value, first);
@@ -214,25 +222,34 @@ class BackwardRun {
   void finish_row(int64_t n, int64_t i, int64_t r, int64_t keys, const uint8_t* allowed) {
     C* slope = slopes + r * stride;
     const C* weight = weights + r * stride;
-    const Rows<S> grad_weights(a.grad_weights, n);
-    const S* grad = grad_weights.data == nullptr ? nullptr : grad_weights.row(i + r);
-    Vec<C> total{};
-    for (int64_t j = 0; j < keys; j += L) {
-      const int lanes = static_cast<int>(min<int64_t>(L, keys - j));
-      Vec<C> x = has_output ? load(slope + j) : Vec<C>{};
-      if (grad != nullptr)
-        x += load_apart(grad + j * grad_weights.columns, grad_weights.columns, lanes);
-      store(slope + j, x);
-      total += x * load(weight + j);
+    if (!has_output)
+      for (int64_t j = 0; j < keys; j += L) store(slope + j, Vec<C>{});
+    if (a.grad_weights.data != nullptr) {
+      const Rows<S> grad_weights(a.grad_weights, n);
+      const S* grad = grad_weights.row(i + r);
+      const int64_t step = grad_weights.columns;
+      for (int64_t j = 0; j < keys; j += L) {
+        const int lanes = static_cast<int>(min<int64_t>(L, keys - j));
+        store(slope + j, load(slope + j) + load_apart(grad + j * step, step, lanes));
+      }
     }
-    const C mean = sum<C>(total);
-    for (int64_t j = 0; j < keys; j += L) {
-      Vec<C> x = load(weight + j) * (load(slope + j) - mean);
-      if (allowed != nullptr)
-        x = allowed_lanes<C>(allowed + j, static_cast<int>(min<int64_t>(L, keys - j))) ? x
-                                                                                       : Vec<C>{};
-      store(slope + j, x);
+    // Both rows are zero from the last key to the next whole step.
+    Vec<C> total[4] = {};
+    for (int64_t j = 0; j < keys; j += 4 * L) SEQMEM_UNROLL
+    for (int v = 0; v < 4; ++v) total[v] += load(slope + j + v * L) * load(weight + j + v * L);
+    const C mean = sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+    int64_t j = 0;
+    if (allowed == nullptr) {
+      for (; j < keys; j += L) store(slope + j, load(weight + j) * (load(slope + j) - mean));
+      return;
     }
+    auto masked = [&](int lanes) {
+      const Vec<C> x = load(weight + j) * (load(slope + j) - mean);
+      store(slope + j, allowed_lanes<C>(allowed + j, lanes) ? x : Vec<C>{});
+    };
+#pragma GCC unroll 4
+    for (; j + L <= keys; j += L) masked(L);
+    if (j < keys) masked(static_cast<int>(keys - j));
   }
 };
 

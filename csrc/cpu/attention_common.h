@@ -8,10 +8,8 @@
 namespace seqmem::attention {
 namespace {
 
-// Bytes of a block of score rows, which shall stay in the second-level cache.
-constexpr int64_t kBlockBytes = 192 << 10;
-constexpr int64_t kMostRows = 24;
-constexpr int64_t kChunk = 128;  // keys whose values stay in the first-level cache
+constexpr int64_t kMostRows = 24;  // of a block
+constexpr int64_t kChunk = 128;    // keys whose values stay in the first-level cache
 
 template <class C>
 SEQMEM_INLINE int64_t padded(int64_t n) {
@@ -25,11 +23,12 @@ SEQMEM_INLINE int64_t row_stride(int64_t Tk) {
   return ceil_div(Tk, 4 * kLanes<C>) * 4 * kLanes<C> + 64 / int64_t(sizeof(C));
 }
 
-// Query rows handled at once, with `arrays` score rows for each.
+// Query rows handled at once, whose score rows, `arrays` for each, shall stay in so many bytes of
+// the second-level cache.
 template <class C>
-SEQMEM_INLINE int64_t block_rows(int64_t Tq, int64_t Tk, int arrays) {
+SEQMEM_INLINE int64_t block_rows(int64_t Tq, int64_t Tk, int arrays, int64_t bytes) {
   const int64_t R = kTileRows<C>;
-  const int64_t fit = kBlockBytes / (row_stride<C>(Tk) * int64_t(sizeof(C)) * arrays) / R * R;
+  const int64_t fit = bytes / (row_stride<C>(Tk) * int64_t(sizeof(C)) * arrays) / R * R;
   return min(max(min(fit, kMostRows), R), Tq);
 }
 
@@ -161,27 +160,43 @@ void multiply_rows(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a
   }
 }
 
-template <class C>
-struct ByteTypes;
-template <>
-struct ByteTypes<float> {
-  typedef uint8_t type __attribute__((vector_size(SEQMEM_VEC_BYTES / 4)));
-};
-template <>
-struct ByteTypes<double> {
-  typedef uint8_t type __attribute__((vector_size(SEQMEM_VEC_BYTES / 8)));
-};
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Shorts __attribute__((vector_size(16)));
+typedef uint64_t Longs __attribute__((vector_size(16)));
 
-// Bytes of a mask as a vector of 0 or -1: whether each is not zero.
+// Bytes of a mask as a vector of 0 or -1: whether each is not zero. Widened in two steps: GCC takes
+// a conversion to four times the width apart, element by element.
 template <class C>
 SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n) {
-  typename ByteTypes<C>::type bytes = {};
-  if (n >= kLanes<C>) {
-    __builtin_memcpy(&bytes, p, sizeof bytes);
-  } else {
+  Bytes bytes = {};
+  if (n < kLanes<C>) {
     for (int i = 0; i < n; ++i) bytes[i] = p[i];
+  } else if constexpr (kLanes<C> == 16) {
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+  } else {  // by way of a register: a part of a vector written to memory is read back late
+    uint64_t few = 0;
+    __builtin_memcpy(&few, p, kLanes<C>);
+    bytes = (Bytes)Longs{few, 0};
   }
-  return __builtin_convertvector(bytes, IntVec<C>) != 0;
+  if constexpr (std::is_same_v<C, double>) {
+    IntVec<double> lanes;
+    for (int i = 0; i < kLanes<double>; ++i) lanes[i] = bytes[i];
+    return lanes != 0;
+  } else {
+#if SEQMEM_VEC_BYTES == 64
+    return (IntVec<float>)__builtin_convertvector(__builtin_convertvector(bytes, HalfVec),
+                                                  UintVec) != 0;
+#else
+    const Bytes interleave = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const Shorts shorts = (Shorts)__builtin_shuffle(bytes, Bytes{}, interleave);
+#if SEQMEM_VEC_BYTES == 32
+    return (IntVec<float>)__builtin_convertvector(shorts, UintVec) != 0;
+#else
+    return (IntVec<float>)__builtin_shuffle(shorts, Shorts{}, Shorts{0, 8, 1, 9, 2, 10, 3, 11}) !=
+           0;
+#endif
+#endif
+  }
 }
 
 template <class C>

@@ -9,44 +9,21 @@ template <class C>
 constexpr C kInfinity = std::is_same_v<C, float> ? C(__builtin_inff()) : C(__builtin_inf());
 
 constexpr double kMaskedScore = -1e9;
+constexpr int64_t kBlockBytes = 192 << 10;
 
-// A block of score rows and what turns products into scores.
+// A block of query rows on its way to scores.
 template <class C>
-struct ScoreBlock {
+struct Block {
   int64_t rows, keys;  // keys: how many are visible to some row of the block
   int64_t D;
-  int64_t first_query;  // of the block
-  bool causal;
-  MaskKind kind;
-  MaskRows<C> mask;
   const C* query[kMostRows];  // scaled
   C* scores;                  // [rows, stride]
   int64_t stride;
-  Vec<C> most[kMostRows];  // running maxima of the lanes
-
-  // Masks one vector of scores, from key `at`, and keeps its maximum.
-  SEQMEM_INLINE void finish(int64_t r, int64_t at, Vec<C> x) {
-    const int n = static_cast<int>(min<int64_t>(keys - at, kLanes<C>));
-    if (kind == MaskKind::Allowed) {
-      x = allowed_lanes<C>(mask.allowed[r] + at, n) ? x : splat(C(kMaskedScore));
-    } else if (kind == MaskKind::Added) {
-      x += load_n(mask.added[r] + at, n);
-    }
-    int64_t last = keys;
-    if (causal) last = min(last, first_query + r + 1);
-    if (at + kLanes<C> > last) {
-      using I = typename std::remove_reference_t<decltype(lane_numbers<C>()[0])>;
-      const IntVec<C> beyond = lane_numbers<C>() >= static_cast<I>(max<int64_t>(last - at, 0));
-      x = beyond ? splat(-kInfinity<C>) : x;
-    }
-    most[r] = x > most[r] ? x : most[r];
-    store(scores + r * stride + at, x);
-  }
 };
 
 // Scores from keys packed by pack_lanes; total_keys is how many were packed.
 template <class C>
-void packed_scores(ScoreBlock<C>& b, const C* panels, int64_t total_keys) {
+void packed_scores(const Block<C>& b, const C* panels, int64_t total_keys) {
   constexpr int L = kLanes<C>;
   for (int64_t first = 0; first < b.keys; first += 4 * L) {
     const C* panel = panels + first * b.D;
@@ -59,7 +36,8 @@ void packed_scores(ScoreBlock<C>& b, const C* panels, int64_t total_keys) {
         tile_multiply<R, V, C>(b.D, b.query + start, 1, panel, L, step, acc);
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int v = 0; v < V; ++v) b.finish(start + r, first + v * L, acc[r][v]);
+        for (int v = 0; v < V; ++v)
+          store(b.scores + (start + r) * b.stride + first + v * L, acc[r][v]);
       });
     });
   }
@@ -67,12 +45,11 @@ void packed_scores(ScoreBlock<C>& b, const C* panels, int64_t total_keys) {
 
 // Scores from keys as they lie, contiguous in their features.
 template <class S, class C = compute_t<S>>
-void direct_scores(ScoreBlock<C>& b, const Rows<S>& key) {
+void direct_scores(const Block<C>& b, const Rows<S>& key) {
   constexpr int L = kLanes<C>;
   for (int64_t first = 0; first < b.keys; first += L) {
     for_row_blocks<C>(b.rows, [&](auto block, int64_t start) {
       constexpr int R = decltype(block)::value;
-      C lanes[R][(L + 3) / 4 * 4];
       for (int64_t l = 0; l < L; l += 4) {
         const S* from[4];
         SEQMEM_UNROLL
@@ -80,38 +57,67 @@ void direct_scores(ScoreBlock<C>& b, const Rows<S>& key) {
         Vec<C> sums[R][4] = {};
         tile_dot<R, 4, C, S>(b.D, b.query + start, from, sums);
         SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) store_sums4<C>(lanes[r] + l, sums[r]);
+        for (int r = 0; r < R; ++r)
+          store_sums4<C>(b.scores + (start + r) * b.stride + first + l, sums[r]);
       }
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) b.finish(start + r, first, load(lanes[r]));
     });
   }
+}
+
+// Masks a row of scores in place, minus infinity from `last` on; returns its maximum.
+template <class C, MaskKind kind>
+C mask_row(C* row, int64_t keys, int64_t last, const uint8_t* allowed, const C* added) {
+  constexpr int L = kLanes<C>;
+  Vec<C> most[4];
+  for (int v = 0; v < 4; ++v) most[v] = splat(-kInfinity<C>);
+  auto step = [&](int64_t at, int v, int n) {
+    Vec<C> x = load(row + at);
+    if constexpr (kind == MaskKind::Allowed) {
+      x = allowed_lanes<C>(allowed + at, n) ? x : splat(C(kMaskedScore));
+    } else if constexpr (kind == MaskKind::Added) {
+      x += load_n(added + at, n);
+    }
+    if (n < L) x = lane_numbers<C>() < n ? x : splat(-kInfinity<C>);
+    if (kind != MaskKind::None || n < L) store(row + at, x);
+    most[v] = x > most[v] ? x : most[v];
+  };
+  int64_t at = 0;
+  for (; at + 4 * L <= last; at += 4 * L) SEQMEM_UNROLL
+  for (int v = 0; v < 4; ++v) step(at + v * L, v, L);
+  for (; at < last; at += L) step(at, 0, static_cast<int>(min<int64_t>(L, last - at)));
+  for (; at < keys; at += L) store(row + at, splat(-kInfinity<C>));
+  for (int v = 1; v < 4; ++v) most[0] = most[v] > most[0] ? most[v] : most[0];
+  C value = most[0][0];
+  for (int i = 1; i < L; ++i) value = most[0][i] > value ? most[0][i] : value;
+  return value;
 }
 
 // scores -> e^(score - most) in place; returns the row's sum. What lies too low for a normal
 // number becomes zero: denormals would cost several times the arithmetic.
 template <class C>
-C exponentials(C* row, int64_t n, Vec<C> most_lanes) {
+C exponentials(C* row, int64_t n, C most) {
   constexpr int L = kLanes<C>;
-  C most = most_lanes[0];
-  for (int i = 1; i < L; ++i) most = most_lanes[i] > most ? most_lanes[i] : most;
-  Vec<C> total[4] = {};
-  for (int64_t i = 0; i < n; i += 4 * L) {
-    Vec<C> x[4];
-    ExpParts<C> e[4];
+  constexpr int W = 4;
+  Vec<C> total[W] = {};
+  int64_t i = 0;
+  auto some = [&](auto count) {
+    constexpr int V = decltype(count)::value;
+    Vec<C> x[V];
+    ExpParts<C> e[V];
     SEQMEM_UNROLL
-    for (int v = 0; v < 4; ++v) x[v] = load(row + i + v * L) - most;
-    exp_parts<4, C>(x, e);
+    for (int v = 0; v < V; ++v) x[v] = load(row + i + v * L) - most;
+    exp_parts<V, C>(x, e);
     SEQMEM_UNROLL
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < V; ++v) {
       Vec<C> y = e[v].power + e[v].power * e[v].fraction;
       y = x[v] < -ExpConstants<C>::limit ? Vec<C>{} : y;
-      if (i + v * L < n) {
-        total[v] += y;
-        store(row + i + v * L, y);
-      }
+      total[v] += y;
+      store(row + i + v * L, y);
     }
-  }
+    i += V * L;
+  };
+  while (i + W * L <= n) some(std::integral_constant<int, W>{});
+  while (i < n) some(std::integral_constant<int, 1>{});
   return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
@@ -134,7 +140,7 @@ class ForwardRun {
       : s(s),
         plan(plan),
         a(a),
-        block(block_rows<C>(s.Tq, s.Tk, 1)),
+        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes)),
         stride(row_stride<C>(s.Tk)),
         Dp(padded<C>(s.D)),
         Dvp(padded<C>(s.Dv)),
@@ -173,16 +179,16 @@ class ForwardRun {
   }
 
   void run_block(int64_t n, int64_t i, int64_t rows) {
-    ScoreBlock<C> b;
-    b.rows = rows, b.keys = visible_keys(s, i + rows), b.D = s.D, b.first_query = i;
-    b.causal = s.causal, b.kind = s.mask, b.scores = scores, b.stride = stride;
+    Block<C> b;
+    b.rows = rows, b.keys = visible_keys(s, i + rows), b.D = s.D, b.scores = scores;
+    b.stride = stride;
+    MaskRows<C> mask;
     if (s.mask != MaskKind::None)
-      mask_rows<S>(b.mask, a.mask, s.mask, n, i, rows, b.keys, mask_buffer, stride);
+      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, b.keys, mask_buffer, stride);
     const Rows<S> query(a.query, n);
     for (int64_t r = 0; r < rows; ++r) {
       copy_row<S>(queries + r * Dp, query.row(i + r), query.columns, s.D, C(s.scale));
       b.query[r] = queries + r * Dp;
-      b.most[r] = splat(-kInfinity<C>);
     }
     if (plan.pack) {
       packed_scores(b, panels, s.Tk);
@@ -192,7 +198,7 @@ class ForwardRun {
     C inverse[kMostRows];
     for (int64_t r = 0; r < rows; ++r) {
       C* row = scores + r * stride;
-      inverse[r] = C(1) / exponentials<C>(row, b.keys, b.most[r]);
+      inverse[r] = C(1) / exponentials<C>(row, b.keys, masked_row(i, r, row, b.keys, mask));
       write_weights(static_cast<S*>(a.weights) + ((n * s.Tq + i + r) * s.Tk), row, b.keys,
                     inverse[r]);
     }
@@ -204,6 +210,18 @@ class ForwardRun {
       C* row = out + r * Dvp;
       for (int64_t j = 0; j < Dvp; j += L) store(row + j, inverse[r] * load(row + j));
       store_row(static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv, row, s.Dv);
+    }
+  }
+
+  // The masked row's maximum.
+  C masked_row(int64_t i, int64_t r, C* row, int64_t keys, const MaskRows<C>& mask) {
+    const int64_t last = s.causal ? min(keys, i + r + 1) : keys;
+    switch (s.mask) {
+      case MaskKind::Allowed:
+        return mask_row<C, MaskKind::Allowed>(row, keys, last, mask.allowed[r], nullptr);
+      case MaskKind::Added:
+        return mask_row<C, MaskKind::Added>(row, keys, last, nullptr, mask.added[r]);
+      default: return mask_row<C, MaskKind::None>(row, keys, last, nullptr, nullptr);
     }
   }
 

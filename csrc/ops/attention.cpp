@@ -214,7 +214,7 @@ Gradients attention_backward_cpu(const OptionalTensor& grad_output,
          grad_value = make(output_mask[2], s.Tk, s.Dv),
          grad_mask = make(output_mask[3] && shape.mask == MaskKind::Added, s.Tq, s.Tk);
   if (grad_mask.defined()) ask_for_huge_pages(grad_mask);
-  if (shape.N > 0 && s.Tk > 0) {
+  if (weights.numel() > 0) {
     const int wanted = threads_for(shape, 2.5);
     const Plan plan = {true, groups_for(shape, kBackwardTasks), 0};
     Backward arguments = {g_output.view(), g_weights.view(), q.view(),        k.view(),
@@ -231,8 +231,9 @@ Gradients attention_backward_cpu(const OptionalTensor& grad_output,
         [&](int thread, int threads, SpinBarrier& barrier) {
           kernel.run(storage, shape, plan, arguments, thread, threads, barrier);
         });
-  } else if (grad_query.defined()) {
-    grad_query.zero_();  // no keys
+  } else {  // no queries or no keys
+    for (const Tensor& grad : {grad_query, grad_key, grad_value, grad_mask})
+      if (grad.defined()) grad.zero_();
   }
   auto finish = [&](const Tensor& grad, const OptionalTensor& like) {
     if (!grad.defined()) return empty_like_of<int64_t>(query, {0});

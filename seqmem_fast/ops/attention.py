@@ -85,7 +85,7 @@ def attention(
         scale: factor of the scores, 1 / sqrt(D) by default.
         is_causal: query i sees keys 0..i alone (counted from the top left where Tq and Tk
             differ, as in ``F.scaled_dot_product_attention``). Later keys have weight zero whatever
-            the mask says, and their values are not read.
+            the mask says; a row whose mask leaves nothing is uniform over the keys that it sees.
         return_weights: False calls ``F.scaled_dot_product_attention``, which never holds the
             weights; a row whose mask is all zero is uniform there, too.
 
