@@ -333,6 +333,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--learning-rate=-1"], "learning_rate: expected more than 0, got -1.0"),
         (["--seed=-1"], "seed: expected 0 to"),
+        (["--weight-decay=-1"], "weight_decay: expected at least 0, got -1.0"),
         (["--curriculum=2"], "curriculum: expected 0 to 1, got 2.0"),
         (["--bits=0"], "copy: expected bits of at least 1, got 0"),
         (["--minutes=0"], "--minutes: expected more than 0, got 0.0"),

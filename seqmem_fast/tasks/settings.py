@@ -24,9 +24,10 @@ class Settings:
     sizes: Mapping[str, int] = field(default_factory=dict)  # fields of the task, its defaults else
     model: str = "ntm"
     seed: int = 0
-    steps: int = 4000
+    steps: int = 5000
     batch_size: int = 8
     learning_rate: float = 3e-3
+    weight_decay: float = 0.01  # AdamW's, times the learning rate at each step
     clip: float = 1.0  # largest norm of the gradient
     curriculum: float = 0.0  # the share of the steps over which sizes grow from the least
     controller_size: int = 100  # hidden units; also of the LSTM that takes the NTM's place
@@ -45,6 +46,8 @@ class Settings:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
         if not 0 <= self.curriculum <= 1:
             raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
         if not 0 <= self.seed < 2**32:  # all that a generator takes
@@ -75,8 +78,13 @@ class Settings:
 
 # What differs from the above, task by task.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "associative_recall": {"steps": 10_000, "batch_size": 16, "learning_rate": 1e-3},
-    "repeat_copy": {"steps": 12_000, "learning_rate": 2e-3, "curriculum": 0.3},
+    "associative_recall": {
+        "steps": 10_000,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+    },
+    "repeat_copy": {"steps": 20_000, "learning_rate": 2e-3, "curriculum": 0.3, "weight_decay": 0.0},
 }
 
 

@@ -33,8 +33,12 @@ class Training:
         self.model = build_model(settings, self.task)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(
-            self.parameters, settings.learning_rate, betas=(0.9, 0.999), fused=True
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            settings.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.step_count = 0
         self.seconds = 0.0
