@@ -259,8 +259,18 @@ def _initial(
     names = NTMState._fields if all_five else ("cell", "memory", "weightings")
     if reset is None:
         return {f"initial_{name}_ptr": None for name in names}
-    parts = NTMState(*initial)
-    return {f"initial_{name}_ptr": getattr(parts, name).to(dtype).contiguous() for name in names}
+    parts = NTMState(*(a.to(dtype).contiguous() for a in initial))
+    parts = parts._replace(memory=_padded(parts.memory))
+    return {f"initial_{name}_ptr": getattr(parts, name) for name in names}
+
+
+def _padded(memory: Tensor) -> Tensor:
+    """[..., N, M] as the kernels' block [..., BN, BW], zero outside."""
+    slots, width = memory.shape[-2:]
+    block = blocks(slots, width)
+    padded = memory.new_zeros(*memory.shape[:-2], block["BN"], block["BW"])
+    padded[..., :slots, :width] = memory
+    return padded
 
 
 def _without_padding(input: Tensor, lengths: Tensor | None) -> Tensor:
@@ -390,6 +400,7 @@ class _Backward:
         dz = make(steps, batch, size.layers, gates, dtype=dtype)  # of padding: zeros
         dp = make(steps, batch, size.values, dtype=dtype)
         carried = [self._carried(grad, a) for grad, a in zip(grads, self.state, strict=True)]
+        carried[2] = _padded(carried[2])
         parts = None
         if self.reset is not None:
             parts = [torch.zeros_like(a) for a in carried]
@@ -399,6 +410,8 @@ class _Backward:
                 dz, dp,
             )  # fmt: skip
         carried[0], carried[1] = (a.transpose(0, 1) for a in carried[:2])
+        for memories in (carried, parts or []):
+            memories[2:3] = [a[:, : size.slots, : size.width] for a in memories[2:3]]
         of_initial: list[Tensor | None] = [None] * len(self.initial)
         if parts is not None:
             of_initial = [a.sum(0) for a in parts]
@@ -430,7 +443,7 @@ class _Backward:
         size = self.size
         names = NTMState._fields
         f_t, f_b, f_c = (0, 0, 0) if grad_features is None else grad_features.stride()
-        memories = dz.new_empty(size.batch, size.segment, size.slots, size.width)
+        memories = dz.new_empty(size.batch, size.segment, *carried[2].shape[1:])
         kernels.ntm_backward[(size.batch,)](
             grad_features_ptr=grad_features,
             grad_trace_ptr=None if grad_trace is None else grad_trace.contiguous(),

@@ -11,8 +11,9 @@ reduction leaves each thread all four; per layer the weights of [below, h] as [K
 forward and [C * G, K] for the backward, one layer after the other.
 
 Backward: memories are recomputed from a checkpoint, a segment at a time, from the weightings and
-head values that were kept; each head's memory within a step by writing anew. Weight gradients are
-left to matrix products over dz and dp of all steps.
+head values that were kept; each head's memory within a step by writing anew. The memory's
+gradient rests in global scratch between heads: in registers it would make the rest spill. Weight
+gradients are left to matrix products over dz and dp of all steps.
 
 Letters: G 4 gates or 1, K = width below + C (LSTM), P head values, S taps, Hd heads, R read heads.
 """
@@ -72,6 +73,12 @@ def _move(carry_ptr, to_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _padded(ptr, BN: tl.constexpr, BW: tl.constexpr):
+    """Pointers into a padded [BN, BW] of scratch: no masks, and offsets known when compiling."""
+    return ptr + tl.arange(0, BN)[:, None] * BW + tl.arange(0, BW)[None, :]
+
+
+@triton.jit
 def _softplus(x):
     return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
@@ -127,7 +134,7 @@ def ntm_forward(
     reads_ptr,  # [B, R * M]
     initial_hidden_ptr,  # [L, C] wide; what reset goes back to, or None all five
     initial_cell_ptr,
-    initial_memory_ptr,  # [N, M]
+    initial_memory_ptr,  # [BN, BW], zero outside [N, M]
     initial_weightings_ptr,  # [Hd, N]
     initial_reads_ptr,  # [R * M]
     memory_ptr,  # [B, N, M]
@@ -191,8 +198,9 @@ def ntm_forward(
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
             cut = tl.load(reset_ptr + row) != 0
-            block, inside = block_of(initial_memory_ptr, slots, width, BN, BW)
-            memory = tl.load(block, mask=inside & cut, other=memory)
+            memory = tl.load(
+                _padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
+            )
             if cut:
                 if LSTM:
                     _copy(initial_hidden_ptr, old, states, BC)
@@ -287,8 +295,8 @@ def ntm_forward(
             else:
                 read = tl.sum(w[:, None] * memory, axis=0)
                 tl.store(reads_ptr + read_at + m, read, mask=m < width)
-                to = feature + control + read_at + m
-                tl.store(to, read.to(features_ptr.dtype.element_ty), mask=m < width)
+                seen = feature + control + read_at + m
+                tl.store(seen, read.to(features_ptr.dtype.element_ty), mask=m < width)
                 read_at += width
         tl.debug_barrier()
 
@@ -308,7 +316,7 @@ def ntm_backward(
     cell_ptr,  # [L, B, C] the first state's; None without LSTM
     weightings_ptr,  # [B, Hd, N] the first state's
     initial_cell_ptr,  # wide; what reset goes back to, or None all three
-    initial_memory_ptr,
+    initial_memory_ptr,  # [BN, BW], zero outside [N, M]
     initial_weightings_ptr,
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [T, B] uint8 or None
@@ -316,11 +324,11 @@ def ntm_backward(
     trace_ptr,  # [T, B, Hd, N]
     record_ptr,  # [T, B, record] wide
     checkpoints_ptr,  # [segments, B, checkpoint] wide
-    memories_ptr,  # [B, segment, N, M] wide scratch: the memory that enters each step of a segment
+    memories_ptr,  # [B, segment, BN, BW] wide scratch: what enters each step of a segment
     below_ptr,  # [B, C] wide scratch
     d_hidden_ptr,  # [B, L, C] wide: of the last state before, of the first after, as all d_*
     d_cell_ptr,  # [B, L, C]
-    d_memory_ptr,  # [B, N, M]
+    d_memory_ptr,  # [B, BN, BW], zero outside [N, M]
     d_weightings_ptr,  # [B, Hd, N]
     d_reads_ptr,  # [B, R * M]
     i_hidden_ptr,  # the gradients of initial, a part for each row, zeros coming in; or None
@@ -379,29 +387,27 @@ def ntm_backward(
     d_reads_ptr += b * read_width
     if reset_ptr is not None:
         i_hidden_ptr += b * states
+        i_memory_ptr += b * BN * BW
         i_cell_ptr += b * states
         i_weightings_ptr += b * heads * slots
         i_reads_ptr += b * read_width
-    matrix = slots * width
-    memories_ptr += b * segment * matrix
-    d_block, inside = block_of(d_memory_ptr + b * matrix, slots, width, BN, BW)
-    d_memory = tl.load(d_block, mask=inside, other=0.0)
+    memories_ptr += b * segment * BN * BW
+    d_memory_ptr += b * BN * BW
 
     segments = tl.cdiv(length, segment)
     for passed in range(segments):
         begin = (segments - 1 - passed) * segment
         end = tl.minimum(begin + segment, length)
-        at = checkpoints_ptr + (begin // segment * batch + b) * checkpoint
-        block, inside = block_of(at, slots, width, BN, BW)
+        stored = checkpoints_ptr + (begin // segment * batch + b) * checkpoint
+        block, inside = block_of(stored, slots, width, BN, BW)
         memory = tl.load(block, mask=inside, other=0.0)
         for t in range(begin, end):
             row = b + t * batch
             if reset_ptr is not None:
                 cut = tl.load(reset_ptr + row) != 0
-                block, inside = block_of(initial_memory_ptr, slots, width, BN, BW)
-                memory = tl.load(block, mask=inside & cut & (t > begin), other=memory)
-            block, inside = block_of(memories_ptr + (t - begin) * matrix, slots, width, BN, BW)
-            tl.store(block, memory, mask=inside)
+                again = there[:, None] & cut & (t > begin)
+                memory = tl.load(_padded(initial_memory_ptr, BN, BW), mask=again, other=memory)
+            tl.store(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW), memory)
             memory = _rewritten(
                 memory, trace_ptr + row * heads * slots, record_ptr + row * record + head_at,
                 heads, writes, slots, width, taps, SQUASH, ACC, BN, BW,
@@ -425,15 +431,14 @@ def ntm_backward(
             p = kept + head_at + values
             dp = dp_ptr + row * values + values
             read_at = read_width
-            block, inside = block_of(memories_ptr + (t - begin) * matrix, slots, width, BN, BW)
             for h_back in range(heads):
                 h = heads - 1 - h_back
                 is_write = (writes >> h) & 1
                 p -= width + 3 + taps + is_write * 2 * width
                 dp -= width + 3 + taps + is_write * 2 * width
                 memory = _rewritten(
-                    tl.load(block, mask=inside, other=0.0), trace_ptr + row * heads * slots,
-                    kept + head_at, h, writes, slots, width, taps, SQUASH, ACC, BN, BW,
+                    tl.load(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW)),
+                    trace_ptr + row * heads * slots, kept + head_at, h, writes, slots, width, taps, SQUASH, ACC, BN, BW,
                 )  # fmt: skip
                 key = _vector(p, width, SQUASH, BW)
                 raw_beta = tl.load(p + width)
@@ -453,28 +458,29 @@ def ntm_backward(
                 v = shifted(u, shift, taps, slots, BN, BS)
                 w, log = sharpened(v, 1.0 + _softplus(raw_gamma))
 
+                d_memory = tl.load(_padded(d_memory_ptr, BN, BW))
                 dw = tl.load(d_weightings_ptr + h * slots + n, mask=there, other=0.0)
                 if grad_trace_ptr is not None:
                     at = grad_trace_ptr + (row * heads + h) * slots + n
                     dw += tl.load(at, mask=there, other=0.0).to(ACC)
                 if is_write != 0:
-                    at = width + 3 + taps
-                    erase = _erase(p + at, width, BW)
-                    add = _vector(p + at + width, width, SQUASH, BW)
+                    more = width + 3 + taps
+                    erase = _erase(p + more, width, BW)
+                    add = _vector(p + more + width, width, SQUASH, BW)
                     d_memory, d_w, d_erase, d_add = written_backward(
                         d_memory, memory, w, erase, add
                     )
                     dw += d_w
-                    tl.store(dp + at + m, d_erase * erase * (1.0 - erase), mask=m < width)
+                    tl.store(dp + more + m, d_erase * erase * (1.0 - erase), mask=m < width)
                     if SQUASH:
                         d_add *= 1.0 - add * add
-                    tl.store(dp + at + width + m, d_add, mask=m < width)
+                    tl.store(dp + more + width + m, d_add, mask=m < width)
                 else:
                     read_at -= width
                     d_read = tl.load(d_reads_ptr + read_at + m, mask=m < width, other=0.0)
                     if grad_features_ptr is not None:
-                        at = d_feature + (control + read_at + m) * f_c
-                        d_read += tl.load(at, mask=m < width, other=0.0).to(ACC)
+                        of_read = d_feature + (control + read_at + m) * f_c
+                        d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
                     dw += tl.sum(memory * d_read[None, :], axis=1)
                     d_memory += w[:, None] * d_read[None, :]
 
@@ -485,7 +491,7 @@ def ntm_backward(
                 part, d_key, d_beta = content_backward(
                     gate * du, content, K, norms, key_norm, _softplus(raw_beta), memory, key
                 )
-                d_memory += part
+                tl.store(_padded(d_memory_ptr, BN, BW), d_memory + part)
                 if SQUASH:
                     d_key *= 1.0 - key * key
                 tl.store(dp + m, d_key, mask=m < width)
@@ -495,7 +501,7 @@ def ntm_backward(
                 d_shift = shift * (d_shift - tl.sum(d_shift * shift, axis=0))
                 tl.store(dp + width + 2 + s, d_shift, mask=s < taps)
                 tl.store(dp + width + 2 + taps, d_gamma * sigmoid(raw_gamma))
-            tl.debug_barrier()
+                tl.debug_barrier()
 
             for above in tl.static_range(LAYERS):
                 layer: tl.constexpr = LAYERS - 1 - above
@@ -572,16 +578,10 @@ def ntm_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    to, inside = block_of(i_memory_ptr + b * matrix, slots, width, BN, BW)
-                    total = tl.load(to, mask=inside, other=0.0) + d_memory
-                    tl.store(to, total, mask=inside)
+                    _move(d_memory_ptr, i_memory_ptr, BN * BW, BC)
                     if LSTM:
                         _move(d_hidden_ptr, i_hidden_ptr, states, BC)
                         _move(d_cell_ptr, i_cell_ptr, states, BC)
                     _move(d_weightings_ptr, i_weightings_ptr, heads * slots, BC)
                     _move(d_reads_ptr, i_reads_ptr, read_width, BC)
-                d_memory = tl.where(cut, 0.0, d_memory)
                 tl.debug_barrier()
-
-    d_block, inside = block_of(d_memory_ptr + b * matrix, slots, width, BN, BW)
-    tl.store(d_block, d_memory, mask=inside)
