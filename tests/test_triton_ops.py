@@ -24,7 +24,10 @@ NTM = ("ntm_addressing", "ntm_content_addressing", "ntm_read", "ntm_write")
 OPS = {
     "additive_attention": ("additive_attention",),
     "attention": ("attention",),
+    "dynamic_memory": ("dynamic_memory",),
+    "hard_attention": ("categorical_sample", "reinforce_loss"),
     "ntm": NTM,
+    "ntm_sequence": ("ntm",),
 }
 
 
@@ -103,10 +106,39 @@ def ntm_kernels() -> list[Kernel]:
     return [Kernel("ntm_kernels", name, "bf16", 8, shape, {}, ("slots", "width")) for name in names]
 
 
+def dynamic_memory_kernels() -> list[Kernel]:
+    file, shape = "dynamic_memory_kernels", {"BN": 64, "BD": 64}
+    fp32 = "z scores saved maps dz du de ds grad".split()
+    wide = {f"{name}_ptr": "*fp32" for name in fp32}
+    names = ("forward", "final", "backward", "shared_grad")
+    kernels = [f"dynamic_memory_{name}" for name in names]
+    return [Kernel(file, k, "bf16", 8, shape, {**MASK, **wide}, ("width",)) for k in kernels]
+
+
+def hard_attention_kernels() -> list[Kernel]:
+    file, shape = "hard_attention", {"BLOCK": 256}
+    wide = {"uniform_ptr": "*fp32", "by_log_prob_ptr": "*fp32", "by_entropy_ptr": "*fp32"}
+    names = ("hard_attention_forward", "hard_attention_backward")
+    return [Kernel(file, k, "bf16", 1, shape, {"action_ptr": "*i64", **wide}) for k in names]
+
+
+def ntm_sequence_kernels() -> list[Kernel]:
+    """The copy task's: N = 128, M = 20, C = 100, an LSTM; float32."""
+    shape = {"BN": 128, "BW": 32, "BS": 4, "BC": 128, "BK": 32}
+    options = {"LAYERS": 1, "LSTM": True, "SQUASH": True}
+    pointers = {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
+    file, constants = "ntm_sequence_kernels", {**shape, **options}
+    names = ("ntm_forward", "ntm_backward")
+    return [Kernel(file, name, "fp32", 8, constants, pointers, ("slots",)) for name in names]
+
+
 KERNELS = {
     "additive_attention": additive_kernels,
     "attention": attention_kernels,
+    "dynamic_memory": dynamic_memory_kernels,
+    "hard_attention": hard_attention_kernels,
     "ntm": ntm_kernels,
+    "ntm_sequence": ntm_sequence_kernels,
 }
 
 
@@ -127,3 +159,45 @@ def test_kernels_compile(op: str, target: str, capsys: pytest.CaptureFixture[str
         )
         rows[f"{spec.name} {spec.storage}"] = resources(built, target)
     report(capsys, target, rows)
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def moved(a: Any, device: str) -> Any:
+    """Copies of all tensors there, the floating ones with gradients."""
+    if isinstance(a, tuple):
+        parts = [moved(b, device) for b in a]
+        return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
+    if isinstance(a, torch.Tensor):
+        return a.detach().to(device, copy=True).requires_grad_(a.is_floating_point())
+    return a
+
+
+def flat(a: Any) -> list[torch.Tensor]:
+    if isinstance(a, (tuple, list)):
+        return [b for item in a for b in flat(item)]
+    return [a] if isinstance(a, torch.Tensor) and a.is_floating_point() else []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("op", ["additive_attention", "attention", "dynamic_memory", "ntm"])
+def test_gpu_agrees_with_the_cpu(op: str) -> None:
+    import importlib
+
+    reference = importlib.import_module(f"seqmem_fast.reference.{op}")
+    for sample in reference.sample_inputs():
+        function = getattr(seqmem_fast.ops, getattr(sample, "function", op))
+        sides = []
+        for device in ("cpu", "cuda"):
+            torch.manual_seed(0)
+            args = moved(tuple(sample.args), device)
+            options = {k: moved(v, device) for k, v in getattr(sample, "kwargs", {}).items()}
+            outputs = flat(function(*args, **options))
+            torch.autograd.backward(outputs, [torch.ones_like(a).cumsum(-1) for a in outputs])
+            leaves = [*flat(args), *flat(tuple(options.values()))]
+            sides.append([*outputs, *(a.grad for a in leaves)])
+        for ours, right in zip(sides[1], sides[0], strict=True):
+            error = (ours.cpu().double() - right.double()).norm()
+            assert error <= 1e-4 * right.double().norm() + 1e-6, sample.name

@@ -15,6 +15,13 @@ import torch
 _LAUNCHERS = {
     "additive_attention": ("additive_attention", "additive_attention_backward"),
     "attention": ("attention", "attention_backward"),
+    "dynamic_memory": ("dynamic_memory", "dynamic_memory_backward"),
+    "hard_attention": (
+        "categorical_sample",
+        "categorical_sample_backward",
+        "reinforce_loss",
+        "reinforce_loss_backward",
+    ),
     "lstm": ("lstm_cell", "lstm_cell_backward", "lstm", "lstm_backward"),
     "ntm": (
         "ntm_addressing",
@@ -26,6 +33,7 @@ _LAUNCHERS = {
         "ntm_write",
         "ntm_write_backward",
     ),
+    "ntm_sequence": ("ntm", "ntm_backward"),
 }
 
 

@@ -115,7 +115,7 @@ def _common(memory: Tensor, slots: int, block_n: int, block_d: int) -> dict[str,
         "width": memory.shape[-1],
         "BN": block_n,
         "BD": block_d,
-        "num_warps": 8 if block_d == _WIDEST else 4,
+        "num_warps": 4 if block_d < 64 else min(block_d // 8, 16),
     }
 
 

@@ -438,7 +438,8 @@ def ntm_backward(
                 dp -= width + 3 + taps + is_write * 2 * width
                 memory = _rewritten(
                     tl.load(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW)),
-                    trace_ptr + row * heads * slots, kept + head_at, h, writes, slots, width, taps, SQUASH, ACC, BN, BW,
+                    trace_ptr + row * heads * slots, kept + head_at, h, writes, slots, width,
+                    taps, SQUASH, ACC, BN, BW,
                 )  # fmt: skip
                 key = _vector(p, width, SQUASH, BW)
                 raw_beta = tl.load(p + width)
