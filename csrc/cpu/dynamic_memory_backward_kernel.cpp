@@ -9,10 +9,10 @@
 namespace seqmem::dynamic_memory {
 namespace {
 
-constexpr int64_t kParts = 16;   // shares of the slots whose partial sums are added in order
-constexpr int64_t kSlots = 64;   // slots of one deferred product
-constexpr int64_t kUnits = 32;   // units of one deferred product
-constexpr int64_t kDepth = 128;  // rows of a deferred product packed at once
+constexpr int64_t kParts = 16;  // shares of the slots whose partial sums are added in order
+constexpr int64_t kSlots = 64;  // slots of one deferred product
+constexpr int64_t kUnits = 32;  // units of one deferred product
+constexpr int64_t kDepth = 64;  // rows of a deferred product packed at once
 
 template <class S>
 class BackwardRun {
@@ -128,6 +128,7 @@ class BackwardRun {
   // n values that lie `stride` apart.
   static Vec<C> gather(const S* from, int64_t stride, int n) {
     if (stride == 1) return load_n(from, n);
+    if (stride == 0) return splat(widen_one(*from));
     C values[L] = {};
     for (int i = 0; i < n; ++i) values[i] = widen_one(from[i * stride]);
     return load(values);
@@ -195,20 +196,37 @@ class BackwardRun {
   // Sums over the slots of `mine` into to[0..ms) for A and to[ms..2ms) for B; adds A * gradient
   // to the rows of slot_out, where given.
   void final_row(int64_t b, Share mine, C* to, C* slot_out) {
-    for (int64_t i = 0; i < ms; i += L) {
-      const Vec<C> A = load(last_scale + b * ms + i);
-      const S* from = memory_of(b) + i;
-      Vec<C> gA = {}, gB = {};
-      for (int64_t n = mine.begin; n < mine.end; ++n) {
-        const Vec<C> g = grad_final(b, n, i);
-        gA += g * load_n(from + n * s.m, lanes(i));
-        gB += g;
+    int64_t i = 0;
+    if (a.final_strides[2] == 1)
+      for (; i + 4 * L <= s.m; i += 4 * L) final_columns<4>(b, i, mine, to, slot_out);
+    for (; i < ms; i += L) final_columns<1>(b, i, mine, to, slot_out);
+  }
+
+  template <int NV>
+  SEQMEM_INLINE void final_columns(int64_t b, int64_t i, Share mine, C* to, C* slot_out) {
+    const int64_t* stride = a.final_strides;
+    const S* grad = static_cast<const S*>(a.grad_final) + b * stride[0] + i * stride[2];
+    const S* from = memory_of(b) + i;
+    Vec<C> A[NV], gA[NV] = {}, gB[NV] = {};
+    SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) A[v] = load(last_scale + b * ms + i + v * L);
+    for (int64_t n = mine.begin; n < mine.end; ++n) {
+      SEQMEM_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const int count = NV > 1 ? L : lanes(i);
+        const Vec<C> g = NV > 1 ? load(grad + n * stride[1] + v * L)
+                                : gather(grad + n * stride[1], stride[2], count);
+        gA[v] += g * load_n(from + n * s.m + v * L, count);
+        gB[v] += g;
         if (slot_out == nullptr) continue;
-        C* slot = slot_out + (n - mine.begin) * ms + i;
-        store(slot, load(slot) + A * g);
+        C* slot = slot_out + (n - mine.begin) * ms + i + v * L;
+        store(slot, load(slot) + A[v] * g);
       }
-      store(to + i, gA);
-      store(to + ms + i, gB);
+    }
+    SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      store(to + i + v * L, gA[v]);
+      store(to + ms + i + v * L, gB[v]);
     }
   }
 
@@ -455,15 +473,20 @@ class BackwardRun {
   void shared_memory_gradient() {
     const bool summed = a.grad_final != nullptr && sums_slots();
     const bool dense = a.grad_final != nullptr && !sums_slots();
+    if (summed) {  // the same for every slot
+      for (int64_t i = 0; i < ms; i += L) {
+        Vec<C> all = {};
+        for (int64_t b = 0; b < s.B; ++b)
+          all += load(last_scale + b * ms + i) * grad_final(b, 0, i);
+        store(work + i, all);
+      }
+    }
     const Share blocks = share(ceil_div(s.N, kSlots), thread, threads);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t slot = block * kSlots, n = min(kSlots, s.N - slot);
       outer_products(0, 1, s.hops * s.B, slot, n);
       for (int64_t i = 0; i < ms; i += L) {
-        Vec<C> all = {};
-        if (summed)
-          for (int64_t b = 0; b < s.B; ++b)
-            all += load(last_scale + b * ms + i) * grad_final(b, 0, i);
+        const Vec<C> all = summed ? load(work + i) : Vec<C>{};
         for (int64_t j = 0; j < n; ++j) {
           Vec<C> g = load(out + j * ms + i) + all;
           if (dense) g += load(slot_grad + (slot + j) * ms + i);

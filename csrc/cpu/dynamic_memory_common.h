@@ -78,7 +78,7 @@ template <class C>
 __attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t K, const C* a,
                                         int64_t a_row, int64_t a_step, Panels<C> b, C* out,
                                         int64_t out_row, bool accumulate) {
-  constexpr int64_t L = kLanes<C>, kDepth = 128;
+  constexpr int64_t L = kLanes<C>, kDepth = 64;
   for (int64_t k = 0; k < K || (k == 0 && !accumulate); k += kDepth) {
     const int64_t depth = min(kDepth, K - k);
     for (int64_t c = 0; c < columns; c += kPanel<C>) {

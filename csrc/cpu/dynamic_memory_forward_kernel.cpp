@@ -5,6 +5,29 @@
 namespace seqmem::dynamic_memory {
 namespace {
 
+// A result this large leaves the caches before anybody reads it: written past them, a line need
+// not be fetched before it is overwritten.
+constexpr int64_t kPastCaches = 4 << 20;
+
+template <class S>
+SEQMEM_INLINE void store_past_caches(S* p, Vec<compute_t<S>> v) {
+#if SEQMEM_VEC_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps512(p, v);
+  if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd512(p, v);
+#elif SEQMEM_VEC_BYTES == 32
+  if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps256(p, v);
+  if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd256(p, v);
+#endif
+  store(p, v);
+}
+
+// Makes them visible to other threads.
+SEQMEM_INLINE void settle_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 template <class S>
 class ForwardRun {
   using C = compute_t<S>;
@@ -215,11 +238,20 @@ class ForwardRun {
   void write_final(int64_t b, int64_t r) {
     const S* from = memory_of(b);
     S* to = static_cast<S*>(a.final_memory) + b * s.N * s.m;
+    const C *A = scale + r * ms, *B = shift + r * ms;
+    const bool whole = s.m % L == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % SEQMEM_VEC_BYTES == 0;
+    if (whole && same && aligned && s.B * s.N * s.m * int64_t(sizeof(S)) >= kPastCaches) {
+      for (int64_t n = 0; n < s.N; ++n, from += s.m, to += s.m)
+        for (int64_t i = 0; i < s.m; i += L)
+          store_past_caches(to + i, load(A + i) * load(from + i) + load(B + i));
+      settle_stores();
+      return;
+    }
     for (int64_t n = 0; n < s.N; ++n, from += s.m, to += s.m) {
       for (int64_t i = 0; i < s.m; i += L) {
-        const int lanes = static_cast<int>(min<int64_t>(L, s.m - i));
-        const int64_t at = r * ms + i;
-        store_n(to + i, load(scale + at) * load_n(from + i, lanes) + load(shift + at), lanes);
+        const int lanes = whole ? L : static_cast<int>(min<int64_t>(L, s.m - i));
+        store_n(to + i, load(A + i) * load_n(from + i, lanes) + load(B + i), lanes);
       }
     }
   }
