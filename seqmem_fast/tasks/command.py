@@ -73,7 +73,7 @@ def _add_run_options(group: Any, name: str) -> None:
     group.add_argument("--minutes", type=float, help="stop then, resumable; no limit if not given")
     group.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write curves there")
-    group.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    group.add_argument("--threads", type=int, default=1, help="of torch; standard: 1")
     group.add_argument(
         "--sequences", type=int, default=SEQUENCES, help="of each size in the evaluation"
     )
@@ -129,8 +129,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
     """Trains, keeps, judges; the exit status."""
     checkpoint.require_safetensors()  # before hours of training, not after
     training = start(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     limits = loop.Limits(
         seconds=float("inf") if options.minutes is None else 60 * options.minutes,
         checkpoint_every=options.checkpoint_every,
