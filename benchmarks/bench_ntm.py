@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import rows
+from benchmarks import ntm_rivals, rows
 from seqmem_fast import ops
 from seqmem_fast.reference import ntm as steps
 from seqmem_fast.reference import ntm_sequence as sequence
@@ -36,7 +36,14 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
         sizes = (time, batch, INPUT, control, slots, width)
         return next(sequence.sequence_sample_inputs(sizes=sizes, seed=_seed(rng))).args
 
-    return rows.Work(sample, ops.ntm, {"eager": sequence.ntm})
+    missing = ntm_rivals.jax_missing()
+    return rows.Work(
+        sample,
+        ops.ntm,
+        {"eager": sequence.ntm},
+        others={} if missing else {ntm_rivals.JAX: ntm_rivals.jax_scan},
+        missing=[missing] if missing else [],
+    )
 
 
 def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
@@ -62,9 +69,12 @@ def _weighed(outputs: Any) -> torch.Tensor:
     return torch.dot(output.flatten(), torch.linspace(0, 1, output.numel(), dtype=output.dtype))
 
 
-def sequence_rows(*sizes: int, goals: Goals = (None, None)) -> list[rows.Row]:
+def sequence_rows(
+    *sizes: int, goals: Goals = (None, None), jax: Goals = (None, None)
+) -> list[rows.Row]:
     shape = ", ".join(map(str, sizes))
-    return rows.pair("ntm", shape, partial(sequence_work, *sizes), goals={"eager": goals})
+    asked = {"eager": goals, ntm_rivals.JAX: jax}
+    return rows.pair("ntm", shape, partial(sequence_work, *sizes), goals=asked)
 
 
 def step_rows(
@@ -89,9 +99,9 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
 
 
 ROWS = [
-    *sequence_rows(41, 1, 128, 20, 100, goals=(60, 60)),
-    *sequence_rows(41, 16, 128, 20, 100, goals=(22, 27)),
-    *sequence_rows(41, 64, 128, 64, 256, goals=(6.5, 7)),
+    *sequence_rows(41, 1, 128, 20, 100, goals=(60, 60), jax=(4, 6)),
+    *sequence_rows(41, 16, 128, 20, 100, goals=(22, 27), jax=(8, 14)),
+    *sequence_rows(41, 64, 128, 64, 256, goals=(6.5, 7), jax=(4, 6.5)),
     *sequence_rows(400, 4, 128, 20, 100, goals=(35, 35)),
     *step_rows("ntm_addressing", 16, 128, 20, goals=(8, 6)),
     *step_rows("ntm_content_addressing", 16, 128, 20),
