@@ -14,6 +14,7 @@ from op_suite import (
     OpSuite,
     check_against_float64,
     compare,
+    error,
     values_and_gradients,
 )
 from torch import Tensor
@@ -93,6 +94,27 @@ SIZES = [
 def test_sizes(sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     for name in ("masked", "added_mask", "causal"):
         check_against_float64(plain_case(*sizes, dtype, name), name)
+
+
+@pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize(("keys", "width"), [(41, 19), (90, 77), (33, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_few_queries_read_keys_and_values_in_place(
+    queries: int, keys: int, width: int, dtype: torch.dtype
+) -> None:
+    """Rows that are no whole vectors, NaN between them; an infinite feature counts once."""
+    query = torch.rand(2, queries, width, dtype=dtype) + 0.5
+    around = torch.full((2, 2, keys, width + 3), float("nan"), dtype=dtype)
+    around[..., :width] = torch.randn(2, 2, keys, width)
+    for feature in range(width):
+        around[0, 0, feature, feature] = -float("inf")
+    key, value = around[..., :width]
+    exact = reference.attention(query.double(), key.double(), value.double())
+    for got, want in zip(ops.attention(query, key, value), exact, strict=True):
+        assert want.isfinite().all()
+        assert error(got, want) <= TOLERANCES[dtype].output
 
 
 @pytest.mark.isa

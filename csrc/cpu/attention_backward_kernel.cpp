@@ -185,7 +185,7 @@ class BackwardRun {
         store_n(to + j, Vec<C>{}, static_cast<int>(min<int64_t>(L, s.Tk - j)));
     }
     if (a.grad_query != nullptr) {
-      multiply_rows<C>(rows, keys, Dp, slopes, stride, {key_columns, 0, s.Tk}, out, Dp);
+      multiply_rows<C>(rows, keys, Dp, slopes, stride, key_columns, s.Tk, out, Dp);
       for (int64_t r = 0; r < rows; ++r) {
         C* row = out + r * Dp;
         for (int64_t j = 0; j < Dp; j += L) store(row + j, C(s.scale) * load(row + j));

@@ -113,29 +113,19 @@ SEQMEM_INLINE void with_vectors(int64_t vectors, F&& f) {
   }
 }
 
-// Columns of b, as pack_columns lays them or as they lie.
+// out[r] (+)= sum_k a[r][k] b[k], k = 0..K-1, for `rows` rows and a padded width; b as
+// pack_columns lays its total_rows. K in chunks, so that a panel of b is in the first-level cache
+// for all the rows.
 template <class C>
-struct Columns {
-  const C* data;
-  int64_t step;        // from one row to the next where b lies as it is, else 0
-  int64_t total_rows;  // of a packed b
-
-  const C* panel(int64_t first) const { return data + (step != 0 ? first : first * total_rows); }
-  int64_t row_step(int64_t vectors) const { return step != 0 ? step : vectors * kLanes<C>; }
-};
-
-// out[r] (+)= sum_k a[r][k] b[k], k = 0..K-1, for `rows` rows and a padded width; K in chunks, so
-// that a panel of b is in the first-level cache for all the rows.
-template <class C>
-void multiply_rows(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride,
-                   const Columns<C>& b, C* out, int64_t out_stride) {
+void multiply_rows(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride, const C* b,
+                   int64_t total_rows, C* out, int64_t out_stride) {
   constexpr int L = kLanes<C>;
   for (int64_t k = 0; k < K; k += kChunk) {
     const int64_t n = min(kChunk, K - k);
     for (int64_t first = 0; first < width; first += 4 * L) {
       const int64_t vectors = min<int64_t>(4, ceil_div(width - first, L));
-      const int64_t step = b.row_step(vectors);
-      const C* panel = b.panel(first) + k * step;
+      const int64_t step = vectors * L;
+      const C* panel = b + first * total_rows + k * step;
       with_vectors(vectors, [&](auto constant) {
         constexpr int V = decltype(constant)::value;
         for_row_blocks<C>(rows, [&](auto block, int64_t start) {

@@ -10,6 +10,7 @@ constexpr C kInfinity = std::is_same_v<C, float> ? C(__builtin_inff()) : C(__bui
 
 constexpr double kMaskedScore = -1e9;
 constexpr int64_t kBlockBytes = 192 << 10;
+constexpr int64_t kKeysInPlace = 32;  // whose values are gone through at once where they lie
 
 // A block of query rows on its way to scores.
 template <class C>
@@ -43,10 +44,29 @@ void packed_scores(const Block<C>& b, const C* panels, int64_t total_keys) {
   }
 }
 
+// sums[r][w] += a[r] . b[w] over the last D % L features, by vectors that end where the rows end:
+// the features before them, already in the sums, are zeroed on both sides.
+template <int R, int W, class C, class S>
+SEQMEM_INLINE void tail_dot(int64_t D, const C* const* a, const S* const* b, Vec<C> (&sums)[R][W]) {
+  constexpr int L = kLanes<C>;
+  const IntVec<C> rest = lane_numbers<C>() >= static_cast<int>(L - D % L);
+  Vec<C> x[R];
+  SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) x[r] = rest ? load(a[r] + D - L) : Vec<C>{};
+  SEQMEM_UNROLL
+  for (int w = 0; w < W; ++w) {
+    const Vec<C> y = rest ? load(b[w] + D - L) : Vec<C>{};
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) sums[r][w] += x[r] * y;
+  }
+}
+
 // Scores from keys as they lie, contiguous in their features.
 template <class S, class C = compute_t<S>>
 void direct_scores(const Block<C>& b, const Rows<S>& key) {
   constexpr int L = kLanes<C>;
+  const bool tail = b.D > L && b.D % L != 0;
+  const int64_t D = tail ? b.D / L * L : b.D;
   for (int64_t first = 0; first < b.keys; first += L) {
     for_row_blocks<C>(b.rows, [&](auto block, int64_t start) {
       constexpr int R = decltype(block)::value;
@@ -55,7 +75,8 @@ void direct_scores(const Block<C>& b, const Rows<S>& key) {
         SEQMEM_UNROLL
         for (int i = 0; i < 4; ++i) from[i] = key.row(min(first + l + i, b.keys - 1));
         Vec<C> sums[R][4] = {};
-        tile_dot<R, 4, C, S>(b.D, b.query + start, from, sums);
+        tile_dot<R, 4, C, S>(D, b.query + start, from, sums);
+        if (tail) tail_dot<R, 4, C, S>(b.D, b.query + start, from, sums);
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r)
           store_sums4<C>(b.scores + (start + r) * b.stride + first + l, sums[r]);
@@ -121,6 +142,81 @@ C exponentials(C* row, int64_t n, C most) {
   return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
+// acc[r][v] += sum_k a[r][k] b[k * step + v * L], the last vector from `last` on instead. Few
+// accumulators would wait for each other: there several steps are summed apart.
+template <int R, int V, class C>
+SEQMEM_INLINE void tile_in_place(int64_t K, const C* const* a, const C* b, int64_t last,
+                                 int64_t step, Vec<C> (&acc)[R][V]) {
+  constexpr int L = kLanes<C>;
+  constexpr int H = R * V <= 2 ? 4 : R * V <= 4 ? 2 : 1;
+  Vec<C> apart[H][R][V] = {};
+  SEQMEM_UNROLL
+  for (int h = 0; h < H; ++h) SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+  for (int v = 0; v < V; ++v) {
+    if (h == 0) apart[0][r][v] = acc[r][v];
+    opaque(apart[h][r][v]);
+  }
+  auto one = [&](int64_t k, int h) __attribute__((always_inline)) {
+    Vec<C> x[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) x[r] = splat(a[r][k]);
+    SEQMEM_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const Vec<C> w = load(b + k * step + (v == V - 1 ? last : v * L));
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) apart[h][r][v] += x[r] * w;
+    }
+  };
+  int64_t k = 0;
+  for (; k + H <= K; k += H) SEQMEM_UNROLL
+  for (int h = 0; h < H; ++h) one(k + h, h);
+  for (; k < K; ++k) one(k, 0);
+  SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+  for (int v = 0; v < V; ++v) {
+    acc[r][v] = apart[0][r][v];
+    SEQMEM_UNROLL
+    for (int h = 1; h < H; ++h) acc[r][v] += apart[h][r][v];
+  }
+}
+
+// As multiply_rows, b as it lies, `width` >= L columns: the last vector of a row ends where the row
+// ends, and overlaps the one before. In `out` the vectors lie one after the other, apart.
+template <class C>
+void multiply_in_place(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride,
+                       const C* b, int64_t step, C* out, int64_t out_stride) {
+  constexpr int L = kLanes<C>;
+  // Rows of more than one tile shall still be in the first-level cache for their next tile.
+  const int64_t chunk = width <= 4 * L ? K : kKeysInPlace;
+  for (int64_t k = 0; k < K; k += chunk) {
+    const int64_t n = min(chunk, K - k);
+    for (int64_t first = 0; first < width; first += 4 * L) {
+      with_vectors(min<int64_t>(4, ceil_div(width - first, L)), [&](auto constant) {
+        constexpr int V = decltype(constant)::value;
+        const int64_t last = min<int64_t>((V - 1) * L, width - first - L);
+        for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+          constexpr int R = decltype(block)::value;
+          const C* from[R];
+          Vec<C> acc[R][V] = {};
+          C* to = out + start * out_stride + first;
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) {
+            from[r] = a + (start + r) * a_stride + k;
+            SEQMEM_UNROLL
+            for (int v = 0; v < V; ++v)
+              if (k > 0) acc[r][v] = load(to + r * out_stride + v * L);
+          }
+          tile_in_place<R, V, C>(n, from, b + k * step + first, last, step, acc);
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+          for (int v = 0; v < V; ++v) store(to + r * out_stride + v * L, acc[r][v]);
+        });
+      });
+    }
+  }
+}
+
 template <class S>
 class ForwardRun {
   using C = compute_t<S>;
@@ -133,7 +229,8 @@ class ForwardRun {
   const int64_t Dp, Dvp;
   const bool values_direct;
 
-  C *panels, *columns, *queries, *scores, *out, *mask_buffer;
+  C *panels = nullptr, *columns = nullptr, *queries = nullptr, *scores = nullptr, *out = nullptr,
+    *mask_buffer = nullptr;
 
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a)
@@ -144,7 +241,7 @@ class ForwardRun {
         stride(row_stride<C>(s.Tk)),
         Dp(padded<C>(s.D)),
         Dvp(padded<C>(s.Dv)),
-        values_direct(!plan.pack && std::is_same_v<S, C> && a.value.columns == 1 && s.Dv == Dvp) {}
+        values_direct(!plan.pack && std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L) {}
 
   int64_t place(char* base, int thread, int threads) {
     Carver take(base);
@@ -202,14 +299,23 @@ class ForwardRun {
       write_weights(static_cast<S*>(a.weights) + ((n * s.Tq + i + r) * s.Tk), row, b.keys,
                     inverse[r]);
     }
-    Columns<C> value = {columns, 0, s.Tk};
-    if constexpr (std::is_same_v<S, C>)
-      if (values_direct) value = {Rows<S>(a.value, n).data, a.value.rows, 0};
-    multiply_rows<C>(rows, b.keys, Dvp, scores, stride, value, out, Dvp);
+    if (values_direct) {
+      if constexpr (std::is_same_v<S, C>)
+        multiply_in_place<C>(rows, b.keys, s.Dv, scores, stride, Rows<S>(a.value, n).data,
+                             a.value.rows, out, Dvp);
+    } else {
+      multiply_rows<C>(rows, b.keys, Dvp, scores, stride, columns, s.Tk, out, Dvp);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       C* row = out + r * Dvp;
+      S* to = static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv;
       for (int64_t j = 0; j < Dvp; j += L) store(row + j, inverse[r] * load(row + j));
-      store_row(static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv, row, s.Dv);
+      if (values_direct) {
+        store(to + s.Dv - L, load(row + Dvp - L));
+        store_row(to, row, s.Dv / L * L);
+      } else {
+        store_row(to, row, s.Dv);
+      }
     }
   }
 
