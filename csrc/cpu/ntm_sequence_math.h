@@ -1,14 +1,16 @@
-// Logarithm, guarded exponential and the activations of a head's parameters.
+// Functions of rows, and the activations of a head's parameters.
 #pragma once
 
 #include "../common/gemm.h"
 #include "../common/kernel_util.h"
+#include "ntm_math.h"
 
 namespace seqmem::ntm_sequence {
 namespace {
 
 // Calls f(constant K, first vector) for 0..n-1, some vectors at once as long as they last: the
-// polynomials of one vector alone would wait for themselves, those of many do not fit registers.
+// polynomials of one vector alone would wait for themselves, those of many do not fit registers
+// beside what the passes here hold (so two, where ntm::for_vectors takes four).
 template <class F>
 SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   int64_t v = 0;
@@ -17,68 +19,10 @@ SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   for (; v < n; ++v) f(std::integral_constant<int, 1>{}, v);
 }
 
-// e^x for x <= 0, and a true zero where it would be denormal: those are slow to compute with.
-template <int K, class C>
-SEQMEM_INLINE void exp_of_negative(Vec<C> (&x)[K]) {
-  Vec<C> clamped[K];
-  ExpParts<C> e[K];
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) clamped[i] = clamp<C>(x[i], ExpConstants<C>::limit);
-  exp_parts<K, C>(clamped, e);
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const Vec<C> value = e[i].power + e[i].power * e[i].fraction;
-    x[i] = x[i] < -ExpConstants<C>::limit ? Vec<C>{} : value;
-  }
-}
-
-template <class C>
-struct LogConstants;
-template <>
-struct LogConstants<float> {
-  static constexpr int32_t sqrt_half = 0x3f3504f3;
-  static constexpr float smallest = 0x1p-126f;
-  static constexpr int terms = 4;
-};
-template <>
-struct LogConstants<double> {
-  static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
-  static constexpr double smallest = 0x1p-1022;
-  static constexpr int terms = 10;
-};
-
-// log x for x > 0, anything finite for x <= 0; NaN and infinity stay. With x = 2^n m and m near 1,
-// log m = 2 atanh s = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1).
-template <int K, class C>
-SEQMEM_INLINE void log_of_positive(const Vec<C> (&x)[K], Vec<C> (&out)[K]) {
-  using E = ExpConstants<C>;
-  using G = LogConstants<C>;
-  constexpr C up = C(int64_t(1) << (E::mantissa + 1));
-  Vec<C> s[K], z[K], p[K], n[K];
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const IntVec<C> tiny = x[i] < G::smallest;
-    const Vec<C> scaled = tiny ? x[i] * up : x[i];
-    const IntVec<C> bits = (IntVec<C>)scaled;
-    const IntVec<C> exponent = (bits - G::sqrt_half) >> E::mantissa;
-    const Vec<C> m = (Vec<C>)(bits - (exponent << E::mantissa));
-    n[i] = __builtin_convertvector(exponent + (tiny & -(E::mantissa + 1)), Vec<C>);
-    s[i] = (m - C(1)) / (m + C(1));
-    z[i] = s[i] * s[i];
-    p[i] = splat(C(2) / C(2 * G::terms + 1));
-  }
-  SEQMEM_UNROLL
-  for (int k = G::terms - 1; k >= 1; --k) {
-    SEQMEM_UNROLL
-    for (int i = 0; i < K; ++i) p[i] = p[i] * z[i] + C(2) / C(2 * k + 1);
-  }
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const Vec<C> log_m = s[i] * C(2) + (s[i] * z[i] * p[i] + n[i] * E::ln2_lo);
-    const Vec<C> value = n[i] * E::ln2_hi + log_m;
-    out[i] = x[i] - x[i] == C(0) ? value : x[i];
-  }
-}
+using ntm::exp_of_negative;
+using ntm::largest;
+using ntm::log_of_positive;
+using ntm::square_root;
 
 template <class C>
 SEQMEM_INLINE C log_of_one(C x) {
@@ -87,18 +31,6 @@ SEQMEM_INLINE C log_of_one(C x) {
   log_of_positive<1, C>(in, out);
   return out[0][0];
 }
-
-template <class C>
-SEQMEM_INLINE C largest(Vec<C> v) {
-  C lanes[kLanes<C>];
-  store(lanes, v);
-  C most = lanes[0];
-  for (int i = 1; i < kLanes<C>; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-
-SEQMEM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-SEQMEM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 // A vector's lanes stay in a register only if the loop over them vanishes.
 template <class C>
