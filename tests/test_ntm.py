@@ -149,9 +149,9 @@ def paper(
     return shifted**gamma / (shifted**gamma).sum()
 
 
-@pytest.mark.parametrize("shift_range", [0, 1, 3])
-def test_addressing_is_the_papers(shift_range: int) -> None:
-    case = make("addressing", torch.float64, (4, 7, 5, 1, 2 * shift_range + 1))
+@pytest.mark.parametrize(("slots", "shift_range"), [(7, 0), (7, 1), (7, 3), (6, 3), (2, 1)])
+def test_addressing_is_the_papers(slots: int, shift_range: int) -> None:
+    case = make("addressing", torch.float64, (4, slots, 5, 1, 2 * shift_range + 1))
     (weights,) = case.op(*case.tensors)
     for b, row in enumerate(weights):
         args = [t[b].numpy() if t[b].dim() else float(t[b]) for t in case.tensors]

@@ -189,11 +189,11 @@ def test_a_new_layer_breaks_the_symmetry_of_its_slots() -> None:
     assert state.memory[0].std(0).min() > 1e-4
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic: bool) -> None:
+def test_compile() -> None:
+    """With sizes as symbols; the op's own suite has both kinds."""
     ntm, x = make(), data()
     torch.compiler.reset()
-    compiled = torch.compile(ntm, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(ntm, fullgraph=True, backend="aot_eager", dynamic=True)
     output, state, weightings = compiled(x, return_weightings=True)
     expected = ntm(x, return_weightings=True)
     torch.testing.assert_close((output, state, weightings), expected)
@@ -247,7 +247,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "num_layers": {"num_layers": 0},
     "heads as a string": {"heads": "rx"},
     "heads": {"heads": ""},
-    "shift_range": {"shift_range": 4},
+    "shift_range": {"shift_range": 5},
     "shift_range in": {"shift_range": -1},
     "controller": {"controller": "gru"},
     "memory_init": {"memory_init": "zeros"},

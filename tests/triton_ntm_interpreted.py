@@ -46,6 +46,12 @@ def test_every_form(name: str) -> None:
     check(SAMPLES[name], torch.float32)
 
 
+def test_two_taps_on_one_slot() -> None:
+    """An even number of slots, and shifts by up to half of them."""
+    samples = reference.sample_inputs(sizes=(2, 4, 3, 2, 5))
+    check(next(s for s in samples if s.name == "addressing_heads"), torch.float64)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", ["addressing_heads", "write_heads"])
 def test_dtypes(name: str, dtype: torch.dtype) -> None:

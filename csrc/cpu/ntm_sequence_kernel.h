@@ -22,7 +22,7 @@ constexpr int64_t kShortestSegment = 8;
 struct Shape {
   int64_t T, B, I, layers, C, N, M;
   int64_t heads, reads, P;  // heads in all, read heads, values in head_bias
-  int64_t taps;             // 2 * shift_range + 1 <= N
+  int64_t taps;             // 2 * shift_range + 1 <= N + 1
   bool lstm, squash;
   const char* kinds;       // [heads], 'w' or 'r'
   const int64_t* lengths;  // [B], or null

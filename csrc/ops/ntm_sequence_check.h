@@ -104,9 +104,9 @@ Sizes<Int> check_ntm(const Tensor& input, const Tensor& hidden, const Tensor& ce
   }
   TORCH_CHECK_VALUE(s.heads > 0 && s.reads + writes == s.heads, check.op(),
                     ": expected heads to be a string of 'w' and 'r', got '", heads, "'");
-  TORCH_CHECK_VALUE(shift_range >= 0 && s.N >= 2 * shift_range + 1, check.op(),
-                    ": expected shift_range of at least 0 and 2 * shift_range + 1 of at most ", s.N,
-                    " slots, got shift_range ", shift_range);
+  TORCH_CHECK_VALUE(shift_range >= 0 && s.N / 2 >= shift_range, check.op(),
+                    ": expected shift_range in 0..", s.N / 2, " for ", s.N, " slots, got ",
+                    shift_range);
   s.R = s.M * s.reads;
   s.P = (s.M + 2 * shift_range + 4) * s.heads + s.M * (2 * writes);
   check.same_kind("head_weight", head_weight);

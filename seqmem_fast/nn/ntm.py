@@ -31,7 +31,7 @@ class NTM(nn.Module):
         memory_dim: M, the width of a slot.
         heads: the heads in the order in which they act within a step, "w" or "r" each. A read sees
             the writes before it.
-        shift_range: r, the farthest move of a shift, which has 2r + 1 taps.
+        shift_range: r, the farthest move of a shift, which has 2r + 1 taps; 0 <= r <= N / 2.
         controller: "lstm", or "feedforward" (layers of tanh).
         num_layers: L, the controller's layers.
         batch_first: input, output, reset and weightings are [B, T, *] instead of [T, B, *].
@@ -108,10 +108,10 @@ class NTM(nn.Module):
                 raise ValueError(f"NTM: expected {name} > 0, got {value}")
         if not heads or set(heads) - set("wr"):
             raise ValueError(f'NTM: expected heads as a string of "w" and "r", got {heads!r}')
-        if not 0 <= shift_range <= (memory_size - 1) // 2:
+        if not 0 <= shift_range <= memory_size // 2:
             raise ValueError(
-                f"NTM: expected shift_range in 0..{(memory_size - 1) // 2} for {memory_size} "
-                f"slots, got {shift_range}"
+                f"NTM: expected shift_range in 0..{memory_size // 2} for {memory_size} slots, "
+                f"got {shift_range}"
             )
         _one_of("controller", controller, ("lstm", "feedforward"))
         _one_of("memory_init", memory_init, ("constant", "learned", "random"))

@@ -80,7 +80,7 @@ def ntm(
         head_weight: [P, C].
         head_bias: [P].
         heads: "w" and "r", in the order in which they act.
-        shift_range: r >= 0, with 2r + 1 <= N.
+        shift_range: 0 <= r <= N / 2; at r = N / 2 the outermost taps meet on one slot and add up.
         squash: tanh on key and add.
         controller_type: "lstm" or "feedforward".
         initial: what ``reset`` brings a row back to: a state without the batch dimension.
