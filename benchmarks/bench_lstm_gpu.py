@@ -8,21 +8,15 @@ launches from Python count as they do for a user who waits for the result.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from benchmarks import machine, report
+from benchmarks import gpu
 from benchmarks.bench_lstm import Row, sample, truth, weights
 from benchmarks.lstm_sides import (
     MODES,
@@ -33,7 +27,7 @@ from benchmarks.lstm_sides import (
     our_side,
     torch_side,
 )
-from benchmarks.rows import OURS, Contender, error
+from benchmarks.rows import Contender
 from seqmem_fast.reference import lstm as reference
 
 REFERENCE = "reference"
@@ -92,127 +86,26 @@ def on_gpu(given: Sample) -> Sample:
     )
 
 
-def event_s(call: Callable[[Any], Any], given: Any) -> float:
-    """One call between two events, from an idle GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call(given)
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def measure(row: Row, mode: str, samples: int, limit_s: float = 20.0) -> list[dict[str, Any]]:
-    """One record for each side, the sides taking turns; first calls (compilation) apart."""
+def measure(row: Row, mode: str, samples: int) -> list[dict[str, Any]]:
+    """One record for each side."""
     given = on_gpu(sample(row, mode, 0))
     exact = truth(row, mode, sample(row, mode, 0))
     contenders: dict[str, Contender] = {
         name: MODES[mode](name, module, forward) for name, (module, forward) in sides(row).items()
     }
-    first, errors = {}, {}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, side in contenders.items():
-        start = time.perf_counter()
-        values = side.values(given)
-        torch.cuda.synchronize()
-        first[name] = time.perf_counter() - start
-        errors[name] = error([value.cpu() for value in values], exact)
-        for _ in range(3):
-            side.call(given)
-    start = time.perf_counter()
-    for _ in range(samples):
-        for name, side in contenders.items():
-            times[name].append(event_s(side.call, given))
-        if time.perf_counter() - start > limit_s and len(times[OURS]) >= 5:
-            break
-    ours = statistics.median(times[OURS])
-    return [
-        {
-            "row": row.name,
-            "shape": [row.t, row.b, row.i, row.h],
-            "dtype": row.dtype_name,
-            "mode": mode,
-            "side": name,
-            "median_s": statistics.median(values),
-            "ratio": statistics.median(values) / ours,
-            "first_s": first[name],
-            "error": errors[name],
-            "samples": len(values),
-        }
-        for name, values in times.items()
-    ]
-
-
-def gpu() -> dict[str, Any]:
-    """The GPU and the libraries that a number depends on."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "capability": list(torch.cuda.get_device_capability(0)),
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    labels = {
+        "row": row.name,
+        "shape": [row.t, row.b, row.i, row.h],
+        "dtype": row.dtype_name,
+        "mode": mode,
     }
+    return [{**labels, **found} for found in gpu.turns(contenders, given, exact, samples)]
 
 
-def table(results: Sequence[dict[str, Any]], title: str) -> Table:
-    """Times, and how many times slower than ours."""
-    out = Table(title=title, title_justify="left")
-    for name in ("row", "mode", "side", "median", "ratio", "first call", "error"):
-        out.add_column(name, justify="left" if name in ("row", "mode", "side") else "right")
-    for r in results:
-        if r["side"] == OURS and out.row_count:
-            out.add_section()
-        label = f"{r['row']} {report.SHORT_DTYPE.get(r['dtype'], r['dtype'])}"
-        times = (report.duration(r["median_s"]), f"{r['ratio']:.2f}", report.duration(r["first_s"]))
-        out.add_row(label, r["mode"], r["side"], *times, f"{r['error']:.0e}")
-    return out
-
-
-def run(rows: Sequence[Row], samples: int, console: Console) -> list[dict[str, Any]]:
-    """All rows in both modes."""
-    results: list[dict[str, Any]] = []
-    work = [(row, mode) for row in rows for mode in MODES]
-    with report.progress_bar(console) as bar:
-        task = bar.add_task("", total=len(work))
-        for row, mode in work:
-            bar.update(task, description=f"{row.name} {row.dtype_name} {mode}")
-            found = measure(row, mode, samples)
-            results += sorted(found, key=lambda r: str(r["side"]) != OURS)
-            bar.advance(task)
-    return results
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints the table and keeps the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.bench_lstm_gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rows", default="", help="only rows whose name holds this text")
-    parser.add_argument("--samples", type=int, default=50, help="of each side of a row")
-    parser.add_argument("--tf32", action="store_true", help="let both sides round float32 to TF32")
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "lstm_gpu.json")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device here")
-
-    # cuDNN takes TF32 unless told not to, and matrix products do not unless told to.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    console = report.console()
-    rows = [row for row in ROWS if args.rows in f"{row.name} {row.dtype_name}"]
-    results = run(rows, args.samples, console)
-    here = {**machine.describe(), "gpu": gpu()}
-    content = {"schema": report.SCHEMA, "job": "lstm_gpu", "machine": here, "results": results}
-    report.write_json(args.json, content)
-    console.print(table(results, here["gpu"]["name"]))
-    return 0
+def job(row: Row, mode: str) -> gpu.Job:
+    """A row in one mode, to be measured when its turn comes."""
+    return gpu.Job(f"{row.name} {row.dtype_name}", mode, partial(measure, row, mode))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu.main("lstm_gpu", __doc__, [job(row, mode) for row in ROWS for mode in MODES]))

@@ -66,7 +66,8 @@ def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
 def _weighed(outputs: Any) -> torch.Tensor:
     """Weightings sum to one, so that their plain sum has no gradient."""
     output = outputs[0]
-    return torch.dot(output.flatten(), torch.linspace(0, 1, output.numel(), dtype=output.dtype))
+    weights = torch.linspace(0, 1, output.numel(), dtype=output.dtype, device=output.device)
+    return torch.dot(output.flatten(), weights)
 
 
 def sequence_rows(

@@ -2,7 +2,7 @@
 # All that a machine with a GPU can tell about this package, in one go:
 #   benchmarks/gpu_check.sh [python]        (default: python3, with a CUDA or ROCm build of torch)
 # builds with whatever compilers are there, runs the tests marked gpu, then a few of them under
-# compute-sanitizer, then the benchmark; everything lands under benchmarks/results/.
+# compute-sanitizer, then the benchmarks; everything lands under benchmarks/results/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -37,4 +37,5 @@ fi
 
 "$python" -m benchmarks.bench_lstm_gpu --json "$results/lstm_gpu.json"
 "$python" -m benchmarks.bench_lstm_gpu --tf32 --json "$results/lstm_gpu_tf32.json"
+"$python" -m benchmarks.bench_ops_gpu --json "$results/ops_gpu.json"
 exit "$failed"

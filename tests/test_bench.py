@@ -30,9 +30,11 @@ sys.path.append(str(ROOT))  # last, so that an installed seqmem_fast stays the o
 from benchmarks import __main__ as main_job  # noqa: E402
 from benchmarks import (  # noqa: E402
     bench_lstm,
+    bench_ops_gpu,
     charlm,
     chart,
     gates,
+    gpu,
     lstm_rivals,
     lstm_sides,
     machine,
@@ -306,6 +308,49 @@ def test_every_table_is_found_and_declares_what_the_job_needs() -> None:
         assert len(named) == len(bench_op.ROWS)
         drawn, _ = random_shapes.draw(bench_op.random_rows, 2, 0)
         assert all(row.mode in rows.MODES for shape in drawn for row in shape)
+
+
+GPU_ROWS = [
+    *bench_ops_gpu.attention(2, 5, 6, 4),
+    bench_ops_gpu.additive_attention(2, 3, 4, 5, masked=True),
+    bench_ops_gpu.reinforce_step(3, 4, 5, 6),
+    bench_ops_gpu.reinforce_loss(4, 3),
+    bench_ops_gpu.dynamic_memory(2, 5, 4),
+    bench_ops_gpu.ntm(3, 2, 5, 4, 6),
+    bench_ops_gpu.functional("ntm_addressing", 2, 5, 4),
+]
+
+
+@pytest.mark.parametrize("row", GPU_ROWS, ids=lambda row: row.label)
+def test_the_gpu_s_sides_agree(row: bench_ops_gpu.Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with a clock for events and nothing compiled."""
+    monkeypatch.setattr(gpu, "event_s", lambda call, given: 1.0 + 0.0 * len([call(given)]))
+    monkeypatch.setattr(torch, "compile", lambda side: side)
+    for mode in row.modes:
+        found = bench_ops_gpu.measure(row, mode, 2, device="cpu")
+        assert {r["side"] for r in found} > {rows.OURS}
+        assert (bench_ops_gpu.COMPILED in {r["side"] for r in found}) == row.compiled
+        assert all(r["samples"] == 2 and r["mode"] == mode for r in found)
+        if "training step" not in row.name:  # its sides draw different actions
+            assert all(r["error"] < 1e-4 for r in found)
+        assert gpu.table(found, "").row_count == len(found)
+
+
+def test_every_gpu_row_has_a_name_of_its_own() -> None:
+    jobs = [bench_ops_gpu.job(row, mode) for row in bench_ops_gpu.ROWS for mode in row.modes]
+    assert len({(job.name, job.mode) for job in jobs}) == len(jobs)
+    for op in ("attention", "additive_attention", "hard_attention", "dynamic_memory", "ntm"):
+        assert any(job.name.startswith(f"{op} ") for job in jobs)
+
+
+def test_without_a_gpu_one_sentence_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        gpu.main("ops_gpu", "", [], [])
+    assert caught.value.code == 2
+    assert "no CUDA device here" in capsys.readouterr().err
 
 
 # records

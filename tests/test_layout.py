@@ -31,7 +31,8 @@ ROOMS = [
 SHARED = {"__init__", "common"}  # the files of a room that belong to no single op
 
 # Who may import which room of the package ("" is its top); a room's own op is meant unless the
-# target stands in ANY_OP. The top (__init__, cli, accelerate, ...) may import what it likes.
+# target stands in ANY_OP. _triton falls back on the reference where no kernel fits. The top
+# (__init__, cli, accelerate, ...) may import what it likes.
 MAY_IMPORT = {
     "nn": {"nn", "ops"},
     "ops": {"ops", "reference"},
