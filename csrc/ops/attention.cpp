@@ -1,7 +1,6 @@
 // Attention ops: schemas, the CPU and Meta keys. Arguments: seqmem_fast/ops/attention.py.
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/ne.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "../common/dispatch.h"
+#include "../common/huge_pages.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../common/workspace.h"
@@ -28,21 +28,6 @@ Tensor empty_of(const Tensor& like, const c10::SmallVector<Int, 6>& sizes) {
   } else {
     return at::empty_symint(sizes, like.options());
   }
-}
-
-// Fresh memory costs a fault for each 4 KiB page, which for weights of tens of MiB is more than the
-// arithmetic; huge pages cost a fault for each 2 MiB.
-void ask_for_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 << 20;
-  constexpr int64_t kWorthAsking = 8 << 20;
-  if (t.numel() * t.element_size() < kWorthAsking) return;
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t end = begin + t.numel() * t.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 // An argument as the kernels see it: see Matrices.

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../common/check.h"
+#include "../common/matrices.h"
 
 namespace seqmem::attention {
 
@@ -48,17 +49,6 @@ void broadcast_leading(const Check<Int>& check, c10::SmallVector<Int, 4>& batch,
   }
 }
 
-// dtype, device and layout alone.
-template <class Int>
-void check_mask_kind(const Check<Int>& check, const Tensor& query, const Tensor& mask) {
-  check.strided("mask", mask);
-  const auto type = mask.scalar_type();
-  TORCH_CHECK_TYPE(c10::isIntegralType(type, true) || type == query.scalar_type(), check.op(),
-                   ": expected mask of dtype bool, an integer or query's dtype ",
-                   query.scalar_type(), ", got ", type);
-  check.same_device("mask", mask);
-}
-
 template <class Int>
 Sizes<Int> check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                            const OptionalTensor& mask) {
@@ -66,13 +56,9 @@ Sizes<Int> check_attention(const Tensor& query, const Tensor& key, const Tensor&
   check.floating_input();
   check.same_kind("key", key);
   check.same_kind("value", value);
-  auto matrix = [&](const char* name, const Tensor& t) {
-    TORCH_CHECK_VALUE(t.dim() >= 2, check.op(), ": expected ", name,
-                      " with at least 2 dimensions, got shape ", t.sym_sizes());
-  };
-  matrix("query", query);
-  matrix("key", key);
-  matrix("value", value);
+  check_matrices(check, "query", query);
+  check_matrices(check, "key", key);
+  check_matrices(check, "value", value);
   Sizes<Int> s;
   s.Tq = check.size(query, query.dim() - 2);
   s.D = check.size(query, query.dim() - 1);
@@ -89,13 +75,7 @@ Sizes<Int> check_attention(const Tensor& query, const Tensor& key, const Tensor&
   broadcast_leading(check, s.batch, "key", key);
   broadcast_leading(check, s.batch, "value", value);
   if (mask.has_value()) {
-    check_mask_kind(check, query, *mask);
-    const int64_t dim = mask->dim();
-    const bool fits =
-        (dim < 1 || check.size(*mask, dim - 1) == 1 || check.size(*mask, dim - 1) == s.Tk) &&
-        (dim < 2 || check.size(*mask, dim - 2) == 1 || check.size(*mask, dim - 2) == s.Tq);
-    TORCH_CHECK_VALUE(fits, check.op(), ": expected mask that broadcasts to [..., ", s.Tq, ", ",
-                      s.Tk, "], got ", mask->sym_sizes());
+    check_mask(check, query, *mask, s.Tq, s.Tk);
     broadcast_leading(check, s.batch, "mask", *mask);
   }
   return s;
