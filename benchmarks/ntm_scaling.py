@@ -1,0 +1,104 @@
+"""Time per step of an NTM as its memory and its sequences grow: both must stay linear.
+
+python -m benchmarks.ntm_scaling [--threads 2] [--seconds 1] [--out docs/images/ntm_scaling.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks import machine, report, rows
+from benchmarks.bench_ntm import sequence_work
+
+SLOTS = (32, 128, 512, 2048, 8192)
+TIMES = (10, 100, 1000, 10000)
+BATCH, WIDTH, CONTROL, FEW, STANDARD = 4, 20, 100, 41, 128
+
+
+def seconds_per_step(mode: str, time_steps: int, slots: int, budget_s: float) -> float:
+    """The median over calls of at most `budget_s` in all (three at least), per step."""
+    built = rows.bench(lambda: sequence_work(time_steps, BATCH, slots, WIDTH, CONTROL), mode)
+    ours = built.contenders[rows.OURS]()
+    inputs = itertools.cycle([ours.prepare(built.sample(seed)) for seed in range(2)])
+    ours.call(next(inputs))
+    samples: list[float] = []
+    while len(samples) < 3 or (sum(samples) < budget_s and len(samples) < 200):
+        given = next(inputs)
+        start = time.perf_counter()
+        ours.call(given)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples) / time_steps
+
+
+def measure(budget_s: float, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One record for each mode and size of the two sweeps."""
+    sweeps = [("N", FEW, n) for n in SLOTS] + [("T", t, STANDARD) for t in TIMES]
+    found = []
+    for mode, (grows, time_steps, slots) in itertools.product(rows.MODES, sweeps):
+        tell(f"{mode}, T {time_steps}, N {slots}")
+        step_s = seconds_per_step(mode, time_steps, slots, budget_s)
+        found.append({"mode": mode, "grows": grows, "T": time_steps, "N": slots, "step_s": step_s})
+    return found
+
+
+def draw(found: Sequence[dict[str, Any]], here: dict[str, Any]) -> Any:
+    """Two panels on logarithmic scales; linear growth has slope 1 on the left, 0 on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = {"N": f"slots N (T {FEW})", "T": f"steps T (N {STANDARD})"}
+    for axes, (letter, title) in zip(panels, titles.items(), strict=True):
+        for mode in rows.MODES:
+            line = [r for r in found if r["grows"] == letter and r["mode"] == mode]
+            axes.plot(
+                [r[letter] for r in line], [r["step_s"] * 1e6 for r in line], "o-", label=mode
+            )
+        axes.set(xscale="log", yscale="log", xlabel=title, ylabel="us a step")
+        axes.grid(alpha=0.3)
+    panels[0].legend(frameon=False)
+    figure.suptitle(machine.one_line(here), fontsize=8, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures both sweeps, prints a table, keeps JSON and the picture."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.ntm_scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--seconds", type=float, default=1.0, help="for one size in one mode")
+    parser.add_argument("--json", type=Path, default=machine.RESULTS / "ntm_scaling.json")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS / "ntm_scaling.png")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    console = report.console()
+    with console.status("") as status:
+        found = measure(args.seconds, status.update)
+    here = machine.describe()
+    report.write_json(args.json, {"job": "ntm_scaling", "machine": here, "results": found})
+    draw(found, here).savefig(args.out, dpi=130)
+    table = Table(title=f"B {BATCH}, M {WIDTH}, C {CONTROL}", title_justify="left")
+    for name in ("mode", "T", "N", "a step"):
+        table.add_column(name, justify="right")
+    for r in found:
+        table.add_row(r["mode"], str(r["T"]), str(r["N"]), report.duration(r["step_s"]))
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
