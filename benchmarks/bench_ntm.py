@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,6 @@ LETTERS = "T, B, N, M, C of a sequence; B, N, M of a single step"
 INPUT = 9  # bits of the copy task, and its delimiter
 MOST = (64, 64, 256, 64, 256)  # of a random sequence
 CAP = 3e7  # values of all memories of a random sequence: eager keeps each several times
-COMPILING_S = 40.0  # what torch.compile takes for the few steps it is given
 Goals = tuple[float | None, float | None]
 
 
@@ -46,18 +44,6 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
         others={} if missing else {ntm_rivals.JAX: ntm_rivals.jax_scan},
         missing=[missing] if missing else [],
     )
-
-
-def compiled_work(*sizes: int) -> rows.Work:
-    """Few steps, since the compiler unrolls them: its first call is the compiling."""
-    work = sequence_work(*sizes)
-    return replace(work, peers={"torch.compile": torch.compile(sequence.ntm)}, exact=sequence.ntm)
-
-
-def compiled_rows(*sizes: int) -> list[rows.Row]:
-    shape = ", ".join(map(str, sizes))
-    made = rows.pair("ntm", shape, partial(compiled_work, *sizes))
-    return [replace(row, predicted_s=lambda: COMPILING_S) for row in made]
 
 
 def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
@@ -122,7 +108,6 @@ ROWS = [
     *step_rows("ntm_content_addressing", 16, 128, 20),
     *step_rows("ntm_read", 16, 128, 20),
     *step_rows("ntm_write", 16, 128, 20),
-    *compiled_rows(4, 16, 128, 20, 100),
 ]
 pytest_generate_tests = rows.generator(ROWS)
 test_row = rows.test_row

@@ -1,6 +1,6 @@
 """The ratios of a results file as a chart, one panel for each op.
 
-python -m benchmarks.chart benchmarks/results/bench.json docs/images/lstm_speed.png --op lstm
+python -m benchmarks.chart benchmarks/results/bench.json docs/images/speed.png
 """
 
 from __future__ import annotations
