@@ -43,6 +43,8 @@ class Leading {
     }
   }
 
+  const c10::SmallVector<Int, 4>& sizes() const { return sizes_; }
+
   int64_t total() const {
     int64_t product = 1;
     for (const int64_t size : sizes_) product *= size;

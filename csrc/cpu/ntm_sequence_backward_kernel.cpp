@@ -635,33 +635,12 @@ class BackwardRun {
   }
 };
 
-template <class F>
-SEQMEM_INLINE int64_t with_type(bool is_double, F&& f) {
-  return is_double ? f(double{}) : f(float{});
-}
-
-int64_t workspace(bool is_double, const Shape& s, const Backward& a, int threads) {
-  return with_type(is_double, [&](auto tag) {
-    SpinBarrier barrier(threads);
-    return BackwardRun<decltype(tag)>(s, a, 0, threads, barrier).place(nullptr);
-  });
-}
-
-void run(bool is_double, const Shape& s, const Backward& a, int thread, int threads,
-         SpinBarrier& barrier) {
-  with_type(is_double, [&](auto tag) {
-    BackwardRun<decltype(tag)> call(s, a, thread, threads, barrier);
-    call.place(static_cast<char*>(a.workspace));
-    call.run();
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
 extern const Kernel<Backward> backward_kernel;
-const Kernel<Backward> backward_kernel = {workspace, run};
+const Kernel<Backward> backward_kernel = {Entry<BackwardRun, Backward>::workspace,
+                                          Entry<BackwardRun, Backward>::run};
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::ntm_sequence

@@ -347,33 +347,12 @@ class ForwardRun {
   }
 };
 
-template <class F>
-SEQMEM_INLINE int64_t with_type(bool is_double, F&& f) {
-  return is_double ? f(double{}) : f(float{});
-}
-
-int64_t workspace(bool is_double, const Shape& s, const Forward& a, int threads) {
-  return with_type(is_double, [&](auto tag) {
-    SpinBarrier barrier(threads);
-    return ForwardRun<decltype(tag)>(s, a, 0, threads, barrier).place(nullptr);
-  });
-}
-
-void run(bool is_double, const Shape& s, const Forward& a, int thread, int threads,
-         SpinBarrier& barrier) {
-  with_type(is_double, [&](auto tag) {
-    ForwardRun<decltype(tag)> call(s, a, thread, threads, barrier);
-    call.place(static_cast<char*>(a.workspace));
-    call.run();
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
 extern const Kernel<Forward> forward_kernel;
-const Kernel<Forward> forward_kernel = {workspace, run};
+const Kernel<Forward> forward_kernel = {Entry<ForwardRun, Forward>::workspace,
+                                        Entry<ForwardRun, Forward>::run};
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::ntm_sequence

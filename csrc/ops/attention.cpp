@@ -21,15 +21,6 @@ namespace {
 
 using Sizes64 = Sizes<int64_t>;
 
-template <class Int>
-Tensor empty_of(const Tensor& like, const c10::SmallVector<Int, 6>& sizes) {
-  if constexpr (std::is_same_v<Int, int64_t>) {
-    return at::empty(sizes, like.options());
-  } else {
-    return at::empty_symint(sizes, like.options());
-  }
-}
-
 // An argument as the kernels see it: see Matrices.
 struct Argument {
   Tensor tensor;
@@ -43,12 +34,13 @@ struct Argument {
     columns = stride(dim - 1);
     rows = stride(dim - 2);
     offset = {0};
-    for (size_t d = 0; d < s.batch.size(); ++d) {
-      const int64_t step = stride(dim - 2 - int64_t(s.batch.size()) + int64_t(d));
+    const auto& batch = s.batch.sizes();
+    for (size_t d = 0; d < batch.size(); ++d) {
+      const int64_t step = stride(dim - 2 - int64_t(batch.size()) + int64_t(d));
       std::vector<int64_t> wider;
-      wider.reserve(offset.size() * s.batch[d]);
+      wider.reserve(offset.size() * batch[d]);
       for (const int64_t start : offset)
-        for (int64_t i = 0; i < s.batch[d]; ++i) wider.push_back(start + i * step);
+        for (int64_t i = 0; i < batch[d]; ++i) wider.push_back(start + i * step);
       offset = std::move(wider);
     }
   }
@@ -79,12 +71,11 @@ Argument mask_argument(const OptionalTensor& mask, const Sizes64& s) {
 
 Shape shape_of(const Sizes64& s, const Argument& mask, std::optional<double> scale,
                bool is_causal) {
-  int64_t N = 1;
-  for (const int64_t size : s.batch) N *= size;
   const MaskKind kind = !mask.tensor.defined()                   ? MaskKind::None
                         : mask.tensor.scalar_type() == at::kBool ? MaskKind::Allowed
                                                                  : MaskKind::Added;
-  return {N, s.Tq, s.Tk, s.D, s.Dv, scale.value_or(1 / std::sqrt(double(s.D))), is_causal, kind};
+  return {s.batch.total(), s.Tq, s.Tk, s.D, s.Dv, scale.value_or(1 / std::sqrt(double(s.D))),
+          is_causal,       kind};
 }
 
 // Estimates in microseconds of one core; they only steer the choices below. Waking a thread costs
@@ -116,7 +107,7 @@ using Outputs = std::tuple<Tensor, Tensor>;
 
 template <class Int>
 Outputs allocate(const Tensor& query, const Sizes<Int>& s) {
-  return {empty_of(query, s.with(s.Tq, s.Dv)), empty_of(query, s.with(s.Tq, s.Tk))};
+  return {s.batch.empty(query, s.Tq, s.Dv), s.batch.empty(query, s.Tq, s.Tk)};
 }
 
 Outputs attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -165,17 +156,13 @@ void check_attention_op(const Tensor& query, const Tensor& key, const Tensor& va
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The batch as the weights have it.
-template <class Int>
-Sizes<Int> backward_sizes(const Tensor& query, const Tensor& value, const Tensor& weights) {
-  using C = Check<Int>;
-  Sizes<Int> s;
-  const int64_t leading = weights.dim() - 2;
-  for (int64_t d = 0; d < leading; ++d) s.batch.push_back(C::size(weights, d));
-  s.Tq = C::size(weights, leading);
-  s.Tk = C::size(weights, leading + 1);
-  s.D = C::size(query, query.dim() - 1);
-  s.Dv = C::size(value, value.dim() - 1);
+Sizes64 backward_sizes(const Tensor& query, const Tensor& value, const Tensor& weights) {
+  Sizes64 s;
+  s.batch.widen(Check<int64_t>(kName, query, "query"), "weights", weights);
+  s.Tq = weights.size(-2);
+  s.Tk = weights.size(-1);
+  s.D = query.size(-1);
+  s.Dv = value.size(-1);
   return s;
 }
 
@@ -187,13 +174,13 @@ Gradients attention_backward_cpu(const OptionalTensor& grad_output,
                                  const Tensor& key, const Tensor& value, const OptionalTensor& mask,
                                  const Tensor& weights, std::optional<double> scale, bool is_causal,
                                  std::array<bool, 4> output_mask) {
-  const Sizes64 s = backward_sizes<int64_t>(query, value, weights);
+  const Sizes64 s = backward_sizes(query, value, weights);
   const Argument q(query, s), k(key, s), v(value, s),
       m = mask_argument(mask, s), g_output(grad_output, s), g_weights(grad_weights, s);
   const Operand saved(weights);
   const Shape shape = shape_of(s, m, scale, is_causal);
   auto make = [&](bool wanted, int64_t rows, int64_t columns) {
-    return wanted ? empty_of(query, s.with(rows, columns)) : Tensor();
+    return wanted ? s.batch.empty(query, rows, columns) : Tensor();
   };
   Tensor grad_query = make(output_mask[0], s.Tq, s.D), grad_key = make(output_mask[1], s.Tk, s.D),
          grad_value = make(output_mask[2], s.Tk, s.Dv),

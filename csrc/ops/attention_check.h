@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/SmallVector.h>
 
 #include <optional>
 
@@ -18,36 +17,9 @@ inline constexpr char kName[] = "seqmem::attention";
 
 template <class Int>
 struct Sizes {
-  c10::SmallVector<Int, 4> batch;  // the leading dimensions of all arguments, broadcast
+  Leading<Int> batch;  // the leading dimensions of all arguments, broadcast
   Int Tq, Tk, D, Dv;
-
-  c10::SmallVector<Int, 6> with(const Int& rows, const Int& columns) const {
-    c10::SmallVector<Int, 6> sizes(batch.begin(), batch.end());
-    sizes.push_back(rows);
-    sizes.push_back(columns);
-    return sizes;
-  }
 };
-
-// Widens `batch` by the leading dimensions of t.
-template <class Int>
-void broadcast_leading(const Check<Int>& check, c10::SmallVector<Int, 4>& batch, const char* name,
-                       const Tensor& t) {
-  const int64_t leading = std::max<int64_t>(t.dim() - 2, 0);
-  if (leading > static_cast<int64_t>(batch.size()))
-    batch.insert(batch.begin(), leading - batch.size(), Int(1));
-  for (int64_t i = 0; i < leading; ++i) {
-    Int& here = batch[batch.size() - leading + i];
-    const Int size = check.size(t, i);
-    if (here == 1) {
-      here = size;
-    } else {
-      TORCH_CHECK_VALUE(size == 1 || size == here, check.op(), ": expected ", name,
-                        " with leading dimensions that broadcast to ", batch, ", got shape ",
-                        t.sym_sizes());
-    }
-  }
-}
 
 template <class Int>
 Sizes<Int> check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -71,12 +43,12 @@ Sizes<Int> check_attention(const Tensor& query, const Tensor& key, const Tensor&
   TORCH_CHECK_VALUE(check.size(value, value.dim() - 2) == s.Tk, check.op(),
                     ": expected value of shape [..., ", s.Tk, ", ", s.Dv, "], got ",
                     value.sym_sizes());
-  broadcast_leading(check, s.batch, "query", query);
-  broadcast_leading(check, s.batch, "key", key);
-  broadcast_leading(check, s.batch, "value", value);
+  s.batch.widen(check, "query", query);
+  s.batch.widen(check, "key", key);
+  s.batch.widen(check, "value", value);
   if (mask.has_value()) {
     check_mask(check, query, *mask, s.Tq, s.Tk);
-    broadcast_leading(check, s.batch, "mask", *mask);
+    s.batch.widen(check, "mask", *mask);
   }
   return s;
 }
