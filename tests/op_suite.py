@@ -188,6 +188,30 @@ class OpSuite:
             for a, b in zip(run, runs[0], strict=True):
                 assert torch.equal(a, b)
 
+    def test_tensors_changed_before_backward(self, name: str) -> None:
+        """As with torch's own ops: an error, unless the gradients do not depend on the tensor."""
+        case = self.case(name)
+        expected = values_and_gradients(case.op, case.tensors)
+        noticed = 0
+        for k, tensor in enumerate((*case.tensors, *expected[: len(case.batch_out)])):
+            if tensor is None:
+                continue
+            tensors = [None if t is None else t.clone() for t in case.tensors]
+            leaves = differentiable(tensors)
+            outputs = case.op(*leaves)
+            with torch.no_grad():
+                changed = (*leaves, *outputs)[k]
+                changed.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
+            try:
+                found = gradients_of(outputs, leaves)
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+                noticed += 1
+            else:
+                for a, b in zip(found, expected[len(outputs) :], strict=True):
+                    assert torch.equal(a, b)
+        assert noticed
+
     def test_opcheck(self, name: str) -> None:
         for op, args in self.raw_calls(name):
             torch.library.opcheck(op, args)
@@ -309,13 +333,18 @@ def values_and_gradients(op: Function, tensors: Sequence[Tensor | None]) -> list
     """Outputs, then the gradients of a loss that weighs every element differently."""
     leaves = differentiable(tensors)
     outputs = op(*leaves)
+    return [o.detach() for o in outputs] + gradients_of(outputs, leaves)
+
+
+def gradients_of(outputs: Sequence[Tensor], leaves: Sequence[Tensor | None]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.rand(o.shape, generator=generator, dtype=torch.float64) - 0.3 for o in outputs]
     inputs = [t for t in leaves if t is not None and t.requires_grad]
-    grads = torch.autograd.grad(
-        outputs, inputs, [s.to(o.dtype) for s, o in zip(seeds, outputs, strict=True)]
+    return list(
+        torch.autograd.grad(
+            outputs, inputs, [s.to(o.dtype) for s, o in zip(seeds, outputs, strict=True)]
+        )
     )
-    return [o.detach() for o in outputs] + list(grads)
 
 
 def compare(
