@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import charlm, chart, gates, machine, memory, ntm_copy, report
+from benchmarks import charlm, chart, gates, machine, memory, ntm_tasks, report
 
 LIMIT_S = 470.0  # of the short run, the closing table and chart included
 TRAINING_S = 20.0  # for torch.nn.LSTM's share of the character model's training
@@ -65,8 +65,8 @@ def train(console: Console, seconds: float) -> dict[str, Any]:
 def copy_task(console: Console, seconds: float) -> dict[str, Any]:
     """The NTM learns to copy, and what it does with its memory is drawn."""
     console.rule("The copy task, learnt by a Neural Turing Machine")
-    measured = ntm_copy.train_copy(console, seconds)
-    ntm_copy.picture(console)
+    measured = ntm_tasks.train(console, "copy", seconds)
+    ntm_tasks.picture(console, "copy")
     return measured
 
 

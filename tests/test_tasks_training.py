@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -122,19 +123,74 @@ def test_the_learning_rate_is_constant_then_falls() -> None:
     assert rates == pytest.approx([1, 1, 0.51, 0.02])
 
 
-def test_a_curriculum_lets_sizes_grow() -> None:
-    sizes = {"bits": 2, "max_length": 9}
-    training = Training(settings(steps=200, curriculum=0.5, sizes=sizes, model="lstm"))
+def test_a_learnt_task_ends_early() -> None:
+    schedule = Training(settings(steps=1000, fall=0.1, learnt=0.3)).schedule
+    assert (schedule.turn, schedule.last_step) == (900, 1000)
+    for step in range(1, 101):
+        schedule.observe(0.29 if step > 40 else 0.7, step)
+        assert not schedule.learnt and schedule.learning_rate(step) == 3e-3
+    while not schedule.learnt:
+        step += 1
+        schedule.observe(0.0, step)
+    assert (schedule.turn, schedule.last_step) == (step, step + 100)
+    schedule.observe(0.7, step + 1)  # what was learnt stays so
+    assert schedule.last_step == step + 100
+    rates = [schedule.learning_rate(step + past) / 3e-3 for past in (0, 50, 100)]
+    assert rates == pytest.approx([1, 0.51, 0.02])
+
+
+def test_a_curriculum_lets_sizes_grow_when_the_present_ones_are_learnt() -> None:
+    sizes = {"bits": 2, "max_length": 4}
+    training = Training(settings(steps=900, curriculum=0.1, sizes=sizes, model="lstm"))
     lengths: list[int] = []
     training.model.register_forward_hook(
         lambda module, given, result: lengths.append((given[0].shape[0] - 1) // 2)
     )
-    for count, longest in ((0, 2), (50, 6), (100, 9)):
+    schedule = training.schedule
+    for stage in range(3):
         lengths.clear()
-        for _ in range(40):
-            training.step_count = count
-            training.step()
-        assert (min(lengths), max(lengths)) == (1, longest)
+        steps(training, 20)
+        assert (schedule.stage, min(lengths), max(lengths)) == (stage, 1, stage + 2)
+        if stage < 2:
+            while schedule.stage == stage:
+                schedule.observe(0.09, training.step_count)
+            assert schedule.loss == pytest.approx(math.log(2))  # anew at every stage
+    for _ in range(500):
+        schedule.observe(0.0, training.step_count)
+    assert schedule.stage == training.task.stages == 2
+    assert Training(settings(sizes=sizes)).schedule.stage == 2  # no curriculum: all at once
+
+
+def test_a_schedule_under_way_resumes_to_the_same_steps(tmp_path: Path) -> None:
+    """The sizes and the end follow from the losses, so what is known of those must be kept."""
+    chosen = settings(
+        sizes={"bits": 1, "max_length": 4},
+        steps=400,
+        batch_size=8,
+        curriculum=0.65,
+        learnt=0.65,
+        fall=0.1,
+        learning_rate=0.02,
+    )
+
+    def record(training: Training) -> list[tuple[float, float, int]]:
+        seen = []
+        while training.step_count < training.last_step:
+            rate = training.learning_rate()
+            loss, _ = training.step()
+            seen.append((loss, rate, training.schedule.stage))
+        return seen
+
+    whole = record(Training(chosen))
+    stages = [stage for _, _, stage in whole]
+    assert stages[0] == 0 and stages[-1] == 2 and len(whole) < 300  # both did take part
+    for stop in (stages.index(1), stages.index(2) - 1, len(whole) - 5):
+        first = Training(chosen)
+        losses = steps(first, stop)
+        checkpoint.save(tmp_path, first.tensors(), first.counters())
+        again = loop.resume(tmp_path)
+        assert losses == [loss for loss, _, _ in whole[:stop]]
+        assert record(again) == whole[stop:]
 
 
 def test_the_loop_saves_on_the_way_and_at_its_end(tmp_path: Path) -> None:
@@ -338,6 +394,8 @@ def test_a_checkpoint_is_not_overwritten_unasked(
         (["--seed=-1"], "seed: expected 0 to"),
         (["--weight-decay=-1"], "weight_decay: expected at least 0, got -1.0"),
         (["--curriculum=2"], "curriculum: expected 0 to 1, got 2.0"),
+        (["--fall=-0.1"], "fall: expected 0 to 1, got -0.1"),
+        (["--learnt=nan"], "learnt: expected 0 to 1, got nan"),
         (["--bits=0"], "copy: expected bits of at least 1, got 0"),
         (["--minutes=0"], "--minutes: expected more than 0, got 0.0"),
         (["--checkpoint-every=0"], "--checkpoint-every: expected more than 0, got 0"),

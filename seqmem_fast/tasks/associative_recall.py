@@ -16,6 +16,7 @@ from .task import (
     random_bits,
     require_positive,
     require_range,
+    stages_between,
 )
 
 
@@ -53,8 +54,12 @@ class AssociativeRecallTask(Task):
     def output_size(self) -> int:
         return self.bits
 
-    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
-        return {"items": draw_between(self.min_items, self.max_items, reach, generator)}
+    @property
+    def stages(self) -> int:
+        return stages_between(self.min_items, self.max_items)
+
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
+        return {"items": draw_between(self.min_items, self.max_items, generator, stage)}
 
     def batch(self, batch_size: int, generator: Generator, *, items: int = 6) -> Batch:
         if items < 2:

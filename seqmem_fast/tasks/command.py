@@ -147,7 +147,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
                 board(now, loss, wrong)
 
         signalled = loop.run(training, options.checkpoint, limits, watch)
-    taken = f"step {training.step_count} of {training.settings.steps}"
+    taken = f"step {training.step_count} of {training.last_step}"
     console.print(f"{taken}, kept in {options.checkpoint}", highlight=False)
     if signalled:
         console.print(f"{signal.Signals(signalled).name}: --resume goes on from there")

@@ -16,6 +16,7 @@ from .task import (
     random_bits,
     require_positive,
     require_range,
+    stages_between,
 )
 
 
@@ -47,8 +48,12 @@ class CopyTask(Task):
     def output_size(self) -> int:
         return self.bits
 
-    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
-        return {"length": draw_between(self.min_length, self.max_length, reach, generator)}
+    @property
+    def stages(self) -> int:
+        return stages_between(self.min_length, self.max_length)
+
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
+        return {"length": draw_between(self.min_length, self.max_length, generator, stage)}
 
     def batch(self, batch_size: int, generator: Generator, *, length: int = 20) -> Batch:
         require_positive("copy", length=length)

@@ -54,7 +54,7 @@ class Bar:
         settings = training.settings
         self._row = self._progress.add_task(
             f"{settings.task}, {settings.model}",
-            total=settings.steps,
+            total=training.last_step,
             completed=training.step_count,
             loss=float("nan"),
             wrong=float("nan"),
@@ -74,7 +74,11 @@ class Bar:
         self.loss += SMOOTHING * (loss - self.loss)
         self.wrong += SMOOTHING * (wrong - self.wrong)
         self._progress.update(
-            self._row, completed=training.step_count, loss=self.loss, wrong=self.wrong
+            self._row,
+            completed=training.step_count,
+            total=training.last_step,
+            loss=self.loss,
+            wrong=self.wrong,
         )
 
 
@@ -105,8 +109,9 @@ def judge(training: Training, sequences: int) -> list[tuple[Probe, Score]]:
     scores = []
     for probe in (fresh, *training.task.probes()):
         size = probe.size or None
+        rows = 20 if size else 2  # all rows of a batch are of one size: few, so that many are drawn
         score = evaluate(
-            training.model, training.task, size, sequences, EVALUATION_SEED, batch_size=20
+            training.model, training.task, size, sequences, EVALUATION_SEED, batch_size=rows
         )
         scores.append((probe, score))
     return scores

@@ -44,7 +44,7 @@ class DynamicNgramsTask(Task):
     def output_size(self) -> int:
         return 1
 
-    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
         return {"length": self.length}
 
     def batch(self, batch_size: int, generator: Generator, *, length: int = 200) -> Batch:

@@ -16,7 +16,7 @@ Watcher = Callable[[Training, float, float], None]  # after each step: its loss 
 
 @dataclass(frozen=True)
 class Limits:
-    """When this run of the loop ends, beside at the settings' number of steps."""
+    """When this run of the loop ends, beside at the training's last step."""
 
     seconds: float = float("inf")
     checkpoint_every: int = 500  # steps
@@ -45,7 +45,7 @@ def run(training: Training, folder: Path | None, limits: Limits, watch: Watcher)
             saved = training.step_count
 
     with StopRequest() as request:
-        while training.step_count < training.settings.steps and not request.received:
+        while training.step_count < training.last_step and not request.received:
             loss, wrong = training.step()
             elapsed = time.perf_counter() - start
             training.seconds = before + elapsed

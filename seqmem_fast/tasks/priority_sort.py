@@ -46,7 +46,7 @@ class PrioritySortTask(Task):
     def output_size(self) -> int:
         return self.bits
 
-    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
         return {"items": self.items, "highest": self.highest}
 
     def batch(

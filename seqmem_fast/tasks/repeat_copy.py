@@ -16,6 +16,7 @@ from .task import (
     random_bits,
     require_positive,
     require_range,
+    stages_between,
 )
 
 
@@ -23,6 +24,9 @@ from .task import (
 class RepeatCopyTask(Task):
     """`length` random vectors, the number of copies as a scalar on a channel of its own, then the
     copies one after the other and an end marker on an output channel of its own.
+
+    A curriculum lets the copies grow; all lengths are there from its start, since two short vectors
+    fit into the controller, and a network that holds them there is slow to discover its memory.
 
     The scalar is normalised to mean 0 and variance 1 over training's numbers of copies. In the
     paper: 8 bits, lengths 1 to 10, 1 to 10 copies, tested up to length 20 and 20 copies.
@@ -52,10 +56,14 @@ class RepeatCopyTask(Task):
     def output_size(self) -> int:
         return self.bits + 1
 
-    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+    @property
+    def stages(self) -> int:
+        return stages_between(self.min_repeats, self.max_repeats)
+
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
         return {
-            "length": draw_between(self.min_length, self.max_length, reach, generator),
-            "repeats": draw_between(self.min_repeats, self.max_repeats, reach, generator),
+            "length": draw_between(self.min_length, self.max_length, generator),
+            "repeats": draw_between(self.min_repeats, self.max_repeats, generator, stage),
         }
 
     def normalised(self, repeats: int) -> float:

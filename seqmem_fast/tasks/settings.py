@@ -29,7 +29,9 @@ class Settings:
     learning_rate: float = 3e-3
     weight_decay: float = 0.01  # AdamW's, times the learning rate at each step
     clip: float = 1.0  # largest norm of the gradient
-    curriculum: float = 0.0  # the share of the steps over which sizes grow from the least
+    curriculum: float = 0.0  # sizes grow by one when the loss is under this; 0: all from the start
+    fall: float = 0.5  # the last share of the steps, over which the learning rate falls
+    learnt: float = 0.0  # at all sizes, the loss under which that begins early; 0: never early
     controller_size: int = 100  # hidden units; also of the LSTM that takes the NTM's place
     num_layers: int = 1
     memory_size: int = 128  # slots
@@ -48,8 +50,9 @@ class Settings:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
-        if not 0 <= self.curriculum <= 1:
-            raise ValueError(f"curriculum: expected 0 to 1, got {self.curriculum}")
+        for name in ("curriculum", "fall", "learnt"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:  # all that a generator takes
             raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
         self.build_task()
@@ -79,12 +82,21 @@ class Settings:
 # What differs from the above, task by task.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "associative_recall": {
-        "steps": 10_000,
+        "steps": 20_000,
         "batch_size": 16,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
+        "fall": 0.2,
+        "learnt": 0.02,
     },
-    "repeat_copy": {"steps": 20_000, "learning_rate": 2e-3, "curriculum": 0.3, "weight_decay": 0.0},
+    "repeat_copy": {
+        "steps": 40_000,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.0,
+        "curriculum": 0.05,
+        "fall": 0.2,
+        "learnt": 0.02,
+    },
 }
 
 

@@ -48,11 +48,16 @@ class Task(ABC):
         """O: the bits of the target at each step."""
 
     @abstractmethod
-    def draw(self, generator: Generator, reach: float = 1.0) -> Size:
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
         """The size of a training batch, at random.
 
-        reach, 0 to 1: how much of the way from the least to the largest sizes is allowed.
+        stage, 0 to `stages`: of a curriculum, from the least sizes to all of them; None: all.
         """
+
+    @property
+    def stages(self) -> int:
+        """The last stage of this task's curriculum; 0 where all sizes are there from the start."""
+        return 0
 
     @abstractmethod
     def batch(self, batch_size: int, generator: Generator, *args: Any, **size: Any) -> Batch:
@@ -140,9 +145,14 @@ class Stream(IterableDataset[Batch]):
             yield self.task.batch(self.batch_size, generator, **self.task.draw(generator))
 
 
-def draw_between(low: int, high: int, reach: float, generator: Generator) -> int:
-    """A whole number from low to high, both included; low and the next one where reach is 0."""
-    top = min(high, low + 1 + int((high - low) * reach))
+def stages_between(low: int, high: int) -> int:
+    """How often the largest can grow by one, from low and the next one on."""
+    return max(0, high - low - 1)
+
+
+def draw_between(low: int, high: int, generator: Generator, stage: int | None = None) -> int:
+    """A whole number from low to high, both included; low and the next one at stage 0."""
+    top = high if stage is None else min(high, low + 1 + stage)
     return int(torch.randint(low, top + 1, (), generator=generator))
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .model import build_model
+from .schedule import Schedule
 from .settings import Settings
 from .task import loss_of, wrong_bits
-
-LOWEST = 0.02  # the share of the learning rate that training ends with
 
 
 class Diverged(RuntimeError):
@@ -31,6 +30,7 @@ class Training:
         self.settings = settings
         self.task = settings.build_task()
         self.model = build_model(settings, self.task)
+        self.schedule = Schedule(settings, self.task.stages)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -44,18 +44,13 @@ class Training:
         self.seconds = 0.0
 
     def learning_rate(self) -> float:
-        """That of the next step: constant for the first half, then down along a cosine."""
-        done = self.step_count / self.settings.steps
-        falling = max(0.0, 2 * done - 1)
-        low = 0.02
-        return self.settings.learning_rate * (
-            low + (1 - low) * (1 + math.cos(math.pi * falling)) / 2
-        )
+        """That of the next step."""
+        return self.schedule.learning_rate(self.step_count)
 
-    def reach(self) -> float:
-        """How far the sizes of the next batch may go, from the least at 0 to all at 1."""
-        growing = self.settings.curriculum * self.settings.steps
-        return min(1.0, self.step_count / growing) if growing else 1.0
+    @property
+    def last_step(self) -> int:
+        """The step it ends with, as far as is known by now: `settings.steps` or an earlier one."""
+        return self.schedule.last_step
 
     def step(self) -> tuple[float, float]:
         """One optimizer step on a fresh batch: loss and wrong bits per sequence before it.
@@ -63,7 +58,7 @@ class Training:
         Raises:
             Diverged: the loss is not finite.
         """
-        size = self.task.draw(self.generator, self.reach())
+        size = self.task.draw(self.generator, self.schedule.stage)
         batch = self.task.batch(self.settings.batch_size, self.generator, **size)
         logits = self.model(batch.input)
         loss = loss_of(logits, batch)
@@ -77,6 +72,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
+        self.schedule.observe(value, self.step_count)
         return value, float(wrong_bits(logits, batch).mean())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -92,6 +88,7 @@ class Training:
             "settings": self.settings.to_json(),
             "step": self.step_count,
             "seconds": self.seconds,
+            "schedule": self.schedule.state(),
         }
 
     @classmethod
@@ -105,6 +102,7 @@ class Training:
             training = cls(Settings.from_json(counters["settings"]))
             training.step_count = int(counters["step"])
             training.seconds = float(counters["seconds"])
+            training.schedule.take(counters["schedule"])
             training._take(tensors)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"not a checkpoint of this training: {error}") from error
