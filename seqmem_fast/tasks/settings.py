@@ -82,19 +82,17 @@ class Settings:
 # What differs from the above, task by task.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "associative_recall": {
-        "steps": 20_000,
+        "steps": 10_000,
         "batch_size": 16,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
-        "fall": 0.2,
-        "learnt": 0.02,
     },
     "repeat_copy": {
-        "steps": 40_000,
+        "steps": 60_000,
         "learning_rate": 2e-3,
         "weight_decay": 0.0,
         "curriculum": 0.05,
-        "fall": 0.2,
+        "fall": 0.3,
         "learnt": 0.02,
     },
 }
