@@ -78,13 +78,27 @@ SEQMEM_INLINE void log_of_positive(const Vec<C> (&x)[K], Vec<C> (&out)[K]) {
   }
 }
 
+// Folds a vector's upper half onto its lower one, again and again, in registers.
+template <class C, class F>
+SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
+  SEQMEM_UNROLL
+  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
+    IntVec<C> upper{};
+    SEQMEM_UNROLL
+    for (int i = 0; i < half; ++i) upper[i] = half + i;
+    v = combine(v, __builtin_shuffle(v, upper));
+  }
+  return v[0];
+}
+
+template <class C>
+SEQMEM_INLINE C total(Vec<C> v) {
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+}
+
 template <class C>
 SEQMEM_INLINE C largest(Vec<C> v) {
-  C lanes[kLanes<C>];
-  store(lanes, v);
-  C most = lanes[0];
-  for (int i = 1; i < kLanes<C>; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return b > a ? b : a; });
 }
 
 SEQMEM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }

@@ -134,15 +134,15 @@ SEQMEM_INLINE void zero(C* to, int64_t n) {
   if (n > 0) __builtin_memset(to, 0, n * sizeof(C));
 }
 
-// Rows that go through time together: few enough that what they carry stays in the cache, many
-// where the weights do not fit there and each pass over them should serve many rows.
+// Rows that go through time together: few enough that what they carry stays near the core, more
+// the larger the weights, since each pass over those that leave its cache should serve many rows.
 template <class C>
 int64_t rows_together(const Shape& s) {
-  constexpr int64_t kWeightsInCache = 400 << 10;
+  constexpr int64_t kCache = 400 << 10;
   const Layout<C> at(s);
   int64_t weights = s.P * s.C;
   for (int64_t l = 0; l < s.layers; ++l) weights += at.gates() * at.K(l);
-  return weights * int64_t(sizeof(C)) <= kWeightsInCache ? 2 * kTileRows<C> : 1 << 20;
+  return max<int64_t>(2, ceil_div(weights * sizeof(C), kCache)) * kTileRows<C>;
 }
 
 // The arrays of one addressing and its heads' parameters, for one thread.
@@ -158,14 +158,6 @@ struct HeadRoom {
     scratch.similar = take.array<C>(slots.stride);
     scratch.inverse = take.array<C>(slots.stride);
     scratch.grad = take.array<C>(slots.stride);
-  }
-
-  static int64_t head_size(const Shape& s) {
-    return 3 * Layout<C>::room(s.M) + Layout<C>::room(s.taps);
-  }
-  static void attach(Head<C>& head, C* from, const Shape& s) {
-    const int64_t m = Layout<C>::room(s.M);
-    head.key = from, head.erase = from + m, head.add = from + 2 * m, head.shift = from + 3 * m;
   }
 };
 

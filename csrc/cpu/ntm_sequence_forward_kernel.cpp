@@ -17,6 +17,7 @@ class ForwardRun {
   SpinBarrier& barrier;
   const Layout<C> at;
   const Slots<C> slots;
+  const HeadLayout layout;
   const int64_t head_panels, dense_panels;
 
   // Shared by all threads.
@@ -26,8 +27,9 @@ class ForwardRun {
   int64_t* turn;  // [B]: which of a row's two operands is read in this step
   // This thread's own.
   HeadRoom<C> room;
+  HeadValues<C> values;
   Head<C>* head;
-  C *head_values, *dots, *read;
+  C *dots, *read;
   int64_t* row;
   const C** operand;
   C** result;
@@ -41,8 +43,10 @@ class ForwardRun {
         barrier(barrier),
         at(s),
         slots(s),
+        layout(s.M, s.taps),
         head_panels(ceil_div(s.P, W)),
-        dense_panels(ceil_div(s.C, W)) {}
+        dense_panels(ceil_div(s.C, W)),
+        values(s) {}
 
   // Places all buffers; returns the bytes used. Called with a null base to size them.
   int64_t place(char* base) {
@@ -63,16 +67,17 @@ class ForwardRun {
     turn = take.array<int64_t>(s.B);
     for (int i = 0; i < threads; ++i) {
       HeadRoom<C> own;
+      HeadValues<C> own_values(s);
       own.place(take, slots);
+      own_values.place(take);
       Head<C>* own_head = take.array<Head<C>>(s.heads);
-      C* own_values = take.array<C>(s.heads * HeadRoom<C>::head_size(s));
       C* own_dots = take.array<C>(slots.stride);
       C* own_read = take.array<C>(Layout<C>::room(s.M));
       int64_t* own_row = take.array<int64_t>(s.B);
       const C** own_operand = take.array<const C*>(s.B);
       C** own_result = take.array<C*>(s.B);
       if (i != thread) continue;
-      room = own, head = own_head, head_values = own_values, dots = own_dots, read = own_read;
+      room = own, values.use(own_values), head = own_head, dots = own_dots, read = own_read;
       row = own_row, operand = own_operand, result = own_result;
     }
     return take.used();
@@ -80,8 +85,7 @@ class ForwardRun {
 
   void run() {
     pack();
-    for (int64_t h = 0; h < s.heads; ++h)
-      HeadRoom<C>::attach(head[h], head_values + h * HeadRoom<C>::head_size(s), s);
+    values.prepare();
     const Share mine = share(s.B, thread, threads);
     for (int64_t b = mine.begin; b < mine.end; ++b) enter(b, a.state, b, s.B);
     barrier.wait();
@@ -224,6 +228,7 @@ class ForwardRun {
       result[j] = p + row[j] * at.Ps;
     }
     multiply<C>(n, operand, s.C, panels_head, ceil_div(s.P, L), bias_head, result);
+    values.activate(n, result);
     for (int64_t j = 0; j < n; ++j) act(t, row[j]);
   }
 
@@ -262,29 +267,35 @@ class ForwardRun {
   SEQMEM_INLINE void finish_units(int64_t t, int64_t l, int64_t first, int64_t u,
                                   const Vec<C> (&z)[R][4]) {
     const int n = static_cast<int>(min<int64_t>(L, s.C - u * L));
+    Vec<C> out[R], argument[R];
     for (int r = 0; r < R; ++r) {
       const int64_t b = row[first + r];
       const Vec<C> arguments[4] = {sigmoid_argument<C>(z[r][0]), sigmoid_argument<C>(z[r][1]),
                                    tanh_argument<C>(z[r][2]), sigmoid_argument<C>(z[r][3])};
-      ExpParts<C> e[4], e_cell[1];
+      ExpParts<C> e[4];
       exp_parts<4, C>(arguments, e);
       const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
-      const Vec<C> o = sigmoid_of<C>(e[3]);
+      out[r] = sigmoid_of<C>(e[3]);
       C* c = cell_of(l, b) + u * L;
       const Vec<C> now = f * load(c) + i * g;
       store(c, now);
-      const Vec<C> argument[1] = {tanh_argument<C>(now)};
-      exp_parts<1, C>(argument, e_cell);
-      const Vec<C> h = o * tanh_of<C>(e_cell[0]);
-      store(operand_of(l, b, turn[b] ^ 1) + at.at_hidden(l) + u * L, h);
-      emit(t, l, b, u, h, n);
+      argument[r] = tanh_argument<C>(now);
       if (a.saved == nullptr) continue;
       C* record = saved_of(t, b) + at.record_gates(l) + u * L;
       store_n(record, i, n);
       store_n(record + s.C, f, n);
       store_n(record + 2 * s.C, g, n);
-      store_n(record + 3 * s.C, o, n);
+      store_n(record + 3 * s.C, out[r], n);
       store_n(record + 4 * s.C, now, n);
+    }
+    // All rows at once: one polynomial alone would wait for itself.
+    ExpParts<C> e[R];
+    exp_parts<R, C>(argument, e);
+    for (int r = 0; r < R; ++r) {
+      const int64_t b = row[first + r];
+      const Vec<C> h = out[r] * tanh_of<C>(e[r]);
+      store(operand_of(l, b, turn[b] ^ 1) + at.at_hidden(l) + u * L, h);
+      emit(t, l, b, u, h, n);
     }
   }
 
@@ -313,11 +324,10 @@ class ForwardRun {
 
   // The heads of row b, in their order.
   void act(int64_t t, int64_t b) {
-    const C* values = p + b * at.Ps;
-    const HeadLayout layout(s.M, s.taps);
+    const C* activated = p + b * at.Ps;
     for (int64_t h = 0, from = 0; h < s.heads; ++h) {
       const bool writes = s.kinds[h] == 'w';
-      activate_head(values + from, s.M, s.taps, writes, s.squash, head[h]);
+      head[h] = head_of(activated + from, layout, s.M);
       from += layout.size(writes, s.M);
     }
     C* reads = operand_of(0, b, turn[b] ^ 1) + s.I;
@@ -341,7 +351,7 @@ class ForwardRun {
     C* features = features_of(t, b);
     copy<C>(top + b * at.Cs, features, s.C);
     copy<C>(operand_of(0, b, turn[b]) + s.I, features + s.C, at.R);
-    if (a.saved != nullptr) copy(values, saved_of(t, b) + at.record_p(), s.P);
+    if (a.saved != nullptr) copy(activated, saved_of(t, b) + at.record_p(), s.P);
     if (a.trace == nullptr) return;
     for (int64_t h = 0; h < s.heads; ++h) copy<C>(weights_of(b, h), trace_of(t, b) + h * s.N, s.N);
   }

@@ -4,6 +4,7 @@
 #include "../common/gemm.h"
 #include "../common/kernel_util.h"
 #include "ntm_math.h"
+#include "ntm_sequence_kernel.h"
 
 namespace seqmem::ntm_sequence {
 namespace {
@@ -23,14 +24,7 @@ using ntm::exp_of_negative;
 using ntm::largest;
 using ntm::log_of_positive;
 using ntm::square_root;
-
-template <class C>
-SEQMEM_INLINE C log_of_one(C x) {
-  const Vec<C> in[1] = {splat(x)};
-  Vec<C> out[1];
-  log_of_positive<1, C>(in, out);
-  return out[0][0];
-}
+using ntm::total;
 
 // A vector's lanes stay in a register only if the loop over them vanishes.
 template <class C>
@@ -41,37 +35,14 @@ SEQMEM_INLINE Vec<C> square_root(Vec<C> x) {
   return y;
 }
 
-// out = tanh(x) or sigmoid(x), n values; both arrays have room up to a whole vector.
-template <bool is_tanh, class C>
-SEQMEM_INLINE void squash_row(const C* x, C* out, int64_t n) {
-  constexpr int L = kLanes<C>;
-  for_vectors(ceil_div(n, L), [&](auto count, int64_t v) {
-    constexpr int K = decltype(count)::value;
-    Vec<C> argument[K];
-    ExpParts<C> e[K];
-    SEQMEM_UNROLL
-    for (int i = 0; i < K; ++i) {
-      const Vec<C> from = load(x + (v + i) * L);
-      argument[i] = is_tanh ? tanh_argument<C>(from) : sigmoid_argument<C>(from);
-    }
-    exp_parts<K, C>(argument, e);
-    SEQMEM_UNROLL
-    for (int i = 0; i < K; ++i)
-      store(out + (v + i) * L, is_tanh ? tanh_of<C>(e[i]) : sigmoid_of<C>(e[i]));
-  });
-}
-
-// What one head does in one step.
+// One head's values after their activation, as they lie in p; gamma is 1 + what lies there.
 template <class C>
 struct Head {
-  C *key, *erase, *add;  // [M], with room for whole vectors
-  C* shift;              // [taps]
-  C beta, gate, gamma;
-  C beta_slope, gamma_slope;  // their derivatives by what they were computed from
-  C key_norm;
+  const C *key, *shift, *erase, *add;
+  C beta, gate, gamma, key_norm;
 };
 
-// Where a head's values lie in p: key M, beta, gate, shift, gamma, and erase M, add M.
+// Where a head's values lie in its part of p: key M, beta, gate, shift, gamma, and erase M, add M.
 struct HeadLayout {
   int64_t beta, gate, shift, gamma, erase, add;
   SEQMEM_INLINE HeadLayout(int64_t M, int64_t taps)
@@ -84,69 +55,197 @@ struct HeadLayout {
   SEQMEM_INLINE int64_t size(bool writes, int64_t M) const { return writes ? add + M : erase; }
 };
 
-// p has room for a whole vector beyond its end.
 template <class C>
-SEQMEM_INLINE void activate_head(const C* p, int64_t M, int64_t taps, bool writes, bool squash,
-                                 Head<C>& head) {
+SEQMEM_INLINE Head<C> head_of(const C* values, const HeadLayout& at, int64_t M) {
   constexpr int L = kLanes<C>;
-  const HeadLayout at(M, taps);
-  auto vector = [&](const C* from, C* to) {
-    if (squash) {
-      squash_row<true, C>(from, to, M);
-    } else {
-      for (int64_t i = 0; i < M; i += L) store(to + i, load(from + i));
-    }
-  };
-  vector(p, head.key);
-  if (writes) {
-    squash_row<false, C>(p + at.erase, head.erase, M);
-    vector(p + at.add, head.add);
-  }
   Vec<C> squares{};
   for (int64_t m = 0; m < M; m += L) {
-    const Vec<C> k = load_n(head.key + m, static_cast<int>(M - m));
+    const Vec<C> k = load_n(values + m, static_cast<int>(M - m));
     squares += k * k;
   }
-  head.key_norm = square_root(sum<C>(squares));
-
-  // Lanes 0, 1, 2: beta, gate, gamma. softplus x = max(x, 0) + log(1 + e^-|x|).
-  C lanes[L < 4 ? 4 : L] = {p[at.beta], p[at.gate], p[at.gamma]};
-  constexpr int K = L < 4 ? 4 / L : 1;
-  Vec<C> x[K], e[K], u[K], logs[K];
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    x[i] = load(lanes + i * L);
-    e[i] = x[i] < C(0) ? x[i] : -x[i];
-  }
-  exp_of_negative<K, C>(e);
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) u[i] = C(1) + e[i];
-  log_of_positive<K, C>(u, logs);
-  C soft[K * L], sigmoid[K * L];
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const Vec<C> lost = e[i] - (u[i] - C(1));
-    store(soft + i * L, (x[i] < C(0) ? Vec<C>{} : x[i]) + (logs[i] + lost / u[i]));
-    store(sigmoid + i * L, (x[i] < C(0) ? e[i] : splat(C(1))) / u[i]);
-  }
-  head.beta = soft[0], head.gate = sigmoid[1], head.gamma = C(1) + soft[2];
-  head.beta_slope = sigmoid[0], head.gamma_slope = sigmoid[2];
-
-  const C* raw = p + at.shift;
-  C most = raw[0];
-  for (int64_t j = 1; j < taps; ++j) most = raw[j] > most ? raw[j] : most;
-  C total = 0;
-  for (int64_t j = 0; j < taps; j += L) {
-    Vec<C> y[1] = {load(raw + j) - most};
-    // Beyond the taps lies another value, of any sign.
-    y[0] = y[0] > C(0) ? Vec<C>{} : y[0];
-    exp_of_negative<1, C>(y);
-    C values[L];
-    store(values, y[0]);
-    for (int64_t i = 0; i < L && j + i < taps; ++i) total += head.shift[j + i] = values[i];
-  }
-  for (int64_t j = 0; j < taps; ++j) head.shift[j] /= total;
+  return {
+      values,          values + at.shift, values + at.erase,       values + at.add,
+      values[at.beta], values[at.gate],   C(1) + values[at.gamma], square_root(total<C>(squares))};
 }
+
+// Activates whole rows of p in their place. tanh and sigmoid are one function of all lanes,
+//   y = e^(scale x),  out = (y - less) / (y + 1):
+// (2, 1) makes tanh, (1, 0) sigmoid, and a scale of 0 leaves a lane alone. What remains of each
+// head, beta and gamma (softplus) and shift (softmax), is computed side by side for several rows.
+template <class C>
+class HeadValues {
+  static constexpr int L = kLanes<C>;
+  static constexpr int64_t kSideBySide = 16;
+
+  const Shape& s;
+  const HeadLayout at;
+  const int64_t rows, lanes;  // side by side; lanes for their heads
+  C *scale, *less;            // [P], with room for whole vectors
+  C *soft, *taps;             // [2][lanes], [taps][lanes]
+
+ public:
+  explicit HeadValues(const Shape& s)
+      : s(s),
+        at(s.M, s.taps),
+        rows(max<int64_t>(1, kSideBySide / max<int64_t>(s.heads, 1))),
+        lanes(ceil_div(rows * s.heads, L) * L) {}
+
+  void place(Carver& take) {
+    const int64_t room = ceil_div(s.P, L) * L;
+    scale = take.array<C>(room);
+    less = take.array<C>(room);
+    soft = take.array<C>(2 * lanes);
+    taps = take.array<C>(s.taps * lanes);
+  }
+
+  // Takes the arrays of another one of the same shape.
+  void use(const HeadValues& other) {
+    scale = other.scale, less = other.less, soft = other.soft, taps = other.taps;
+  }
+
+  void prepare() {
+    for (int64_t i = 0; i < ceil_div(s.P, L) * L; ++i) scale[i] = less[i] = 0;
+    for (int64_t i = 0; i < 2 * lanes; ++i) soft[i] = 0;
+    for (int64_t i = 0; i < s.taps * lanes; ++i) taps[i] = 0;
+    each_head([&](int64_t from, bool writes) {
+      auto squashed = [&](int64_t first) {
+        for (int64_t m = 0; s.squash && m < s.M; ++m) {
+          scale[from + first + m] = 2;
+          less[from + first + m] = 1;
+        }
+      };
+      squashed(0);
+      scale[from + at.gate] = 1;
+      if (!writes) return;
+      for (int64_t m = 0; m < s.M; ++m) scale[from + at.erase + m] = 1;
+      squashed(at.add);
+    });
+  }
+
+  // n rows, each with room for whole vectors.
+  void activate(int64_t n, C* const* p) const {
+    for (int64_t r = 0; r < n; ++r) squash(p[r]);
+    for (int64_t r = 0; r < n; r += rows) finish(min(rows, n - r), p + r);
+  }
+
+  // From gradients of a row's activated values to those of p, in their place; room as above.
+  void back(const C* values, C* grad) const {
+    for (int64_t i = 0; i < s.P; i += L) {
+      const Vec<C> y = load_n(values + i, static_cast<int>(min<int64_t>(L, s.P - i)));
+      const Vec<C> one = load(less + i), slope = one + y * ((C(1) - one) - y);
+      const Vec<C> g = load(grad + i);
+      store(grad + i, load(scale + i) == C(0) ? g : g * slope);
+    }
+    each_head([&](int64_t from, bool) {
+      // d softplus x / dx = 1 - e^-softplus x
+      const C activated[L < 2 ? 2 : L] = {-values[from + at.beta], -values[from + at.gamma]};
+      const Vec<C> argument[1] = {clamp<C>(load(activated), ExpConstants<C>::limit)};
+      ExpParts<C> e[1];
+      exp_parts<1, C>(argument, e);
+      const Vec<C> slope = -(e[0].power * e[0].fraction + (e[0].power - C(1)));
+      grad[from + at.beta] *= slope[0];
+      grad[from + at.gamma] *= slope[1];
+      const C* share = values + from + at.shift;
+      C *d = grad + from + at.shift, inside = 0;
+      for (int64_t j = 0; j < s.taps; ++j) inside += share[j] * d[j];
+      for (int64_t j = 0; j < s.taps; ++j) d[j] = share[j] * (d[j] - inside);
+    });
+  }
+
+ private:
+  template <class F>
+  SEQMEM_INLINE void each_head(F&& f) const {
+    for (int64_t h = 0, from = 0; h < s.heads; ++h) {
+      const bool writes = s.kinds[h] == 'w';
+      f(from, writes);
+      from += at.size(writes, s.M);
+    }
+  }
+
+  SEQMEM_INLINE void squash(C* p) const {
+    for_vectors(ceil_div(s.P, L), [&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> x[K], argument[K];
+      ExpParts<C> e[K];
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        x[i] = load(p + (v + i) * L);
+        argument[i] = clamp<C>(x[i] * load(scale + (v + i) * L), ExpConstants<C>::limit);
+      }
+      exp_parts<K, C>(argument, e);
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) {
+        const Vec<C> one = load(less + (v + i) * L);
+        // A gate that is shut is a true zero.
+        const Vec<C> power = argument[i] > -ExpConstants<C>::limit ? e[i].power : Vec<C>{};
+        const Vec<C> above = power * e[i].fraction + (power - one);
+        const Vec<C> y = above / (above + (one + C(1)));
+        store(p + (v + i) * L, load(scale + (v + i) * L) == C(0) ? x[i] : y);
+      }
+    });
+  }
+
+  void finish(int64_t n, C* const* p) const {
+    int64_t count = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      each_head([&](int64_t from, bool) {
+        const C* x = p[r] + from;
+        soft[count] = x[at.beta];
+        soft[lanes + count] = x[at.gamma];
+        for (int64_t j = 0; j < s.taps; ++j) taps[j * lanes + count] = x[at.shift + j];
+        ++count;
+      });
+    }
+    for (int64_t i = 0; i < count; i += L) {
+      softplus(soft + i);
+      softmax(taps + i);
+    }
+    count = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      each_head([&](int64_t from, bool) {
+        C* x = p[r] + from;
+        x[at.beta] = soft[count];
+        x[at.gamma] = soft[lanes + count];
+        for (int64_t j = 0; j < s.taps; ++j) x[at.shift + j] = taps[j * lanes + count];
+        ++count;
+      });
+    }
+  }
+
+  // max(x, 0) + log(1 + e^-|x|) of a vector of betas and one of gammas.
+  SEQMEM_INLINE void softplus(C* at_beta) const {
+    Vec<C> x[2], e[2], u[2], logs[2];
+    SEQMEM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      x[i] = load(at_beta + i * lanes);
+      e[i] = x[i] < C(0) ? x[i] : -x[i];
+    }
+    exp_of_negative<2, C>(e);
+    SEQMEM_UNROLL
+    for (int i = 0; i < 2; ++i) u[i] = C(1) + e[i];
+    log_of_positive<2, C>(u, logs);
+    SEQMEM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Vec<C> lost = e[i] - (u[i] - C(1));
+      store(at_beta + i * lanes, (x[i] < C(0) ? Vec<C>{} : x[i]) + (logs[i] + lost / u[i]));
+    }
+  }
+
+  SEQMEM_INLINE void softmax(C* first) const {
+    Vec<C> most = load(first), sum{};
+    for (int64_t j = 1; j < s.taps; ++j) {
+      const Vec<C> x = load(first + j * lanes);
+      most = x > most ? x : most;
+    }
+    for (int64_t j = 0; j < s.taps; ++j) {
+      Vec<C> e[1] = {load(first + j * lanes) - most};
+      exp_of_negative<1, C>(e);
+      sum += e[0];
+      store(first + j * lanes, e[0]);
+    }
+    for (int64_t j = 0; j < s.taps; ++j) store(first + j * lanes, load(first + j * lanes) / sum);
+  }
+};
 
 }  // namespace
 }  // namespace seqmem::ntm_sequence

@@ -2,7 +2,6 @@
 // Lanes beyond the last slot hold zeros in both, and every pass keeps them so.
 #pragma once
 
-#include "ntm_sequence_kernel.h"
 #include "ntm_sequence_math.h"
 
 namespace seqmem::ntm_sequence {
@@ -155,10 +154,11 @@ class Slots {
     C *content, *ring, *ring_back, *shifted, *similar, *inverse, *grad;
   };
 
-  // content = softmax(beta K), K = dots / (norm |key| + eps). With `keep`, K and 1 / (...) stay.
+  // content = e^(beta K - its largest), K = dots / (norm |key| + eps); returns what makes it a
+  // softmax by multiplication. With `keep`, K and 1 / (...) stay.
   template <bool keep>
-  SEQMEM_INLINE void content(const C* dots, const C* norm, const Head<C>& head,
-                             const Scratch& t) const {
+  SEQMEM_INLINE C content(const C* dots, const C* norm, const Head<C>& head,
+                          const Scratch& t) const {
     const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
     Vec<C> most = nothing;
     for (int64_t v = 0; v < vectors; ++v) {
@@ -174,7 +174,7 @@ class Slots {
       most = z > most ? z : most;
     }
     const C top = largest<C>(most);
-    Vec<C> total{};
+    Vec<C> sum{};
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> e[K];
@@ -183,19 +183,18 @@ class Slots {
       exp_of_negative<K, C>(e);
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
-        total += e[i];
+        sum += e[i];
         store(t.content + (v + i) * L, e[i]);
       }
     });
-    const C scale = C(1) / sum<C>(total);
-    for (int64_t v = 0; v < vectors; ++v)
-      store(t.content + v * L, only_slots(v, load(t.content + v * L) * scale));
+    return C(1) / total<C>(sum);
   }
 
-  // ring = gate content + (1 - gate) before
-  SEQMEM_INLINE void interpolate(const C* before, const Head<C>& head, const Scratch& t) const {
+  // ring = gate softmax + (1 - gate) before
+  SEQMEM_INLINE void interpolate(const C* before, const Head<C>& head, C scale,
+                                 const Scratch& t) const {
     C* ring = t.ring + reach();
-    const C gate = head.gate, rest = C(1) - gate;
+    const C gate = head.gate * scale, rest = C(1) - head.gate;
     for (int64_t v = 0; v < vectors; ++v)
       store(ring + v * L, gate * load(t.content + v * L) + rest * load(before + v * L));
     close(t.ring);
@@ -226,26 +225,25 @@ class Slots {
       store(t.shifted + v * L, x);
       most = x > most ? x : most;
     }
-    const C top = largest<C>(most);
-    const C log_top = top > C(0) ? log_of_one<C>(top) : C(0);
-    Vec<C> total{};
+    const C top = largest<C>(most), unit = top > C(0) ? top : C(1);
+    Vec<C> sum{};
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> x[K], y[K];
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) x[i] = load(t.shifted + (v + i) * L);
+      for (int i = 0; i < K; ++i) x[i] = load(t.shifted + (v + i) * L) / unit;
       log_of_positive<K, C>(x, y);
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) y[i] = (y[i] - log_top) * head.gamma;
+      for (int i = 0; i < K; ++i) y[i] *= head.gamma;
       exp_of_negative<K, C>(y);
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
         y[i] = x[i] <= C(0) ? Vec<C>{} : y[i];
-        total += y[i];
+        sum += y[i];
         store(w + (v + i) * L, y[i]);
       }
     });
-    const C whole = sum<C>(total);
+    const C whole = total<C>(sum);
     const C scale = whole == C(0) ? C(0) : C(1) / whole;
     for (int64_t v = 0; v < vectors; ++v) store(w + v * L, load(w + v * L) * scale);
   }
@@ -253,8 +251,7 @@ class Slots {
   // w = the head's weighting; `before` may be `w`.
   void address(const C* dots, const C* norm, const Head<C>& head, const C* before, const Scratch& t,
                C* w) const {
-    content<false>(dots, norm, head, t);
-    interpolate(before, head, t);
+    interpolate(before, head, content<false>(dots, norm, head, t), t);
     if (taps == 3) {
       sharpen<3>(head, t, w);
     } else {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/dispatch.h"
+#include "../common/kept_blocks.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../common/workspace.h"
@@ -119,6 +120,13 @@ Outputs allocate(const Tensor& like, const Sizes<Int>& s, bool lstm, bool trace,
         like.options().dtype(of));
   };
   const auto saved_type = compute_type(like);
+  auto keep = [&](std::initializer_list<Int> sizes) {
+    if constexpr (std::is_same_v<Int, int64_t>) {
+      return KeptBlocks::empty(sizes, like.options().dtype(saved_type));
+    } else {
+      return make(sizes, saved_type);
+    }
+  };
   const Int kept = lstm ? s.layers : 0, heads = s.heads, reads = s.reads;
   const Int record = kept * 5 * s.C + (s.layers - 1) * s.C + s.P;
   auto none = [&](at::ScalarType of) { return make({Int(0)}, of); };
@@ -129,9 +137,8 @@ Outputs allocate(const Tensor& like, const Sizes<Int>& s, bool lstm, bool trace,
           make({s.B, heads, s.N}, type),
           make({s.B, reads, s.M}, type),
           trace || save ? make({s.T, s.B, heads, s.N}, type) : none(type),
-          save ? make({s.T, s.B, record}, saved_type) : none(saved_type),
-          save ? make({(s.T + kShortestSegment - 1) / kShortestSegment, s.B, s.M, slot_stride(s.N)},
-                      saved_type)
+          save ? keep({s.T, s.B, record}) : none(saved_type),
+          save ? keep({(s.T + kShortestSegment - 1) / kShortestSegment, s.B, s.M, slot_stride(s.N)})
                : none(saved_type)};
 }
 

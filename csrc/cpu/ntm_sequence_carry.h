@@ -1,0 +1,117 @@
+// Gradients that a row carries from step to step, and those of the state that `reset` returns to.
+#pragma once
+
+#include "ntm_sequence_common.h"
+
+namespace seqmem::ntm_sequence {
+namespace {
+
+template <class C>
+struct Carry {
+  C *hidden, *cell;  // [layers, room(C)]
+  C* memory;         // [M][stride]
+  C* weights;        // [heads][stride]
+  C* reads;          // room(R)
+};
+
+template <class C>
+class Carries {
+  const Shape& s;
+  const Layout<C>& at;
+  const Slots<C>& slots;
+  const int64_t matrix, layers;
+
+ public:
+  Carries(const Shape& s, const Layout<C>& at, const Slots<C>& slots)
+      : s(s), at(at), slots(slots), matrix(s.M * slots.stride), layers(s.lstm ? s.layers : 0) {}
+
+  Carry<C>* place(Carver& take, int64_t n) const {
+    auto out = take.array<Carry<C>>(n);
+    for (int64_t b = 0; b < n; ++b) {
+      const Carry<C> one = {take.array<C>(layers * at.Cs), take.array<C>(layers * at.Cs),
+                            take.array<C>(matrix), take.array<C>(s.heads * slots.stride),
+                            take.array<C>(Layout<C>::room(at.R))};
+      if (out != nullptr) out[b] = one;
+    }
+    return out;
+  }
+
+  // Row b of gradients of a final state, whose parts may be missing.
+  void begin(const State<const void*>& from, int64_t b, const Carry<C>& to) const {
+    auto given = [&](const void* part, int64_t offset, C* x, int64_t n) {
+      if (part == nullptr) {
+        zero(x, n);
+      } else {
+        copy(static_cast<const C*>(part) + offset, x, n);
+      }
+    };
+    for (int64_t l = 0; l < layers; ++l) {
+      given(from.hidden, (l * s.B + b) * s.C, to.hidden + l * at.Cs, s.C);
+      given(from.cell, (l * s.B + b) * s.C, to.cell + l * at.Cs, s.C);
+    }
+    given(from.reads, b * at.R, to.reads, at.R);
+    zero(to.weights, s.heads * slots.stride);
+    if (from.weightings != nullptr) {
+      const C* weights = static_cast<const C*>(from.weightings) + b * s.heads * s.N;
+      for (int64_t h = 0; h < s.heads; ++h)
+        slots.enter_weights(weights + h * s.N, to.weights + h * slots.stride);
+    }
+    zero(to.memory, matrix);
+    if (from.memory != nullptr)
+      slots.enter(static_cast<const C*>(from.memory) + b * s.N * s.M, to.memory);
+  }
+
+  void clear(const Carry<C>& c) const {
+    zero(c.hidden, layers * at.Cs);
+    zero(c.cell, layers * at.Cs);
+    zero(c.memory, matrix);
+    zero(c.weights, s.heads * slots.stride);
+    zero(c.reads, at.R);
+  }
+
+  void add(const Carry<C>& from, const Carry<C>& to) const {
+    auto plus = [](const C* x, C* y, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) y[i] += x[i];
+    };
+    for (int64_t l = 0; l < layers; ++l) {
+      plus(from.hidden + l * at.Cs, to.hidden + l * at.Cs, s.C);
+      plus(from.cell + l * at.Cs, to.cell + l * at.Cs, s.C);
+    }
+    for (int64_t m = 0; m < s.M; ++m)
+      plus(from.memory + m * slots.stride, to.memory + m * slots.stride, s.N);
+    for (int64_t h = 0; h < s.heads; ++h)
+      plus(from.weights + h * slots.stride, to.weights + h * slots.stride, s.N);
+    plus(from.reads, to.reads, at.R);
+  }
+
+  // Becomes row b of a state of `rows` rows.
+  void put(const Carry<C>& from, const State<void*>& state, int64_t b, int64_t rows) const {
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t row = (l * rows + b) * s.C;
+      copy<C>(from.hidden + l * at.Cs, static_cast<C*>(state.hidden) + row, s.C);
+      copy<C>(from.cell + l * at.Cs, static_cast<C*>(state.cell) + row, s.C);
+    }
+    slots.leave(from.memory, static_cast<C*>(state.memory) + b * s.N * s.M);
+    for (int64_t h = 0; h < s.heads; ++h)
+      copy<C>(from.weights + h * slots.stride,
+              static_cast<C*>(state.weightings) + (b * s.heads + h) * s.N, s.N);
+    copy<C>(from.reads, static_cast<C*>(state.reads) + b * at.R, at.R);
+  }
+
+  // The sum of all rows' shares, which it adds up in the first one.
+  void put_initial(const Carry<C>* shares, int64_t n, const State<void*>& to) const {
+    if (n == 0) {
+      zero(static_cast<C*>(to.hidden), layers * s.C);
+      zero(static_cast<C*>(to.cell), layers * s.C);
+      zero(static_cast<C*>(to.memory), s.N * s.M);
+      zero(static_cast<C*>(to.weightings), s.heads * s.N);
+      zero(static_cast<C*>(to.reads), at.R);
+      return;
+    }
+    for (int64_t b = 1; b < n; ++b) add(shares[b], shares[0]);
+    put(shares[0], to, 0, 1);
+  }
+};
+
+}  // namespace
+}  // namespace seqmem::ntm_sequence
