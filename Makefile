@@ -38,7 +38,8 @@ build: $(DONE)/build
 
 # A build of its own with its own copies, so that the ordinary one stays as it is. libasan must be
 # in the process from the start, and libstdc++ with it, or exceptions cannot be followed. Leaks are
-# not looked for: Python and torch keep much until the process ends.
+# not looked for: Python and torch keep much until the process ends. What a sanitizer says as it ends
+# the process must not stay in pytest's hands, hence --capture=sys.
 sanitize: $(DONE)/test
 	rm -rf $(SANITIZED)/run
 	$(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED)/run \
@@ -48,7 +49,7 @@ sanitize: $(DONE)/test
 	    env $$setting ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	                $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	    $(abspath $(BIN))/python -m pytest -m sanitize -p no:cacheprovider || exit 1; done
+	    $(abspath $(BIN))/python -m pytest -m sanitize --capture=sys -p no:cacheprovider || exit 1; done
 
 sdist: $(DONE)/torch
 	$(BIN)/python -c "import setuptools.build_meta as b; print(b.build_sdist('dist'))"

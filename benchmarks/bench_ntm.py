@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ LETTERS = "T, B, N, M, C of a sequence; B, N, M of a single step"
 INPUT = 9  # bits of the copy task, and its delimiter
 MOST = (64, 64, 256, 64, 256)  # of a random sequence
 CAP = 3e7  # values of all memories of a random sequence: eager keeps each several times
+COMPILING_S = {rows.INFERENCE: 45.0, rows.TRAINING: 90.0}  # torch.compile, for five steps
 Goals = tuple[float | None, float | None]
 
 
@@ -44,6 +46,17 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
         others={} if missing else {ntm_rivals.JAX: ntm_rivals.jax_scan},
         missing=[missing] if missing else [],
     )
+
+
+def compiled_work(*sizes: int) -> rows.Work:
+    """Few steps, since torch.compile unrolls them."""
+    side = partial(rows.compiled, sequence.ntm)
+    return replace(sequence_work(*sizes), others={rows.COMPILED: side}, missing=[])
+
+
+def compiled_rows(*sizes: int) -> list[rows.Row]:
+    made = rows.pair("ntm", ", ".join(map(str, sizes)), partial(compiled_work, *sizes))
+    return [replace(row, predicted_s=partial(COMPILING_S.__getitem__, row.mode)) for row in made]
 
 
 def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
@@ -108,6 +121,7 @@ ROWS = [
     *step_rows("ntm_content_addressing", 16, 128, 20),
     *step_rows("ntm_read", 16, 128, 20),
     *step_rows("ntm_write", 16, 128, 20),
+    *compiled_rows(5, 16, 128, 20, 100),
 ]
 pytest_generate_tests = rows.generator(ROWS)
 test_row = rows.test_row

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chart
-from benchmarks.report import SHORT_DTYPE, duration
+from benchmarks.report import SHORT_DTYPE, compiling, duration
 from benchmarks.rows import MODES
 
 Results = Sequence[Mapping[str, Any]]
@@ -25,7 +25,8 @@ def cell(result: Mapping[str, Any] | None) -> str:
         return ""
     times = f"{duration(result['peer_s'])} → {duration(result['ours_s'])}"
     goal = f" (goal {result['goal']:g})" if result["goal"] else ""
-    return f"{times}, **{result['ratio']:.2f}**{goal}"
+    apart = result.get("peer_compile_s")
+    return f"{times}, **{result['ratio']:.2f}**{goal}{f'; {compiling(apart)}' if apart else ''}"
 
 
 def table(letters: str, results: Results) -> str:

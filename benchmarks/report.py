@@ -54,6 +54,7 @@ class Result:
     ours_spread: float
     threads: int
     malloc: str
+    peer_compile_s: float | None = None  # a compiled peer's first call, in none of the other times
 
 
 def document(
@@ -100,6 +101,11 @@ def scale_of(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
+def compiling(seconds: float) -> str:
+    """ "compiled in 42 s"."""
+    return f"compiled in {seconds:.0f} s"
+
+
 def verdict(result: Result) -> str:
     """The ratio, green where it meets its goal (or 1.0 where none is set), red where not."""
     colour = "green" if result.ratio >= (result.goal or 1.0) else "red"
@@ -128,7 +134,7 @@ def table(results: Sequence[Result], title: str, letters: str, wide: bool = Fals
         cells = [
             "" if here[0] == last[0] else here[0],
             "" if here == last else r.mode,
-            r.peer,
+            r.peer if r.peer_compile_s is None else f"{r.peer} ({compiling(r.peer_compile_s)})",
             duration(r.peer_s),
             duration(r.ours_s),
             verdict(r),

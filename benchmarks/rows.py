@@ -25,7 +25,8 @@ Sides are functions or modules called with a sample's arguments. In a training s
 tensor among the arguments, and every parameter of a module, receives a gradient from `loss`. All
 values, outputs or gradients, are compared with the first peer's (or `exact`'s) in float64.
 `make bench` finds the file by its name, `random_shapes --op <op>` its random_rows (None: the draw
-is too large, draw again). `others` take peers that are not torch; pair() makes a row for each mode.
+is too large, draw again). `others` take peers that are not torch, or torch.compile (`compiled`);
+pair() makes a row for each mode.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ from benchmarks.timing import TORCH_POOL, Budget, Side, Timing, compare, rounds
 
 INFERENCE, TRAINING = MODES = ("inference", "training step")
 OURS = "ours"
+COMPILED = "torch.compile"
 POOL_BYTES = 1 << 25  # fresh inputs enough to leave the last-level cache, within reason
 
 
@@ -64,6 +67,7 @@ class Contender:
     call: Callable[[Any], Any]
     values: Callable[[Any], list[Tensor]]  # outputs, or gradients of inputs and weights
     pool: str = TORCH_POOL  # whose threads it uses
+    compiles: bool = False  # its first call does: made before all timing, its seconds told apart
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,19 @@ def contender(
     return Contender(name, prepare, train, gradients)
 
 
+def compiled(
+    function: Callable[..., Any],
+    mode: str,
+    loss: Callable[[Sequence[Tensor]], Tensor] = first_sum,
+    **options: Any,
+) -> Contender:
+    """A torch side under torch.compile; what was compiled before, in another mode, is forgotten."""
+    torch.compiler.reset()  # graphs of one function count against a limit, beyond which it is eager
+    return replace(
+        contender(COMPILED, torch.compile(function, **options), mode, loss), compiles=True
+    )
+
+
 def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest |a - b| / |b| among outputs, or among gradients; |a| where b is zero."""
     worst = 0.0
@@ -262,24 +279,37 @@ def measure(row: Row, budget: Budget, only: Collection[str] | None = None) -> li
         for name, c in made.items()
     }
     exact = built.exact(samples[0]) if built.exact else None
+    compile_s = {name: _first_call(sides[name]) for name in chosen if made[name].compiles}
     together = [name for name in chosen if made[name].pool == TORCH_POOL]
     results = []
-    if together:
-        timings = compare([sides[name] for name in (*together, OURS)], budget)
-        rivals = [name for name in together if name in built.one_of]
-        slower = set(rivals) - set(sorted(rivals, key=lambda name: timings[name].median_s)[:1])
-        for name in together:
-            if name not in slower:
+    # Who compiles anew, or falls back to eager, while timed ends the measurement with an error.
+    with torch.compiler.set_stance("fail_on_recompile") if compile_s else nullcontext():
+        if together:
+            timings = compare([sides[name] for name in (*together, OURS)], budget)
+            rivals = [name for name in together if name in built.one_of]
+            slower = set(rivals) - set(sorted(rivals, key=lambda name: timings[name].median_s)[:1])
+            for name in together:
+                if name not in slower:
+                    results.append(_result(row, name, timings, exact, compile_s.get(name)))
+        for name in chosen:
+            if name not in together:
+                timings = compare([sides[name], sides[OURS]], budget)
                 results.append(_result(row, name, timings, exact))
-    for name in chosen:
-        if name not in together:
-            timings = compare([sides[name], sides[OURS]], budget)
-            results.append(_result(row, name, timings, exact))
     return results
 
 
+def _first_call(side: Side) -> float:
+    start = time.perf_counter()
+    side.call(side.inputs[0])
+    return time.perf_counter() - start
+
+
 def _result(
-    row: Row, peer: str, timings: Mapping[str, Timing], exact: Sequence[Tensor] | None
+    row: Row,
+    peer: str,
+    timings: Mapping[str, Timing],
+    exact: Sequence[Tensor] | None,
+    compile_s: float | None = None,
 ) -> Result:
     theirs, ours = timings[peer], timings[OURS]
     return Result(
@@ -307,6 +337,7 @@ def _result(
         ours_spread=ours.spread,
         threads=torch.get_num_threads(),
         malloc=machine.malloc_regime(),
+        peer_compile_s=compile_s,
     )
 
 

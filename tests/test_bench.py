@@ -38,6 +38,7 @@ from benchmarks import (  # noqa: E402
     lstm_rivals,
     lstm_sides,
     machine,
+    markdown,
     memory,
     random_shapes,
     report,
@@ -259,6 +260,36 @@ def test_declared_rows_are_measured_and_checked(loss: Any) -> None:
     for result in results:
         assert result.ours_error is not None and result.ours_error < 1e-6
         assert result.peer_error == pytest.approx(0.1 * (result.peer == "wrong"), abs=1e-3)
+
+
+def test_compiling_is_told_apart() -> None:
+    peer = functools.partial(rows.compiled, squares, backend="eager")
+    table = rows.pair(
+        "squares", "4, 3", functools.partial(work, others={rows.COMPILED: peer}), modes=rows.MODES
+    )
+    for row in table:
+        *eager, result = rows.measure(row, TINY)
+        assert result.peer == "torch.compile" and result.peer_error < 1e-6
+        assert result.peer_compile_s > result.peer_first_s > 0
+        assert all(other.peer_compile_s is None for other in eager)
+        told, console = report.compiling(result.peer_compile_s), quiet()
+        report.print_table(console, [result], [], "title", "a, b")
+        assert f"torch.compile ({told})" in console.file.getvalue()
+        assert f"; {told}" in markdown.cell(vars(result))
+
+
+def test_compiling_while_timed_is_an_error() -> None:
+    """Here since every sample has a shape of its own."""
+
+    def sample(rng: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn(int(torch.randint(2, 10**6, (), generator=rng))),)
+
+    peer = functools.partial(rows.compiled, torch.sin, backend="eager", dynamic=False)
+    others = {rows.COMPILED: peer}
+    grown = rows.Work(sample, torch.sin, {"eager": torch.sin}, others=others, checked=False)
+    (row,) = rows.pair("sine", "n", lambda: grown, modes=[rows.INFERENCE])
+    with pytest.raises(RuntimeError, match="recompile"):
+        rows.measure(row, TINY)
 
 
 def test_a_training_step_gives_every_gradient_and_leaves_none() -> None:
