@@ -88,11 +88,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
     },
     "repeat_copy": {
-        "steps": 60_000,
+        "steps": 40_000,
         "learning_rate": 2e-3,
         "weight_decay": 0.0,
         "curriculum": 0.05,
-        "fall": 0.3,
+        "fall": 0.2,
         "learnt": 0.02,
     },
 }
