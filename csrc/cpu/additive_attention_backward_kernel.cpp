@@ -53,7 +53,7 @@ class BackwardRun {
     const int64_t parts = s.groups > 1 ? units : threads;
     part_key = take.array<C>(parts * s.Tk * As);
     part_value = take.array<C>(parts * s.Tk * Ds);
-    part_weight = take.array<C>(units * As);
+    part_weight = take.array<C>(max<int64_t>(units, 1) * As);  // without units, the sum is zero
     for (int i = 0; i < threads; ++i) {
       C* own_weight = take.array<C>(As);
       C* own_key = take.array<C>(s.Tk * As);

@@ -73,7 +73,7 @@ class ForwardRun {
                    take.array<C>(block * ms),
                    take.array<C>(block * zs),
                    take.array<C>(block * zs),
-                   take.array<C>(same ? 0 : block * s.N)};
+                   take.array<C>(same ? 0 : block * s.N + L)};  // read by whole vectors
       if (i != thread) continue;
       q = own[0], sq = own[1], scale = own[2], shift = own[3], probe = own[4], read = own[5];
       z = own[6], z_query = own[7], scores = own[8];
