@@ -1,4 +1,28 @@
 from typing import Any
 
+from torch import Tensor
+
 def build_info() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
+def lstm_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]: ...
+def lstm_layer(
+    input: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
+from ..ops.lstm import lone_layer
 
 State = tuple[Tensor, Tensor]
 
@@ -277,11 +278,7 @@ class LSTM(nn.Module):
         if hx is not None and input.dim() == 3:  # else the op refuses the input
             self._check_state(hx, input.size(0 if first else 1))
         if len(self._names) == 1 and not return_gates:
-            state = None if hx is None else (hx[0].squeeze(0), hx[1].squeeze(0))
-            output, (hy, cy) = ops.lstm(
-                input, state, *self._weights(0), lengths=lengths, reset=reset, batch_first=first
-            )
-            return output, (hy.unsqueeze(0), cy.unsqueeze(0))
+            return lone_layer(input, hx, *self._weights(0), lengths, reset, first)
         options = {"lengths": lengths, "reset": reset, "batch_first": first}
         output, state, gates = self._run(input, hx, return_gates, options)
         return (output, state, gates) if return_gates else (output, state)
