@@ -18,7 +18,7 @@ from op_suite import (
 )
 from torch import Tensor
 
-from seqmem_fast import ops
+from seqmem_fast import LSTMCell, ops
 from seqmem_fast.reference import lstm as reference
 
 NAMES = [sample.name for sample in reference.sample_inputs()]
@@ -342,3 +342,29 @@ def test_more_than_2_31_elements() -> None:
         last, _ = ops.lstm(x[-1:], None, weight_ih, torch.zeros(4, 1, dtype=torch.bfloat16))
     torch.testing.assert_close(output[-1], last[-1], rtol=0.05, atol=0)
     assert not output[:-1].any()
+
+
+@pytest.mark.parametrize("rows", [13, 19])
+def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(rows: int) -> None:
+    """Its rows lie in the lanes; shared out, a thread may be left with fewer than a vector."""
+    torch.manual_seed(rows)
+    cell = LSTMCell(300, 301)
+    x, h, c = torch.randn(rows, 300), torch.randn(rows, 301), torch.randn(rows, 301)
+    h[3] = float("nan")
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                found.append(torch.cat(cell(x, (h, c)), 1))
+    finally:
+        torch.set_num_threads(before)
+    others = torch.arange(rows) != 3
+    assert found[0][3].isnan().all() and found[0][others].isfinite().all()
+    assert all(torch.equal(one[others], found[0][others]) for one in found[1:])
+    exact = torch.nn.LSTMCell(300, 301, dtype=torch.float64)
+    exact.load_state_dict(cell.state_dict())
+    with torch.no_grad():
+        expected = torch.cat(exact(x.double(), (h.double(), c.double())), 1)[others]
+    assert (found[0][others] - expected).norm() / expected.norm() < 1e-5

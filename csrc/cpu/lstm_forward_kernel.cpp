@@ -5,6 +5,7 @@
 #include "../common/gemm.h"
 #include "lstm_common.h"
 #include "lstm_kernel.h"
+#include "lstm_turned.h"
 
 namespace seqmem::lstm {
 namespace {
@@ -23,6 +24,8 @@ class ForwardRun : Walk {
 
   const int64_t units;   // vectors of units, all
   const int64_t Hs, Ps;  // H and P rounded up to vectors
+  const bool turns;      // a batch meets unpacked weights: decided by B alone, so that a row's bits
+                         // do not depend on how rows are shared out
   Share mine;            // this thread's vectors of units
 
   // Shared by all threads.
@@ -31,6 +34,7 @@ class ForwardRun : Walk {
   C *z, *x_copy;
   const C **x_row, **h_row, **c_row;
   int64_t* row_index;
+  Turned<C> turned;
 
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
@@ -43,7 +47,8 @@ class ForwardRun : Walk {
         barrier(barrier),
         units(ceil_div(s.H, L)),
         Hs(units * L),
-        Ps(ceil_div(s.P, L) * L) {
+        Ps(ceil_div(s.P, L) * L),
+        turns(!plan.pack && !copies_inputs && s.B >= L) {
     mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
   }
 
@@ -69,9 +74,11 @@ class ForwardRun : Walk {
       auto own_h = take.array<const C*>(my_rows);
       auto own_c = take.array<const C*>(my_rows);
       auto own_index = take.array<int64_t>(my_rows);
+      Turned<C> own_turned;
+      if (turns) own_turned.place(take, my_rows, s.I, s.P);
       if (i != thread) continue;
       z = own_z, x_copy = own_copy, x_row = own_x, h_row = own_h, c_row = own_c;
-      row_index = own_index;
+      row_index = own_index, turned = own_turned;
     }
     return take.used();
   }
@@ -215,9 +222,16 @@ class ForwardRun : Walk {
     const int64_t pairs = plan.pack && count == 1 ? (mine.end - mine.begin) / 2 : 0;
     for (int64_t i = 0; i < pairs; ++i)
       step_one_row(t, n, mine.begin + 2 * zigzag(step, i, pairs), next);
+    if constexpr (!copies_inputs)
+      if (turns) turned.turn(x_row + n, s.I, h_row, s.P, count);
     const int64_t rest = mine.begin + 2 * pairs, left = mine.end - rest;
     for (int64_t i = 0; i < left; ++i) {
       const int64_t u = rest + zigzag(step, i, left);
+      if constexpr (!copies_inputs)
+        if (turns) {
+          step_turned(t, count, u, next);
+          continue;
+        }
       for_row_blocks<C>(count, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
@@ -238,6 +252,21 @@ class ForwardRun : Walk {
       });
     }
     return count;
+  }
+
+  // One vector of units of a step, rows in the lanes.
+  void step_turned(int64_t t, int64_t count, int64_t u, C* next) {
+    turned.multiply(static_cast<const C*>(a.weight_ih) + u * L * s.I, s.I,
+                    static_cast<const C*>(a.weight_hh) + u * L * s.P, s.P, bias + u * W, s.H,
+                    min<int64_t>(L, s.H - u * L), count);
+    for_row_blocks<C>(count, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      Vec<C> acc[R][4];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) acc[r][g] = turned.at(start + r, g);
+      finish_rows<R>(t, start, u, acc, next);
+    });
   }
 
   // Two vectors of units of a step with a single row.

@@ -134,8 +134,9 @@ Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t re
   return {{rows, true, 1}, rows ? by_rows : by_units};
 }
 
-// Packing the weights costs about as much as a third of a pass over them per row of a vector.
-bool worth_packing(const Sizes64& s) { return s.T * s.B * 3 > s.I + s.P; }
+// Packing pays once a few steps read the weights, for packed ones stream best, or one step many
+// times; measured, the widths matter little.
+bool worth_packing(const Sizes64& s) { return s.T > 1 ? s.T * (s.B + 8) > 60 : s.B >= 100; }
 
 // In the backward packing is a plain copy, but the products run slower without it.
 constexpr int64_t kRowsWorthPacking = 48;
