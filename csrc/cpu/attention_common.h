@@ -45,9 +45,16 @@ SEQMEM_INLINE Vec<compute_t<S>> load_apart(const S* p, int64_t step, int n) {
 // to[0..padded(n)-1] = factor * row, zero beyond n.
 template <class S, class C = compute_t<S>>
 void copy_row(C* to, const S* from, int64_t step, int64_t n, C factor) {
-  for (int64_t i = 0; i < n; i += kLanes<C>)
+  constexpr int L = kLanes<C>;
+  if (step == 1 && n >= L) {  // the last vector ends where the row ends
+    store(to + padded<C>(n) - L, Vec<C>{});
+    for (int64_t i = 0; i + L <= n; i += L) store(to + i, factor * load(from + i));
+    store(to + n - L, factor * load(from + n - L));
+    return;
+  }
+  for (int64_t i = 0; i < n; i += L)
     store(to + i,
-          factor * load_apart(from + i * step, step, static_cast<int>(min<int64_t>(n - i, 64))));
+          factor * load_apart(from + i * step, step, static_cast<int>(min<int64_t>(n - i, L))));
 }
 
 // One batch of an operand.
@@ -64,23 +71,34 @@ struct Rows {
 };
 
 // Rows in SIMD lanes: the panel of rows 4 L p ... is [width][vectors * L], where the last panel has
-// as many vectors as it needs; rows beyond the last are zero.
+// as many vectors as it needs; lanes beyond the last row repeat it or are zero.
 template <class S, class C = compute_t<S>>
 void pack_lanes(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
   constexpr int L = kLanes<C>;
   for (int64_t first = 0; first < rows; first += 4 * L) {
-    const int64_t vectors = min<int64_t>(4, ceil_div(rows - first, L));
-    C* panel = to + first * width;
+    const int64_t vectors = min<int64_t>(4, ceil_div(rows - first, L)), step = vectors * L;
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t start = first + v * L, lanes = min<int64_t>(L, rows - start);
-      for (int64_t k = 0; k < width; k += L) {
-        Vec<C> square[L] = {};
-        const int n = static_cast<int>(min<int64_t>(L, width - k));
-        for (int64_t l = 0; l < lanes; ++l)
-          square[l] = load_apart(m.row(start + l) + k * m.columns, m.columns, n);
-        transpose<C>(square);
-        for (int i = 0; i < n; ++i) store(panel + (k + i) * vectors * L + v * L, square[i]);
+      C* panel = to + first * width + v * L;
+      const int64_t start = first + v * L;
+      if (m.columns == 1 && width >= L) {
+        const S* from[L];
+        SEQMEM_UNROLL
+        for (int l = 0; l < L; ++l) from[l] = m.row(min(start + l, rows - 1));
+        // The last square ends where the rows end, and overlaps the one before.
+        for (int64_t next = 0; next < width; next += L) {
+          const int64_t k = min(next, width - L);
+          Vec<C> square[L];
+          SEQMEM_UNROLL
+          for (int l = 0; l < L; ++l) square[l] = load(from[l] + k);
+          transpose<C>(square);
+          SEQMEM_UNROLL
+          for (int i = 0; i < L; ++i) store(panel + (k + i) * step, square[i]);
+        }
+        continue;
       }
+      for (int64_t k = 0; k < width; ++k)
+        store(panel + k * step, load_apart(m.row(start) + k * m.columns, m.rows,
+                                           static_cast<int>(min<int64_t>(L, rows - start))));
     }
   }
 }
@@ -154,13 +172,20 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Shorts __attribute__((vector_size(16)));
 typedef uint64_t Longs __attribute__((vector_size(16)));
 
-// Bytes of a mask as a vector of 0 or -1: whether each is not zero. Widened in two steps: GCC takes
-// a conversion to four times the width apart, element by element.
+// The first n bytes of a mask as a vector of 0 or -1: whether each is not zero; as many as the
+// vector has lanes may be read before them where `preceded`. Widened in two steps: GCC takes a
+// conversion to four times the width apart, element by element.
 template <class C>
-SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n) {
+SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n, bool preceded = false) {
   Bytes bytes = {};
   if (n < kLanes<C>) {
-    for (int i = 0; i < n; ++i) bytes[i] = p[i];
+    if (kLanes<C> == 8 && preceded) {
+      uint64_t few;
+      __builtin_memcpy(&few, p + n - 8, 8);
+      bytes = (Bytes)Longs{few >> (8 * (8 - n)), 0};
+    } else {
+      for (int i = 0; i < n; ++i) bytes[i] = p[i];
+    }
   } else if constexpr (kLanes<C> == 16) {
     __builtin_memcpy(&bytes, p, sizeof bytes);
   } else {  // by way of a register: a part of a vector written to memory is read back late

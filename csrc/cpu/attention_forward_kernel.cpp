@@ -1,16 +1,13 @@
 // Attention forward. A block of query rows goes through scores, softmax and the product with the
 // values while its score rows are in the second-level cache; the weights are written once.
 #include "attention_common.h"
+#include "attention_softmax.h"
 
 namespace seqmem::attention {
 namespace {
 
-template <class C>
-constexpr C kInfinity = std::is_same_v<C, float> ? C(__builtin_inff()) : C(__builtin_inf());
-
-constexpr double kMaskedScore = -1e9;
 constexpr int64_t kBlockBytes = 192 << 10;
-constexpr int64_t kKeysInPlace = 32;  // whose values are gone through at once where they lie
+constexpr int64_t kKeysInPlace = 64;  // whose values are gone through at once where they lie
 
 // A block of query rows on its way to scores.
 template <class C>
@@ -85,70 +82,13 @@ void direct_scores(const Block<C>& b, const Rows<S>& key) {
   }
 }
 
-// Masks a row of scores in place, minus infinity from `last` on; returns its maximum.
-template <class C, MaskKind kind>
-C mask_row(C* row, int64_t keys, int64_t last, const uint8_t* allowed, const C* added) {
-  constexpr int L = kLanes<C>;
-  Vec<C> most[4];
-  for (int v = 0; v < 4; ++v) most[v] = splat(-kInfinity<C>);
-  auto step = [&](int64_t at, int v, int n) {
-    Vec<C> x = load(row + at);
-    if constexpr (kind == MaskKind::Allowed) {
-      x = allowed_lanes<C>(allowed + at, n) ? x : splat(C(kMaskedScore));
-    } else if constexpr (kind == MaskKind::Added) {
-      x += load_n(added + at, n);
-    }
-    if (n < L) x = lane_numbers<C>() < n ? x : splat(-kInfinity<C>);
-    if (kind != MaskKind::None || n < L) store(row + at, x);
-    most[v] = x > most[v] ? x : most[v];
-  };
-  int64_t at = 0;
-  for (; at + 4 * L <= last; at += 4 * L) SEQMEM_UNROLL
-  for (int v = 0; v < 4; ++v) step(at + v * L, v, L);
-  for (; at < last; at += L) step(at, 0, static_cast<int>(min<int64_t>(L, last - at)));
-  for (; at < keys; at += L) store(row + at, splat(-kInfinity<C>));
-  for (int v = 1; v < 4; ++v) most[0] = most[v] > most[0] ? most[v] : most[0];
-  C value = most[0][0];
-  for (int i = 1; i < L; ++i) value = most[0][i] > value ? most[0][i] : value;
-  return value;
-}
-
-// scores -> e^(score - most) in place; returns the row's sum. What lies too low for a normal
-// number becomes zero: denormals would cost several times the arithmetic.
-template <class C>
-C exponentials(C* row, int64_t n, C most) {
-  constexpr int L = kLanes<C>;
-  constexpr int W = 4;
-  Vec<C> total[W] = {};
-  int64_t i = 0;
-  auto some = [&](auto count) {
-    constexpr int V = decltype(count)::value;
-    Vec<C> x[V];
-    ExpParts<C> e[V];
-    SEQMEM_UNROLL
-    for (int v = 0; v < V; ++v) x[v] = load(row + i + v * L) - most;
-    exp_parts<V, C>(x, e);
-    SEQMEM_UNROLL
-    for (int v = 0; v < V; ++v) {
-      Vec<C> y = e[v].power + e[v].power * e[v].fraction;
-      y = x[v] < -ExpConstants<C>::limit ? Vec<C>{} : y;
-      total[v] += y;
-      store(row + i + v * L, y);
-    }
-    i += V * L;
-  };
-  while (i + W * L <= n) some(std::integral_constant<int, W>{});
-  while (i < n) some(std::integral_constant<int, 1>{});
-  return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
-}
-
 // acc[r][v] += sum_k a[r][k] b[k * step + v * L], the last vector from `last` on instead. Few
 // accumulators would wait for each other: there several steps are summed apart.
 template <int R, int V, class C>
 SEQMEM_INLINE void tile_in_place(int64_t K, const C* const* a, const C* b, int64_t last,
                                  int64_t step, Vec<C> (&acc)[R][V]) {
   constexpr int L = kLanes<C>;
-  constexpr int H = R * V <= 2 ? 4 : R * V <= 4 ? 2 : 1;
+  constexpr int H = R * V <= 3 ? 4 : R * V <= 6 ? 2 : 1;
   Vec<C> apart[H][R][V] = {};
   SEQMEM_UNROLL
   for (int h = 0; h < H; ++h) SEQMEM_UNROLL
@@ -191,8 +131,11 @@ void multiply_in_place(int64_t rows, int64_t K, int64_t width, const C* a, int64
   const int64_t chunk = width <= 4 * L ? K : kKeysInPlace;
   for (int64_t k = 0; k < K; k += chunk) {
     const int64_t n = min(chunk, K - k);
-    for (int64_t first = 0; first < width; first += 4 * L) {
-      with_vectors(min<int64_t>(4, ceil_div(width - first, L)), [&](auto constant) {
+    // Tiles as even as they can be: one vector alone would wait for its sums.
+    int64_t tiles = ceil_div(width, 4 * L), vectors = 0;
+    for (int64_t first = 0; first < width; first += vectors * L, --tiles) {
+      vectors = ceil_div(ceil_div(width - first, L), tiles);
+      with_vectors(vectors, [&](auto constant) {
         constexpr int V = decltype(constant)::value;
         const int64_t last = min<int64_t>((V - 1) * L, width - first - L);
         for_row_blocks<C>(rows, [&](auto block, int64_t start) {
@@ -241,7 +184,7 @@ class ForwardRun {
         stride(row_stride<C>(s.Tk)),
         Dp(padded<C>(s.D)),
         Dvp(padded<C>(s.Dv)),
-        values_direct(!plan.pack && std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L) {}
+        values_direct(std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L) {}
 
   int64_t place(char* base, int thread, int threads) {
     Carver take(base);
@@ -309,11 +252,11 @@ class ForwardRun {
     for (int64_t r = 0; r < rows; ++r) {
       C* row = out + r * Dvp;
       S* to = static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv;
-      for (int64_t j = 0; j < Dvp; j += L) store(row + j, inverse[r] * load(row + j));
-      if (values_direct) {
-        store(to + s.Dv - L, load(row + Dvp - L));
-        store_row(to, row, s.Dv / L * L);
+      if (values_direct) {  // the last vector first, which ends where the row ends
+        store(to + s.Dv - L, inverse[r] * load(row + Dvp - L));
+        for (int64_t j = 0; j + L <= s.Dv; j += L) store(to + j, inverse[r] * load(row + j));
       } else {
+        for (int64_t j = 0; j < Dvp; j += L) store(row + j, inverse[r] * load(row + j));
         store_row(to, row, s.Dv);
       }
     }
@@ -334,7 +277,11 @@ class ForwardRun {
   void write_weights(S* to, const C* row, int64_t keys, C inverse) {
     int64_t j = 0;
     for (; j + L <= keys; j += L) store(to + j, inverse * load(row + j));
-    if (j < keys) store_n(to + j, inverse * load(row + j), static_cast<int>(keys - j));
+    if (j < keys && j > 0) {
+      store(to + keys - L, inverse * load(row + keys - L));
+    } else if (j < keys) {
+      store_n(to, inverse * load(row), static_cast<int>(keys));
+    }
     // Beyond the diagonal: zero, or NaN where the whole row is.
     const Vec<C> rest = splat(inverse * C(0));
     for (j = keys; j < s.Tk; j += L)
