@@ -158,4 +158,4 @@ def jax_scan(module: nn.Module, mode: str) -> Contender:
         flat = found if mode == "inference" else (found[1], *found[0])
         return [torch.from_numpy(np.array(a)) for a in flat]
 
-    return Contender(JAX, prepare, call, values, pool=JAX)
+    return Contender(JAX, prepare, call, values, pool=JAX, compiles=True)

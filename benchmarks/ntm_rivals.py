@@ -90,4 +90,4 @@ def jax_scan(mode: str) -> Contender:
     def values(args: Any) -> list[Tensor]:
         return [torch.from_numpy(np.array(a)) for a in tree_leaves(call(args))]
 
-    return Contender(JAX, prepare, call, values, pool=JAX)
+    return Contender(JAX, prepare, call, values, pool=JAX, compiles=True)

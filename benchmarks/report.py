@@ -115,15 +115,16 @@ def verdict(result: Result) -> str:
 def table(results: Sequence[Result], title: str, letters: str, wide: bool = False) -> Table:
     """One line for each result; `wide` adds what else was measured beside the times."""
     out = Table(
-        title=title,
+        title=f"{title}\nshape: {letters}",
         title_justify="left",
         header_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    for name in (f"op, shape ({letters}), dtype", "mode", "peer"):
+    for name in ("op, shape, dtype", "mode"):
         out.add_column(name, no_wrap=True)
+    out.add_column("peer", min_width=12)  # the one that gives way where room is short
     for name in ["peer's", "ours", "ratio", "goal", "error", "n", *(WIDE if wide else [])]:
         out.add_column(name, justify="right", no_wrap=True)
     last = ("", "")

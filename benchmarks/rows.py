@@ -294,7 +294,7 @@ def measure(row: Row, budget: Budget, only: Collection[str] | None = None) -> li
         for name in chosen:
             if name not in together:
                 timings = compare([sides[name], sides[OURS]], budget)
-                results.append(_result(row, name, timings, exact))
+                results.append(_result(row, name, timings, exact, compile_s.get(name)))
     return results
 
 
