@@ -87,6 +87,31 @@ def test_the_number_of_copies_is_normalised() -> None:
     assert tasks.RepeatCopyTask(min_repeats=4, max_repeats=4).normalised(4) == 1
 
 
+def test_training_meets_repeat_copy_vectors_without_bits() -> None:
+    task, size = tasks.RepeatCopyTask(), {"length": 6, "repeats": 2}
+
+    def blanks(batch: Batch) -> float:
+        vectors = batch.input[:6, :, :8]
+        assert torch.equal(batch.target[7:19, :, :8], vectors.repeat(2, 1, 1))
+        return float((vectors.sum(2) == 0).any(0).float().mean())
+
+    shown = task.training_batch(4000, torch.Generator().manual_seed(0), **size)
+    drawn = task.batch(4000, torch.Generator().manual_seed(0), **size)
+    chance = 1 - (1 - 2**-8) ** 6  # that uniform bits give one
+    assert abs(blanks(drawn) - chance) < 0.01
+    assert abs(blanks(shown) - (1 - (1 - chance) * 7 / 8)) < 0.025  # five standard deviations
+    assert not torch.equal(shown.input, drawn.input)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name != "repeat_copy"])
+def test_other_tasks_train_on_what_they_are_judged_by(name: str) -> None:
+    task = tasks.TASKS[name]()
+    size = task.draw(torch.Generator().manual_seed(1))
+    shown = task.training_batch(3, torch.Generator().manual_seed(2), **size)
+    drawn = task.batch(3, torch.Generator().manual_seed(2), **size)
+    assert all(map(torch.equal, shown, drawn))
+
+
 def test_associative_recall_by_hand() -> None:
     batch = draw("associative_recall", rows=32)
     assert batch.input.shape[0] == 3 * 3 + 2 + 2 + 2

@@ -59,7 +59,7 @@ class Training:
             Diverged: the loss is not finite.
         """
         size = self.task.draw(self.generator, self.schedule.stage)
-        batch = self.task.batch(self.settings.batch_size, self.generator, **size)
+        batch = self.task.training_batch(self.settings.batch_size, self.generator, **size)
         logits = self.model(batch.input)
         loss = loss_of(logits, batch)
         value = loss.item()
