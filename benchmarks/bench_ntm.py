@@ -9,7 +9,7 @@ import math
 import random
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -76,11 +76,15 @@ def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
     )
 
 
+@cache
+def _slope(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.linspace(0, 1, size, dtype=dtype)
+
+
 def _weighed(outputs: Any) -> torch.Tensor:
     """Weightings sum to one, so that their plain sum has no gradient."""
     output = outputs[0]
-    weights = torch.linspace(0, 1, output.numel(), dtype=output.dtype, device=output.device)
-    return torch.dot(output.flatten(), weights)
+    return torch.dot(output.flatten(), _slope(output.numel(), output.dtype))
 
 
 def sequence_rows(

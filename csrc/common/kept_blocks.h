@@ -6,14 +6,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/util/Exception.h>
-#include <sys/mman.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
+
+#include "pages.h"
 
 namespace seqmem {
 
@@ -23,17 +22,12 @@ class KeptBlocks {
   static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
     const int64_t bytes = c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
     if (bytes < kWorthKeeping) return at::empty(sizes, options);
-    const Block block = pool().take(bytes);
+    const Pages block = pool().take(bytes);
     return at::from_blob(block.at, sizes, [block](void*) { pool().give(block); }, options);
   }
 
  private:
-  struct Block {
-    void* at;
-    int64_t bytes;
-  };
   static constexpr int64_t kWorthKeeping = 256 << 10, kKept = 64 << 20;
-  static constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
 
   // Never destroyed: tensors may outlive whatever is.
   static KeptBlocks& pool() {
@@ -42,7 +36,7 @@ class KeptBlocks {
   }
 
   // The smallest free block that is large enough and not twice so.
-  Block take(int64_t bytes) {
+  Pages take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = free_.end();
@@ -51,25 +45,17 @@ class KeptBlocks {
             (best == free_.end() || i->bytes < best->bytes))
           best = i;
       if (best != free_.end()) {
-        const Block block = *best;
+        const Pages block = *best;
         free_.erase(best);
         kept_ -= block.bytes;
         return block;
       }
     }
-    const int64_t unit = bytes >= kHugePage ? kHugePage : kPage;
-    const int64_t rounded = (bytes + unit - 1) / unit * unit;
-    void* p = nullptr;
-    const int failed = posix_memalign(&p, unit, rounded);
-    TORCH_CHECK(failed == 0, "seqmem: out of memory for ", rounded, " bytes");
-#ifdef MADV_HUGEPAGE
-    if (unit == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
-#endif
-    return {p, rounded};
+    return take_pages(bytes, "");
   }
 
   // The oldest blocks make room.
-  void give(const Block& block) {
+  void give(const Pages& block) {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     kept_ += block.bytes;
@@ -81,7 +67,7 @@ class KeptBlocks {
   }
 
   std::mutex mutex_;
-  std::vector<Block> free_;
+  std::vector<Pages> free_;
   int64_t kept_ = 0;
 };
 

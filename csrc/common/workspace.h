@@ -2,11 +2,10 @@
 // each, which for a short call is more than the arithmetic.
 #pragma once
 
-#include <c10/util/Exception.h>
-#include <sys/mman.h>
-
 #include <cstdint>
 #include <cstdlib>
+
+#include "pages.h"
 
 namespace seqmem {
 
@@ -22,7 +21,6 @@ class Workspace {
   }
 
  private:
-  static constexpr int64_t kHugePage = 2 << 20;
   static constexpr int64_t kKept = 64 << 20;  // a larger block is let go at the next smaller call
 
   char* reserve(int64_t bytes) {
@@ -30,16 +28,9 @@ class Workspace {
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
-    const int64_t unit = bytes >= kHugePage ? kHugePage : 4096;
-    const int64_t rounded = (bytes + unit - 1) / unit * unit;
-    void* p = nullptr;
-    const int failed = posix_memalign(&p, unit, rounded);
-    TORCH_CHECK(failed == 0, "seqmem: out of memory for ", rounded, " bytes of workspace");
-#ifdef MADV_HUGEPAGE
-    if (unit == kHugePage) madvise(p, rounded, MADV_HUGEPAGE);
-#endif
-    data_ = static_cast<char*>(p);
-    size_ = rounded;
+    const Pages fresh = take_pages(bytes, " of workspace");
+    data_ = static_cast<char*>(fresh.at);
+    size_ = fresh.bytes;
     return data_;
   }
 
