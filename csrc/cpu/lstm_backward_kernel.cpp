@@ -12,7 +12,7 @@ namespace seqmem::lstm {
 namespace {
 
 // Rows multiplied at once in the weights' gradients: both operands' slices fit the first cache.
-constexpr int64_t kDepth = 64;
+constexpr int64_t kDepth = 128;
 // Gates summed over at once where dz meets a weight.
 constexpr int64_t kSlice = 512;
 
@@ -181,8 +181,8 @@ class BackwardRun : Walk {
     const int64_t count = alive(t);
     for (int64_t j = 0; j < count; ++j) row_index[j] = index(t, row(j));
     if (s.projected) unproject(count, n);
-    for (int64_t u = mine.begin; u < mine.end; ++u)
-      for (int64_t j = 0; j < count; ++j) differentiate_cell(t, j, u, n);
+    for (int64_t j = 0; j < count; ++j)  // along a row, as memory is fetched ahead
+      for (int64_t u = mine.begin; u < mine.end; ++u) differentiate_cell(t, j, u, n);
     copy_operands(t, n);
     if (!plan.by_rows) barrier.wait();
     const Share columns = plan.by_rows ? Share{0, Ps / L} : mine;

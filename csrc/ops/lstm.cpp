@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../common/dispatch.h"
+#include "../common/kept_blocks.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../common/workspace.h"
@@ -290,16 +291,24 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class Int>
 Outputs allocate(const Tensor& input, const Sizes<Int>& s, bool packed, bool batch_first,
                  bool padded, bool return_gates) {
-  auto sequence = [&](Int width) {
-    Tensor t = packed        ? empty_like_of<Int>(input, {s.rows, width})
-               : batch_first ? empty_like_of<Int>(input, {s.B, s.T, width})
-                             : empty_like_of<Int>(input, {s.T, s.B, width});
+  auto make = [&](std::initializer_list<Int> sizes) { return empty_like_of<Int>(input, sizes); };
+  // The gates are by far the largest of what a forward leaves to its backward.
+  auto make_gates = [&](std::initializer_list<Int> sizes) {
+    if constexpr (std::is_same_v<Int, int64_t>) {
+      return KeptBlocks::empty(sizes, input.options());
+    } else {
+      return make(sizes);
+    }
+  };
+  auto sequence = [&](const Int& width, const auto& create) {
+    Tensor t = packed        ? create({s.rows, width})
+               : batch_first ? create({s.B, s.T, width})
+                             : create({s.T, s.B, width});
     return padded ? t.zero_() : t;
   };
-  auto none = [&] { return empty_like_of<Int>(input, {Int(0)}); };
-  return {sequence(s.P), empty_like_of<Int>(input, {s.B, s.P}),
-          empty_like_of<Int>(input, {s.B, s.H}), return_gates ? sequence(s.H * 4) : none(),
-          return_gates ? sequence(s.H) : none()};
+  return {sequence(s.P, make), make({s.B, s.P}), make({s.B, s.H}),
+          return_gates ? sequence(s.H * 4, make_gates) : make({Int(0)}),
+          return_gates ? sequence(s.H, make) : make({Int(0)})};
 }
 
 Outputs lstm_cpu(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
