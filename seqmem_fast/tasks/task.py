@@ -63,9 +63,11 @@ class Task(ABC):
     def batch(self, batch_size: int, generator: Generator, *args: Any, **size: Any) -> Batch:
         """Random sequences of that size; a task names the whole numbers that make it."""
 
-    def training_batch(self, batch_size: int, generator: Generator, **size: Any) -> Batch:
+    def training_batch(
+        self, batch_size: int, generator: Generator, *args: Any, **size: Any
+    ) -> Batch:
         """What a training is shown: as :meth:`batch`, unless what is rare needs to come oftener."""
-        return self.batch(batch_size, generator, **size)
+        return self.batch(batch_size, generator, *args, **size)
 
     @abstractmethod
     def probes(self) -> list[Probe]:
