@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +151,22 @@ MASKS: dict[str, Callable[[], Tensor]] = {
     "transposed": lambda: torch.randn(7, 5, dtype=torch.float64).t(),
     "more dimensions": lambda: torch.rand(2, 2, 1, 5, 7) < 0.5,
 }
+
+
+def test_large_results_are_tensors_like_any_other() -> None:
+    """They lie in memory that is used again, once nobody has them any more."""
+    query, key, value = (torch.randn(8, 512, 8) for _ in range(3))
+    _, weights = ops.attention(query, key, value)
+    seen = weights.clone()
+    part = weights[1]
+    del weights
+    _, other = ops.attention(key, query, value)  # not where `part` is
+    assert torch.equal(part, seen[1])
+    assert torch.equal(copy.deepcopy(part), seen[1])
+    kept = other.clone()
+    assert torch.equal(other.resize_(16, 512, 512)[:8], kept)
+    del part, other
+    assert torch.equal(ops.attention(query, key, value)[1], seen)
 
 
 @pytest.mark.sanitize

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -23,7 +24,12 @@ class KeptBlocks {
     const int64_t bytes = c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
     if (bytes < kWorthKeeping) return at::empty(sizes, options);
     const Pages block = pool().take(bytes);
-    return at::from_blob(block.at, sizes, [block](void*) { pool().give(block); }, options);
+    return at::for_blob(block.at, sizes)
+        .deleter([block](void*) { pool().give(block); })
+        .options(options)
+        .allocator(c10::GetDefaultCPUAllocator())
+        .resizeable_storage()  // a result may be resized by whoever gets it
+        .make_tensor();
   }
 
  private:

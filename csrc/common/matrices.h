@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "kept_blocks.h"
 
 namespace seqmem {
 
@@ -32,11 +33,15 @@ class Leading {
     }
   }
 
+  // A result; a large one lies in memory that the next call finds again.
   at::Tensor empty(const at::Tensor& like, const Int& rows, const Int& columns) const {
     std::vector<Int> sizes(sizes_.begin(), sizes_.end());
     sizes.push_back(rows);
     sizes.push_back(columns);
     if constexpr (std::is_same_v<Int, int64_t>) {
+      constexpr int64_t kLarge = 8 << 20;
+      const int64_t bytes = c10::multiply_integers(sizes) * int64_t(like.element_size());
+      if (bytes >= kLarge) return KeptBlocks::empty(sizes, like.options());
       return at::empty(sizes, like.options());
     } else {
       return at::empty_symint(sizes, like.options());

@@ -7,7 +7,7 @@ namespace seqmem::attention {
 namespace {
 
 constexpr int64_t kBlockBytes = 192 << 10;
-constexpr int64_t kKeysInPlace = 64;  // whose values are gone through at once where they lie
+constexpr int64_t kKeysInPlace = 128;  // whose values are gone through at once where they lie
 
 // A block of query rows on its way to scores.
 template <class C>

@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "../common/dispatch.h"
-#include "../common/huge_pages.h"
 #include "../common/matrices.h"
 #include "../common/operand.h"
 #include "../common/team.h"
@@ -147,7 +146,6 @@ Outputs forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
                     const Tensor& score_weight, const OptionalTensor& mask) {
   const auto s = check_arguments<int64_t>(query, key, value, score_weight, mask);
   Outputs out = allocate(query, s);
-  ask_for_huge_pages(std::get<1>(out));
   const Call call(s, query, key, value, score_weight, mask);
   Forward arguments = {call.arguments(), data(std::get<0>(out)), data(std::get<1>(out)), nullptr};
   const auto& kernel = SEQMEM_CHOOSE(forward_kernel);

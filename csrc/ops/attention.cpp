@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "../common/dispatch.h"
-#include "../common/huge_pages.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../common/workspace.h"
@@ -119,7 +118,6 @@ Outputs attention_cpu(const Tensor& query, const Tensor& key, const Tensor& valu
     output.zero_();
     return out;
   }
-  ask_for_huge_pages(weights);
   const Argument q(query, s), k(key, s), v(value, s), m = mask_argument(mask, s);
   const Shape shape = shape_of(s, m, scale, is_causal);
   const int wanted = threads_for(shape, 1);
@@ -185,7 +183,6 @@ Gradients attention_backward_cpu(const OptionalTensor& grad_output,
   Tensor grad_query = make(output_mask[0], s.Tq, s.D), grad_key = make(output_mask[1], s.Tk, s.D),
          grad_value = make(output_mask[2], s.Tk, s.Dv),
          grad_mask = make(output_mask[3] && shape.mask == MaskKind::Added, s.Tq, s.Tk);
-  if (grad_mask.defined()) ask_for_huge_pages(grad_mask);
   if (weights.numel() > 0) {
     const int wanted = threads_for(shape, 2.5);
     const Plan plan = {true, groups_for(shape, kBackwardTasks), 0};
