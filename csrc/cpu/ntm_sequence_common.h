@@ -182,15 +182,17 @@ SEQMEM_INLINE void zero(C* to, int64_t n) {
 
 // Of n rows, those that go through time together: few enough that what they carry stays near the
 // core, more the larger the weights, since each pass over those that leave its cache should serve
-// many rows; and groups of one size.
+// many rows; in groups of much the same size, of whole tiles.
 template <class C>
 int64_t rows_together(const Shape& s, int64_t n) {
   constexpr int64_t kCache = 400 << 10;
   const Layout<C> at(s);
   int64_t weights = s.P * s.C;
   for (int64_t l = 0; l < s.layers; ++l) weights += at.gates() * at.K(l);
-  const int64_t most = max<int64_t>(3, ceil_div(weights * sizeof(C), kCache)) * kTileRows<C>;
-  return max<int64_t>(1, ceil_div(n, max<int64_t>(1, ceil_div(n, most))));
+  constexpr int64_t tile = kTileRows<C>;
+  const int64_t most = max<int64_t>(3, ceil_div(weights * sizeof(C), kCache));  // tiles
+  const int64_t groups = max<int64_t>(1, ceil_div(n, most * tile));
+  return max<int64_t>(1, min(n, ceil_div(ceil_div(n, groups), tile) * tile));
 }
 
 // The arrays of one addressing and its heads' parameters, for one thread.

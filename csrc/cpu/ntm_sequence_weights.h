@@ -11,7 +11,7 @@ namespace {
 template <class C>
 class WeightGradients {
   static constexpr int L = kLanes<C>;
-  static constexpr int64_t kChunkBytes = 8 << 20, kDepth = 64;
+  static constexpr int64_t kChunkBytes = 8 << 20, kDepth = 128;
 
   const Shape& s;
   const Backward& a;
