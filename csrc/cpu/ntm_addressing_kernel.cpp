@@ -5,6 +5,7 @@ namespace seqmem::ntm {
 namespace {
 
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
+constexpr float kTiny = 0x1p-100f;
 
 // One thread's run over batch rows. Arrays of slots have room for whole vectors and hold zeros
 // beyond the last slot.
@@ -112,7 +113,7 @@ class Addresser {
     Head head{};
     Vec<C> squares{};
     for (int64_t m = 0; m < rows.vectors * L; m += L) squares += load(key + m) * load(key + m);
-    head.key_norm = square_root(sum<C>(squares));
+    head.key_norm = square_root(total<C>(squares));
     head.beta = one(a.beta, at);
     if (h == 0) {
       rows.template similarity<true>(array, key, dots, norm);
@@ -151,7 +152,7 @@ class Addresser {
       most = slots > most ? slots : most;
     }
     const C top = largest<C>(most);
-    Vec<C> total{};
+    Vec<C> whole{};
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> e[K];
@@ -160,11 +161,11 @@ class Addresser {
       exp_of_negative<K, C>(e);
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
-        total += e[i];
+        whole += e[i];
         store(content + (v + i) * L, e[i]);
       }
     });
-    const C scale = C(1) / sum<C>(total);
+    const C scale = C(1) / total<C>(whole);
     for (int64_t v = 0; v < vectors; ++v)
       store(content + v * L, only_slots(v, load(content + v * L) * scale));
   }
@@ -210,30 +211,34 @@ class Addresser {
     const C top = upwards ? largest<C>(most) : -largest<C>(-most);
     const bool empty = upwards ? !(top > C(0)) : top == none[0];
     const C unit = empty ? C(1) : top;
-    Vec<C> total{};
+    // One division for all; two steps, since the inverse of the smallest numbers is infinite.
+    const C lift = unit < kTiny ? 1 / kTiny : C(1), over = C(1) / (unit * lift);
+    // Logarithms and powers each in a pass of their own: a vector's way through both is longer
+    // than what a core looks ahead.
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
-      Vec<C> x[K], y[K], z[K];
+      Vec<C> y[K], z[K];
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) {
-        x[i] = load(shifted + (v + i) * L);
-        y[i] = x[i] / unit;
-      }
+      for (int i = 0; i < K; ++i) y[i] = load(shifted + (v + i) * L) * lift * over;
       log_of_positive<K, C>(y, z);
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) {
-        store(logs + (v + i) * L, z[i]);
-        y[i] = z[i] * head.gamma;
-      }
+      for (int i = 0; i < K; ++i) store(logs + (v + i) * L, z[i]);
+    });
+    Vec<C> all{};
+    for_vectors(vectors, [&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> y[K];
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) y[i] = load(logs + (v + i) * L) * head.gamma;
       exp_of_negative<K, C>(y);
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
-        y[i] = x[i] <= C(0) ? Vec<C>{} : y[i];
-        total += y[i];
+        y[i] = load(shifted + (v + i) * L) <= C(0) ? Vec<C>{} : y[i];
+        all += y[i];
         store(weights + (v + i) * L, y[i]);
       }
     });
-    const C whole = sum<C>(total);
+    const C whole = total<C>(all);
     const C scale = whole == C(0) ? C(0) : C(1) / whole;
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<C> x = load(shifted + v * L), w = load(weights + v * L) * scale;
@@ -245,7 +250,7 @@ class Addresser {
   SEQMEM_INLINE void back_to_content(const Head& head, const AddressingGradients& out, int64_t at) {
     Vec<C> mean{};
     for (int64_t v = 0; v < vectors; ++v) mean += load(grad + v * L) * load(weights + v * L);
-    const C average = sum<C>(mean);
+    const C average = total<C>(mean);
     Vec<C> by_gamma{};
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<C> x = load(shifted + v * L);
@@ -255,7 +260,7 @@ class Addresser {
       store(grad_ring + reach + v * L, empty ? Vec<C>{} : head.gamma * d / x);
     }
     close(grad_ring);
-    set_one(out.gamma, at, sum<C>(by_gamma));
+    set_one(out.gamma, at, total<C>(by_gamma));
     if (out.shift != nullptr) back_to_shift(static_cast<S*>(out.shift) + at * s.taps);
     Vec<C> by_gate{};
     const C rest = C(1) - head.gate;
@@ -267,7 +272,7 @@ class Addresser {
       store(grad + v * L, x * head.gate);
       store(before + v * L, x * rest);
     }
-    set_one(out.gate, at, sum<C>(by_gate));
+    set_one(out.gate, at, total<C>(by_gate));
     if (out.prev_weights != nullptr)
       store_row(static_cast<S*>(out.prev_weights) + at * s.N, before, s.N);
   }
@@ -275,11 +280,11 @@ class Addresser {
   // by shift_j = sum_i by shifted_i ring_(i + 2 reach - j)
   SEQMEM_INLINE void back_to_shift(S* to) const {
     for (int64_t j = 0; j < s.taps; ++j) {
-      Vec<C> total{};
+      Vec<C> product{};
       for (int64_t v = 0; v < vectors; ++v)
-        total +=
+        product +=
             only_slots(v, load(grad_ring + reach + v * L)) * load(ring + v * L + s.taps - 1 - j);
-      store_n(to + j, splat(sum<C>(total)), 1);
+      store_n(to + j, splat(total<C>(product)), 1);
     }
   }
 
@@ -287,7 +292,7 @@ class Addresser {
   SEQMEM_INLINE C back_to_dots(const Head& head, const AddressingGradients& out, int64_t at) {
     Vec<C> mean{};
     for (int64_t v = 0; v < vectors; ++v) mean += load(grad + v * L) * load(content + v * L);
-    const C average = sum<C>(mean);
+    const C average = total<C>(mean);
     Vec<C> by_beta{}, by_key_norm{};
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<C> d = load(content + v * L) * (load(grad + v * L) - average);
@@ -299,8 +304,8 @@ class Addresser {
       store(by_dot + v * L, a);
       store(by_norm + v * L, n == C(0) ? Vec<C>{} : -lost * head.key_norm / n);
     }
-    set_one(out.beta, at, sum<C>(by_beta));
-    return sum<C>(by_key_norm);
+    set_one(out.beta, at, total<C>(by_beta));
+    return total<C>(by_key_norm);
   }
 };
 

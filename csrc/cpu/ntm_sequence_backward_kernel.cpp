@@ -54,7 +54,7 @@ class BackwardRun {
         slots(s),
         back(slots),
         layout(s.M, s.taps),
-        rows(min(rows_together<C>(s), ceil_div(s.B, threads))),
+        rows(rows_together<C>(s, ceil_div(s.B, threads))),
         left(s, a, at),
         carries(s, at, slots),
         weights(s, a, at, thread, threads),

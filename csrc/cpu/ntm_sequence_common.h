@@ -67,6 +67,13 @@ SEQMEM_INLINE void for_panels(int64_t vectors, F&& f) {
   }
 }
 
+// Calls f(constant n) for n of 1..Most.
+template <int Most, class F>
+SEQMEM_INLINE void for_count(int64_t n, F&& f) {
+  if (n == Most) return f(std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) for_count<Most - 1>(n, f);
+}
+
 // to[k * step + lane] = from[lane * K + k]: so many rows of a weight, side by side.
 template <class C>
 void pack_rows(const C* from, int64_t K, int64_t rows, C* to, int64_t step) {
@@ -91,6 +98,38 @@ void pack_panel(const C* weight, int64_t K, int64_t width, int64_t p, C* panels)
   }
 }
 
+// Rows of a tile of NV vectors: more of them the fewer the vectors, for as many sums in flight.
+template <class C, int NV>
+inline constexpr int kTileRowsBy = kTileRows<C> * 4 / NV < 8 ? kTileRows<C> * 4 / NV : 8;
+
+// for_row_blocks for blocks of at most kTileRowsBy rows.
+template <class C, int NV, class F>
+SEQMEM_INLINE void for_tiles_of(int64_t n, F&& f) {
+  constexpr int most = kTileRowsBy<C, NV>;
+  if constexpr (most == kTileRows<C>) {
+    for_row_blocks<C>(n, f);
+  } else {
+    int64_t blocks = ceil_div(n, most);
+    for (int64_t start = 0; start < n; --blocks) {
+      const int64_t rows = ceil_div(n - start, blocks);
+      for_count<most>(rows, [&](auto count) { f(count, start); });
+      start += rows;
+    }
+  }
+}
+
+// Calls f(first, count) for pieces of a product's depth: those of a panel that several blocks of
+// rows pass over stay in the first cache.
+template <class F>
+SEQMEM_INLINE void for_depths(int64_t K, int64_t rows, F&& f) {
+  constexpr int64_t kDeep = 160, kPiece = 128;
+  const int64_t pieces = rows <= 4 || K <= kDeep ? 1 : ceil_div(K, kPiece);
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t first = K * i / pieces;
+    f(first, K * (i + 1) / pieces - first);
+  }
+}
+
 // out[r] = start + a[r] panels, whole vectors; `start` [4 vectors a panel], or null for zero.
 template <class C>
 void multiply(int64_t n, const C* const* a, int64_t K, const C* panels, int64_t vectors,
@@ -111,16 +150,23 @@ void multiply(int64_t n, const C* const* a, int64_t K, const C* panels, int64_t 
   for_panels(vectors - done, [&](auto columns, int64_t first) {
     constexpr int NV = decltype(columns)::value;
     const int64_t v = done + first;
-    for_row_blocks<C>(n, [&](auto block, int64_t r0) {
-      constexpr int R = decltype(block)::value;
-      Vec<C> acc[R][NV];
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-      for (int i = 0; i < NV; ++i) acc[r][i] = begin(v + i);
-      tile_multiply<R, NV, C>(K, a + r0, 1, panels + v * L * K, L, W, acc);
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-      for (int i = 0; i < NV; ++i) store(out[r0 + r] + (v + i) * L, acc[r][i]);
+    for_depths(K, n, [&](int64_t k, int64_t depth) {
+      for_tiles_of<C, NV>(n, [&](auto block, int64_t r0) {
+        constexpr int R = decltype(block)::value;
+        const C* row[R];
+        Vec<C> acc[R][NV];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) {
+          row[r] = a[r0 + r] + k;
+          SEQMEM_UNROLL
+          for (int i = 0; i < NV; ++i)
+            acc[r][i] = k == 0 ? begin(v + i) : load(out[r0 + r] + (v + i) * L);
+        }
+        tile_multiply<R, NV, C>(depth, row, 1, panels + v * L * K + k * W, L, W, acc);
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int i = 0; i < NV; ++i) store(out[r0 + r] + (v + i) * L, acc[r][i]);
+      });
     });
   });
 }
@@ -134,15 +180,19 @@ SEQMEM_INLINE void zero(C* to, int64_t n) {
   if (n > 0) __builtin_memset(to, 0, n * sizeof(C));
 }
 
-// Rows that go through time together: few enough that what they carry stays near the core, more
-// the larger the weights, since each pass over those that leave its cache should serve many rows.
+// Of n rows, those that go through time together: few enough that what they carry stays near the
+// core, more the larger the weights, since each pass over those that leave its cache should serve
+// many rows; in groups of much the same size, of whole tiles.
 template <class C>
-int64_t rows_together(const Shape& s) {
+int64_t rows_together(const Shape& s, int64_t n) {
   constexpr int64_t kCache = 400 << 10;
   const Layout<C> at(s);
   int64_t weights = s.P * s.C;
   for (int64_t l = 0; l < s.layers; ++l) weights += at.gates() * at.K(l);
-  return max<int64_t>(2, ceil_div(weights * sizeof(C), kCache)) * kTileRows<C>;
+  constexpr int64_t tile = kTileRows<C>;
+  const int64_t most = max<int64_t>(3, ceil_div(weights * sizeof(C), kCache));  // tiles
+  const int64_t groups = max<int64_t>(1, ceil_div(n, most * tile));
+  return max<int64_t>(1, min(n, ceil_div(ceil_div(n, groups), tile) * tile));
 }
 
 // The arrays of one addressing and its heads' parameters, for one thread.

@@ -89,7 +89,7 @@ class ForwardRun {
     const Share mine = share(s.B, thread, threads);
     for (int64_t b = mine.begin; b < mine.end; ++b) enter(b, a.state, b, s.B);
     barrier.wait();
-    const int64_t together = rows_together<C>(s);
+    const int64_t together = rows_together<C>(s, mine.end - mine.begin);
     for (int64_t b = mine.begin; b < mine.end; b += together) {
       const int64_t end = min(b + together, mine.end);
       for (int64_t t = 0; t < s.T; ++t) step(t, b, end);
@@ -282,6 +282,10 @@ class ForwardRun {
       argument[r] = tanh_argument<C>(now);
       if (a.saved == nullptr) continue;
       C* record = saved_of(t, b) + at.record_gates(l) + u * L;
+      // Five streams a row are more than the hardware looks ahead in, and a store waits for its
+      // line.
+      SEQMEM_UNROLL
+      for (int k = 0; k < 5; ++k) __builtin_prefetch(record + k * s.C + 2 * L, 1);
       store_n(record, i, n);
       store_n(record + s.C, f, n);
       store_n(record + 2 * s.C, g, n);

@@ -8,6 +8,7 @@ namespace seqmem::ntm_sequence {
 namespace {
 
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
+constexpr float kTiny = 0x1p-100f;
 
 // Sums that start at zero, which the compiler must not know: see opaque. One by one, since a
 // whole array would be cleared by a string instruction.
@@ -154,40 +155,44 @@ class Slots {
     C *content, *ring, *ring_back, *shifted, *similar, *inverse, *grad;
   };
 
-  // content = e^(beta K - its largest), K = dots / (norm |key| + eps); returns what makes it a
-  // softmax by multiplication. With `keep`, K and 1 / (...) stay.
+  // content = e^(beta K), K = dots / (norm |key| + eps), relative to the largest only where that is
+  // far from 1; returns what makes it a softmax by multiplication. With `keep`, K and 1 / (...)
+  // stay.
   template <bool keep>
   SEQMEM_INLINE C content(const C* dots, const C* norm, const Head<C>& head,
                           const Scratch& t) const {
+    constexpr C kFar = 40;  // from here on sums could overflow or vanish
     const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
-    Vec<C> most = nothing;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Vec<C> inverse = C(1) / (load(norm + v * L) * head.key_norm + C(kEpsilon));
-      const Vec<C> similar = load(dots + v * L) * inverse;
-      Vec<C> z = similar * head.beta;
-      if (v + 1 == vectors) z = last ? z : nothing;
-      if (keep) {
-        store(t.similar + v * L, similar);
-        store(t.inverse + v * L, inverse);
-      }
-      store(t.content + v * L, z);
-      most = z > most ? z : most;
+    for (C top = 0;;) {
+      Vec<C> sum{}, most = nothing;
+      for_vectors(vectors, [&](auto count, int64_t v) {
+        constexpr int K = decltype(count)::value;
+        Vec<C> e[K];
+        SEQMEM_UNROLL
+        for (int i = 0; i < K; ++i) {
+          const int64_t at = (v + i) * L;
+          const Vec<C> inverse = C(1) / (load(norm + at) * head.key_norm + C(kEpsilon));
+          const Vec<C> similar = load(dots + at) * inverse;
+          if (keep) {
+            store(t.similar + at, similar);
+            store(t.inverse + at, inverse);
+          }
+          Vec<C> z = similar * head.beta;
+          if (v + i + 1 == vectors) z = last ? z : nothing;
+          most = z > most ? z : most;
+          e[i] = z - top;
+        }
+        exp_of_negative<K, C>(e);
+        SEQMEM_UNROLL
+        for (int i = 0; i < K; ++i) {
+          sum += e[i];
+          store(t.content + (v + i) * L, e[i]);
+        }
+      });
+      const C found = largest<C>(most);
+      if (top != C(0) || (found >= -kFar && found <= kFar)) return C(1) / total<C>(sum);
+      top = found;
     }
-    const C top = largest<C>(most);
-    Vec<C> sum{};
-    for_vectors(vectors, [&](auto count, int64_t v) {
-      constexpr int K = decltype(count)::value;
-      Vec<C> e[K];
-      SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) e[i] = load(t.content + (v + i) * L) - top;
-      exp_of_negative<K, C>(e);
-      SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) {
-        sum += e[i];
-        store(t.content + (v + i) * L, e[i]);
-      }
-    });
-    return C(1) / total<C>(sum);
   }
 
   // ring = gate softmax + (1 - gate) before
@@ -225,20 +230,31 @@ class Slots {
       store(t.shifted + v * L, x);
       most = x > most ? x : most;
     }
+    // Relative to the largest, which may be too small to be divided by at once.
     const C top = largest<C>(most), unit = top > C(0) ? top : C(1);
-    Vec<C> sum{};
+    const C lift = unit < kTiny ? 1 / kTiny : C(1), inverse = C(1) / (unit * lift);
+    const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
+    // Logarithms and powers each in a pass of their own: a vector's way through both is longer
+    // than what a core looks ahead.
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> x[K], y[K];
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) x[i] = load(t.shifted + (v + i) * L) / unit;
+      for (int i = 0; i < K; ++i) x[i] = load(t.shifted + (v + i) * L) * lift * inverse;
       log_of_positive<K, C>(x, y);
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) y[i] *= head.gamma;
+      for (int i = 0; i < K; ++i)
+        store(t.shifted + (v + i) * L, x[i] <= C(0) ? nothing : y[i] * head.gamma);
+    });
+    Vec<C> sum{};
+    for_vectors(vectors, [&](auto count, int64_t v) {
+      constexpr int K = decltype(count)::value;
+      Vec<C> y[K];
+      SEQMEM_UNROLL
+      for (int i = 0; i < K; ++i) y[i] = load(t.shifted + (v + i) * L);
       exp_of_negative<K, C>(y);
       SEQMEM_UNROLL
       for (int i = 0; i < K; ++i) {
-        y[i] = x[i] <= C(0) ? Vec<C>{} : y[i];
         sum += y[i];
         store(w + (v + i) * L, y[i]);
       }

@@ -11,7 +11,7 @@ namespace {
 template <class C>
 class WeightGradients {
   static constexpr int L = kLanes<C>;
-  static constexpr int64_t kChunkBytes = 8 << 20, kDepth = 64;
+  static constexpr int64_t kChunkBytes = 8 << 20, kDepth = 128;
 
   const Shape& s;
   const Backward& a;
@@ -147,25 +147,25 @@ class WeightGradients {
     const Share mine = share(outputs, thread, threads);
     for (int64_t k = 0; k < n; k += kDepth) {
       const int64_t depth = min(kDepth, n - k);
-      for_row_blocks<C>(mine.end - mine.begin, [&](auto block, int64_t start) {
-        constexpr int R = decltype(block)::value;
-        const C* column[R];
-        C* to[R];
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) {
-          column[r] = from + k * from_step + mine.begin + start + r;
-          to[r] = total + (mine.begin + start + r) * step;
-        }
-        for_panels(vectors, [&](auto columns, int64_t v) {
-          constexpr int NV = decltype(columns)::value;
+      // Panels outside: one of b stays in the first cache while all rows of total pass by.
+      for_panels(vectors, [&](auto columns, int64_t v) {
+        constexpr int NV = decltype(columns)::value;
+        for_tiles_of<C, NV>(mine.end - mine.begin, [&](auto block, int64_t start) {
+          constexpr int R = decltype(block)::value;
+          const C* column[R];
+          C* to[R];
           Vec<C> acc[R][NV];
           SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-          for (int i = 0; i < NV; ++i) acc[r][i] = load(to[r] + (v + i) * L);
+          for (int r = 0; r < R; ++r) {
+            column[r] = from + k * from_step + mine.begin + start + r;
+            to[r] = total + (mine.begin + start + r) * step + v * L;
+            SEQMEM_UNROLL
+            for (int i = 0; i < NV; ++i) acc[r][i] = load(to[r] + i * L);
+          }
           tile_multiply<R, NV, C>(depth, column, from_step, b + k * step + v * L, L, step, acc);
           SEQMEM_UNROLL
           for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-          for (int i = 0; i < NV; ++i) seqmem::store(to[r] + (v + i) * L, acc[r][i]);
+          for (int i = 0; i < NV; ++i) seqmem::store(to[r] + i * L, acc[r][i]);
         });
       });
     }
