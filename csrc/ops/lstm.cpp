@@ -114,7 +114,7 @@ struct Schedule {
 // but where another program holds the other core each one may wait for a time slice, so short steps
 // stay on one thread.
 constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
-constexpr double kStepWorthSharing = 3, kCallWorthSharing = 100;
+constexpr double kStepWorthSharing = 3, kCallWorthSharing = 50;
 constexpr int64_t kSecondCache = 256 << 10;
 constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from the third cache
 
