@@ -60,21 +60,31 @@ SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, c
   }
 }
 
-// acc[p][v] += sum_k a[k] * b[p * b_panel + v * lanes + k * b_step]: one row by P panels, because
-// the sums of a single panel would wait for each other.
-template <int P, class C, int NV>
-SEQMEM_INLINE void row_multiply(int64_t K, const C* a, const C* b, int64_t b_panel, int64_t b_step,
-                                Vec<C> (&acc)[P][NV]) {
+// acc[r][p][v] += sum_k a[r][k] * b[p * b_panel + v * lanes + k * b_step]: few rows by P panels,
+// because their sums in a single panel would wait for each other.
+template <int R, int P, int NV, class C>
+SEQMEM_INLINE void panels_multiply(int64_t K, const C* const* a, const C* b, int64_t b_panel,
+                                   int64_t b_step, Vec<C> (&acc)[R][P][NV]) {
+  const C* row[R];
   SEQMEM_UNROLL
-  for (int p = 0; p < P; ++p) SEQMEM_UNROLL
-  for (int v = 0; v < NV; ++v) opaque(acc[p][v]);
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < K; ++k) {
-    const Vec<C> x = splat(a[k]);
+  for (int r = 0; r < R; ++r) {
+    row[r] = a[r];
     SEQMEM_UNROLL
     for (int p = 0; p < P; ++p) SEQMEM_UNROLL
-    for (int v = 0; v < NV; ++v)
-      acc[p][v] += x * load(b + p * b_panel + v * kLanes<C> + k * b_step);
+    for (int v = 0; v < NV; ++v) opaque(acc[r][p][v]);
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<C> x[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) x[r] = splat(row[r][k]);
+    SEQMEM_UNROLL
+    for (int p = 0; p < P; ++p) SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vec<C> w = load(b + p * b_panel + v * kLanes<C> + k * b_step);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][p][v] += x[r] * w;
+    }
   }
 }
 

@@ -197,6 +197,7 @@ class ForwardRun : Walk {
   template <class Start>
   SEQMEM_INLINE void multiply_panel(int64_t u, int64_t first, int64_t n, const C* const* row,
                                     int64_t K, const C* panel, const Start& start_of) {
+    if (n <= kTileRows<C>) return multiply_panels<4 / kGates>(u, first, n, row, K, panel, start_of);
     for (int g = 0; g < 4; g += kGates, panel += K * V) {
       for_row_blocks<C, kRows>(n, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
@@ -211,6 +212,24 @@ class ForwardRun : Walk {
         for (int v = 0; v < kGates; ++v) store(to + r * W + v * L, acc[r][v]);
       });
     }
+  }
+
+  // The same for rows too few to fill a tile with one panel's sums: all P panels at once.
+  template <int P, class Start>
+  SEQMEM_INLINE void multiply_panels(int64_t u, int64_t first, int64_t n, const C* const* row,
+                                     int64_t K, const C* panel, const Start& start_of) {
+    for_row_blocks<C>(n, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      C* to = z_at(first + start, u);
+      Vec<C> acc[R][P][kGates];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) acc[r][g / kGates][g % kGates] = start_of(g, to + r * W + g * L);
+      panels_multiply(K, row + start, panel, K * V, V, acc);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) store(to + r * W + g * L, acc[r][g / kGates][g % kGates]);
+    });
   }
 
   void project_inputs(int64_t n) {
@@ -288,17 +307,17 @@ class ForwardRun : Walk {
   // Two vectors of units of a step with a single row.
   SEQMEM_INLINE void step_one_row(int64_t t, int64_t n, int64_t u, C* next) {
     constexpr int panels = 4 / kGates;  // of a vector of units
-    Vec<C> acc[2 * panels][kGates];
+    Vec<C> acc[1][2 * panels][kGates];
     SEQMEM_UNROLL
     for (int p = 0; p < 2 * panels; ++p) SEQMEM_UNROLL
     for (int v = 0; v < kGates; ++v)
-      acc[p][v] = load(z_at(n, u + p / panels) + (p % panels * kGates + v) * L);
-    row_multiply<2 * panels, C>(s.P, h_row[0], panel_hh + u * s.P * W, s.P * V, V, acc);
+      acc[0][p][v] = load(z_at(n, u + p / panels) + (p % panels * kGates + v) * L);
+    panels_multiply(s.P, h_row, panel_hh + u * s.P * W, s.P * V, V, acc);
     SEQMEM_UNROLL
     for (int p = 0; p < 2; ++p) {
       Vec<C> pre[1][4];
       SEQMEM_UNROLL
-      for (int g = 0; g < 4; ++g) pre[0][g] = acc[p * panels + g / kGates][g % kGates];
+      for (int g = 0; g < 4; ++g) pre[0][g] = acc[0][p * panels + g / kGates][g % kGates];
       finish_rows<1>(t, 0, u + p, pre, next);
     }
   }
