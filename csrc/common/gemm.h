@@ -22,6 +22,7 @@ SEQMEM_INLINE void opaque([[maybe_unused]] V& v) {
 }
 
 // acc[r][v] += sum_k a[r][k * a_step] * b[v * b_vec + k * b_step], k = 0..K-1 in this order.
+// Tall tiles keep b's vectors in registers and have no room for all rows' broadcasts at once.
 template <int R, int NV, class C>
 SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, const C* b,
                                  int64_t b_vec, int64_t b_step, Vec<C> (&acc)[R][NV]) {
@@ -32,34 +33,58 @@ SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, c
     SEQMEM_UNROLL
     for (int v = 0; v < NV; ++v) opaque(acc[r][v]);
   }
+  constexpr bool tall = R * NV + R + 1 > (SEQMEM_VEC_BYTES == 64 ? 32 : 16);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; ++k) {
-    Vec<C> x[R];
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) x[r] = splat(row[r][k * a_step]);
-    SEQMEM_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      Vec<C> w = load(b + v * b_vec + k * b_step);
+    if constexpr (tall) {
+      Vec<C> w[NV];
       SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) acc[r][v] += x[r] * w;
+      for (int v = 0; v < NV; ++v) w[v] = load(b + v * b_vec + k * b_step);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vec<C> x = splat(row[r][k * a_step]);
+        SEQMEM_UNROLL
+        for (int v = 0; v < NV; ++v) acc[r][v] += x * w[v];
+      }
+    } else {
+      Vec<C> x[R];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) x[r] = splat(row[r][k * a_step]);
+      SEQMEM_UNROLL
+      for (int v = 0; v < NV; ++v) {
+        Vec<C> w = load(b + v * b_vec + k * b_step);
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) acc[r][v] += x[r] * w;
+      }
     }
   }
 }
 
-// acc[p][v] += sum_k a[k] * b[p * b_panel + v * lanes + k * b_step]: one row by P panels, because
-// the sums of a single panel of 4 vectors would wait for each other.
-template <int P, class C>
-SEQMEM_INLINE void row_multiply(int64_t K, const C* a, const C* b, int64_t b_panel, int64_t b_step,
-                                Vec<C> (&acc)[P][4]) {
+// acc[r][p][v] += sum_k a[r][k] * b[p * b_panel + v * lanes + k * b_step]: few rows by P panels,
+// because their sums in a single panel would wait for each other.
+template <int R, int P, int NV, class C>
+SEQMEM_INLINE void panels_multiply(int64_t K, const C* const* a, const C* b, int64_t b_panel,
+                                   int64_t b_step, Vec<C> (&acc)[R][P][NV]) {
+  const C* row[R];
   SEQMEM_UNROLL
-  for (int p = 0; p < P; ++p) SEQMEM_UNROLL
-  for (int v = 0; v < 4; ++v) opaque(acc[p][v]);
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < K; ++k) {
-    const Vec<C> x = splat(a[k]);
+  for (int r = 0; r < R; ++r) {
+    row[r] = a[r];
     SEQMEM_UNROLL
     for (int p = 0; p < P; ++p) SEQMEM_UNROLL
-    for (int v = 0; v < 4; ++v) acc[p][v] += x * load(b + p * b_panel + v * kLanes<C> + k * b_step);
+    for (int v = 0; v < NV; ++v) opaque(acc[r][p][v]);
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<C> x[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) x[r] = splat(row[r][k]);
+    SEQMEM_UNROLL
+    for (int p = 0; p < P; ++p) SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const Vec<C> w = load(b + p * b_panel + v * kLanes<C> + k * b_step);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][p][v] += x[r] * w;
+    }
   }
 }
 
@@ -121,11 +146,10 @@ SEQMEM_INLINE void store_sums4(C* out, const Vec<C> (&s)[4]) {
   }
 }
 
-// Calls f(constant R, start) for blocks of at most kTileRows rows that cover 0..n-1, as even as
-// they can be: 16 rows by 3 are 3+3+3+3+2+2, since a tile of one row runs at half speed.
-template <class C, class F>
+// Calls f(constant, start) for blocks of at most R rows that cover 0..n-1, as even as they can
+// be: 16 rows by 3 are 3+3+3+3+2+2, since a tile of one row runs at half speed.
+template <class C, int R = kTileRows<C>, class F>
 SEQMEM_INLINE void for_row_blocks(int64_t n, F&& f) {
-  constexpr int R = kTileRows<C>;
   int64_t blocks = (n + R - 1) / R;
   for (int64_t start = 0; start < n; --blocks) {
     const int64_t rows = (n - start + blocks - 1) / blocks;

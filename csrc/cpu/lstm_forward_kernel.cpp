@@ -1,7 +1,8 @@
 // LSTM forward over a whole sequence.
 //
-// Weights are packed into panels of one vector of units x 4 gates, so that a tile's accumulators
-// hold i, f, g and o of the same units and the cell is finished in registers.
+// Weights are packed into panels of one vector of units by kGates gates. Six rows by two vectors
+// is the tile that asks least of the second cache, where the panels lie: a pass of all rows over a
+// narrow panel finds it in the first. The gates of a vector of units meet in z, still cached.
 #include "../common/gemm.h"
 #include "lstm_common.h"
 #include "lstm_kernel.h"
@@ -10,11 +11,14 @@
 namespace seqmem::lstm {
 namespace {
 
+constexpr int kRows = 6, kGates = SEQMEM_VEC_BYTES == 64 ? 4 : 2;
+
 template <class S>
 class ForwardRun : Walk {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
-  static constexpr int W = 4 * L;  // a panel's width: one vector of units, 4 gates
+  static constexpr int W = 4 * L;       // all gates of a vector of units
+  static constexpr int V = kGates * L;  // a panel's width
   static constexpr bool copies_inputs = !std::is_same_v<S, C>;
 
   const Plan& plan;
@@ -27,6 +31,7 @@ class ForwardRun : Walk {
   const bool turns;      // a batch meets unpacked weights: decided by B alone, so that a row's bits
                          // do not depend on how rows are shared out
   Share mine;            // this thread's vectors of units
+  int64_t capacity;      // rows of a chunk
 
   // Shared by all threads.
   C *h[2], *c, *zeros, *panel_ih, *panel_hh, *bias, *squashed, *panel_hr;
@@ -50,6 +55,7 @@ class ForwardRun : Walk {
         Ps(ceil_div(s.P, L) * L),
         turns(!plan.pack && !copies_inputs && s.B >= L) {
     mine = plan.by_rows ? Share{0, units} : share(units, thread, threads);
+    capacity = min(plan.chunk, s.T) * (plan.by_rows ? ceil_div(s.B, threads) : s.B);
   }
 
   // Places all buffers; returns the bytes used. Called with a null base to size them.
@@ -66,11 +72,10 @@ class ForwardRun : Walk {
     panel_hr = take.array<C>(s.projected ? Ps * s.H : 0);
     const int64_t my_rows = plan.by_rows ? ceil_div(s.B, threads) : s.B;
     const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
-    const int64_t steps = min(plan.chunk, s.T);
     for (int i = 0; i < threads; ++i) {
-      C* own_z = take.array<C>(plan.pack ? steps * my_rows * my_units * W : 0);
-      C* own_copy = take.array<C>(copies_inputs ? steps * my_rows * s.I : 0);
-      auto own_x = take.array<const C*>(steps * my_rows);
+      C* own_z = take.array<C>(plan.pack ? capacity * my_units * W : 0);
+      C* own_copy = take.array<C>(copies_inputs ? capacity * s.I : 0);
+      auto own_x = take.array<const C*>(capacity);
       auto own_h = take.array<const C*>(my_rows);
       auto own_c = take.array<const C*>(my_rows);
       auto own_index = take.array<int64_t>(my_rows);
@@ -137,18 +142,20 @@ class ForwardRun : Walk {
     }
   }
 
-  // panel[k][gate][lane] = weight[gate * H + u * L + lane][k], zero beyond the last unit.
+  // panel[gate / kGates][k][gate % kGates][lane] = weight[gate * H + u * L + lane][k], zero beyond
+  // the last unit.
   void pack_panel(C* panel, const S* weight, int64_t u, int64_t K) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
     SEQMEM_UNROLL
     for (int g = 0; g < 4; ++g) {
       const S* from = weight + (g * s.H + u * L) * K;
+      C* to = panel + g / kGates * K * V + g % kGates * L;
       for (int64_t k = 0; k < K; k += L) {
         Vec<C> square[L] = {};
         const int n = static_cast<int>(min<int64_t>(L, K - k));
         for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(from + l * K + k, n);
         transpose<C>(square);
-        for (int i = 0; i < n; ++i) store(panel + (k + i) * W + g * L, square[i]);
+        for (int i = 0; i < n; ++i) store(to + (k + i) * V, square[i]);
       }
     }
   }
@@ -184,25 +191,51 @@ class ForwardRun : Walk {
     return count;
   }
 
-  C* z_at(int64_t n, int64_t u) const {
-    return z + (n * (mine.end - mine.begin) + (u - mine.begin)) * W;
+  C* z_at(int64_t n, int64_t u) const { return z + ((u - mine.begin) * capacity + n) * W; }
+
+  // A vector of units' gates of n rows, from `first` on: start(gate, row) plus a row times a panel.
+  template <class Start>
+  SEQMEM_INLINE void multiply_panel(int64_t u, int64_t first, int64_t n, const C* const* row,
+                                    int64_t K, const C* panel, const Start& start_of) {
+    if (n <= kTileRows<C>) return multiply_panels<4 / kGates>(u, first, n, row, K, panel, start_of);
+    for (int g = 0; g < 4; g += kGates, panel += K * V) {
+      for_row_blocks<C, kRows>(n, [&](auto block, int64_t start) {
+        constexpr int R = decltype(block)::value;
+        C* to = z_at(first + start, u) + g * L;
+        Vec<C> acc[R][kGates];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int v = 0; v < kGates; ++v) acc[r][v] = start_of(g + v, to + r * W + v * L);
+        tile_multiply<R, kGates, C>(K, row + start, 1, panel, L, V, acc);
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int v = 0; v < kGates; ++v) store(to + r * W + v * L, acc[r][v]);
+      });
+    }
+  }
+
+  // The same for rows too few to fill a tile with one panel's sums: all P panels at once.
+  template <int P, class Start>
+  SEQMEM_INLINE void multiply_panels(int64_t u, int64_t first, int64_t n, const C* const* row,
+                                     int64_t K, const C* panel, const Start& start_of) {
+    for_row_blocks<C>(n, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      C* to = z_at(first + start, u);
+      Vec<C> acc[R][P][kGates];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) acc[r][g / kGates][g % kGates] = start_of(g, to + r * W + g * L);
+      panels_multiply(K, row + start, panel, K * V, V, acc);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) store(to + r * W + g * L, acc[r][g / kGates][g % kGates]);
+    });
   }
 
   void project_inputs(int64_t n) {
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
-      const C* panel = panel_ih + u * s.I * W;
-      for_row_blocks<C>(n, [&](auto block, int64_t start) {
-        constexpr int R = decltype(block)::value;
-        Vec<C> acc[R][4];
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int g = 0; g < 4; ++g) acc[r][g] = load(bias + u * W + g * L);
-        tile_multiply<R, 4, C>(s.I, x_row + start, 1, panel, L, W, acc);
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int g = 0; g < 4; ++g) store(z_at(start + r, u) + g * L, acc[r][g]);
-      });
-    }
+    for (int64_t u = mine.begin; u < mine.end; ++u)
+      multiply_panel(u, 0, n, x_row, s.I, panel_ih + u * s.I * W,
+                     [&](int g, const C*) { return load(bias + u * W + g * L); });
   }
 
   // ---- one step
@@ -232,6 +265,9 @@ class ForwardRun : Walk {
           step_turned(t, count, u, next);
           continue;
         }
+      if (plan.pack)
+        multiply_panel(u, n, count, h_row, s.P, panel_hh + u * s.P * W,
+                       [](int, const C* so_far) { return load(so_far); });
       for_row_blocks<C>(count, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
@@ -239,7 +275,6 @@ class ForwardRun : Walk {
           SEQMEM_UNROLL
           for (int r = 0; r < R; ++r) SEQMEM_UNROLL
           for (int g = 0; g < 4; ++g) acc[r][g] = load(z_at(n + start + r, u) + g * L);
-          tile_multiply<R, 4, C>(s.P, h_row + start, 1, panel_hh + u * s.P * W, L, W, acc);
         } else {
           dot_gates<R>(u, x_row + n + start, h_row + start, acc);
         }
@@ -271,13 +306,18 @@ class ForwardRun : Walk {
 
   // Two vectors of units of a step with a single row.
   SEQMEM_INLINE void step_one_row(int64_t t, int64_t n, int64_t u, C* next) {
-    Vec<C> acc[2][4];
+    constexpr int panels = 4 / kGates;  // of a vector of units
+    Vec<C> acc[1][2 * panels][kGates];
     SEQMEM_UNROLL
-    for (int p = 0; p < 2; ++p) SEQMEM_UNROLL
-    for (int g = 0; g < 4; ++g) acc[p][g] = load(z_at(n, u + p) + g * L);
-    row_multiply<2, C>(s.P, h_row[0], panel_hh + u * s.P * W, s.P * W, W, acc);
+    for (int p = 0; p < 2 * panels; ++p) SEQMEM_UNROLL
+    for (int v = 0; v < kGates; ++v)
+      acc[0][p][v] = load(z_at(n, u + p / panels) + (p % panels * kGates + v) * L);
+    panels_multiply(s.P, h_row, panel_hh + u * s.P * W, s.P * V, V, acc);
+    SEQMEM_UNROLL
     for (int p = 0; p < 2; ++p) {
-      const Vec<C> pre[1][4] = {{acc[p][0], acc[p][1], acc[p][2], acc[p][3]}};
+      Vec<C> pre[1][4];
+      SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) pre[0][g] = acc[0][p * panels + g / kGates][g % kGates];
       finish_rows<1>(t, 0, u + p, pre, next);
     }
   }

@@ -33,24 +33,21 @@ class Turned {
   // next gate's weights lie `gate` rows further on.
   void multiply(const C* weight_ih, int64_t I, const C* weight_hh, int64_t P, const C* bias,
                 int64_t gate, int64_t lanes, int64_t count) {
-    for (int64_t l = 0; l < lanes; ++l) {
-      const C *ih[4], *hh[4];
-      SEQMEM_UNROLL
-      for (int g = 0; g < 4; ++g) {
-        ih[g] = weight_ih + (g * gate + l) * I;
-        hh[g] = weight_hh + (g * gate + l) * P;
+    const C *ih[4 * L], *hh[4 * L];
+    for (int64_t i = 0; i < 4 * lanes; ++i) {
+      ih[i] = weight_ih + (i % 4 * gate + i / 4) * I;
+      hh[i] = weight_hh + (i % 4 * gate + i / 4) * P;
+    }
+    const int64_t vectors = ceil_div(count, L);
+    int64_t blocks = ceil_div(vectors, 3);
+    for (int64_t v = 0; v < vectors; --blocks) {
+      const int64_t here = ceil_div(vectors - v, blocks);
+      switch (here) {
+        case 1: gates<1>(ih, I, hh, P, bias, v, 4 * lanes); break;
+        case 2: gates<2>(ih, I, hh, P, bias, v, 4 * lanes); break;
+        case 3: gates<3>(ih, I, hh, P, bias, v, 4 * lanes); break;
       }
-      const int64_t vectors = ceil_div(count, L);
-      int64_t blocks = ceil_div(vectors, 3);
-      for (int64_t v = 0; v < vectors; --blocks) {
-        const int64_t here = ceil_div(vectors - v, blocks);
-        switch (here) {
-          case 1: unit<1>(ih, I, hh, P, bias + l, v, l); break;
-          case 2: unit<2>(ih, I, hh, P, bias + l, v, l); break;
-          case 3: unit<3>(ih, I, hh, P, bias + l, v, l); break;
-        }
-        v += here;
-      }
+      v += here;
     }
     for (int64_t i = 0; i < ceil_div(count, L) * 4; ++i) {
       Vec<C> square[L] = {};
@@ -79,18 +76,25 @@ class Turned {
     }
   }
 
+  // NV vectors of rows by n gates, whose weights lie at ih and hh: all four of a unit, unit by
+  // unit.
   template <int NV>
-  SEQMEM_INLINE void unit(const C* const (&ih)[4], int64_t I, const C* const (&hh)[4], int64_t P,
-                          const C* bias, int64_t v, int64_t l) {
-    Vec<C> acc[4][NV];
-    SEQMEM_UNROLL
-    for (int g = 0; g < 4; ++g) SEQMEM_UNROLL
-    for (int i = 0; i < NV; ++i) acc[g][i] = splat(bias[g * L]);
-    tile_multiply<4, NV, C>(I, ih, 1, x + v * L, L, columns, acc);
-    tile_multiply<4, NV, C>(P, hh, 1, h + v * L, L, columns, acc);
-    SEQMEM_UNROLL
-    for (int g = 0; g < 4; ++g) SEQMEM_UNROLL
-    for (int i = 0; i < NV; ++i) store(z + (((v + i) * 4 + g) * L + l) * L, acc[g][i]);
+  void gates(const C* const* ih, int64_t I, const C* const* hh, int64_t P, const C* bias, int64_t v,
+             int64_t n) {
+    constexpr int most = NV == 3 && SEQMEM_VEC_BYTES < 64 ? 4 : 6;  // what the registers hold
+    for_row_blocks<C, most>(n, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      Vec<C> acc[R][NV];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int i = 0; i < NV; ++i) acc[r][i] = splat(bias[(start + r) % 4 * L + (start + r) / 4]);
+      tile_multiply<R, NV, C>(I, ih + start, 1, x + v * L, L, columns, acc);
+      tile_multiply<R, NV, C>(P, hh + start, 1, h + v * L, L, columns, acc);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int i = 0; i < NV; ++i)
+        store(z + (((v + i) * 4 + (start + r) % 4) * L + (start + r) / 4) * L, acc[r][i]);
+    });
   }
 };
 

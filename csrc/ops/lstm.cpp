@@ -114,11 +114,13 @@ struct Schedule {
 // but where another program holds the other core each one may wait for a time slice, so short steps
 // stay on one thread.
 constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
-constexpr double kStepWorthSharing = 3, kCallWorthSharing = 100;
+constexpr double kStepWorthSharing = 3, kCallWorthSharing = 50;
 constexpr int64_t kSecondCache = 256 << 10;
+constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from the third cache
 
-// Threads share rows where each gets several and the weights stay in its cache; else they share
-// hidden units, which halves the weights each thread reads but needs a barrier per step.
+// Threads share rows where each gets several, and many if the weights do not stay in its cache;
+// else they share hidden units, which halves the weights each thread reads but needs a barrier per
+// step.
 Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t recurrent_width) {
   const int available = available_threads();
   const double flops = 8.0 * s.H * s.B * recurrent_width;
@@ -130,8 +132,8 @@ Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t re
   const int by_units =
       std::min<int64_t>(limit(std::min(step / kStepWorthSharing, call / kCallWorthSharing)),
                         std::max<int64_t>(s.H / 16, 1));
-  const bool rows_fit = bytes <= kSecondCache && s.B >= 6 * by_rows;
-  const bool rows = projected || rows_fit || by_units == 1;
+  const int64_t enough = bytes <= kSecondCache ? 6 : kRowsPerWeight;
+  const bool rows = projected || s.B >= enough * by_rows || by_units == 1;
   return {{rows, true, 1}, rows ? by_rows : by_units};
 }
 
