@@ -139,12 +139,12 @@ void multiply(int64_t n, const C* const* a, int64_t K, const C* panels, int64_t 
   int64_t done = 0;
   if (n == 1) {
     for (; done + 8 <= vectors; done += 8) {
-      Vec<C> acc[2][4];
+      Vec<C> acc[1][2][4];
       SEQMEM_UNROLL
-      for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = begin(done + i);
-      row_multiply<2, C>(K, a[0], panels + done * L * K, K * W, W, acc);
+      for (int i = 0; i < 8; ++i) acc[0][i / 4][i % 4] = begin(done + i);
+      panels_multiply(K, a, panels + done * L * K, K * W, W, acc);
       SEQMEM_UNROLL
-      for (int i = 0; i < 8; ++i) store(out[0] + (done + i) * L, acc[i / 4][i % 4]);
+      for (int i = 0; i < 8; ++i) store(out[0] + (done + i) * L, acc[0][i / 4][i % 4]);
     }
   }
   for_panels(vectors - done, [&](auto columns, int64_t first) {

@@ -239,12 +239,13 @@ class ForwardRun {
     int64_t u = 0;
     if (n == 1) {
       for (; u + 2 <= at.units; u += 2) {
-        Vec<C> acc[2][4];
+        Vec<C> acc[1][2][4];
         SEQMEM_UNROLL
-        for (int i = 0; i < 8; ++i) acc[i / 4][i % 4] = load(start + u * W + i * L);
-        row_multiply<2, C>(K, operand[0], panel + u * K * W, K * W, W, acc);
+        for (int i = 0; i < 8; ++i) acc[0][i / 4][i % 4] = load(start + u * W + i * L);
+        panels_multiply(K, operand, panel + u * K * W, K * W, W, acc);
         for (int i = 0; i < 2; ++i) {
-          const Vec<C> z[1][4] = {{acc[i][0], acc[i][1], acc[i][2], acc[i][3]}};
+          const Vec<C>(&sum)[4] = acc[0][i];
+          const Vec<C> z[1][4] = {{sum[0], sum[1], sum[2], sum[3]}};
           finish_units<1>(t, l, 0, u + i, z);
         }
       }
