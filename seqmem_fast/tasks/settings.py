@@ -81,6 +81,7 @@ class Settings:
 
 # What differs from the above, task by task.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "copy": {"steps": 8000, "weight_decay": 0.03},
     "associative_recall": {
         "steps": 10_000,
         "batch_size": 16,
