@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import growth_mib
 from torch import Tensor, nn
 
 import seqmem_fast as sf
@@ -421,3 +422,17 @@ def test_memory_goes_with_its_module() -> None:
     assert torch.equal(twin.memory, memory.memory)
     assert memory.double().memory.dtype == torch.float64
     assert sf.NTMMemory is NTMMemory
+
+
+@pytest.mark.slow
+def test_memory_of_a_long_training_step() -> None:
+    """Every step's memory would be 156 MiB of slots alone if all were kept."""
+    definitions = """
+import torch
+import seqmem_fast as sf
+torch.manual_seed(0)
+model = sf.NTM(9, 8, 100, 128, 20)
+def step(time):
+    model(torch.rand(time, 4, 9))[0].square().mean().backward()
+"""
+    assert growth_mib(definitions, "step(8)", "step(4000)") < 160
