@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqmem_fast import NTM
+
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -158,6 +160,26 @@ class OpSuite:
             if tensor is not None and dim is not None and tensor.requires_grad:
                 assert torch.isfinite(without(tensor.grad, dim, row)).all()
 
+    @pytest.mark.isa
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_scratch_memory_does_not_show(
+        self, name: str, dtype: torch.dtype, threads: int, restored_threads: None
+    ) -> None:
+        """The same bits after calls that leave NaN in the memory that a thread keeps."""
+        torch.set_num_threads(threads)
+        case = self.case(name, dtype)
+        expected = values_and_gradients(case.op, case.tensors)
+        spoilt = [
+            torch.full_like(t, torch.nan) if t is not None and t.is_floating_point() else t
+            for t in case.tensors
+        ]
+        for spoil in (lambda: values_and_gradients(case.op, spoilt), fill_scratch_with_nan):
+            spoil()
+            found = values_and_gradients(case.op, case.tensors)
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)
+
     @pytest.mark.sanitize
     def test_empty_batch(self, name: str) -> None:
         case = self.case(name)
@@ -284,6 +306,15 @@ def check_against_float64(case: Case, name: str = "") -> None:
         assert a.dtype == dtype and a.shape == b.shape
         bound = tolerance.bound(k < outputs, error(e, b))
         assert error(a, b) <= bound, f"{name} value {k}: error {error(a, b):.2e} over {bound:.2e}"
+
+
+def fill_scratch_with_nan() -> None:
+    """A megabyte at the start of this thread's scratch memory: an NTM's packed weights."""
+    model = NTM(4, 4, 256, 8, 4)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, 4))
 
 
 def error(a: Tensor, b: Tensor) -> float:

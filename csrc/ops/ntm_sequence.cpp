@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "../common/dispatch.h"
@@ -102,12 +101,8 @@ void launch(const Kernel<Arguments>& kernel, const Tensor& like, const Shape& sh
   run_team(
       threads,
       [&](int granted) {
-        const int64_t bytes = kernel.workspace(is_double, shape, arguments, granted);
-        char* const workspace = Workspace::get(bytes);
-        // Lanes beyond the last slot are multiplied by zero: what an earlier call left must not be
-        // NaN.
-        std::memset(workspace, 0, bytes);
-        arguments.workspace = workspace;
+        arguments.workspace =
+            Workspace::get(kernel.workspace(is_double, shape, arguments, granted));
       },
       [&](int thread, int granted, SpinBarrier& barrier) {
         kernel.run(is_double, shape, arguments, thread, granted, barrier);
