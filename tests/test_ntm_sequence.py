@@ -21,12 +21,12 @@ from op_suite import (
 )
 from torch import Tensor
 
-from seqmem_fast import NTM, ops
+from seqmem_fast import ops
 from seqmem_fast.reference import ntm_sequence as reference
 from seqmem_fast.reference.ntm import NTMState
 
 ALL = [sample.name for sample in reference.sequence_sample_inputs()]
-SIZES = (5, 3, 4, 6, 8, 5)  # T, B, I, C, N, M
+SIZES = (5, 3, 4, 6, 10, 5)  # T, B, I, C, N, M; slots that fill no whole vectors
 SHORT = (3, *SIZES[1:])  # the eager reference's time goes by its steps
 TINY = (2, 2, 2, 2, 5, 2)
 
@@ -200,7 +200,7 @@ def test_no_steps_hand_the_state_through() -> None:
     case = case_of(sample_of("plain", torch.float32))
     tensors = (case.tensors[0][:0], *case.tensors[1:])
     features, *state, weightings = case.op(*tensors)
-    assert features.shape == (0, 3, 11) and weightings.shape == (0, 3, 2, 8)
+    assert features.shape == (0, 3, 11) and weightings.shape == (0, 3, 2, 10)
     for a, b in zip(state, tensors[1:6], strict=True):
         assert torch.equal(a, b)
     memory = tensors[3].clone().requires_grad_()
@@ -360,7 +360,7 @@ BAD = [
     Bad("heads unknown", {"heads": "wx"}, ValueError, "'wx'", False, True),
     Bad("heads longer", {"heads": "wrr"}, ValueError, "head_weight of shape"),
     Bad("shift negative", {"shift_range": -1}, ValueError, "shift_range", False, True),
-    Bad("shift too wide", {"shift_range": 5}, ValueError, r"0\.\.4 for 8 slots, got 5"),
+    Bad("shift too wide", {"shift_range": 6}, ValueError, r"0\.\.5 for 10 slots, got 6"),
     Bad("shift huge", {"shift_range": 2**62}, ValueError, "shift_range"),
     Bad("controller type", {"controller_type": "gru"}, ValueError, "controller_type"),
     Bad("reset alone", {"reset": mask}, ValueError, "initial of 5 tensors beside reset"),
