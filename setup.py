@@ -62,6 +62,15 @@ def isas() -> list[str]:
     return list(ISA_FLAGS) if platform.machine() == "x86_64" else ["baseline"]
 
 
+def isas_of_this_machine() -> list[str]:
+    """Those of them that can run here: a sanitized build goes nowhere else."""
+    import torch
+
+    known = isas()
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    return known[: known.index(best) + 1] if best in known else known[:1]
+
+
 def sources(*patterns: str) -> list[str]:
     """All files below csrc/ that match, sorted, relative to this folder."""
     root = Path(__file__).parent
@@ -183,11 +192,14 @@ def make_build_ext() -> type[build_ext]:
         def build_extension(self, ext: Extension) -> None:
             flags = ext.extra_compile_args
             flags["cxx"].append(f"-DSEQMEM_VERSION={self.distribution.get_version()}")
+            kinds = isas()
             if self.sanitize:
+                kinds = isas_of_this_machine()
                 flags["cxx"] += SANITIZE_FLAGS
                 ext.extra_link_args += ["-fsanitize=address,undefined"]
+            flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds[1:]]
             # A list of its own: torch's wrapper appends to the one that it is given.
-            objects = [obj for isa in isas() for obj in self.compile_kernels(ext, isa)]
+            objects = [obj for isa in kinds for obj in self.compile_kernels(ext, isa)]
             ext.extra_objects = [*ext.extra_objects, *objects]
             super().build_extension(ext)
 
@@ -211,9 +223,9 @@ def extension() -> Extension:
     """The one extension module, for CPU or, where torch and nvcc allow, CUDA too."""
     from torch.utils import cpp_extension
 
-    cxx = [*COMMON_FLAGS, *(f"-DSEQMEM_WITH_{isa.upper()}" for isa in isas()[1:])]
     # Seen as system headers, torch's own do not drown our warnings.
-    cxx += [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    cxx = [*COMMON_FLAGS, *system]
     cxx.append("-fopenmp")
     files = sources("*.cpp", "ops/*.cpp", "autograd/*.cpp")
     arguments: dict[str, Any] = {

@@ -146,6 +146,13 @@ SEQMEM_INLINE void store_sums4(C* out, const Vec<C> (&s)[4]) {
   }
 }
 
+// Calls f(constant n) for n of 1..Most.
+template <int Most, class F>
+SEQMEM_INLINE void for_count(int64_t n, F&& f) {
+  if (n == Most) return f(std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) for_count<Most - 1>(n, f);
+}
+
 // Calls f(constant, start) for blocks of at most R rows that cover 0..n-1, as even as they can
 // be: 16 rows by 3 are 3+3+3+3+2+2, since a tile of one row runs at half speed.
 template <class C, int R = kTileRows<C>, class F>
@@ -153,20 +160,7 @@ SEQMEM_INLINE void for_row_blocks(int64_t n, F&& f) {
   int64_t blocks = (n + R - 1) / R;
   for (int64_t start = 0; start < n; --blocks) {
     const int64_t rows = (n - start + blocks - 1) / blocks;
-    switch (rows) {
-      case 1: f(std::integral_constant<int, 1>{}, start); break;
-      case 2: f(std::integral_constant<int, 2>{}, start); break;
-      case 3: f(std::integral_constant<int, 3>{}, start); break;
-      case 4:
-        if constexpr (R >= 4) f(std::integral_constant<int, 4>{}, start);
-        break;
-      case 5:
-        if constexpr (R >= 5) f(std::integral_constant<int, 5>{}, start);
-        break;
-      case 6:
-        if constexpr (R >= 6) f(std::integral_constant<int, 6>{}, start);
-        break;
-    }
+    for_count<R>(rows, [&](auto count) { f(count, start); });
     start += rows;
   }
 }

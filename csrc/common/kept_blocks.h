@@ -19,10 +19,13 @@ namespace seqmem {
 
 class KeptBlocks {
  public:
-  // A tensor of undefined content, contiguous.
-  static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  static constexpr int64_t kWorthKeeping = 256 << 10;
+
+  // A contiguous tensor of undefined content, in a kept block if it has `least` bytes or more.
+  static at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options,
+                          int64_t least = kWorthKeeping) {
     const int64_t bytes = c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
-    if (bytes < kWorthKeeping) return at::empty(sizes, options);
+    if (bytes < least) return at::empty(sizes, options);
     const Pages block = pool().take(bytes);
     return at::for_blob(block.at, sizes)
         .deleter([block](void*) { pool().give(block); })
@@ -33,7 +36,7 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr int64_t kWorthKeeping = 256 << 10, kKept = 64 << 20;
+  static constexpr int64_t kKept = 64 << 20;
 
   // Never destroyed: tensors may outlive whatever is.
   static KeptBlocks& pool() {

@@ -40,9 +40,7 @@ class Leading {
     sizes.push_back(columns);
     if constexpr (std::is_same_v<Int, int64_t>) {
       constexpr int64_t kLarge = 8 << 20;
-      const int64_t bytes = c10::multiply_integers(sizes) * int64_t(like.element_size());
-      if (bytes >= kLarge) return KeptBlocks::empty(sizes, like.options());
-      return at::empty(sizes, like.options());
+      return KeptBlocks::empty(sizes, like.options(), kLarge);
     } else {
       return at::empty_symint(sizes, like.options());
     }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
 #include "../common/spin_barrier.h"
 #include "../common/storage.h"
 
@@ -61,17 +62,7 @@ struct BackwardKernel {
   void (*run)(Storage, const Shape&, const Backward&, int thread, int threads, SpinBarrier&);
 };
 
-namespace baseline {
-extern const ForwardKernel forward_kernel;
-extern const BackwardKernel backward_kernel;
-}  // namespace baseline
-namespace avx2 {
-extern const ForwardKernel forward_kernel;
-extern const BackwardKernel backward_kernel;
-}  // namespace avx2
-namespace avx512 {
-extern const ForwardKernel forward_kernel;
-extern const BackwardKernel backward_kernel;
-}  // namespace avx512
+SEQMEM_FOR_EACH_ISA(extern const ForwardKernel forward_kernel;
+                    extern const BackwardKernel backward_kernel;)
 
 }  // namespace seqmem::additive_attention

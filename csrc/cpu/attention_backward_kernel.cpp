@@ -273,7 +273,6 @@ void run(Storage storage, const Shape& s, const Plan& plan, const Backward& a, i
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const BackwardKernel backward_kernel;
 const BackwardKernel backward_kernel = {workspace, run};
 }  // namespace SEQMEM_ISA
 

@@ -309,7 +309,6 @@ void run(Storage storage, const Shape& s, const Plan& plan, const Forward& a, in
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const ForwardKernel forward_kernel;
 const ForwardKernel forward_kernel = {workspace, run};
 }  // namespace SEQMEM_ISA
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
 #include "../common/spin_barrier.h"
 #include "../common/storage.h"
 
@@ -74,17 +75,7 @@ struct BackwardKernel {
               SpinBarrier&);
 };
 
-namespace baseline {
-extern const ForwardKernel forward_kernel;
-extern const BackwardKernel backward_kernel;
-}  // namespace baseline
-namespace avx2 {
-extern const ForwardKernel forward_kernel;
-extern const BackwardKernel backward_kernel;
-}  // namespace avx2
-namespace avx512 {
-extern const ForwardKernel forward_kernel;
-extern const BackwardKernel backward_kernel;
-}  // namespace avx512
+SEQMEM_FOR_EACH_ISA(extern const ForwardKernel forward_kernel;
+                    extern const BackwardKernel backward_kernel;)
 
 }  // namespace seqmem::attention

@@ -556,7 +556,6 @@ void run(Storage storage, const Shape& s, const Backward& a, int thread, int thr
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const BackwardKernel backward_kernel;
 const BackwardKernel backward_kernel = {workspace, run};
 }  // namespace SEQMEM_ISA
 

@@ -276,7 +276,6 @@ void run(Storage storage, const Shape& s, const Forward& a, int thread, int thre
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const ForwardKernel forward_kernel;
 const ForwardKernel forward_kernel = {workspace, run};
 }  // namespace SEQMEM_ISA
 

@@ -165,7 +165,6 @@ void backward(Storage storage, const Shape& s, const Backward& a, int thread, in
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const Kernel kernel;
 const Kernel kernel = {workspace, forward, backward};
 }  // namespace SEQMEM_ISA
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
 #include "../common/storage.h"
 
 namespace seqmem::hard_attention {
@@ -39,14 +40,6 @@ struct Kernel {
   void (*backward)(Storage, const Shape&, const Backward&, int thread, int threads);
 };
 
-namespace baseline {
-extern const Kernel kernel;
-}
-namespace avx2 {
-extern const Kernel kernel;
-}
-namespace avx512 {
-extern const Kernel kernel;
-}
+SEQMEM_FOR_EACH_ISA(extern const Kernel kernel;)
 
 }  // namespace seqmem::hard_attention

@@ -499,7 +499,6 @@ class BackwardRun : Walk {
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const BackwardKernel backward_kernel;
 const BackwardKernel backward_kernel = {Entry<BackwardRun, Backward>::workspace,
                                         Entry<BackwardRun, Backward>::run};
 }  // namespace SEQMEM_ISA

@@ -425,7 +425,6 @@ class ForwardRun : Walk {
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const ForwardKernel forward_kernel;
 const ForwardKernel forward_kernel = {Entry<ForwardRun, Forward>::workspace,
                                       Entry<ForwardRun, Forward>::run};
 }  // namespace SEQMEM_ISA

@@ -339,7 +339,6 @@ void backward(Storage storage, const Shape& s, const Addressing& a, const void* 
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const AddressingKernel addressing_kernel;
 const AddressingKernel addressing_kernel = {workspace, forward, backward};
 }  // namespace SEQMEM_ISA
 

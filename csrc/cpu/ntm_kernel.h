@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
 #include "../common/storage.h"
 
 namespace seqmem::ntm {
@@ -76,17 +77,7 @@ struct MemoryKernel {
                          const WriteGradients&, int64_t begin, int64_t end, char* workspace);
 };
 
-namespace baseline {
-extern const AddressingKernel addressing_kernel;
-extern const MemoryKernel memory_kernel;
-}  // namespace baseline
-namespace avx2 {
-extern const AddressingKernel addressing_kernel;
-extern const MemoryKernel memory_kernel;
-}  // namespace avx2
-namespace avx512 {
-extern const AddressingKernel addressing_kernel;
-extern const MemoryKernel memory_kernel;
-}  // namespace avx512
+SEQMEM_FOR_EACH_ISA(extern const AddressingKernel addressing_kernel;
+                    extern const MemoryKernel memory_kernel;)
 
 }  // namespace seqmem::ntm

@@ -185,7 +185,6 @@ void write_backward(Storage storage, const Shape& s, const Write& a, const void*
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const MemoryKernel memory_kernel;
 const MemoryKernel memory_kernel = {workspace, read, read_backward, write, write_backward};
 }  // namespace SEQMEM_ISA
 

@@ -347,7 +347,6 @@ class BackwardRun {
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const Kernel<Backward> backward_kernel;
 const Kernel<Backward> backward_kernel = {Entry<BackwardRun, Backward>::workspace,
                                           Entry<BackwardRun, Backward>::run};
 }  // namespace SEQMEM_ISA

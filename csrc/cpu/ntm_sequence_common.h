@@ -67,13 +67,6 @@ SEQMEM_INLINE void for_panels(int64_t vectors, F&& f) {
   }
 }
 
-// Calls f(constant n) for n of 1..Most.
-template <int Most, class F>
-SEQMEM_INLINE void for_count(int64_t n, F&& f) {
-  if (n == Most) return f(std::integral_constant<int, Most>{});
-  if constexpr (Most > 1) for_count<Most - 1>(n, f);
-}
-
 // to[k * step + lane] = from[lane * K + k]: so many rows of a weight, side by side.
 template <class C>
 void pack_rows(const C* from, int64_t K, int64_t rows, C* to, int64_t step) {
@@ -101,22 +94,6 @@ void pack_panel(const C* weight, int64_t K, int64_t width, int64_t p, C* panels)
 // Rows of a tile of NV vectors: more of them the fewer the vectors, for as many sums in flight.
 template <class C, int NV>
 inline constexpr int kTileRowsBy = kTileRows<C> * 4 / NV < 8 ? kTileRows<C> * 4 / NV : 8;
-
-// for_row_blocks for blocks of at most kTileRowsBy rows.
-template <class C, int NV, class F>
-SEQMEM_INLINE void for_tiles_of(int64_t n, F&& f) {
-  constexpr int most = kTileRowsBy<C, NV>;
-  if constexpr (most == kTileRows<C>) {
-    for_row_blocks<C>(n, f);
-  } else {
-    int64_t blocks = ceil_div(n, most);
-    for (int64_t start = 0; start < n; --blocks) {
-      const int64_t rows = ceil_div(n - start, blocks);
-      for_count<most>(rows, [&](auto count) { f(count, start); });
-      start += rows;
-    }
-  }
-}
 
 // Calls f(first, count) for pieces of a product's depth: those of a panel that several blocks of
 // rows pass over stay in the first cache.
@@ -151,7 +128,7 @@ void multiply(int64_t n, const C* const* a, int64_t K, const C* panels, int64_t 
     constexpr int NV = decltype(columns)::value;
     const int64_t v = done + first;
     for_depths(K, n, [&](int64_t k, int64_t depth) {
-      for_tiles_of<C, NV>(n, [&](auto block, int64_t r0) {
+      for_row_blocks<C, kTileRowsBy<C, NV>>(n, [&](auto block, int64_t r0) {
         constexpr int R = decltype(block)::value;
         const C* row[R];
         Vec<C> acc[R][NV];

@@ -365,7 +365,6 @@ class ForwardRun {
 }  // namespace
 
 namespace SEQMEM_ISA {
-extern const Kernel<Forward> forward_kernel;
 const Kernel<Forward> forward_kernel = {Entry<ForwardRun, Forward>::workspace,
                                         Entry<ForwardRun, Forward>::run};
 }  // namespace SEQMEM_ISA

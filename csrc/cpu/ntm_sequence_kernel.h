@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../common/isa.h"
 #include "../common/spin_barrier.h"
 
 namespace seqmem::ntm_sequence {
@@ -87,17 +88,7 @@ struct Kernel {
               SpinBarrier&);
 };
 
-namespace baseline {
-extern const Kernel<Forward> forward_kernel;
-extern const Kernel<Backward> backward_kernel;
-}  // namespace baseline
-namespace avx2 {
-extern const Kernel<Forward> forward_kernel;
-extern const Kernel<Backward> backward_kernel;
-}  // namespace avx2
-namespace avx512 {
-extern const Kernel<Forward> forward_kernel;
-extern const Kernel<Backward> backward_kernel;
-}  // namespace avx512
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward> forward_kernel;
+                    extern const Kernel<Backward> backward_kernel;)
 
 }  // namespace seqmem::ntm_sequence

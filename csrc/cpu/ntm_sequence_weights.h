@@ -150,23 +150,24 @@ class WeightGradients {
       // Panels outside: one of b stays in the first cache while all rows of total pass by.
       for_panels(vectors, [&](auto columns, int64_t v) {
         constexpr int NV = decltype(columns)::value;
-        for_tiles_of<C, NV>(mine.end - mine.begin, [&](auto block, int64_t start) {
-          constexpr int R = decltype(block)::value;
-          const C* column[R];
-          C* to[R];
-          Vec<C> acc[R][NV];
-          SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) {
-            column[r] = from + k * from_step + mine.begin + start + r;
-            to[r] = total + (mine.begin + start + r) * step + v * L;
-            SEQMEM_UNROLL
-            for (int i = 0; i < NV; ++i) acc[r][i] = load(to[r] + i * L);
-          }
-          tile_multiply<R, NV, C>(depth, column, from_step, b + k * step + v * L, L, step, acc);
-          SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-          for (int i = 0; i < NV; ++i) seqmem::store(to[r] + i * L, acc[r][i]);
-        });
+        for_row_blocks<C, kTileRowsBy<C, NV>>(
+            mine.end - mine.begin, [&](auto block, int64_t start) {
+              constexpr int R = decltype(block)::value;
+              const C* column[R];
+              C* to[R];
+              Vec<C> acc[R][NV];
+              SEQMEM_UNROLL
+              for (int r = 0; r < R; ++r) {
+                column[r] = from + k * from_step + mine.begin + start + r;
+                to[r] = total + (mine.begin + start + r) * step + v * L;
+                SEQMEM_UNROLL
+                for (int i = 0; i < NV; ++i) acc[r][i] = load(to[r] + i * L);
+              }
+              tile_multiply<R, NV, C>(depth, column, from_step, b + k * step + v * L, L, step, acc);
+              SEQMEM_UNROLL
+              for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+              for (int i = 0; i < NV; ++i) seqmem::store(to[r] + i * L, acc[r][i]);
+            });
       });
     }
   }
