@@ -43,7 +43,7 @@ class ForwardRun {
   // Shared by all threads.
   C *slots, *slots_t, *read_t, *query_t;
   // This thread's own, [block] rows each.
-  C *q, *sq, *scale, *shift, *probe, *read, *z, *z_query, *scores;
+  C *q{}, *sq{}, *scale{}, *shift{}, *probe{}, *read{}, *z{}, *z_query{}, *scores{};
 
  public:
   ForwardRun(const Shape& s, const Forward& a, int thread, int threads)
