@@ -108,9 +108,8 @@ def peak_memory(console: Console, threads: int) -> list[dict[str, Any]]:
     return [row]
 
 
-def keep(console: Console, name: str, content: Mapping[str, Any]) -> None:
+def keep(console: Console, path: Path, content: Mapping[str, Any]) -> None:
     """The JSON, and the chart of its first tables."""
-    path = machine.RESULTS / f"{name}.json"
     report.write_json(path, content)
     console.print(f"kept: {path}", highlight=False)
     tables = chart.first_tables(content)
@@ -141,28 +140,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     copying = copy_task(console, COPY_S)
 
-    tables = []
-    ops = machine.ops()
-    if args.full:
-        for op, n, regime in itertools.product(ops, sorted({threads, 1}, reverse=True), "DM"):
-            console.rule(f"{op}, side by side")
-            tables.append(rows(op, n, regime, ["--seconds", "3"]))
-    else:
-        for place, op in enumerate(ops):
-            console.rule(f"{op}, side by side")
-            left = LIMIT_S - CLOSING_S - (time.perf_counter() - start)
-            limit = share(ops[place:], left)
-            tables.append(rows(op, threads, "D", ["--seconds", "0.5", "--limit", f"{limit:.0f}"]))
-    content = {
+    tables: list[dict[str, Any]] = []
+    content: dict[str, Any] = {
         "schema": report.SCHEMA,
         "job": "bench",
         "machine": machine.describe(),
         "charlm": training,
         "copy": copying,
         "tables": tables,
-        "memory": peak_memory(console, threads),
+        "memory": [],
     }
-    keep(console, "bench_full" if args.full else "bench", content)
+    path = machine.RESULTS / ("bench_full.json" if args.full else "bench.json")
+    ops = machine.ops()
+    if args.full:
+        for n, regime, op in itertools.product(sorted({threads, 1}, reverse=True), "DM", ops):
+            console.rule(f"{op}, side by side")
+            tables.append(rows(op, n, regime, ["--seconds", "1"]))
+            report.write_json(path, content)  # an hour's work is not lost to what comes after it
+    else:
+        for place, op in enumerate(ops):
+            console.rule(f"{op}, side by side")
+            left = LIMIT_S - CLOSING_S - (time.perf_counter() - start)
+            limit = share(ops[place:], left)
+            tables.append(rows(op, threads, "D", ["--seconds", "0.5", "--limit", f"{limit:.0f}"]))
+    content["memory"] = peak_memory(console, threads)
+    keep(console, path, content)
     return 0
 
 
