@@ -205,11 +205,13 @@ class Slots {
     close(t.ring);
   }
 
-  // Repeats the ends of what lies at ring + reach(): slot N is slot 0.
+  // Repeats the ends of what lies at ring + reach(): slot N is slot 0. Behind them come zeros, for
+  // the lanes beyond the last slot, whose factors are zero but must meet numbers.
   SEQMEM_INLINE void close(C* ring) const {
     const int64_t r = reach();
     for (int64_t i = 0; i < r; ++i) ring[i] = ring[N + i];
     for (int64_t i = 0; i < r; ++i) ring[r + N + i] = ring[r + i];
+    for (int64_t i = N + 2 * r; i < vectors * L + 2 * r; ++i) ring[i] = 0;
   }
 
   // The vector v of sum_j shift[j] ring[. + 2 r - j]

@@ -141,9 +141,8 @@ class SlotsBackward {
                         C* before_grad, HeadGradients<C>& d) const {
     const int64_t n = Taps ? Taps : slots.taps;
     const C* back = t.ring_back + slots.reach();
-    // Behind the last slot lie what close() repeats and whatever was there.
     auto tap = [&](int64_t j, int64_t v) {
-      return slots.only_slots(v, load(back + v * L) * load(t.ring + v * L + n - 1 - j));
+      return slots.only_slots(v, load(back + v * L)) * load(t.ring + v * L + n - 1 - j);
     };
     Vec<C> taps[Taps ? Taps : 1], gate{}, inside{};
     start_sums(taps);
