@@ -64,7 +64,7 @@ class BackwardRun {
         a(a),
         thread(thread),
         threads(threads),
-        block(block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes)),
+        block(block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, kMostRows)),
         stride(row_stride<C>(s.Tk)),
         Dp(padded<C>(s.D)),
         Dvp(padded<C>(s.Dv)),

@@ -8,7 +8,7 @@
 namespace seqmem::attention {
 namespace {
 
-constexpr int64_t kMostRows = 24;  // of a block
+constexpr int64_t kMostRows = 48;  // of a block
 constexpr int64_t kChunk = 128;    // keys whose values stay in the first-level cache
 
 template <class C>
@@ -26,10 +26,10 @@ SEQMEM_INLINE int64_t row_stride(int64_t Tk) {
 // Query rows handled at once, whose score rows, `arrays` for each, shall stay in so many bytes of
 // the second-level cache.
 template <class C>
-SEQMEM_INLINE int64_t block_rows(int64_t Tq, int64_t Tk, int arrays, int64_t bytes) {
+SEQMEM_INLINE int64_t block_rows(int64_t Tq, int64_t Tk, int arrays, int64_t bytes, int64_t most) {
   const int64_t R = kTileRows<C>;
   const int64_t fit = bytes / (row_stride<C>(Tk) * int64_t(sizeof(C)) * arrays) / R * R;
-  return min(max(min(fit, kMostRows), R), Tq);
+  return min(max(min(fit, most), R), Tq);
 }
 
 // n elements from p, `step` apart, zero beyond.
@@ -110,6 +110,11 @@ void pack_columns(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
   for (int64_t first = 0; first < width; first += 4 * L) {
     const int64_t vectors = min<int64_t>(4, ceil_div(width - first, L));
     C* panel = to + first * rows;
+    if (m.columns == 1 && width - first >= 4 * L) {
+      for (int64_t r = 0; r < rows; ++r) SEQMEM_UNROLL
+      for (int v = 0; v < 4; ++v) store(panel + (r * 4 + v) * L, load(m.row(r) + first + v * L));
+      continue;
+    }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t start = first + v * L;

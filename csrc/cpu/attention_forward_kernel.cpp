@@ -1,5 +1,6 @@
 // Attention forward. A block of query rows goes through scores, softmax and the product with the
 // values while its score rows are in the second-level cache; the weights are written once.
+#include "../common/past_caches.h"
 #include "attention_common.h"
 #include "attention_softmax.h"
 
@@ -7,7 +8,10 @@ namespace seqmem::attention {
 namespace {
 
 constexpr int64_t kBlockBytes = 192 << 10;
-constexpr int64_t kKeysInPlace = 128;  // whose values are gone through at once where they lie
+constexpr int64_t kMostForwardRows = 24;   // of a block
+constexpr int64_t kPastCaches = 8 << 20;   // bytes of weights that are written past the caches
+constexpr int64_t kRowsWorthPacking = 64;  // below, values are read where they lie
+constexpr int64_t kKeysInPlace = 128;      // whose values are gone through at once where they lie
 
 // A block of query rows on its way to scores.
 template <class C>
@@ -170,7 +174,7 @@ class ForwardRun {
   const Forward& a;
   const int64_t block, stride;
   const int64_t Dp, Dvp;
-  const bool values_direct;
+  const bool values_direct, past_caches;
 
   C *panels = nullptr, *columns = nullptr, *queries = nullptr, *scores = nullptr, *out = nullptr,
     *mask_buffer = nullptr;
@@ -180,11 +184,14 @@ class ForwardRun {
       : s(s),
         plan(plan),
         a(a),
-        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes)),
+        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMostForwardRows)),
         stride(row_stride<C>(s.Tk)),
         Dp(padded<C>(s.D)),
         Dvp(padded<C>(s.Dv)),
-        values_direct(std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L) {}
+        values_direct(std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L &&
+                      !(s.Tq >= kRowsWorthPacking && s.Dv % (4 * L) == 0)),
+        past_caches(s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % L == 0 &&
+                    reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {}
 
   int64_t place(char* base, int thread, int threads) {
     Carver take(base);
@@ -210,6 +217,7 @@ class ForwardRun {
       for (int64_t i = task.begin; i < task.end; i += block)
         run_block(task.n, i, min(block, task.end - i));
     }
+    if (past_caches) settle_stores();
   }
 
  private:
@@ -276,6 +284,8 @@ class ForwardRun {
 
   void write_weights(S* to, const C* row, int64_t keys, C inverse) {
     int64_t j = 0;
+    if (past_caches)
+      for (; j + L <= keys; j += L) store_past_caches(to + j, inverse * load(row + j));
     for (; j + L <= keys; j += L) store(to + j, inverse * load(row + j));
     if (j < keys && j > 0) {
       store(to + keys - L, inverse * load(row + keys - L));

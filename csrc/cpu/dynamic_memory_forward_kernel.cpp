@@ -1,32 +1,12 @@
 // Dynamic memory, forward: all hops of a block of rows, then the final memory in one pass.
+#include "../common/past_caches.h"
 #include "dynamic_memory_common.h"
 #include "dynamic_memory_kernel.h"
 
 namespace seqmem::dynamic_memory {
 namespace {
 
-// A result this large leaves the caches before anybody reads it: written past them, a line need
-// not be fetched before it is overwritten.
-constexpr int64_t kPastCaches = 4 << 20;
-
-template <class S>
-SEQMEM_INLINE void store_past_caches(S* p, Vec<compute_t<S>> v) {
-#if SEQMEM_VEC_BYTES == 64
-  if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps512(p, v);
-  if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd512(p, v);
-#elif SEQMEM_VEC_BYTES == 32
-  if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps256(p, v);
-  if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd256(p, v);
-#endif
-  store(p, v);
-}
-
-// Makes them visible to other threads.
-SEQMEM_INLINE void settle_stores() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
-}
+constexpr int64_t kPastCaches = 4 << 20;  // bytes of memory that are written past the caches
 
 template <class S>
 class ForwardRun {

@@ -1,0 +1,31 @@
+// Stores of results so large that they leave the caches before anybody reads them: written past
+// them, a line need not be fetched before it is overwritten. For sources compiled once per ISA.
+#pragma once
+
+#include "vec_math.h"
+
+namespace seqmem {
+namespace {
+
+// p is aligned to the vector.
+template <class S>
+SEQMEM_INLINE void store_past_caches(S* p, Vec<compute_t<S>> v) {
+#if SEQMEM_VEC_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps512(p, v);
+  if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd512(p, v);
+#elif SEQMEM_VEC_BYTES == 32
+  if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps256(p, v);
+  if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd256(p, v);
+#endif
+  store(p, v);
+}
+
+// Makes them visible to other threads.
+SEQMEM_INLINE void settle_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace seqmem
