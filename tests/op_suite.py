@@ -398,6 +398,22 @@ def zero_or_equal(a: Tensor | None, b: Tensor | None) -> None:
         torch.testing.assert_close(a, b)
 
 
+def check_nothing_left_over(case: Case, larger: Case) -> None:
+    """Scratch memory full of NaN, as calls with NaN leave it, does not show in the next one."""
+    clean = values_and_gradients(case.op, case.tensors)
+    for spoilt in (larger, case):
+        values_and_gradients(
+            spoilt.op,
+            [
+                torch.full_like(t, torch.nan) if t is not None and t.is_floating_point() else t
+                for t in spoilt.tensors
+            ],
+        )
+    again = values_and_gradients(case.op, case.tensors)
+    for found, wanted in zip(again, clean, strict=True):
+        assert found.isfinite().all() and torch.equal(found, wanted)
+
+
 MODES: dict[str, Callable[[], Any]] = {
     "grad": nullcontext,
     "no_grad": torch.no_grad,

@@ -11,6 +11,7 @@ from op_suite import (
     Case,
     OpSuite,
     check_against_float64,
+    check_nothing_left_over,
     compare,
     error,
     values_and_gradients,
@@ -31,9 +32,10 @@ def case_of(sample: reference.Sample) -> Case:
     return Case(ops.additive_attention, reference.additive_attention, sample.args, rows, (0, 0))
 
 
-def plain_case(*sizes: int, dtype: torch.dtype = torch.float32) -> Case:
+def plain_case(*sizes: int, dtype: torch.dtype = torch.float32, name: str = "plain") -> Case:
     """sizes = (B, Tq, Tk, A, Dv)."""
-    return case_of(next(iter(reference.sample_inputs(dtype=dtype, sizes=sizes))))  # type: ignore[arg-type]
+    samples = reference.sample_inputs(dtype=dtype, sizes=sizes)  # type: ignore[arg-type]
+    return case_of(next(s for s in samples if s.name == name))
 
 
 class TestAdditiveAttention(OpSuite):
@@ -79,6 +81,21 @@ SIZES = [
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_sizes(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     check_against_float64(plain_case(*sizes, dtype=dtype))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "sizes", [(2, 3, 5, 6, 3), (2, 17, 5, 6, 3), (1, 33, 41, 9, 11), (3, 203, 171, 10, 27)], ids=str
+)
+@pytest.mark.parametrize("name", ["plain", "masked", "added_mask"])
+def test_nothing_is_left_over_from_an_earlier_call(
+    name: str, sizes: tuple[int, ...], threads: int, restored_threads: None
+) -> None:
+    batch, queries, keys, width, value_width = sizes
+    larger = (batch, queries, keys + 70, width + 40, value_width + 40)
+    torch.set_num_threads(threads)
+    check_nothing_left_over(plain_case(*sizes, name=name), plain_case(*larger, name=name))
 
 
 @pytest.mark.isa

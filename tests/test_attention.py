@@ -14,6 +14,7 @@ from op_suite import (
     Function,
     OpSuite,
     check_against_float64,
+    check_nothing_left_over,
     compare,
     error,
     values_and_gradients,
@@ -132,6 +133,30 @@ def test_large_same_bits_at_any_thread_count(
             runs.append(values_and_gradients(case.op, case.tensors))
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+LEFT_OVER = [
+    (2, 3, 5, 6, 3),
+    (2, 50, 5, 6, 3),
+    (2, 49, 33, 9, 32),
+    (3, 203, 171, 42, 27),  # several threads
+    (3, 840, 840, 5, 3),  # weights in memory that is used again
+]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("sizes", LEFT_OVER, ids=str)
+@pytest.mark.parametrize("name", ["plain", "masked", "added_mask", "causal"])
+def test_nothing_is_left_over_from_an_earlier_call(
+    name: str, sizes: tuple[int, int, int, int, int], threads: int, restored_threads: None
+) -> None:
+    batch, queries, keys, width, value_width = sizes
+    larger = (batch, queries, keys + 70, width + 40, value_width + 40)
+    torch.set_num_threads(threads)
+    check_nothing_left_over(
+        plain_case(*sizes, torch.float32, name), plain_case(*larger, torch.float32, name)
+    )
 
 
 def operands(*leading: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
