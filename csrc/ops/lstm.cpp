@@ -112,9 +112,10 @@ struct Schedule {
 
 // Estimates in microseconds of one core; they only steer the choices below. A barrier costs little,
 // but where another program holds the other core each one may wait for a time slice, so short steps
-// stay on one thread.
+// stay on one thread; shorter ones of a single row do not, for it has no rows to share.
 constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
-constexpr double kStepWorthSharing = 3, kCallWorthSharing = 50;
+constexpr double kStepWorthSharing = 3, kLoneStepWorthSharing = 0.7;
+constexpr double kCallWorthSharing = 50;
 constexpr int64_t kSecondCache = 256 << 10;
 constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from the third cache
 
@@ -129,9 +130,9 @@ Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t re
   const double call = step * s.T * (1 + double(s.I) / recurrent_width);
   auto limit = [&](double threads) { return int(std::clamp(threads, 1.0, double(available))); };
   const int by_rows = std::min<int64_t>(limit(call / kCallWorthSharing), std::max<int64_t>(s.B, 1));
-  const int by_units =
-      std::min<int64_t>(limit(std::min(step / kStepWorthSharing, call / kCallWorthSharing)),
-                        std::max<int64_t>(s.H / 16, 1));
+  const double step_worth = s.B == 1 ? kLoneStepWorthSharing : kStepWorthSharing;
+  const int by_units = std::min<int64_t>(
+      limit(std::min(step / step_worth, call / kCallWorthSharing)), std::max<int64_t>(s.H / 16, 1));
   const int64_t enough = bytes <= kSecondCache ? 6 : kRowsPerWeight;
   const bool rows = projected || s.B >= enough * by_rows || by_units == 1;
   return {{rows, true, 1}, rows ? by_rows : by_units};
