@@ -368,3 +368,27 @@ def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(rows: in
     with torch.no_grad():
         expected = torch.cat(exact(x.double(), (h.double(), c.double())), 1)[others]
     assert (found[0][others] - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_gradient_of_equal_rows_is_as_one_written_out(
+    batch_first: bool, dtype: torch.dtype
+) -> None:
+    """One row stands for all of a sum's gradient, or of a row's spread over the batch."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 7
+    shape = (3, 4, 5) if batch_first else (4, 3, 5)
+    leaves = [
+        torch.randn(*sizes, generator=generator).to(dtype).requires_grad_()
+        for sizes in (shape, (4 * hidden, 5), (4 * hidden, hidden))
+    ]
+    lengths = torch.tensor([4, 1, 3])
+    output, _ = ops.lstm(leaves[0], None, *leaves[1:], lengths=lengths, batch_first=batch_first)
+    one = torch.tensor(0.5, dtype=dtype).expand_as(output)
+    row = torch.randn(2 * hidden, generator=generator).to(dtype)[::2].expand_as(output)
+    for seed in (one, row, row.contiguous()[..., :1].expand_as(output)):
+        found = torch.autograd.grad(output, leaves, seed, retain_graph=True)
+        expected = torch.autograd.grad(output, leaves, seed.contiguous(), retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)

@@ -6,7 +6,11 @@
 //   dc += dh o (1 - tanh^2 c),  do = dh tanh c,  di = dc g,  df = dc c',  dg = dc i,
 //   dz = (di i(1-i), df f(1-f), dg (1-g^2), do o(1-o)),
 //   dc' = dc f,  dh' = W_hh^T dz,  dx = W_ih^T dz,  dW_ih = dz x^T,  dW_hh = dz h'^T,  db = dz.
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <cstring>
 
 #include "../common/autograd.h"
 
@@ -62,6 +66,8 @@ const auto& lstm_backward() {
 // Tensor arguments by position. Absent optionals take no place among the edges that
 // needs_input_grad counts, so a bit mask of the present ones travels to the backward.
 enum Position { kInput, kHx, kCx, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr };
+// Two options share that mask.
+constexpr int kBatchFirst = 8, kReverse = 9;
 
 int64_t present(const OptionalTensor& hx, const OptionalTensor& cx, const OptionalTensor& bias_ih,
                 const OptionalTensor& bias_hh, const OptionalTensor& weight_hr) {
@@ -76,6 +82,18 @@ std::array<bool, 3> mask(const Wanted& w) {
           w(kWeightIh) || w(kWeightHh) || w(kBiasIh) || w(kBiasHh) || w(kWeightHr)};
 }
 bool has_bias(const Wanted& w) { return w.has(kBiasIh) || w.has(kBiasHh); }
+
+// Both biases have the same gradient. Autograd takes over a tensor that nobody else holds and
+// copies any other, which costs more microseconds than this copy.
+Tensor second_bias(const Wanted& w, const Tensor& bias) {
+  if (!w(kBiasHh)) return Tensor();
+  if (!w(kBiasIh) || at::GradMode::is_enabled() || !bias.is_cpu() || !bias.is_contiguous() ||
+      at::isTensorSubclassLike(bias))
+    return bias;
+  const Tensor copy = at::empty(bias.sizes(), bias.options());
+  std::memcpy(copy.mutable_data_ptr(), bias.const_data_ptr(), bias.nbytes());
+  return copy;
+}
 
 class CellFunction : public torch::autograd::Function<CellFunction> {
  public:
@@ -105,7 +123,7 @@ class CellFunction : public torch::autograd::Function<CellFunction> {
             wanted(kWeightIh, weight_ih),
             wanted(kWeightHh, weight_hh),
             wanted(kBiasIh, bias),
-            wanted(kBiasHh, bias)};
+            second_bias(wanted, bias)};
   }
 };
 
@@ -137,21 +155,20 @@ class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
     ctx->save_for_backward({input, tensor(hx), tensor(cx), weight_ih, weight_hh, tensor(weight_hr),
                             tensor(lengths), tensor(reset), tensor(batch_sizes), output, gates,
                             cells});
-    ctx->saved_data["present"] = present(hx, cx, bias_ih, bias_hh, weight_hr);
-    ctx->saved_data["batch_first"] = batch_first;
-    ctx->saved_data["reverse"] = reverse;
+    ctx->saved_data["present"] = present(hx, cx, bias_ih, bias_hh, weight_hr) |
+                                 int64_t(batch_first) << kBatchFirst | int64_t(reverse) << kReverse;
     return {output, hy, cy, gates, cells};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto saved = ctx->get_saved_variables();
     const Wanted wanted(ctx);
-    const auto [input, hx, cx, weight_ih, weight_hh, bias, weight_hr] = run_backward(
-        lstm_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
-        optional(grad[4]), saved[0], optional(saved[1]), optional(saved[2]), saved[3], saved[4],
-        optional(saved[5]), optional(saved[6]), optional(saved[7]), optional(saved[8]), saved[9],
-        saved[10], saved[11], has_bias(wanted), ctx->saved_data["batch_first"].toBool(),
-        ctx->saved_data["reverse"].toBool(), mask(wanted));
+    const auto [input, hx, cx, weight_ih, weight_hh, bias, weight_hr] =
+        run_backward(lstm_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]),
+                     optional(grad[3]), optional(grad[4]), saved[0], optional(saved[1]),
+                     optional(saved[2]), saved[3], saved[4], optional(saved[5]), optional(saved[6]),
+                     optional(saved[7]), optional(saved[8]), saved[9], saved[10], saved[11],
+                     has_bias(wanted), wanted.has(kBatchFirst), wanted.has(kReverse), mask(wanted));
     const Tensor none;  // lengths, reset, batch_sizes, batch_first, reverse
     return {wanted(kInput, input),
             wanted(kHx, hx),
@@ -159,7 +176,7 @@ class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
             wanted(kWeightIh, weight_ih),
             wanted(kWeightHh, weight_hh),
             wanted(kBiasIh, bias),
-            wanted(kBiasHh, bias),
+            second_bias(wanted, bias),
             wanted(kWeightHr, weight_hr),
             none,
             none,

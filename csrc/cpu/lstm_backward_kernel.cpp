@@ -107,7 +107,7 @@ class BackwardRun : Walk {
     for (int64_t last = s.T; last > 0; last -= plan.chunk) {
       const int64_t first = max<int64_t>(last - plan.chunk, 0);
       int64_t n = 0;
-      for (int64_t step = last - 1; step >= first; --step) n += run_step(time_of(step), n);
+      for (int64_t step = last - 1; step >= first; --step) n += run_step(step, n);
       barrier.wait();
       add_weight_gradients(n, first_chunk);
       if (a.grad_input != nullptr) input_gradients(n);
@@ -177,13 +177,15 @@ class BackwardRun : Walk {
   // ---- one step
   // --------------------------------------------------------------------------------------
 
-  int64_t run_step(int64_t t, int64_t n) {
+  int64_t run_step(int64_t step, int64_t n) {
+    const int64_t t = time_of(step);
     const int64_t count = alive(t);
     for (int64_t j = 0; j < count; ++j) row_index[j] = index(t, row(j));
     if (s.projected) unproject(count, n);
     for (int64_t j = 0; j < count; ++j)  // along a row, as memory is fetched ahead
       for (int64_t u = mine.begin; u < mine.end; ++u) differentiate_cell(t, j, u, n);
     copy_operands(t, n);
+    if (step == 0 && a.grad_hx == nullptr) return s.active[t];
     if (!plan.by_rows) barrier.wait();
     const Share columns = plan.by_rows ? Share{0, Ps / L} : mine;
     const auto multiply = [&](auto block, int64_t v) {
@@ -191,7 +193,7 @@ class BackwardRun : Walk {
     };
     const int64_t whole = (columns.end - columns.begin) / 4, rest = columns.begin + 4 * whole;
     for (int64_t i = 0; i < whole; ++i)
-      multiply(std::integral_constant<int, 4>{}, columns.begin + 4 * zigzag(t, i, whole));
+      multiply(std::integral_constant<int, 4>{}, columns.begin + 4 * zigzag(step, i, whole));
     for_column_blocks({rest, columns.end}, multiply);
     return s.active[t];
   }
@@ -202,7 +204,8 @@ class BackwardRun : Walk {
       const int64_t r = row(j);
       C* total = dh_projected + (n + r) * h_width;
       for (int64_t i = 0; i < Ps; i += L)
-        store(total + i, load(dh + r * Ps + i) + arriving(a.grad_output, j, s.P, i));
+        store(total + i,
+              load(dh + r * Ps + i) + arriving(a.grad_output, a.grad_output_step, j, s.P, i));
       a_row[j] = total;
     }
     for_row_blocks<C>(count, [&](auto block, int64_t start) {
@@ -217,9 +220,10 @@ class BackwardRun : Walk {
   }
 
   // A vector of an optional gradient of a sequence tensor at (t, row j), or zero.
-  SEQMEM_INLINE Vec<C> arriving(const void* grad, int64_t j, int64_t width, int64_t at) {
+  SEQMEM_INLINE Vec<C> arriving(const void* grad, int64_t step, int64_t j, int64_t width,
+                                int64_t at) {
     if (grad == nullptr) return Vec<C>{};
-    return load_n(static_cast<const S*>(grad) + row_index[j] * width + at,
+    return load_n(static_cast<const S*>(grad) + row_index[j] * step + at,
                   static_cast<int>(min<int64_t>(L, width - at)));
   }
 
@@ -232,10 +236,11 @@ class BackwardRun : Walk {
     const Vec<C> g = load_n(gates + 2 * s.H, lanes), o = load_n(gates + 3 * s.H, lanes);
     const Vec<C> squashed_cell =
         tanh<C>(load_n(static_cast<const S*>(a.cells) + row_index[j] * s.H + at, lanes));
-    const Vec<C> dm_total = s.projected
-                                ? load(dm + r * Hs + at)
-                                : load(dh + r * Ps + at) + arriving(a.grad_output, j, s.H, at);
-    const Vec<C> dc_total = load(dc + r * Hs + at) + arriving(a.grad_cells, j, s.H, at) +
+    const Vec<C> dm_total =
+        s.projected
+            ? load(dm + r * Hs + at)
+            : load(dh + r * Ps + at) + arriving(a.grad_output, a.grad_output_step, j, s.H, at);
+    const Vec<C> dc_total = load(dc + r * Hs + at) + arriving(a.grad_cells, s.H, j, s.H, at) +
                             dm_total * o * (C(1) - squashed_cell * squashed_cell);
     const bool cut = is_cut(s, t, r);
     Vec<C> d_i = dc_total * g, d_f = dc_total * previous_cell(t, r, at, lanes, cut);

@@ -53,11 +53,12 @@ struct Forward {
 };
 
 struct Backward {
-  const void* grad_output;  // [rows, P]
-  const void* grad_hy;      // [B, P]
-  const void* grad_cy;      // [B, H]
-  const void* grad_gates;   // [rows, 4H]
-  const void* grad_cells;   // [rows, H]
+  const void* grad_output;   // [rows, P]; one row for all of them where grad_output_step is 0
+  int64_t grad_output_step;  // P or 0
+  const void* grad_hy;       // [B, P]
+  const void* grad_cy;       // [B, H]
+  const void* grad_gates;    // [rows, 4H]
+  const void* grad_cells;    // [rows, H]
   const void* input;
   const void* hx;
   const void* cx;

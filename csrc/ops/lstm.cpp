@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <tuple>
 
@@ -145,6 +146,39 @@ bool worth_packing(const Sizes64& s) { return s.T > 1 ? s.T * (s.B + 8) > 60 : s
 // In the backward packing is a plain copy, but the products run slower without it.
 constexpr int64_t kRowsWorthPacking = 48;
 
+// A gradient [..., width]. Rows that are all one and the same, as those of a sum's gradient are,
+// are not copied out: one stands for all.
+class RowsGradient {
+ public:
+  RowsGradient(const OptionalTensor& t, int64_t width)
+      : step_(t.has_value() && repeats(*t) ? 0 : width), tensor_(t) {
+    if (step_ > 0) {
+      if (t.has_value()) tensor_ = t->contiguous();
+    } else if (t->stride(-1) != 1) {
+      tensor_ = at::empty({width}, t->options());
+      const size_t bytes = t->element_size();
+      const char* from = static_cast<const char*>(t->const_data_ptr());
+      for (char* to = static_cast<char*>(tensor_->mutable_data_ptr()); width > 0; --width) {
+        std::memcpy(to, from, bytes);
+        to += bytes, from += t->stride(-1) * bytes;
+      }
+    }
+  }
+  const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
+  int64_t step() const { return step_; }
+
+ private:
+  static bool repeats(const Tensor& t) {
+    if (t.numel() == 0) return false;
+    for (int64_t d = 0; d + 1 < t.dim(); ++d)
+      if (t.size(d) != 1 && t.stride(d) != 0) return false;
+    return true;
+  }
+
+  int64_t step_;
+  OptionalTensor tensor_;
+};
+
 template <class Kernel, class Arguments>
 void launch(const Kernel& kernel, Storage storage, const Shape& shape, const Schedule& schedule,
             Arguments& arguments) {
@@ -248,11 +282,13 @@ CellGradients lstm_cell_backward_cpu(const OptionalTensor& grad_hy, const Option
   CellGradients out = allocate_cell_gradients(input, s, has_bias, output_mask);
   auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = out;
   const Call call(s, {}, {}, {}, false, false, false);
-  const Operand g_hy(grad_hy), g_cy(grad_cy), g_gates(grad_gates), x(input), h0(hx), c0(cx),
-      w_ih(weight_ih), w_hh(weight_hh), saved_gates(gates), saved_cy(cy);
+  const RowsGradient g_hy(grad_hy, s.H);
+  const Operand g_cy(grad_cy), g_gates(grad_gates), x(input), h0(hx), c0(cx), w_ih(weight_ih),
+      w_hh(weight_hh), saved_gates(gates), saved_cy(cy);
   auto wanted = [&](bool is, const Tensor& t) { return is ? data(t) : nullptr; };
-  Backward arguments = {nullptr,
-                        g_hy.data(),
+  Backward arguments = {g_hy.data(),
+                        g_hy.step(),
+                        nullptr,
                         g_cy.data(),
                         g_gates.data(),
                         nullptr,
@@ -417,11 +453,13 @@ Gradients lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTen
   auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias, grad_weight_hr] =
       out;
   const Call call(s, lengths, reset, batch_sizes, batch_first, projected, reverse);
-  const Operand g_output(grad_output), g_hy(grad_hy), g_cy(grad_cy), g_gates(grad_gates),
-      g_cells(grad_cells), x(input), h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh),
-      w_hr(weight_hr), saved_output(output), saved_gates(gates), saved_cells(cells);
+  const RowsGradient g_output(grad_output, s.P);
+  const Operand g_hy(grad_hy), g_cy(grad_cy), g_gates(grad_gates), g_cells(grad_cells), x(input),
+      h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh), w_hr(weight_hr), saved_output(output),
+      saved_gates(gates), saved_cells(cells);
   auto wanted = [&](bool is, const Tensor& t) { return is ? data(t) : nullptr; };
   Backward arguments = {g_output.data(),
+                        g_output.step(),
                         g_hy.data(),
                         g_cy.data(),
                         g_gates.data(),
