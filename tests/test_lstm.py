@@ -370,6 +370,58 @@ def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(rows: in
     assert (found[0][others] - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "projected"),
+    [
+        ((3, 3, 5, 7, 7), False),
+        ((70, 1, 5, 7, 7), False),
+        ((100, 1, 64, 64, 64), False),
+        ((9, 20, 5, 7, 3), True),
+        ((1, 9, 5, 7, 7), False),
+        ((1, 1, 5, 7, 7), False),
+    ],
+    ids=str,
+)
+def test_nothing_is_left_over_from_an_earlier_call(
+    sizes: tuple[int, int, int, int, int], projected: bool, dtype: torch.dtype, threads: int
+) -> None:
+    """Scratch memory full of NaN, as a call with NaN leaves it, does not show in the next one."""
+    time, batch, width, hidden, out = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    tensors = [random(time, batch, width), random(batch, out), random(batch, hidden)]
+    tensors += [random(4 * hidden, width), random(4 * hidden, out)]
+    tensors += [random(4 * hidden), random(4 * hidden)]
+    if projected:
+        tensors.append(random(out, hidden))
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        x, h, c, *weights = leaves = [t.clone().requires_grad_() for t in tensors]
+        output, (hy, cy) = ops.lstm(x, (h, c), *weights)
+        seeds = (torch.ones_like(output), torch.ones_like(hy), torch.ones_like(cy))
+        found = torch.autograd.grad((output, hy, cy), leaves, seeds)
+        return [t.detach() for t in (output, hy, cy, *found)]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        clean = run(tensors)
+        spoilt = run([torch.full_like(t, torch.nan) for t in tensors])
+        again = run(tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert all(t.isnan().any() for t in spoilt)
+    for expected, found in zip(clean, again, strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(expected, found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_a_gradient_of_equal_rows_is_as_one_written_out(
