@@ -21,6 +21,22 @@ SEQMEM_INLINE void opaque([[maybe_unused]] V& v) {
 #endif
 }
 
+// Vectors that start at zero, one by one: GCC clears a whole array with a string instruction, which
+// takes as long as fifty multiplications to get under way.
+template <int K, class V>
+SEQMEM_INLINE void start_sums(V (&x)[K]) {
+  SEQMEM_UNROLL
+  for (int i = 0; i < K; ++i) {
+    x[i] = V{};
+    opaque(x[i]);
+  }
+}
+template <int R, int K, class V>
+SEQMEM_INLINE void start_sums(V (&x)[R][K]) {
+  SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) start_sums(x[r]);
+}
+
 // acc[r][v] += sum_k a[r][k * a_step] * b[v * b_vec + k * b_step], k = 0..K-1 in this order.
 // Tall tiles keep b's vectors in registers and have no room for all rows' broadcasts at once.
 template <int R, int NV, class C>

@@ -211,7 +211,8 @@ class BackwardRun : Walk {
     for_row_blocks<C>(count, [&](auto block, int64_t start) {
       constexpr int R = decltype(block)::value;
       for (int64_t u = 0; u < units; ++u) {
-        Vec<C> acc[R][1] = {};
+        Vec<C> acc[R][1];
+        start_sums(acc);
         tile_multiply<R, 1, C>(s.P, a_row + start, 1, panel_hr + u * s.P * L, L, L, acc);
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r) store(dm + row(start + r) * Hs + u * L, acc[r][0]);
@@ -313,7 +314,8 @@ class BackwardRun : Walk {
       const int64_t end = min<int64_t>(slice + kSlice / W, units);
       for_row_blocks<C>(count, [&](auto block, int64_t start) {
         constexpr int R = decltype(block)::value;
-        Vec<C> acc[R][NV] = {};
+        Vec<C> acc[R][NV];
+        start_sums(acc);
         int64_t n[R];
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r) {
@@ -420,7 +422,8 @@ class BackwardRun : Walk {
   template <int R, int NV>
   SEQMEM_INLINE void add_tile(int64_t depth, const C* const* from, int64_t from_step, const C* b,
                               int64_t b_step, C* const* to, int64_t at, int columns, bool fresh) {
-    Vec<C> acc[R][NV] = {};
+    Vec<C> acc[R][NV];
+    start_sums(acc);
     // The sums of many chunks lie far away: they are fetched while the product is formed.
     if (!fresh) SEQMEM_UNROLL
     for (int r = 0; r < R; ++r)

@@ -151,7 +151,8 @@ class ForwardRun : Walk {
       const S* from = weight + (g * s.H + u * L) * K;
       C* to = panel + g / kGates * K * V + g % kGates * L;
       for (int64_t k = 0; k < K; k += L) {
-        Vec<C> square[L] = {};
+        Vec<C> square[L];
+        start_sums(square);
         const int n = static_cast<int>(min<int64_t>(L, K - k));
         for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(from + l * K + k, n);
         transpose<C>(square);
@@ -328,7 +329,11 @@ class ForwardRun : Walk {
                                Vec<C> (&acc)[R][4]) {
     constexpr int Q =
         R == 1 && L >= 8 ? 2 : 1;  // fours of units: one row needs more sums in flight
-    C out[R][4][(L + 3) / 4 * 4] = {};
+    constexpr int room = (L + 3) / 4 * 4;
+    C out[R][4][room];
+    Vec<C> nothing[1];
+    start_sums(nothing);
+    for (C* p = out[0][0]; p < out[0][0] + R * 4 * room; p += L) store(p, nothing[0]);
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
     for (int g = 0; g < 4; ++g) {
       for (int64_t l = 0; l < lanes; l += 4 * Q) {
@@ -339,7 +344,8 @@ class ForwardRun : Walk {
           rows_ih[i] = static_cast<const S*>(a.weight_ih) + unit * s.I;
           rows_hh[i] = static_cast<const S*>(a.weight_hh) + unit * s.P;
         }
-        Vec<C> sums[R][4 * Q] = {};
+        Vec<C> sums[R][4 * Q];
+        start_sums(sums);
         tile_dot<R, 4 * Q, C, S>(s.I, x, rows_ih, sums);
         tile_dot<R, 4 * Q, C, S>(s.P, hidden, rows_hh, sums);
         SEQMEM_UNROLL
@@ -414,7 +420,8 @@ class ForwardRun : Walk {
     SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) from[r] = squashed + row(start + r) * Hs;
     for (int64_t b = 0; b < Ps / L; ++b) {
-      Vec<C> acc[R][1] = {};
+      Vec<C> acc[R][1];
+      start_sums(acc);
       tile_multiply<R, 1, C>(s.H, from, 1, panel_hr + b * s.H * L, L, L, acc);
       SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) emit_hidden(t, start + r, b, acc[r][0], next);

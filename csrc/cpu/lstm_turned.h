@@ -50,7 +50,8 @@ class Turned {
       v += here;
     }
     for (int64_t i = 0; i < ceil_div(count, L) * 4; ++i) {
-      Vec<C> square[L] = {};
+      Vec<C> square[L];
+      start_sums(square);
       for (int64_t l = 0; l < lanes; ++l) square[l] = load(z + (i * L + l) * L);
       transpose<C>(square);
       for (int l = 0; l < L; ++l) store(z + (i * L + l) * L, square[l]);
@@ -67,7 +68,8 @@ class Turned {
     for (int64_t first = 0; first < count; first += L) {
       const int64_t here = min<int64_t>(L, count - first);
       for (int64_t k = 0; k < K; k += L) {
-        Vec<C> square[L] = {};
+        Vec<C> square[L];
+        start_sums(square);
         const int n = static_cast<int>(min<int64_t>(L, K - k));
         for (int64_t r = 0; r < here; ++r) square[r] = load_n(rows[first + r] + k, n);
         transpose<C>(square);

@@ -10,17 +10,6 @@ namespace {
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
 constexpr float kTiny = 0x1p-100f;
 
-// Sums that start at zero, which the compiler must not know: see opaque. One by one, since a
-// whole array would be cleared by a string instruction.
-template <int K, class V>
-SEQMEM_INLINE void start_sums(V (&x)[K]) {
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    x[i] = V{};
-    opaque(x[i]);
-  }
-}
-
 template <class C>
 class Slots {
  public:
