@@ -170,10 +170,7 @@ class OpSuite:
         torch.set_num_threads(threads)
         case = self.case(name, dtype)
         expected = values_and_gradients(case.op, case.tensors)
-        spoilt = [
-            torch.full_like(t, torch.nan) if t is not None and t.is_floating_point() else t
-            for t in case.tensors
-        ]
+        spoilt = all_nan(case.tensors)
         for spoil in (lambda: values_and_gradients(case.op, spoilt), fill_scratch_with_nan):
             leaves = differentiable(case.tensors)
             spoil()
@@ -311,6 +308,13 @@ def check_against_float64(case: Case, name: str = "") -> None:
         assert error(a, b) <= bound, f"{name} value {k}: error {error(a, b):.2e} over {bound:.2e}"
 
 
+def all_nan(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        torch.full_like(t, torch.nan) if t is not None and t.is_floating_point() else t
+        for t in tensors
+    ]
+
+
 def fill_scratch_with_nan() -> None:
     """A megabyte at the start of this thread's scratch memory: an NTM's packed weights."""
     model = NTM(4, 4, 256, 8, 4)
@@ -402,13 +406,7 @@ def check_nothing_left_over(case: Case, larger: Case) -> None:
     """Scratch memory full of NaN, as calls with NaN leave it, does not show in the next one."""
     clean = values_and_gradients(case.op, case.tensors)
     for spoilt in (larger, case):
-        values_and_gradients(
-            spoilt.op,
-            [
-                torch.full_like(t, torch.nan) if t is not None and t.is_floating_point() else t
-                for t in spoilt.tensors
-            ],
-        )
+        values_and_gradients(spoilt.op, all_nan(spoilt.tensors))
     again = values_and_gradients(case.op, case.tensors)
     for found, wanted in zip(again, clean, strict=True):
         assert found.isfinite().all() and torch.equal(found, wanted)

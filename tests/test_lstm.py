@@ -386,7 +386,11 @@ def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(rows: in
     ids=str,
 )
 def test_nothing_is_left_over_from_an_earlier_call(
-    sizes: tuple[int, int, int, int, int], projected: bool, dtype: torch.dtype, threads: int
+    sizes: tuple[int, int, int, int, int],
+    projected: bool,
+    dtype: torch.dtype,
+    threads: int,
+    restored_threads: None,
 ) -> None:
     """Scratch memory full of NaN, as a call with NaN leaves it, does not show in the next one."""
     time, batch, width, hidden, out = sizes
@@ -408,14 +412,10 @@ def test_nothing_is_left_over_from_an_earlier_call(
         found = torch.autograd.grad((output, hy, cy), leaves, seeds)
         return [t.detach() for t in (output, hy, cy, *found)]
 
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        clean = run(tensors)
-        spoilt = run([torch.full_like(t, torch.nan) for t in tensors])
-        again = run(tensors)
-    finally:
-        torch.set_num_threads(before)
+    clean = run(tensors)
+    spoilt = run([torch.full_like(t, torch.nan) for t in tensors])
+    again = run(tensors)
     assert all(t.isnan().any() for t in spoilt)
     for expected, found in zip(clean, again, strict=True):
         assert expected.isfinite().all()
