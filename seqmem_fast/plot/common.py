@@ -48,4 +48,4 @@ def colour_bar(image: AxesImage, axes: Any, **place: Any) -> None:
     """The scale of an image beside the given axes."""
     bar = image.figure.colorbar(image, ax=axes, **place)
     bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
