@@ -1,7 +1,7 @@
 // LSTM backward over a whole sequence.
 //
 // Time runs backwards in chunks. Within a chunk each step turns dh, dc into dz (the gradient of
-// the gates' pre-activations), kept as [vector of units][row][gate][lane], and dz into the dh of
+// the gates' pre-activations), kept as [row][vector of units][gate][lane], and dz into the dh of
 // the step before. Then the chunk's share of the weights' and the input's gradients is one matrix
 // product each, while dz is still in cache.
 #include "../common/gemm.h"
@@ -28,11 +28,12 @@ class BackwardRun : Walk {
   const int thread, threads;
   SpinBarrier& barrier;
 
-  const int64_t units, Hs, Ps, Is;          // vectors of units; H, P, I rounded up to vectors
-  const int64_t x_width, h_width, m_width;  // row lengths of the chunk's copies, cache-set friendly
+  const int64_t units, Hs, Ps, Is;  // vectors of units; H, P, I rounded up to vectors
+  // Row lengths of dz and the chunk's copies: see spread().
+  const int64_t z_width, x_width, h_width, m_width;
   const bool packs;  // weights are copied; they must be where lanes or types differ
   Share mine;
-  int64_t capacity;  // rows a chunk can hold, odd: see spread()
+  int64_t capacity;  // rows a chunk can hold
 
   // Shared by all threads.
   C *dh, *dc, *dm, *zeros, *dz, *x, *h, *panel_ih, *panel_hh, *db;
@@ -57,6 +58,7 @@ class BackwardRun : Walk {
         Hs(units * L),
         Ps(ceil_div(s.P, L) * L),
         Is(ceil_div(s.I, L) * L),
+        z_width(spread(units * W)),
         x_width(spread(Is)),
         h_width(spread(Ps)),
         m_width(spread(Hs)),
@@ -64,7 +66,7 @@ class BackwardRun : Walk {
     // Whole groups of 4 vectors: they are the columns of packed weights as well.
     mine = plan.by_rows ? Share{0, units} : share(ceil_div(units, 4), thread, threads);
     if (!plan.by_rows) mine = {mine.begin * 4, min(mine.end * 4, units)};
-    capacity = min(plan.chunk, s.T) * s.B | 1;
+    capacity = min(plan.chunk, s.T) * s.B;
   }
 
   int64_t place(char* base) {
@@ -73,7 +75,7 @@ class BackwardRun : Walk {
     dc = take.array<C>(s.B * Hs);
     dm = take.array<C>(s.projected ? s.B * Hs : 0);
     zeros = take.array<C>(max(Ps, Hs));
-    dz = take.array<C>(units * capacity * W);
+    dz = take.array<C>(capacity * z_width);
     x = take.array<C>(capacity * x_width);
     h = take.array<C>(capacity * h_width);
     panel_ih = take.array<C>(packs ? units * W * Is : 0);
@@ -124,7 +126,7 @@ class BackwardRun : Walk {
     const int64_t lines = ceil_div(width, line);
     return (lines | 1) * line;
   }
-  C* dz_at(int64_t u, int64_t n) const { return dz + (u * capacity + n) * W; }
+  C* dz_at(int64_t u, int64_t n) const { return dz + n * z_width + u * W; }
 
   // ---- before the last step
   // ------------------------------------------------------------------------
@@ -324,15 +326,15 @@ class BackwardRun : Walk {
           SEQMEM_UNROLL
           for (int i = 0; i < NV; ++i) acc[r][i] = load(result + (start + r) * result_step + i * L);
         }
-        for (int64_t u = slice; u < end; ++u) {
-          const C* from[R];
-          SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) from[r] = dz_at(u, n[r]);
-          if (packs) {
-            tile_multiply<R, NV, C>(W, from, 1, columns + u * W * NV * L, L, NV * L, acc);
-          } else {
+        const C* from[R];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) from[r] = dz_at(slice, n[r]);
+        if (packs) {
+          tile_multiply<R, NV, C>((end - slice) * W, from, 1, columns + slice * W * NV * L, L,
+                                  NV * L, acc);
+        } else {
+          for (int64_t u = slice; u < end; ++u)
             multiply_unpacked<R, NV>(from, u, static_cast<const C*>(weight) + v * L, N, acc);
-          }
         }
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r) SEQMEM_UNROLL
@@ -410,9 +412,9 @@ class BackwardRun : Walk {
           constexpr int R = decltype(block)::value;
           const C* from_here[R];
           SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) from_here[r] = from[start + r] + k * W;
-          add_tile<R, NV>(min(kDepth, n - k), from_here, W, operand + k * width + v * L, width,
-                          to + start, v * L, width_here, first && k == 0);
+          for (int r = 0; r < R; ++r) from_here[r] = from[start + r] + k * z_width;
+          add_tile<R, NV>(min(kDepth, n - k), from_here, z_width, operand + k * width + v * L,
+                          width, to + start, v * L, width_here, first && k == 0);
         });
       });
     }
