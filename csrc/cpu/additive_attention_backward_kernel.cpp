@@ -225,7 +225,8 @@ class BackwardRun {
         const int64_t n = min<int64_t>(4, s.Tk - j);
         const C* columns[4];
         for (int64_t i = 0; i < 4; ++i) columns[i] = value.row(j + min(i, n - 1));
-        Vec<C> acc[R][4] = {};
+        Vec<C> acc[R][4];
+        start_sums(acc);
         tile_dot<R, 4, C, C>(Ds, rows, columns, acc);
         for (int r = 0; r < R; ++r) {
           C sums[4];

@@ -132,12 +132,10 @@ class ForwardRun {
 
   template <int R>
   SEQMEM_INLINE void score_tile(int64_t i, int64_t panel) {
-    Vec<float> acc[R][kTogether] = {};
+    Vec<float> acc[R][kTogether];
+    start_sums(acc);
     const float* keys = key_factors + panel * L * s.A * 2;
     const int64_t next = L * s.A * 2;  // panel
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-    for (int p = 0; p < kTogether; ++p) opaque(acc[r][p]);
     for (int64_t f = 0; f < s.A; ++f) {
       const Vec<float> w = splat(weight[f]);
       Factor k[kTogether];
@@ -180,7 +178,8 @@ class ForwardRun {
   }
 
   SEQMEM_INLINE void score_four(const C* q, const C* const (&k)[4], C* sums) {
-    Vec<C> acc[4] = {};
+    Vec<C> acc[4];
+    start_sums(acc);
     for (int64_t v = 0; v < As; v += L) {
       const Vec<C> x = load(q + v), w = load(weight + v);
       SEQMEM_UNROLL
@@ -235,7 +234,8 @@ class ForwardRun {
   template <int R, int NV>
   SEQMEM_INLINE void weigh_tile(S* output, int64_t start, int64_t d) {
     const C* rows[R];
-    Vec<C> acc[R][NV] = {};
+    Vec<C> acc[R][NV];
+    start_sums(acc);
     SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) rows[r] = scores_of(start + r);
     tile_multiply<R, NV, C>(s.Tk, rows, 1, value.data + d, L, value.stride, acc);

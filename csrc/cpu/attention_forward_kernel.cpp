@@ -75,7 +75,8 @@ void direct_scores(const Block<C>& b, const Rows<S>& key) {
         const S* from[4];
         SEQMEM_UNROLL
         for (int i = 0; i < 4; ++i) from[i] = key.row(min(first + l + i, b.keys - 1));
-        Vec<C> sums[R][4] = {};
+        Vec<C> sums[R][4];
+        start_sums(sums);
         tile_dot<R, 4, C, S>(D, b.query + start, from, sums);
         if (tail) tail_dot<R, 4, C, S>(b.D, b.query + start, from, sums);
         SEQMEM_UNROLL

@@ -51,7 +51,8 @@ SEQMEM_INLINE void multiply_panel(int64_t rows, int64_t K, const C* a, int64_t a
   constexpr int L = kLanes<C>;
   for_row_blocks<C>(rows, [&](auto block, int64_t start) {
     constexpr int R = decltype(block)::value;
-    Vec<C> acc[R][NV] = {};
+    Vec<C> acc[R][NV];
+    start_sums(acc);
     const C* row[R];
     SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -149,7 +150,8 @@ __attribute__((noinline)) void dot(int64_t rows, int64_t columns, int64_t K, con
       const S* column[4 * Q];
       SEQMEM_UNROLL
       for (int i = 0; i < 4 * Q; ++i) column[i] = b + min(w + i, columns - 1) * b_row;
-      Vec<C> sums[R][4 * Q] = {};
+      Vec<C> sums[R][4 * Q];
+      start_sums(sums);
       tile_dot<R, 4 * Q, C, S>(K, row, column, sums);
       SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) SEQMEM_UNROLL

@@ -81,12 +81,10 @@ class Rows {
     segments(memory, {}, [&](const Slots<C>& s) {
       tiles<4>([&](auto count, auto, int64_t v) {
         constexpr int K = decltype(count)::value;
-        Vec<C> even[K], odd[K] = {};
+        Vec<C> even[K], odd[K];
+        start_sums(odd);
         SEQMEM_UNROLL
-        for (int k = 0; k < K; ++k) {
-          even[k] = load(sums + (v + k) * L);
-          opaque(odd[k]);
-        }
+        for (int k = 0; k < K; ++k) even[k] = load(sums + (v + k) * L);
         const C* row = s.at + v * L;
         int64_t i = 0;
         for (; i + 2 <= s.count; i += 2, row += 2 * M) {
@@ -266,12 +264,9 @@ class Rows {
 
   template <int R, bool with_squares>
   SEQMEM_INLINE void dot(const C* row, const C* key, C* dots, C* squares) const {
-    Vec<C> d[R] = {}, q[R] = {};
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) {
-      opaque(d[r]);
-      opaque(q[r]);
-    }
+    Vec<C> d[R], q[R];
+    start_sums(d);
+    start_sums(q);
     auto add = [&](const Vec<C>& k, int r, Vec<C> x) {
       d[r] += k * x;
       if (with_squares) q[r] += x * x;
