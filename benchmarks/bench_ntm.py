@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import ntm_rivals, rows
 from seqmem_fast import ops
-from seqmem_fast.reference import ntm as steps
-from seqmem_fast.reference import ntm_sequence as sequence
+from seqmem_fast.reference import ntm as sequence
+from seqmem_fast.reference import ntm_addressing as steps
 
 LETTERS = "T, B, N, M, C of a sequence; B, N, M of a single step"
 INPUT = 9  # bits of the copy task, and its delimiter

@@ -15,7 +15,7 @@ CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "seqmem_fast"
 
 OPS = {path.stem for path in (CSRC / "ops").glob("*.cpp")}
-# A file whose name goes on after another's stem is a part of that op: ntm_sequence of ntm.
+# A file whose name goes on after another's stem is a part of that op: ntm_addressing of ntm.
 STEMS = sorted(op for op in OPS if not any(op.startswith(f"{other}_") for other in OPS))
 ROOMS = [
     "csrc/ops/{}.cpp",

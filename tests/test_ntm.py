@@ -1,274 +1,454 @@
-"""The NTM's functionals: the inherited suite, and edges of their own."""
+"""The whole-sequence NTM op: the inherited suite, and edges of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from op_suite import (
-    DTYPES,
+    MODES,
     TOLERANCES,
     Case,
+    Function,
     OpSuite,
     check_against_float64,
+    compare,
     error,
+    split,
     values_and_gradients,
 )
 from torch import Tensor
 
 from seqmem_fast import ops
 from seqmem_fast.reference import ntm as reference
+from seqmem_fast.reference.ntm_addressing import NTMState
 
-Sizes = tuple[int, int, int, int, int]
-NAMES = [sample.name for sample in reference.sample_inputs()]
-UNBATCHED = [name for name in NAMES if name.endswith("_unbatched")]
-
-
-def tupled(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *tensors: (function(*tensors),)
+ALL = [sample.name for sample in reference.sequence_sample_inputs()]
+SIZES = (5, 3, 4, 6, 10, 5)  # T, B, I, C, N, M; slots that fill no whole vectors
+SHORT = (3, *SIZES[1:])  # the eager reference's time goes by its steps
+TINY = (2, 2, 2, 2, 5, 2)
 
 
-def make(name: str, dtype: torch.dtype, sizes: Sizes) -> Case:
-    samples = reference.sample_inputs(dtype=dtype, sizes=sizes)
-    sample = next(s for s in samples if s.name == name)
-    row = None if name.endswith("_unbatched") else 0
-    op, plain = (getattr(m, sample.function) for m in (ops, reference))
-    return Case(tupled(op), tupled(plain), sample.args, (row,) * len(sample.args), (row,))
+def sample_of(
+    name: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, int] = SIZES
+) -> reference.SequenceSample:
+    samples = reference.sequence_sample_inputs(dtype=dtype, sizes=sizes)
+    return next(s for s in samples if s.name == name)
 
 
-class TestNtm(OpSuite):
-    names = ("content", "addressing", "addressing_heads", "read_heads", "write_heads")
+def case_of(sample: reference.SequenceSample) -> Case:
+    """ntm_trace of positional tensors: input, state, head weight and bias, controller, initial,
+    lengths, reset."""
+    input, state, controller, head_weight, head_bias = sample.args
+    options = dict(sample.kwargs)
+    initial = options.pop("initial", None)
+    lengths, reset = options.pop("lengths", None), options.pop("reset", None)
+    end = 8 + len(controller)
+
+    def bind(function: Any) -> Function:
+        def call(*tensors: Any) -> tuple[Tensor, ...]:
+            features, final, weightings = function(
+                tensors[0],
+                NTMState(*tensors[1:6]),
+                tensors[8:end],
+                *tensors[6:8],
+                initial=None if initial is None else NTMState(*tensors[end:-2]),
+                lengths=tensors[-2],
+                reset=tensors[-1],
+                **options,
+            )
+            return features, *final, weightings
+
+        return call
+
+    first = () if initial is None else tuple(initial)
+    tensors = (input, *state, head_weight, head_bias, *controller, *first, lengths, reset)
+    shared = (None,) * (2 + len(controller) + len(first))
+    return Case(
+        bind(ops.ntm_trace),
+        bind(reference.ntm_trace),
+        tensors,
+        (1, 1, 1, 0, 0, 0, *shared, 0, 1),
+        (1, 1, 1, 0, 0, 0, 1),
+    )
+
+
+def raw_arguments(sample: reference.SequenceSample) -> tuple[list[Any], list[Any]]:
+    """The op's tensors and its options, but for its last two."""
+    input, state, controller, head_weight, head_bias = sample.args
+    kwargs = sample.kwargs
+    tensors = [input, *state, list(controller), head_weight, head_bias]
+    tensors += [list(kwargs.get("initial", ())), kwargs.get("lengths"), kwargs.get("reset")]
+    lstm = kwargs.get("controller_type", "lstm") == "lstm"
+    options = [kwargs.get("heads", "wr"), kwargs.get("shift_range", 1), lstm]
+    return tensors, [*options, kwargs.get("squash", True)]
+
+
+class TestNtmSequence(OpSuite):
+    names = ("feedforward", "all_padded")
 
     def case(self, name: str, dtype: torch.dtype = torch.float64, tiny: bool = False) -> Case:
-        return make(name, dtype, (2, 4, 3, 2, 3) if tiny else (3, 8, 5, 2, 3))
+        return case_of(sample_of(name, dtype, TINY if tiny else SIZES))
+
+    def test_gradgradcheck(self, name: str) -> None:
+        """Of one vector of all inputs to one of all outputs: a few directions, not every pair."""
+        floats, call = split(self.case(name, tiny=True))
+        sizes = [t.numel() for t in floats]
+
+        def joined(values: Tensor) -> Tensor:
+            parts = zip(values.split(sizes), floats, strict=True)
+            return torch.cat([o.flatten() for o in call(*(v.view_as(t) for v, t in parts))])
+
+        values = torch.cat([t.detach().flatten() for t in floats]).requires_grad_()
+        assert torch.autograd.gradgradcheck(joined, (values,), fast_mode=True)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
-        forward = getattr(torch.ops.seqmem, sample.function).default
-        backward = getattr(torch.ops.seqmem, f"{sample.function}_backward").default
-        leaves = tuple(t.clone().requires_grad_() for t in sample.args)
-        grad = torch.ones_like(forward(*sample.args))
-        return [(forward, leaves), (backward, (grad, *sample.args, [True] * len(leaves)))]
+        tensors, options = raw_arguments(sample_of(name, torch.float64))
+        forward, backward = torch.ops.seqmem.ntm.default, torch.ops.seqmem.ntm_backward.default
+        *outputs, saved, checkpoints = forward(*tensors, *options, True, True)
+        # The room beyond the slots and in rows that have ended holds nothing of meaning.
+        saved, checkpoints = (torch.nan_to_num(t) for t in (saved, checkpoints))
+        grads = [torch.ones_like(t) for t in outputs]
+        features, trace = outputs[0], outputs[-1]
+        rest = [*grads, *tensors, features, trace, saved, checkpoints, *options, [True] * 4]
+        leaves = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in tensors[:-2]]
+        leaves += tensors[-2:]
+        return [(forward, (*leaves, *options, False, False)), (backward, tuple(rest))]
 
 
-# Around the widths of vectors and tiles, in slots and within a slot; N and M below one vector; the
-# widest shifts, whose two ends meet.
-SIZES: list[Sizes] = [
-    *((4, 9, width, 1, 3) for width in (2, 3, 4, 7, 8, 9, 15, 16, 17, 20, 31, 33, 64, 70)),
-    *((2, slots, 5, 2, 3) for slots in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 65, 128)),
-    *((1, slots, 4, 3, slots // 2 * 2 + 1) for slots in (2, 3, 8, 17)),
-    (5, 4, 3, 7, 3),
+@pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", [name for name in ALL if name not in TestNtmSequence.names])
+def test_other_options_against_float64(name: str) -> None:
+    check_against_float64(case_of(sample_of(name, torch.float32, SHORT)))
+    check_against_float64(case_of(sample_of(name, torch.float64, SHORT)))
+
+
+def distances(found: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
+    """The largest relative distances among the outputs and among the gradients."""
+    each = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    outputs = len(NTMState._fields) + 2
+    return max(each[:outputs]), max(each[outputs:])
+
+
+def test_long_padded_sequences_are_as_near_to_float64_as_eager() -> None:
+    """Through 41 steps a rounding error grows, in any float32 arithmetic: now and then beyond the
+    bounds that hold for most weights, and then in eager PyTorch as well."""
+    sizes = (41, 3, 9, 24, 32, 12)
+    ours, eager = [], []
+    for seed in range(4):
+        samples = reference.sequence_sample_inputs(sizes=sizes, seed=seed)
+        case = case_of(next(s for s in samples if s.name == "lengths"))
+        wide = [
+            t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+            for t in case.tensors
+        ]
+        exact = values_and_gradients(case.reference, wide)
+        ours.append(distances(values_and_gradients(case.op, case.tensors), exact))
+        eager.append(distances(values_and_gradients(case.reference, case.tensors), exact))
+    for found, plain, bound in zip(
+        zip(*ours, strict=True), zip(*eager, strict=True), (1e-5, 1e-4), strict=True
+    ):
+        assert max(found) <= max(bound, 2 * max(plain)), (ours, eager)
+
+
+@pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("all_padded", (17, 7, 1, 13, 37, 3)),
+        ("plain", (10, 7, 1, 13, 37, 3)),
+        ("all_padded", (3, 5, 3, 8, 16, 4)),
+        ("read_first", (3, 5, 3, 8, 37, 3)),
+        ("plain", (2, 1, 5, 1, 3, 1)),
+        ("all_padded", (2, 1, 5, 1, 3, 1)),
+    ],
+)
+def test_odd_sizes(name: str, sizes: tuple[int, int, int, int, int, int]) -> None:
+    """Tails of vectors of every kind, several segments, a controller of one unit."""
+    case = case_of(sample_of(name, torch.float64, sizes))
+    compare(case.op, case.reference, case.tensors, case.tensors)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("slots", "reach"), [(9, 4), (8, 4), (2, 1), (1, 0)])
+def test_shift_up_to_half_the_memory(slots: int, reach: int) -> None:
+    """Every slot can reach every other, the opposite one of an even number on two ways."""
+    sample = sample_of("plain", torch.float64, (4, 2, 3, 5, slots, 3))
+    input, state, controller, _, _ = sample.args
+    rows = 2 * (3 + 2 * reach + 4) + 2 * 3
+    args = (input, state, controller, torch.randn(rows, 5).double(), torch.randn(rows).double())
+    case = case_of(sample._replace(args=args, kwargs={"shift_range": reach}))
+    compare(case.op, case.reference, case.tensors, case.tensors)
+
+
+@pytest.mark.sanitize
+def test_chunks_equal_the_whole() -> None:
+    args = sample_of("plain", torch.float64, (9, 3, 4, 6, 8, 5)).args
+    whole, last = ops.ntm(*args)
+    first, middle = ops.ntm(args[0][:4], *args[1:])
+    second, end = ops.ntm(args[0][4:], middle, *args[2:])
+    torch.testing.assert_close(torch.cat((first, second)), whole)
+    torch.testing.assert_close(tuple(end), tuple(last))
+
+
+@pytest.mark.sanitize
+def test_no_steps_hand_the_state_through() -> None:
+    case = case_of(sample_of("plain", torch.float32))
+    tensors = (case.tensors[0][:0], *case.tensors[1:])
+    features, *state, weightings = case.op(*tensors)
+    assert features.shape == (0, 3, 11) and weightings.shape == (0, 3, 2, 10)
+    for a, b in zip(state, tensors[1:6], strict=True):
+        assert torch.equal(a, b)
+    memory = tensors[3].clone().requires_grad_()
+    final = case.op(*tensors[:3], memory, *tensors[4:])[3]
+    (grad,) = torch.autograd.grad(final.sum(), memory)
+    assert torch.equal(grad, torch.ones_like(memory))
+
+
+@pytest.mark.sanitize
+def test_an_ended_row_keeps_its_state() -> None:
+    """Also where a reset stands in its padding, and whatever the padding holds."""
+    case = case_of(sample_of("all_padded", torch.float64))
+    lengths, reset = torch.tensor([0, 2, 5]), torch.ones(5, 3, dtype=torch.bool)
+    reset[:2] = False
+    tensors = list(case.tensors)
+    tensors[-2:] = [lengths, reset]
+    tensors[0] = tensors[0].clone()
+    tensors[0][2:, 1] = float("nan")
+    features, *state, weightings = case.op(*tensors)
+    assert not features[:, 0].any() and not weightings[2:, 1].any()
+    for part, first, dim in zip(state, tensors[1:6], (1, 1, 0, 0, 0), strict=True):
+        assert torch.equal(part.select(dim, 0), first.select(dim, 0))
+    compare(case.op, case.reference, tensors, tensors)
+
+
+@pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("gamma", [0.0, 10.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zero_memory_and_sharp_focus(gamma: float, dtype: torch.dtype) -> None:
+    """An all-zero memory and keys, weightings of one slot: sums stay 1, gradients are finite."""
+    sample = sample_of("plain", dtype, (6, 2, 3, 4, 128, 5))
+    input, state, controller, head_weight, head_bias = sample.args
+    head_weight, head_bias = torch.zeros_like(head_weight), torch.zeros_like(head_bias)
+    for start in (0, 21):  # the heads' parts of the bias
+        head_bias[start + 5 + 5] = gamma
+    memory, weightings = torch.zeros_like(state.memory), torch.zeros_like(state.weightings)
+    weightings[:, :, 0] = 1
+    args = (input, state._replace(memory=memory, weightings=weightings), controller, head_weight)
+    case = case_of(sample._replace(args=(*args, head_bias)))
+    values = values_and_gradients(case.op, case.tensors)
+    assert all(torch.isfinite(v).all() for v in values)
+    torch.testing.assert_close(values[6].sum(-1), torch.ones(6, 2, 2, dtype=dtype))
+    for a, b in zip(values[:7], case.reference(*case.tensors), strict=True):
+        assert error(a, b) <= 20 * TOLERANCES[dtype].output  # gamma magnifies rounding
+
+
+def test_empty_weightings_stay_empty() -> None:
+    """Weightings of zeros that only the previous step feeds give zeros, not NaN."""
+    sample = sample_of("plain", torch.float64)
+    input, state, controller, head_weight, head_bias = sample.args
+    head_weight, head_bias = torch.zeros_like(head_weight), torch.zeros_like(head_bias)
+    for start in (0, 21):
+        head_bias[start + 6] = -1e4  # the gate is 0
+    args = (input, state._replace(weightings=torch.zeros_like(state.weightings)), controller)
+    case = case_of(sample._replace(args=(*args, head_weight, head_bias)))
+    values = values_and_gradients(case.op, case.tensors)
+    assert not values[6].any()
+    assert all(torch.isfinite(v).all() for v in values)
+
+
+def test_third_derivative() -> None:
+    case = case_of(sample_of("plain", torch.float64, TINY))
+
+    def grads(op: Function) -> list[Tensor]:
+        x = case.tensors[0].clone().requires_grad_()
+        results, value = [], op(x, *case.tensors[1:])[0].pow(3).sum()
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            results.append(grad)
+            value = grad.pow(2).sum()
+        return results
+
+    for a, b in zip(grads(case.op), grads(case.reference), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_long_sequences_train_in_little_memory() -> None:
+    """Between checkpoints memories are computed again: what is kept grows slower than T N M."""
+    time, batch, slots, width = 1000, 2, 128, 20
+    args = sample_of("plain", torch.float32, (time, batch, 2, 8, slots, width)).args
+    input, state, controller, *head = args
+    tensors = [input, *state, list(controller), *head, [], None, None]
+    *_, saved, checkpoints = torch.ops.seqmem.ntm(*tensors, "wr", 1, True, True, True, True)
+    segments = -(-time // 32)  # of sqrt(T) steps
+    kept = saved.numel() + segments * checkpoints[0].numel()
+    assert kept < time * batch * slots * width / 8
+
+
+# ---- wrong arguments: always the same clear exception, never a crash
+
+z = torch.zeros
+T, B, WIDTH, C, N, M = SIZES
+
+
+def arguments() -> dict[str, Any]:
+    return {
+        "input": z(T, B, WIDTH),
+        "hidden": z(1, B, C),
+        "cell": z(1, B, C),
+        "memory": z(B, N, M),
+        "weightings": z(B, 2, N),
+        "reads": z(B, 1, M),
+        "controller": [z(4 * C, WIDTH + M), z(4 * C, C), z(4 * C), z(4 * C)],
+        "head_weight": z(2 * (M + 6) + 2 * M, C),
+        "head_bias": z(2 * (M + 6) + 2 * M),
+    }
+
+
+def initial(**change: Tensor) -> NTMState:
+    return NTMState(z(1, C), z(1, C), z(N, M), z(2, N), z(1, M))._replace(**change)
+
+
+class Bad(NamedTuple):
+    name: str
+    change: dict[str, Any]
+    error: type[Exception]
+    says: str  # a pattern that the message must contain
+    needs_values: bool = False  # meta tensors have none
+    compiled: bool = False  # tried under torch.compile too
+
+
+def layer(index: int, value: Tensor) -> dict[str, Any]:
+    tensors = arguments()["controller"]
+    tensors[index] = value
+    return {"controller": tensors}
+
+
+mask = z(T, B).bool()
+BAD = [
+    Bad("input 2-D", {"input": z(T, WIDTH)}, ValueError, "input with 3 dimensions", False, True),
+    Bad("input width", {"input": z(T, B, 3)}, ValueError, r"controller\[0\] of shape \[24, 8\]"),
+    Bad("input rows", {"input": z(T, 2, WIDTH)}, ValueError, "hidden of shape"),
+    Bad("input integer", {"input": z(T, B, WIDTH).int()}, TypeError, "input of dtype"),
+    Bad("input sparse", {"input": z(T, B, WIDTH).to_sparse()}, TypeError, "dense"),
+    Bad("hidden layers", {"hidden": z(2, B, C)}, ValueError, r"\[1, 3, 6\], got \[2, 3, 6\]"),
+    Bad("cell width", {"cell": z(1, B, 5)}, ValueError, "cell of shape"),
+    Bad("memory 2-D", {"memory": z(N, M)}, ValueError, "memory with 3 dimensions"),
+    Bad("memory without slots", {"memory": z(B, 0, M)}, ValueError, "memory with slots"),
+    Bad("memory of width 0", {"memory": z(B, N, 0)}, ValueError, "memory with slots"),
+    Bad("memory rows", {"memory": z(2, N, M)}, ValueError, "memory of shape"),
+    Bad("memory dtype", {"memory": z(B, N, M).double()}, TypeError, "memory", False, True),
+    Bad("weightings heads", {"weightings": z(B, 1, N)}, ValueError, "weightings of shape"),
+    Bad("reads heads", {"reads": z(B, 2, M)}, ValueError, "reads of shape"),
+    Bad("no controller", {"controller": []}, ValueError, "4 controller tensors a layer, got 0"),
+    Bad("3 tensors", {"controller": [z(24, 9)] * 3}, ValueError, "4 controller tensors a layer"),
+    Bad(
+        "weight_ih", layer(0, z(4 * C, WIDTH)), ValueError, r"controller\[0\] of shape", False, True
+    ),
+    Bad("weight_hh", layer(1, z(4 * C, 5)), ValueError, r"controller\[1\] of shape"),
+    Bad("bias_ih", layer(2, z(C)), ValueError, r"controller\[2\] of shape"),
+    Bad("bias_hh dtype", layer(3, z(4 * C).half()), TypeError, r"controller\[3\]"),
+    Bad("head_weight rows", {"head_weight": z(31, C)}, ValueError, "head_weight of shape"),
+    Bad("head_weight empty", {"head_weight": z(32, 0)}, ValueError, "head_weight with columns"),
+    Bad("head_bias", {"head_bias": z(31)}, ValueError, "head_bias of shape"),
+    Bad("heads empty", {"heads": ""}, ValueError, "heads to be a string of 'w' and 'r'"),
+    Bad("heads unknown", {"heads": "wx"}, ValueError, "'wx'", False, True),
+    Bad("heads longer", {"heads": "wrr"}, ValueError, "head_weight of shape"),
+    Bad("shift negative", {"shift_range": -1}, ValueError, "shift_range", False, True),
+    Bad("shift too wide", {"shift_range": 6}, ValueError, r"0\.\.5 for 10 slots, got 6"),
+    Bad("shift huge", {"shift_range": 2**62}, ValueError, "shift_range"),
+    Bad("controller type", {"controller_type": "gru"}, ValueError, "controller_type"),
+    Bad("reset alone", {"reset": mask}, ValueError, "initial of 5 tensors beside reset"),
+    Bad("reset shape", {"reset": mask.t(), "initial": initial()}, ValueError, "reset of shape"),
+    Bad("reset dtype", {"reset": z(T, B), "initial": initial()}, TypeError, "reset of dtype bool"),
+    Bad(
+        "initial batched",
+        {"reset": mask, "initial": initial(memory=z(B, N, M))},
+        ValueError,
+        "initial.memory of shape",
+        False,
+        True,
+    ),
+    Bad("initial dtype", {"initial": initial(reads=z(1, M).half())}, TypeError, "initial.reads"),
+    Bad("lengths size", {"lengths": torch.ones(2).long()}, ValueError, "lengths of shape"),
+    Bad("lengths float", {"lengths": torch.ones(3)}, TypeError, "lengths of dtype"),
+    Bad("lengths negative", {"lengths": torch.tensor([1, -1, 2])}, ValueError, "got -1", True),
+    Bad("lengths too long", {"lengths": torch.tensor([1, 6, 2])}, ValueError, "got 6", True),
 ]
 
 
-@pytest.mark.isa
-@pytest.mark.sanitize
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sizes(sizes: Sizes, dtype: torch.dtype) -> None:
-    for name in ("content", "addressing", "read", "write"):
-        name += "_heads" * (sizes[3] > 1)
-        check_against_float64(make(name, dtype, sizes), name)
+def invoke(change: dict[str, Any]) -> Any:
+    rest = {**arguments(), **change}
+    state = NTMState(*(rest.pop(name) for name in NTMState._fields))
+    return ops.ntm(rest.pop("input"), state, **rest)
+
+
+def expect(bad: Bad, call: Any) -> str:
+    with pytest.raises(bad.error) as caught:
+        call()
+    message = str(caught.value)
+    assert re.match(r"seqmem::ntm: expected .*got ", message, re.DOTALL), message
+    assert re.search(bad.says, message), message
+    return message.split("\n")[0]
+
+
+def on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, NTMState):
+        return NTMState(*map(on_meta, value))
+    return [on_meta(v) for v in value] if isinstance(value, list) else value
+
+
+def test_the_unchanged_arguments_are_right() -> None:
+    """Else the table would prove nothing."""
+    features, _ = invoke({})
+    assert features.shape == (T, B, C + M)
 
 
 @pytest.mark.sanitize
-def test_a_shift_of_one_tap_and_slots_of_one_value() -> None:
-    """Where gradients of the shift and of the memory vanish but for rounding."""
-    for sizes in ((2, 5, 3, 2, 1), (2, 5, 1, 2, 3), (2, 1, 1, 1, 1)):
-        for name in NAMES:
-            case = make(name, torch.float64, sizes)
-            results = [values_and_gradients(f, case.tensors) for f in (case.op, case.reference)]
-            for a, b in zip(*results, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
+def test_refused_alike_everywhere(bad: Bad) -> None:
+    messages = set()
+    for mode in MODES.values():
+        with mode():
+            messages.add(expect(bad, lambda: invoke(bad.change)))
+    tracked = {"head_bias": arguments()["head_bias"].requires_grad_(), **bad.change}
+    messages.add(expect(bad, lambda: invoke(tracked)))
+    assert len(messages) == 1
+    if not bad.needs_values:
+        moved = {k: on_meta(v) for k, v in {**arguments(), **bad.change}.items()}
+        expect(bad, lambda: invoke(moved))
 
 
-@pytest.mark.parametrize("name", UNBATCHED)
-def test_unbatched_equals_a_batch_of_one(name: str) -> None:
-    case = make(name, torch.float32, (1, 9, 5, 1, 3))
-    (alone,) = case.op(*case.tensors)
-    (batch,) = case.op(*(t.unsqueeze(0) for t in case.tensors if t is not None))
-    assert torch.equal(alone, batch[0])
+@pytest.mark.parametrize("bad", [b for b in BAD if b.compiled], ids=lambda bad: bad.name)
+def test_refused_compiled(bad: Bad) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(invoke, backend="eager", fullgraph=True)
+    expect(bad, lambda: compiled(bad.change))
 
 
-def test_unbatched_heads() -> None:
-    """[H, ...] over memory [N, M]."""
-    for name in ("content_heads", "addressing_heads", "read_heads", "write_heads"):
-        case = make(name, torch.float64, (1, 6, 4, 3, 3))
-        tensors = tuple(t[0] for t in case.tensors if t is not None)
-        results = [values_and_gradients(f, tensors) for f in (case.op, case.reference)]
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_heads_equal_calls_one_by_one() -> None:
-    sample = next(s for s in reference.sample_inputs() if s.name == "addressing_heads")
-    memory, *rest = sample.args
-    together = ops.ntm_addressing(*sample.args)
-    for h in range(together.size(1)):
-        assert torch.equal(together[:, h], ops.ntm_addressing(memory, *(t[:, h] for t in rest)))
-    sample = next(s for s in reference.sample_inputs() if s.name == "write_heads")
-    memory, *rest = sample.args
-    written = memory
-    for h in range(rest[0].size(1)):
-        written = ops.ntm_write(written, *(t[:, h] for t in rest))
-    torch.testing.assert_close(ops.ntm_write(*sample.args), written)
-
-
-@pytest.mark.isa
-@pytest.mark.parametrize("name", ["addressing_heads", "read_heads", "write_heads"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_same_bits_at_any_thread_count(
-    name: str, dtype: torch.dtype, restored_threads: None
-) -> None:
-    case = make(name, dtype, (7, 400, 65, 2, 5))
-    runs = []
-    for threads in (1, 2, 3, 4, 2):
-        torch.set_num_threads(threads)
-        runs.append(values_and_gradients(case.op, case.tensors))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
-
-
-# ---- what the equations say, against the paper's own words in numpy
-
-
-def paper(
-    memory: Any, key: Any, beta: float, gate: float, shift: Any, gamma: float, before: Any
-) -> Any:
-    slots, reach = len(memory), len(shift) // 2
-    similar = memory @ key / (np.linalg.norm(memory, axis=1) * np.linalg.norm(key) + 1e-8)
-    content = np.exp(beta * similar) / np.exp(beta * similar).sum()
-    gated = gate * content + (1 - gate) * before
-    shifted = np.zeros(slots)
-    for i in range(slots):
-        for move in range(-reach, reach + 1):
-            shifted[(i + move) % slots] += gated[i] * shift[move + reach]
-    return shifted**gamma / (shifted**gamma).sum()
-
-
-@pytest.mark.parametrize(("slots", "shift_range"), [(7, 0), (7, 1), (7, 3), (6, 3), (2, 1)])
-def test_addressing_is_the_papers(slots: int, shift_range: int) -> None:
-    case = make("addressing", torch.float64, (4, slots, 5, 1, 2 * shift_range + 1))
-    (weights,) = case.op(*case.tensors)
-    for b, row in enumerate(weights):
-        args = [t[b].numpy() if t[b].dim() else float(t[b]) for t in case.tensors]
-        np.testing.assert_allclose(row.numpy(), paper(*args), rtol=1e-12)
-
-
-def test_a_positive_move_goes_to_higher_slots() -> None:
-    memory, key, one = torch.zeros(5, 2), torch.zeros(2), torch.tensor(1.0)
-    before = torch.tensor([0.0, 0, 1, 0, 0])
-    for j, slot in enumerate((0, 1, 2, 3, 4)):
-        shift = torch.zeros(5)
-        shift[j] = 1
-        moved = ops.ntm_addressing(memory, key, one, 0 * one, shift, one, before)
-        assert moved.argmax() == slot and moved[slot] == 1
-    last = ops.ntm_addressing(
-        memory, key, one, 0 * one, shift, one, torch.tensor([0.0, 0, 0, 0, 1])
-    )
-    assert last.argmax() == 1  # around the end
-
-
-@pytest.mark.isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_weights_sum_to_one_for_every_gamma(dtype: torch.dtype) -> None:
-    """A flat weighting over 128 slots to the 1000th is 1e-2107 per slot."""
-    gamma = torch.tensor([1, 1.5, 11, 100, 1000], dtype=dtype, requires_grad=True)
-    rows = gamma.numel()
-    for before in (torch.ones(128) / 128, torch.rand(128).softmax(0)):
-        prev = before.to(dtype).expand(rows, -1).clone().requires_grad_()
-        weights = address_by_shift(prev, gamma)
-        torch.testing.assert_close(
-            weights.double().sum(-1),
-            torch.ones(rows, dtype=torch.float64),
-            rtol=0,
-            atol=0.02 if dtype == torch.bfloat16 else 1e-5,
-        )
-        grads = torch.autograd.grad(weights[:, :64].sum(), (prev, gamma))
-        assert all(torch.isfinite(g).all() for g in grads)
-
-
-def address_by_shift(prev: Tensor, gamma: Tensor) -> Tensor:
-    """The last stage alone: the gate closed to content, a shift that stays."""
-    rows, like = prev.size(0), prev.detach()
-    return ops.ntm_addressing(
-        like.new_zeros(rows, prev.size(1), 3),
-        like.new_zeros(rows, 3),
-        like.new_ones(rows),
-        like.new_zeros(rows),
-        like.new_tensor([0, 1, 0]).expand(rows, 3),
-        gamma,
-        prev,
-    )
-
-
-@pytest.mark.isa
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 1.7, 1000.0, -2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_slots_at_zero(gamma: float, dtype: torch.dtype) -> None:
-    """They stay zero, value and both gradients are finite; all zeros stay zeros."""
-    prev = torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1e-30, 1, 0, -1]])
-    prev = prev.to(dtype).requires_grad_()
-    power = torch.full((4,), gamma, dtype=dtype, requires_grad=True)
-    weights = address_by_shift(prev, power)
-    assert not weights[prev <= 0].any()
-    torch.testing.assert_close(weights.sum(-1), torch.tensor([1, 0, 1, 1], dtype=dtype))
-    for grad in torch.autograd.grad((weights * torch.arange(4)).sum(), (prev, power)):
-        assert torch.isfinite(grad).all()
-
-
-@pytest.mark.isa
 @pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("key_value", [0.0, 1.0])
-def test_zero_memory_and_zero_key(dtype: torch.dtype, key_value: float) -> None:
-    """Uniform weights; gradients as the formula gives them with a norm of slope 0, never NaN."""
-    memory = torch.zeros(2, 6, 3, dtype=dtype, requires_grad=True)
-    key = torch.full((2, 3), key_value, dtype=dtype, requires_grad=True)
-    beta = torch.full((2,), 5.0, dtype=dtype, requires_grad=True)
-    weights = ops.ntm_content_addressing(memory, key, beta)
-    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 6))
-    seeds = torch.arange(6.0).to(dtype)
-    first = torch.autograd.grad((weights * seeds).sum(), (memory, key, beta), create_graph=True)
-    slope = (seeds - seeds.mean()) / 6 * 5 * key_value / 1e-8
-    expected = slope.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-    if dtype != torch.float16:  # 1e8 is beyond it
-        torch.testing.assert_close(first[0][0, :, 0], expected, rtol=0.02, atol=0)
-    assert not first[1].any() and not first[2].any()
-    if dtype != torch.float16 or key_value == 0:
-        penalty = sum((g.float() * 1e-9).square().sum() for g in first)
-        for grad in torch.autograd.grad(penalty, (memory, key, beta)):
-            assert torch.isfinite(grad).all()
+def test_devices_do_not_mix() -> None:
+    for name, value in arguments().items():
+        with pytest.raises(TypeError, match=r"seqmem::ntm: expected .*(meta|cpu)"):
+            invoke({name: on_meta(value)})
 
 
-@pytest.mark.isa
-def test_values_far_beyond_the_papers_ranges() -> None:
-    """Computed as written, and finite."""
-    case = make("addressing", torch.float32, (3, 16, 4, 1, 3))
-    memory, key, _, gate, shift, _, prev = (t for t in case.tensors if t is not None)
-    for beta, gamma in ((-3.0, 0.5), (-1e4, 1.0), (1e4, 1e3), (0.0, 0.0), (3.0, -1.0)):
-        args = (memory, key, torch.full((3,), beta), gate, shift, torch.full((3,), gamma), prev)
-        ours = values_and_gradients(case.op, args)
-        assert all(torch.isfinite(v).all() for v in ours)
-        exact = case.reference(*(t.double() for t in args))[0]
-        assert error(ours[0], exact) <= 100 * TOLERANCES[torch.float32].output
-
-
-def test_the_seeds_example() -> None:
-    """Write a vector into slot 5 of an empty memory, find it by its content, read it."""
-    vector = torch.tensor([1.0, 2, 3, 4, 5])
-    slot = torch.zeros(10)
-    slot[4] = 1
-    memory = ops.ntm_write(torch.zeros(10, 5), slot, torch.ones(5), vector)
-    assert torch.equal(memory[4], vector) and not memory[:4].any() and not memory[5:].any()
-    weights = ops.ntm_content_addressing(memory, vector, torch.tensor(10.0))
-    similar = torch.zeros(10, dtype=torch.float64)
-    similar[4] = 1
-    expected = torch.softmax(10 * similar, 0)
-    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(
-        ops.ntm_read(memory, weights).double(), expected[4] * vector.double(), rtol=1e-5, atol=0
-    )
+@pytest.mark.sanitize
+@pytest.mark.parametrize("layout", ["quantized", "mkldnn", "nested"])
+def test_exotic_inputs_are_refused(layout: str) -> None:
+    x = arguments()["input"]
+    if layout == "quantized":
+        x = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    elif layout == "mkldnn":
+        x = x.to_mkldnn()
+    else:
+        x = torch.nested.nested_tensor([z(B, WIDTH), z(B, WIDTH)])
+    with pytest.raises(TypeError, match="seqmem::ntm: expected"):
+        invoke({"input": x})

@@ -28,8 +28,8 @@ OPS = {
     "attention": ("attention",),
     "dynamic_memory": ("dynamic_memory",),
     "hard_attention": ("categorical_sample", "reinforce_loss"),
-    "ntm": NTM,
-    "ntm_sequence": ("ntm",),
+    "ntm": ("ntm",),
+    "ntm_addressing": NTM,
 }
 
 
@@ -101,11 +101,14 @@ def attention_kernels() -> list[Kernel]:
     return kernels
 
 
-def ntm_kernels() -> list[Kernel]:
+def ntm_addressing_kernels() -> list[Kernel]:
     """N = 128, M = 64: the most that stays on chip."""
     shape = {"BN": 128, "BW": 64, "BS": 4}
     names = ("ntm_address", "ntm_address_backward", "ntm_write_heads", "ntm_write_heads_backward")
-    return [Kernel("ntm_kernels", name, "bf16", 8, shape, {}, ("slots", "width")) for name in names]
+    return [
+        Kernel("ntm_addressing_kernels", name, "bf16", 8, shape, {}, ("slots", "width"))
+        for name in names
+    ]
 
 
 def dynamic_memory_kernels() -> list[Kernel]:
@@ -124,12 +127,12 @@ def hard_attention_kernels() -> list[Kernel]:
     return [Kernel(file, k, "bf16", 1, shape, {"action_ptr": "*i64", **wide}) for k in names]
 
 
-def ntm_sequence_kernels() -> list[Kernel]:
+def ntm_kernels() -> list[Kernel]:
     """The copy task's: N = 128, M = 20, C = 100, an LSTM; float32."""
     shape = {"BN": 128, "BW": 32, "BS": 4, "BC": 128, "BK": 32}
     options = {"LAYERS": 1, "LSTM": True, "SQUASH": True}
     pointers = {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
-    file, constants = "ntm_sequence_kernels", {**shape, **options}
+    file, constants = "ntm_kernels", {**shape, **options}
     names = ("ntm_forward", "ntm_backward")
     return [Kernel(file, name, "fp32", 8, constants, pointers, ("slots",)) for name in names]
 
@@ -140,7 +143,7 @@ KERNELS = {
     "dynamic_memory": dynamic_memory_kernels,
     "hard_attention": hard_attention_kernels,
     "ntm": ntm_kernels,
-    "ntm_sequence": ntm_sequence_kernels,
+    "ntm_addressing": ntm_addressing_kernels,
 }
 
 
@@ -204,7 +207,7 @@ def sample_at(logits: torch.Tensor, uniform: torch.Tensor) -> Any:
 def calls(op: str) -> Iterator[Call]:
     """The reference's sample inputs, each with the op that they are for."""
     reference = importlib.import_module(f"seqmem_fast.reference.{op}")
-    if op == "ntm_sequence":
+    if op == "ntm":
         for name, args, kwargs in reference.sequence_sample_inputs():
             yield Call(name, seqmem_fast.ops.ntm_trace, args, kwargs)
         return

@@ -1,7 +1,7 @@
 // Content addressing and the four stages of addressing, forward and backward, in one pass each.
-#include "ntm_rows.h"
+#include "ntm_addressing_rows.h"
 
-namespace seqmem::ntm {
+namespace seqmem::ntm_addressing {
 namespace {
 
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
@@ -342,4 +342,4 @@ namespace SEQMEM_ISA {
 const AddressingKernel addressing_kernel = {workspace, forward, backward};
 }  // namespace SEQMEM_ISA
 
-}  // namespace seqmem::ntm
+}  // namespace seqmem::ntm_addressing

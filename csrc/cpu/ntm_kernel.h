@@ -1,83 +1,94 @@
-// The NTM functionals' CPU kernels: plain loops over raw pointers, compiled once per ISA.
+// CPU kernels of the whole-sequence NTM: plain loops over raw pointers, compiled once per ISA.
+//
+// Arithmetic and storage are float or double; the op converts 16-bit tensors. A memory matrix is
+// kept slots last, [M][stride], so that slots lie in SIMD lanes and nothing is summed per slot.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/isa.h"
-#include "../common/storage.h"
+#include "../common/spin_barrier.h"
 
 namespace seqmem::ntm {
 
+// Room for N slots: whole vectors of every ISA, and no power of two, which would thrash the cache.
+template <class Int>
+Int slot_stride(const Int& N) {
+  return ((N + 15) / 16 / 2 * 2 + 1) * 16;
+}
+
+// Checkpoints are at least this many steps apart, and about sqrt(T).
+constexpr int64_t kShortestSegment = 8;
+
 struct Shape {
-  int64_t B, H, N, M;  // batch rows, heads, slots, slot width
-  int64_t taps;        // of the shift; 0 where only content is addressed
+  int64_t T, B, I, layers, C, N, M;
+  int64_t heads, reads, P;  // heads in all, read heads, values in head_bias
+  int64_t taps;             // 2 * shift_range + 1 <= N + 1
+  bool lstm, squash;
+  const char* kinds;       // [heads], 'w' or 'r'
+  const int64_t* lengths;  // [B], or null
+  const bool* reset;       // [T, B], or null
+  int64_t segment;         // steps between two checkpoints
+
+  int64_t stride() const { return slot_stride(N); }
+  // What a step of a row leaves for the backward: per layer of an LSTM the gates i, f, g, o and
+  // the cell [5C]; the outputs of all layers but the last [layers - 1, C]; head values [P].
+  int64_t record() const { return (lstm ? layers * 5 * C : 0) + (layers - 1) * C + P; }
 };
 
-// Storage type S is float, double, bf16 or fp16; every array is contiguous.
-struct Addressing {
-  const void* memory;        // [B, N, M]
-  const void* key;           // [B, H, M]
-  const void* beta;          // [B, H]
-  const void* gate;          // [B, H]; this and all below null where taps = 0
-  const void* shift;         // [B, H, taps]
-  const void* gamma;         // [B, H]
-  const void* prev_weights;  // [B, H, N]
+// A state, or gradients of one: [layers, B, C] twice, [B, N, M], [B, heads, N], [B, reads, M].
+// `initial` has the same parts without B.
+template <class Pointer>
+struct State {
+  Pointer hidden, cell, memory, weightings, reads;
 };
 
-struct AddressingGradients {  // null where not wanted
-  void* memory;
-  void* key;
-  void* beta;
-  void* gate;
-  void* shift;
-  void* gamma;
-  void* prev_weights;
+struct Forward {
+  const void* input;  // [T, B, I]
+  State<const void*> state, initial;
+  const void* const*
+      controller;           // per layer weight_ih, weight_hh, bias_ih, bias_hh; or weight, bias
+  const void* head_weight;  // [P, C]
+  const void* head_bias;    // [P]
+  void* features;           // [T, B, C + reads * M]
+  State<void*> final;
+  void* trace;        // [T, B, heads, N], or null
+  void* saved;        // [T, B, record()], or null; then the next is null too
+  void* checkpoints;  // [>= T / segment, B, M, stride()]: the memory that enters each segment
+  void* workspace;
 };
 
-struct Write {
-  const void* memory;   // [B, N, M]
-  const void* weights;  // [B, H, N]
-  const void* erase;    // [B, H, M]
-  const void* add;      // [B, H, M]
+struct Backward {
+  const void* grad_features;  // null where zero, as are the next two
+  int64_t grad_features_strides[3];
+  State<const void*> grad_final;
+  const void* grad_trace;
+  const void* input;
+  State<const void*> state, initial;
+  const void* const* controller;
+  const void* head_weight;
+  const void* features;
+  const void* trace;
+  const void* saved;
+  const void* checkpoints;
+  void* grad_input;  // null where not wanted, as are all the rest
+  State<void*> grad_state, grad_initial;
+  void* const* grad_controller;  // all or none, together with the next two
+  void* grad_head_weight;
+  void* grad_head_bias;
+  void* workspace;
 };
 
-struct WriteGradients {  // null where not wanted
-  void* memory;
-  void* weights;
-  void* erase;
-  void* add;
+// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
+// barrier. The result does not depend on the number of threads, to the bit.
+template <class Arguments>
+struct Kernel {
+  int64_t (*workspace)(bool is_double, const Shape&, const Arguments&, int threads);
+  void (*run)(bool is_double, const Shape&, const Arguments&, int thread, int threads,
+              SpinBarrier&);
 };
 
-// Each function computes the batch rows begin..end-1 with a scratch of workspace() bytes, 64-byte
-// aligned. Rows are independent, so that the result is the same for every way to share them out.
-struct AddressingKernel {
-  int64_t (*workspace)(Storage, const Shape&);
-  // weights [B, H, N]
-  void (*forward)(Storage, const Shape&, const Addressing&, void* weights, int64_t begin,
-                  int64_t end, char* workspace);
-  // grad [B, H, N]
-  void (*backward)(Storage, const Shape&, const Addressing&, const void* grad,
-                   const AddressingGradients&, int64_t begin, int64_t end, char* workspace);
-};
-
-struct MemoryKernel {
-  int64_t (*workspace)(Storage, const Shape&);
-  // reads [B, H, M]
-  void (*read)(Storage, const Shape&, const void* memory, const void* weights, void* reads,
-               int64_t begin, int64_t end, char* workspace);
-  // grad [B, H, M]; null where a gradient is not wanted
-  void (*read_backward)(Storage, const Shape&, const void* memory, const void* weights,
-                        const void* grad, void* grad_memory, void* grad_weights, int64_t begin,
-                        int64_t end, char* workspace);
-  // out [B, N, M]
-  void (*write)(Storage, const Shape&, const Write&, void* out, int64_t begin, int64_t end,
-                char* workspace);
-  // grad [B, N, M]
-  void (*write_backward)(Storage, const Shape&, const Write&, const void* grad,
-                         const WriteGradients&, int64_t begin, int64_t end, char* workspace);
-};
-
-SEQMEM_FOR_EACH_ISA(extern const AddressingKernel addressing_kernel;
-                    extern const MemoryKernel memory_kernel;)
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward> forward_kernel;
+                    extern const Kernel<Backward> backward_kernel;)
 
 }  // namespace seqmem::ntm

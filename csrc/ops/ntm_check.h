@@ -1,9 +1,11 @@
-// The NTM functionals' arguments and their checks, the same for every device and grad mode.
+// The whole-sequence NTM's arguments and their checks, the same for every device and grad mode.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
+#include <string_view>
 
 #include "../common/check.h"
 
@@ -12,105 +14,129 @@ namespace seqmem::ntm {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Letters as in seqmem_fast/ops/ntm.py; an absent batch or head dimension counts as one.
 template <class Int>
 struct Sizes {
-  Int B = 1, H = 1, N, M, taps = 0;
-  bool batched, heads;  // whether these dimensions are there
+  Int T, B, I, C, N, M, R, P;
+  int64_t layers, heads, reads;  // how many; R values are read
 };
 
-// Checks of one call: memory [N, M] or [B, N, M] decides on the batch, `first` on the heads.
+// lengths hold values that only real tensors show.
+inline void check_lengths(const Tensor& lengths, int64_t T) {
+  const Tensor values = lengths.cpu().to(at::kLong).contiguous();
+  const int64_t* length = values.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < values.numel(); ++b)
+    TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= T, "seqmem::ntm: expected lengths in 0..", T,
+                      ", got ", length[b], " for batch row ", b);
+}
+
 template <class Int>
-class Arguments {
- public:
+void check_state(const Check<Int>& check, const Sizes<Int>& s, int64_t kept, const Tensor& hidden,
+                 const Tensor& cell, const Tensor& memory, const Tensor& weightings,
+                 const Tensor& reads) {
+  check.operand("hidden", hidden, {Int(kept), s.B, s.C});
+  check.operand("cell", cell, {Int(kept), s.B, s.C});
+  check.operand("memory", memory, {s.B, s.N, s.M});
+  check.operand("weightings", weightings, {s.B, Int(s.heads), s.N});
+  check.operand("reads", reads, {s.B, Int(s.reads), s.M});
+}
+
+template <class Int>
+void check_initial(const Check<Int>& check, const Sizes<Int>& s, int64_t kept,
+                   at::TensorList initial, bool needed) {
+  TORCH_CHECK_VALUE(initial.size() == 5 || (initial.empty() && !needed), check.op(),
+                    ": expected initial of 5 tensors", needed ? " beside reset" : ", or none",
+                    ", got ", initial.size());
+  if (initial.empty()) return;
+  check.operand("initial.hidden", initial[0], {Int(kept), s.C});
+  check.operand("initial.cell", initial[1], {Int(kept), s.C});
+  check.operand("initial.memory", initial[2], {s.N, s.M});
+  check.operand("initial.weightings", initial[3], {Int(s.heads), s.N});
+  check.operand("initial.reads", initial[4], {Int(s.reads), s.M});
+}
+
+template <class Int>
+void check_controller(const Check<Int>& check, Sizes<Int>& s, at::TensorList controller,
+                      bool lstm) {
+  const int64_t each = lstm ? 4 : 2, count = static_cast<int64_t>(controller.size());
+  TORCH_CHECK_VALUE(count > 0 && count % each == 0, check.op(), ": expected ", each,
+                    " controller tensors a layer, got ", count, " in all");
+  s.layers = count / each;
+  const Int rows = s.C * (lstm ? 4 : 1);
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string name = "controller[" + std::to_string(i) + "]";
+    const Int below = i < each ? s.I + s.R : s.C;
+    if (i % each == 0) {
+      check.operand(name.c_str(), controller[i], {rows, below});
+    } else if (lstm && i % each == 1) {
+      check.operand(name.c_str(), controller[i], {rows, s.C});
+    } else {
+      check.operand(name.c_str(), controller[i], {rows});
+    }
+  }
+}
+
+template <class Int>
+Sizes<Int> check_ntm(const Tensor& input, const Tensor& hidden, const Tensor& cell,
+                     const Tensor& memory, const Tensor& weightings, const Tensor& reads,
+                     at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
+                     at::TensorList initial, const OptionalTensor& lengths,
+                     const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
+                     bool lstm, bool values) {
+  const Check<Int> check("seqmem::ntm", input);
+  check.floating_input();
+  check.dims("input", input, 3);
   Sizes<Int> s;
-
-  Arguments(const char* op, const Tensor& memory, const char* first_name, const Tensor& first)
-      : check_(op, memory, "memory") {
-    check_.floating_input();
-    const int64_t dims = memory.dim();
-    TORCH_CHECK_VALUE(dims == 2 || dims == 3, op, ": expected memory with 2 or 3 dimensions, got ",
-                      dims, " (shape ", memory.sym_sizes(), ")");
-    s.N = Check<Int>::size(memory, dims - 2);
-    s.M = Check<Int>::size(memory, dims - 1);
-    TORCH_CHECK_VALUE(s.N > 0 && s.M > 0, op,
-                      ": expected memory with at least one slot of at least one value, got ",
-                      memory.sym_sizes());
-    check_.same_kind(first_name, first);
-    TORCH_CHECK_VALUE(first.dim() == dims - 1 || first.dim() == dims, op, ": expected ", first_name,
-                      " with ", dims - 1, " dimensions (one head) or ", dims,
-                      " (several) beside memory of shape ", memory.sym_sizes(), ", got ",
-                      first.dim(), " (shape ", first.sym_sizes(), ")");
-    s.batched = dims == 3;
-    s.heads = first.dim() == dims;
-    if (s.batched) s.B = Check<Int>::size(memory, 0);
-    if (s.heads) s.H = Check<Int>::size(first, dims - 2);
-    TORCH_CHECK_VALUE(s.H > 0, op, ": expected ", first_name, " of at least one head, got shape ",
-                      first.sym_sizes());
+  s.T = check.size(input, 0);
+  s.B = check.size(input, 1);
+  s.I = check.size(input, 2);
+  check.same_kind("memory", memory);
+  check.dims("memory", memory, 3);
+  s.N = check.size(memory, 1);
+  s.M = check.size(memory, 2);
+  TORCH_CHECK_VALUE(s.N > 0 && s.M > 0, check.op(), ": expected memory with slots, got shape ",
+                    memory.sym_sizes());
+  s.heads = static_cast<int64_t>(heads.size());
+  s.reads = 0;
+  int64_t writes = 0;
+  for (const char kind : heads) {
+    s.reads += kind == 'r';
+    writes += kind == 'w';
   }
-
-  // [B, H, rest...], without the dimensions that are not there.
-  template <class... Rest>
-  void per_head(const char* name, const Tensor& t, const Rest&... rest) const {
-    if (s.batched && s.heads) return check_.operand(name, t, {s.B, s.H, rest...});
-    if (s.batched) return check_.operand(name, t, {s.B, rest...});
-    if (s.heads) return check_.operand(name, t, {s.H, rest...});
-    check_.operand(name, t, {rest...});
+  TORCH_CHECK_VALUE(s.heads > 0 && s.reads + writes == s.heads, check.op(),
+                    ": expected heads to be a string of 'w' and 'r', got '", heads, "'");
+  TORCH_CHECK_VALUE(shift_range >= 0 && s.N / 2 >= shift_range, check.op(),
+                    ": expected shift_range in 0..", s.N / 2, " for ", s.N, " slots, got ",
+                    shift_range);
+  s.R = s.M * s.reads;
+  s.P = (s.M + 2 * shift_range + 4) * s.heads + s.M * (2 * writes);
+  check.same_kind("head_weight", head_weight);
+  check.dims("head_weight", head_weight, 2);
+  s.C = check.size(head_weight, 1);
+  TORCH_CHECK_VALUE(s.C > 0, check.op(), ": expected head_weight with columns, got shape ",
+                    head_weight.sym_sizes());
+  check.shape("head_weight", head_weight, {s.P, s.C});
+  check.operand("head_bias", head_bias, {s.P});
+  check_controller(check, s, controller, lstm);
+  const int64_t kept = lstm ? s.layers : 0;
+  check_state(check, s, kept, hidden, cell, memory, weightings, reads);
+  check_initial(check, s, kept, initial, reset.has_value());
+  if (lengths.has_value()) {
+    check.strided("lengths", *lengths);
+    TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong || lengths->scalar_type() == at::kInt,
+                     check.op(), ": expected lengths of dtype int64 or int32, got ",
+                     lengths->scalar_type());
+    if (!lengths->is_cpu()) check.same_device("lengths", *lengths);
+    check.shape("lengths", *lengths, {s.B});
+    if (values) check_lengths(*lengths, input.size(0));
   }
-
-  void shift(const Tensor& t) {
-    const int64_t dims = s.batched + s.heads + 1;
-    check_.same_kind("shift", t);
-    check_.dims("shift", t, dims);
-    s.taps = Check<Int>::size(t, dims - 1);
-    TORCH_CHECK_VALUE(s.taps % 2 == 1, check_.op(),
-                      ": expected shift with an odd number of taps (2 r + 1), got ", s.taps);
-    TORCH_CHECK_VALUE(s.taps <= s.N + 1, check_.op(), ": expected shift that moves by at most ",
-                      s.N / 2, " (half the slots of memory), got one that moves by ", s.taps / 2);
-    per_head("shift", t, s.taps);
+  if (reset.has_value()) {
+    check.strided("reset", *reset);
+    TORCH_CHECK_TYPE(reset->scalar_type() == at::kBool, check.op(),
+                     ": expected reset of dtype bool, got ", reset->scalar_type());
+    check.same_device("reset", *reset);
+    check.shape("reset", *reset, {s.T, s.B});
   }
-
- private:
-  const Check<Int> check_;
-};
-
-template <class Int>
-Sizes<Int> check_content(const Tensor& memory, const Tensor& key, const Tensor& beta) {
-  const Arguments<Int> a("seqmem::ntm_content_addressing", memory, "key", key);
-  a.per_head("key", key, a.s.M);
-  a.per_head("beta", beta);
-  return a.s;
-}
-
-template <class Int>
-Sizes<Int> check_addressing(const Tensor& memory, const Tensor& key, const Tensor& beta,
-                            const Tensor& gate, const Tensor& shift, const Tensor& gamma,
-                            const Tensor& prev_weights) {
-  Arguments<Int> a("seqmem::ntm_addressing", memory, "key", key);
-  a.per_head("key", key, a.s.M);
-  a.per_head("beta", beta);
-  a.per_head("gate", gate);
-  a.shift(shift);
-  a.per_head("gamma", gamma);
-  a.per_head("prev_weights", prev_weights, a.s.N);
-  return a.s;
-}
-
-template <class Int>
-Sizes<Int> check_read(const Tensor& memory, const Tensor& weights) {
-  const Arguments<Int> a("seqmem::ntm_read", memory, "weights", weights);
-  a.per_head("weights", weights, a.s.N);
-  return a.s;
-}
-
-template <class Int>
-Sizes<Int> check_write(const Tensor& memory, const Tensor& weights, const Tensor& erase,
-                       const Tensor& add) {
-  const Arguments<Int> a("seqmem::ntm_write", memory, "weights", weights);
-  a.per_head("weights", weights, a.s.N);
-  a.per_head("erase", erase, a.s.M);
-  a.per_head("add", add, a.s.M);
-  return a.s;
+  return s;
 }
 
 }  // namespace seqmem::ntm

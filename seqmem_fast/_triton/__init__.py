@@ -23,7 +23,8 @@ _LAUNCHERS = {
         "reinforce_loss_backward",
     ),
     "lstm": ("lstm_cell", "lstm_cell_backward", "lstm", "lstm_backward"),
-    "ntm": (
+    "ntm": ("ntm", "ntm_backward"),
+    "ntm_addressing": (
         "ntm_addressing",
         "ntm_addressing_backward",
         "ntm_content_addressing",
@@ -33,7 +34,6 @@ _LAUNCHERS = {
         "ntm_write",
         "ntm_write_backward",
     ),
-    "ntm_sequence": ("ntm", "ntm_backward"),
 }
 
 

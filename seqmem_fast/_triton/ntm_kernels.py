@@ -1,8 +1,21 @@
-"""NTM addressing and writing on chip: the parts that functionals and sequence share, and kernels.
+"""The whole NTM sequence of a batch row in one program, forward and backward.
 
-A row's memory is one block [BN, BW] in registers, N slots and M values padded to powers of two; a
-vector over slots is [BN]. Slots past N weigh nothing. Letters and formulas: reference/ntm.py, and
-for the backward csrc/autograd/ntm.cpp.
+The row's memory stays in registers over all steps. Vectors that are summed over (controller state,
+reads, head values) pass through a few hundred bytes of global scratch that only this program
+touches, with a barrier between; the controller's weights are read from L2 at every step, which
+bounds a step from below (200 kB at C = 100: about 2 us). No launch and no grid-wide barrier per
+step, and rows do not wait for each other.
+
+Packed by the launcher, in the wide dtype: the LSTM's gates of a unit side by side, so that one
+reduction leaves each thread all four; per layer the weights of [below, h] as [K, C * G] for the
+forward and [C * G, K] for the backward, one layer after the other.
+
+Backward: memories are recomputed from a checkpoint, a segment at a time, from the weightings and
+head values that were kept; each head's memory within a step by writing anew. The memory's
+gradient rests in global scratch between heads: in registers it would make the rest spill. Weight
+gradients are left to matrix products over dz and dp of all steps.
+
+Letters: G 4 gates or 1, K = width below + C (LSTM), P head values, S taps, Hd heads, R read heads.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,308 +25,564 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-VARYING = ("count",)
+from .common import lstm_point, lstm_point_backward, sigmoid, tanh
+from .ntm_addressing_kernels import (
+    block_of,
+    content_backward,
+    gated,
+    sharpened,
+    sharpened_backward,
+    shifted,
+    shifted_backward,
+    similarity,
+    softmax_of,
+    written,
+    written_backward,
+)
+
+VARYING = ("steps", "batch", "writes", "segment")
 
 
 @triton.jit
-def block_of(ptr, slots, width, BN: tl.constexpr, BW: tl.constexpr):
-    """Pointers [BN, BW] into a dense [N, M], and which of them are in it."""
-    n = tl.arange(0, BN)[:, None]
-    m = tl.arange(0, BW)[None, :]
-    return ptr + n * width + m, (n < slots) & (m < width)
+def _accumulate(acc, x_ptr, rows, w_ptr, stride, o, o_inside, BK: tl.constexpr):
+    """acc [BK, BO] += x[k] w[k, o], to be summed over its first dimension in the end."""
+    for start in range(0, rows, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_ptr + k, mask=k < rows, other=0.0)
+        at = w_ptr + k[:, None] * stride + o[None, :]
+        acc += x[:, None] * tl.load(at, mask=(k < rows)[:, None] & o_inside[None, :], other=0.0)
+    return acc
 
 
 @triton.jit
-def similarity(memory, key):
-    """K [BN] with what its gradient needs: the slots' norms and the key's."""
-    norms = tl.sqrt(tl.sum(memory * memory, axis=1))
-    key_norm = tl.sqrt(tl.sum(key * key, axis=0))
-    return tl.sum(memory * key[None, :], axis=1) / (norms * key_norm + 1e-8), norms, key_norm
+def _copy(from_ptr, to_ptr, count, BLOCK: tl.constexpr):
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        value = tl.load(from_ptr + k, mask=k < count)
+        tl.store(to_ptr + k, value.to(to_ptr.dtype.element_ty), mask=k < count)
 
 
 @triton.jit
-def softmax_of(z, there):
-    """Softmax of a vector, zero where nothing is."""
-    z = tl.where(there, z, float("-inf"))
-    e = tl.exp(z - tl.max(z, axis=0))
-    return e / tl.sum(e, axis=0)
+def _move(carry_ptr, to_ptr, count, BLOCK: tl.constexpr):
+    """to += carry, carry = 0."""
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        total = tl.load(to_ptr + k, mask=k < count) + tl.load(carry_ptr + k, mask=k < count)
+        tl.store(to_ptr + k, total, mask=k < count)
+        tl.store(carry_ptr + k, tl.zeros_like(total), mask=k < count)
 
 
 @triton.jit
-def _moved(x, by, slots, BN: tl.constexpr):
-    """y_i = x_(i - by) around N slots, |by| <= N."""
+def _padded(ptr, BN: tl.constexpr, BW: tl.constexpr):
+    """Pointers into a padded [BN, BW] of scratch: no masks, and offsets known when compiling."""
+    return ptr + tl.arange(0, BN)[:, None] * BW + tl.arange(0, BW)[None, :]
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _vector(p_ptr, width, SQUASH: tl.constexpr, BW: tl.constexpr):
+    """A key or an add out of head values."""
+    m = tl.arange(0, BW)
+    x = tl.load(p_ptr + m, mask=m < width, other=0.0)
+    if SQUASH:
+        x = tanh(x)
+    return x
+
+
+@triton.jit
+def _erase(p_ptr, width, BW: tl.constexpr):
+    m = tl.arange(0, BW)
+    return tl.where(m < width, sigmoid(tl.load(p_ptr + m, mask=m < width, other=0.0)), 0.0)
+
+
+@triton.jit
+def _taps(p_ptr, taps, BS: tl.constexpr):
+    s = tl.arange(0, BS)
+    return softmax_of(tl.load(p_ptr + s, mask=s < taps, other=0.0), s < taps)
+
+
+@triton.jit
+def _rewritten(memory, w_ptr, p_ptr, heads, writes, slots, width, taps, SQUASH: tl.constexpr,
+               ACC: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """The memory after the first `heads` heads of a step whose weightings are known."""
     n = tl.arange(0, BN)
-    at = n - by
-    at = tl.where(at < 0, at + slots, at)
-    at = tl.where(at >= slots, at - slots, at)
-    return tl.where(n < slots, tl.gather(x, tl.where(n < slots, at, 0), 0), 0.0)
-
-
-@triton.jit
-def _element(x, k, BS: tl.constexpr):
-    """x[k] of a vector [BS]."""
-    return tl.sum(tl.where(tl.arange(0, BS) == k, x, 0.0), axis=0)
-
-
-@triton.jit
-def gated(content, gate, prev):
-    return prev + gate * (content - prev)
-
-
-@triton.jit
-def shifted(u, shift, taps, slots, BN: tl.constexpr, BS: tl.constexpr):
-    """Equation 8; tap j moves by j - r."""
-    v = tl.zeros_like(u)
-    for j in range(taps):
-        v += _element(shift, j, BS) * _moved(u, j - taps // 2, slots, BN)
-    return v
-
-
-@triton.jit
-def sharpened(v, gamma):
-    """Equation 9, and log v with 0 where v <= 0: such slots stay at zero and get no gradient."""
-    some = (v <= 0.0) == 0
-    log = tl.log(tl.where(some, v, 1.0))
-    y = tl.where(some, gamma * log, float("-inf"))
-    top = tl.max(y, axis=0)
-    e = tl.exp(y - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(e, axis=0)
-    return e / tl.where(total == 0.0, 1.0, total), log
-
-
-@triton.jit
-def sharpened_backward(dw, v, w, log, gamma):
-    """Gradients of v and gamma."""
-    dz = w * (dw - tl.sum(dw * w, axis=0))
-    some = (v <= 0.0) == 0
-    return tl.where(some, gamma * dz / tl.where(some, v, 1.0), 0.0), tl.sum(dz * log, axis=0)
-
-
-@triton.jit
-def shifted_backward(dv, u, shift, taps, slots, BN: tl.constexpr, BS: tl.constexpr):
-    """Gradients of u and shift."""
-    du = tl.zeros_like(dv)
-    ds = tl.zeros_like(shift)
-    for j in range(taps):
-        by = j - taps // 2
-        du += _element(shift, j, BS) * _moved(dv, -by, slots, BN)
-        part = tl.sum(dv * _moved(u, by, slots, BN), axis=0)
-        ds += tl.where(tl.arange(0, BS) == j, part, 0.0)
-    return du, ds
-
-
-@triton.jit
-def content_backward(dc, c, K, norms, key_norm, beta, memory, key):
-    """Gradients of memory [BN, BW], key and beta."""
-    dy = c * (dc - tl.sum(dc * c, axis=0))
-    dd = beta * dy / (norms * key_norm + 1e-8)
-    of_norms = dd * K
-    down = tl.where(norms > 0.0, of_norms * key_norm / tl.where(norms > 0.0, norms, 1.0), 0.0)
-    # A NaN norm is not above 0; it must not turn into 0 either.
-    down = tl.where(norms == norms, down, norms)
-    d_memory = dd[:, None] * key[None, :] - down[:, None] * memory
-    pull = tl.sum(of_norms * norms, axis=0)
-    pull = tl.where(key_norm > 0.0, pull / tl.where(key_norm > 0.0, key_norm, 1.0), 0.0)
-    d_key = tl.sum(dd[:, None] * memory, axis=0) - pull * key
-    return d_memory, d_key, tl.sum(dy * K, axis=0)
-
-
-@triton.jit
-def written(memory, w, erase, add):
-    """Equations 3 and 4."""
-    return memory * (1.0 - w[:, None] * erase[None, :]) + w[:, None] * add[None, :]
-
-
-@triton.jit
-def written_backward(d_new, memory, w, erase, add):
-    """Gradients of memory, weights, erase and add."""
-    dw = tl.sum(d_new * (add[None, :] - memory * erase[None, :]), axis=1)
-    d_erase = -tl.sum(w[:, None] * memory * d_new, axis=0)
-    d_add = tl.sum(w[:, None] * d_new, axis=0)
-    return d_new * (1.0 - w[:, None] * erase[None, :]), dw, d_erase, d_add
+    for h in range(heads):
+        is_write = (writes >> h) & 1
+        if is_write != 0:
+            at = p_ptr + width + taps + 3
+            w = tl.load(w_ptr + h * slots + n, mask=n < slots, other=0.0).to(ACC)
+            add = _vector(at + width, width, SQUASH, BW)
+            memory = written(memory, w, _erase(at, width, BW), add)
+        p_ptr += width + taps + 3 + is_write * 2 * width
+    return memory
 
 
 @triton.jit(do_not_specialize=VARYING)
-def ntm_address(
+def ntm_forward(
+    zx_ptr,  # [T, B, C * G] the input's part of the first layer, with its bias
+    weight_ptr,  # forward weights of all layers
+    bias_ptr,  # [L, C * G]; the first layer's is in zx
+    head_weight_ptr,  # [C, P]
+    head_bias_ptr,  # [P]
+    hidden_ptr,  # [2, B, L, C] the state, in and out, at even and odd steps
+    cell_ptr,  # [B, L, C] the state, in and out; all four are wide scratch
+    weightings_ptr,  # [B, Hd, N]
+    reads_ptr,  # [B, R * M]
+    initial_hidden_ptr,  # [L, C] wide; what reset goes back to, or None all five
+    initial_cell_ptr,
+    initial_memory_ptr,  # [BN, BW], zero outside [N, M]
+    initial_weightings_ptr,  # [Hd, N]
+    initial_reads_ptr,  # [R * M]
     memory_ptr,  # [B, N, M]
-    key_ptr,  # [B, H, M]
-    beta_ptr,  # [B, H]
-    gate_ptr,  # [B, H], or None and the rest too: content addressing
-    shift_ptr,  # [B, H, S]
-    gamma_ptr,  # [B, H]
-    prev_ptr,  # [B, H, N]
-    weights_ptr,  # [B, H, N]
-    count,  # H
+    lengths_ptr,  # [B] int64 or None
+    reset_ptr,  # [T, B] uint8 or None
+    features_ptr,  # [T, B, C + R * M]
+    hidden_out_ptr,  # [B, L, C]; None without LSTM
+    memory_out_ptr,  # [B, N, M]
+    trace_ptr,  # [T, B, Hd, N] or None
+    record_ptr,  # [T, B, record] wide; one step long where nothing is saved
+    checkpoints_ptr,  # [segments, B, checkpoint_t] wide, or None
+    steps,
+    batch,
+    record_t,  # elements from a step's record of this row to the next's: 0 without saving
+    record,
+    checkpoint,  # elements of one
+    segment,
+    control,  # C
     slots,
     width,
+    values,  # P
+    heads,
+    writes,  # bit h: head h writes
     taps,
+    read_width,  # R * M
+    LAYERS: tl.constexpr,
+    LSTM: tl.constexpr,
+    SQUASH: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
     BS: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """One head of one row."""
-    at = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    G: tl.constexpr = 4 if LSTM else 1
     n = tl.arange(0, BN)
     m = tl.arange(0, BW)
     there = n < slots
-    block, inside = block_of(memory_ptr + at // count * slots * width, slots, width, BN, BW)
+    if lengths_ptr is None:
+        length = steps
+    else:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
     memory = tl.load(block, mask=inside, other=0.0).to(ACC)
-    key = tl.load(key_ptr + at * width + m, mask=m < width, other=0.0).to(ACC)
-    K, _norms, _key_norm = similarity(memory, key)
-    w = softmax_of(tl.load(beta_ptr + at).to(ACC) * K, there)
-    if gate_ptr is not None:
-        prev = tl.load(prev_ptr + at * slots + n, mask=there, other=0.0).to(ACC)
-        s = tl.arange(0, BS)
-        shift = tl.load(shift_ptr + at * taps + s, mask=s < taps, other=0.0).to(ACC)
-        u = gated(w, tl.load(gate_ptr + at).to(ACC), prev)
-        v = shifted(u, shift, taps, slots, BN, BS)
-        w, _log = sharpened(v, tl.load(gamma_ptr + at).to(ACC))
-    tl.store(weights_ptr + at * slots + n, w.to(weights_ptr.dtype.element_ty), mask=there)
+    states = LAYERS * control
+    weightings_ptr += b * heads * slots
+    reads_ptr += b * read_width
+    cell_ptr += b * states
+    feature_width = control + read_width
+    head_at = (LAYERS - 1) * control
+    if LSTM:
+        head_at += 5 * states
+
+    for t in range(length):
+        row = b + t * batch
+        old = hidden_ptr + ((t % 2) * batch + b) * states
+        new = hidden_ptr + ((1 - t % 2) * batch + b) * states
+        kept = record_ptr + b * record + t * record_t
+        feature = features_ptr + row * feature_width
+        if reset_ptr is not None:
+            cut = tl.load(reset_ptr + row) != 0
+            memory = tl.load(
+                _padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
+            )
+            if cut:
+                if LSTM:
+                    _copy(initial_hidden_ptr, old, states, BC)
+                    _copy(initial_cell_ptr, cell_ptr, states, BC)
+                _copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
+                _copy(initial_reads_ptr, reads_ptr, read_width, BC)
+            tl.debug_barrier()
+        if checkpoints_ptr is not None:
+            if t % segment == 0:
+                at = checkpoints_ptr + (t // segment * batch + b) * checkpoint
+                block, inside = block_of(at, slots, width, BN, BW)
+                tl.store(block, memory, mask=inside)
+
+        weight = weight_ptr
+        for layer in tl.static_range(LAYERS):
+            if layer == 0:
+                own = weight + read_width * control * G
+            else:
+                own = weight + control * control * G
+            for start in range(0, control, BC):
+                c = start + tl.arange(0, BC)
+                o = start * G + tl.arange(0, G * BC)
+                real = o < control * G
+                acc = tl.zeros([BK, G * BC], ACC)
+                if layer == 0:
+                    z = tl.load(zx_ptr + row * control * G + o, mask=real, other=0.0)
+                    acc = _accumulate(acc, reads_ptr, read_width, weight, control * G, o, real, BK)
+                else:
+                    z = tl.load(bias_ptr + layer * control * G + o, mask=real, other=0.0)
+                    below = new + (layer - 1) * control
+                    acc = _accumulate(acc, below, control, weight, control * G, o, real, BK)
+                if LSTM:
+                    before = old + layer * control
+                    acc = _accumulate(acc, before, control, own, control * G, o, real, BK)
+                    z += tl.sum(acc, axis=0)
+                    z_ig, z_fo = tl.split(tl.reshape(z, [BC, 2, 2]))
+                    z_i, z_g = tl.split(z_ig)
+                    z_f, z_o = tl.split(z_fo)
+                    at = cell_ptr + layer * control + c
+                    c_prev = tl.load(at, mask=c < control, other=0.0)
+                    g_i, g_f, g_g, g_o, cell, h = lstm_point(z_i, z_f, z_g, z_o, c_prev)
+                    tl.store(at, cell, mask=c < control)
+                    to = kept + layer * 5 * control + c
+                    tl.store(to, g_i, mask=c < control)
+                    tl.store(to + control, g_f, mask=c < control)
+                    tl.store(to + 2 * control, g_g, mask=c < control)
+                    tl.store(to + 3 * control, g_o, mask=c < control)
+                    tl.store(to + 4 * control, cell, mask=c < control)
+                else:
+                    h = tanh(z + tl.sum(acc, axis=0))
+                tl.store(new + layer * control + c, h, mask=c < control)
+                if layer == LAYERS - 1:
+                    tl.store(feature + c, h.to(features_ptr.dtype.element_ty), mask=c < control)
+                else:
+                    to = kept + head_at - (LAYERS - 1 - layer) * control + c
+                    tl.store(to, h, mask=c < control)
+            if LSTM:
+                weight = own + control * control * G
+            else:
+                weight = own
+            tl.debug_barrier()
+
+        p = kept + head_at
+        for start in range(0, values, BC):
+            o = start + tl.arange(0, BC)
+            acc = tl.zeros([BK, BC], ACC)
+            top = new + (LAYERS - 1) * control
+            acc = _accumulate(acc, top, control, head_weight_ptr, values, o, o < values, BK)
+            bias = tl.load(head_bias_ptr + o, mask=o < values, other=0.0)
+            tl.store(p + o, bias + tl.sum(acc, axis=0), mask=o < values)
+        tl.debug_barrier()
+
+        read_at = 0
+        for h in range(heads):
+            is_write = (writes >> h) & 1
+            key = _vector(p, width, SQUASH, BW)
+            K, _norms, _key_norm = similarity(memory, key)
+            content = softmax_of(_softplus(tl.load(p + width)) * K, there)
+            prev = tl.load(weightings_ptr + h * slots + n, mask=there, other=0.0)
+            u = gated(content, sigmoid(tl.load(p + width + 1)), prev)
+            v = shifted(u, _taps(p + width + 2, taps, BS), taps, slots, BN, BS)
+            w, _log = sharpened(v, 1.0 + _softplus(tl.load(p + width + 2 + taps)))
+            tl.store(weightings_ptr + h * slots + n, w, mask=there)
+            if trace_ptr is not None:
+                to = trace_ptr + (row * heads + h) * slots + n
+                tl.store(to, w.to(trace_ptr.dtype.element_ty), mask=there)
+            p += width + 3 + taps
+            if is_write != 0:
+                add = _vector(p + width, width, SQUASH, BW)
+                memory = written(memory, w, _erase(p, width, BW), add)
+                p += 2 * width
+            else:
+                read = tl.sum(w[:, None] * memory, axis=0)
+                tl.store(reads_ptr + read_at + m, read, mask=m < width)
+                seen = feature + control + read_at + m
+                tl.store(seen, read.to(features_ptr.dtype.element_ty), mask=m < width)
+                read_at += width
+        tl.debug_barrier()
+
+    if LSTM:
+        last = hidden_ptr + ((length % 2) * batch + b) * states
+        _copy(last, hidden_out_ptr + b * states, states, BC)
+    to, inside = block_of(memory_out_ptr + b * slots * width, slots, width, BN, BW)
+    tl.store(to, memory.to(memory_out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def ntm_address_backward(
-    grad_ptr,  # [B, H, N]
-    memory_ptr,  # [B, N, M]
-    key_ptr,  # [B, H, M]
-    beta_ptr,  # [B, H]
-    gate_ptr,  # [B, H], or None and the rest too: content addressing
-    shift_ptr,  # [B, H, S]
-    gamma_ptr,  # [B, H]
-    prev_ptr,  # [B, H, N]
-    d_memory_ptr,  # the gradients, dense, as what they belong to
-    d_key_ptr,
-    d_beta_ptr,
-    d_gate_ptr,
-    d_shift_ptr,
-    d_gamma_ptr,
-    d_prev_ptr,
-    count,
+def ntm_backward(
+    grad_features_ptr,  # [T, B, C + R * M] with strides, or None
+    grad_trace_ptr,  # [T, B, Hd, N], dense, or None
+    weight_ptr,  # backward weights of all layers
+    head_weight_ptr,  # [P, C]
+    cell_ptr,  # [L, B, C] the first state's; None without LSTM
+    weightings_ptr,  # [B, Hd, N] the first state's
+    initial_cell_ptr,  # wide; what reset goes back to, or None all three
+    initial_memory_ptr,  # [BN, BW], zero outside [N, M]
+    initial_weightings_ptr,
+    lengths_ptr,  # [B] int64 or None
+    reset_ptr,  # [T, B] uint8 or None
+    features_ptr,  # [T, B, C + R * M]
+    trace_ptr,  # [T, B, Hd, N]
+    record_ptr,  # [T, B, record] wide
+    checkpoints_ptr,  # [segments, B, checkpoint] wide
+    memories_ptr,  # [B, segment, BN, BW] wide scratch: what enters each step of a segment
+    below_ptr,  # [B, C] wide scratch
+    d_hidden_ptr,  # [B, L, C] wide: of the last state before, of the first after, as all d_*
+    d_cell_ptr,  # [B, L, C]
+    d_memory_ptr,  # [B, BN, BW], zero outside [N, M]
+    d_weightings_ptr,  # [B, Hd, N]
+    d_reads_ptr,  # [B, R * M]
+    i_hidden_ptr,  # the gradients of initial, a part for each row, zeros coming in; or None
+    i_cell_ptr,
+    i_memory_ptr,
+    i_weightings_ptr,
+    i_reads_ptr,
+    dz_ptr,  # [T, B, L, C * G] wide
+    dp_ptr,  # [T, B, P] wide
+    steps,
+    batch,
+    record,
+    checkpoint,
+    segment,
+    control,
     slots,
     width,
+    values,
+    heads,
+    writes,
     taps,
+    read_width,
+    f_t,
+    f_b,
+    f_c,
+    LAYERS: tl.constexpr,
+    LSTM: tl.constexpr,
+    SQUASH: tl.constexpr,
     ACC: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
     BS: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """All heads of one row, in order: the memory's gradient is their sum."""
     b = tl.program_id(0).to(tl.int64)
+    G: tl.constexpr = 4 if LSTM else 1
     n = tl.arange(0, BN)
     m = tl.arange(0, BW)
     s = tl.arange(0, BS)
     there = n < slots
-    block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
-    memory = tl.load(block, mask=inside, other=0.0).to(ACC)
-    d_memory = tl.zeros([BN, BW], ACC)
-    out = d_key_ptr.dtype.element_ty
-    for h in range(count):
-        at = b * count + h
-        key = tl.load(key_ptr + at * width + m, mask=m < width, other=0.0).to(ACC)
-        beta = tl.load(beta_ptr + at).to(ACC)
-        dw = tl.load(grad_ptr + at * slots + n, mask=there, other=0.0).to(ACC)
-        K, norms, key_norm = similarity(memory, key)
-        c = softmax_of(beta * K, there)
-        if gate_ptr is not None:
-            prev = tl.load(prev_ptr + at * slots + n, mask=there, other=0.0).to(ACC)
-            shift = tl.load(shift_ptr + at * taps + s, mask=s < taps, other=0.0).to(ACC)
-            gate = tl.load(gate_ptr + at).to(ACC)
-            gamma = tl.load(gamma_ptr + at).to(ACC)
-            u = gated(c, gate, prev)
-            v = shifted(u, shift, taps, slots, BN, BS)
-            w, log = sharpened(v, gamma)
-            dv, d_gamma = sharpened_backward(dw, v, w, log, gamma)
-            du, d_shift = shifted_backward(dv, u, shift, taps, slots, BN, BS)
-            tl.store(d_gamma_ptr + at, d_gamma.to(out))
-            tl.store(d_shift_ptr + at * taps + s, d_shift.to(out), mask=s < taps)
-            tl.store(d_gate_ptr + at, tl.sum(du * (c - prev), axis=0).to(out))
-            tl.store(d_prev_ptr + at * slots + n, ((1.0 - gate) * du).to(out), mask=there)
-            dw = gate * du
-        part, d_key, d_beta = content_backward(dw, c, K, norms, key_norm, beta, memory, key)
-        d_memory += part
-        tl.store(d_key_ptr + at * width + m, d_key.to(out), mask=m < width)
-        tl.store(d_beta_ptr + at, d_beta.to(out))
-    to, inside = block_of(d_memory_ptr + b * slots * width, slots, width, BN, BW)
-    tl.store(to, d_memory.to(out), mask=inside)
+    if lengths_ptr is None:
+        length = steps
+    else:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    states = LAYERS * control
+    feature_width = control + read_width
+    head_at = (LAYERS - 1) * control
+    if LSTM:
+        head_at += 5 * states
+    weightings_ptr += b * heads * slots
+    below_ptr += b * control
+    d_hidden_ptr += b * states
+    d_cell_ptr += b * states
+    d_weightings_ptr += b * heads * slots
+    d_reads_ptr += b * read_width
+    if reset_ptr is not None:
+        i_hidden_ptr += b * states
+        i_memory_ptr += b * BN * BW
+        i_cell_ptr += b * states
+        i_weightings_ptr += b * heads * slots
+        i_reads_ptr += b * read_width
+    memories_ptr += b * segment * BN * BW
+    d_memory_ptr += b * BN * BW
 
+    segments = tl.cdiv(length, segment)
+    for passed in range(segments):
+        begin = (segments - 1 - passed) * segment
+        end = tl.minimum(begin + segment, length)
+        stored = checkpoints_ptr + (begin // segment * batch + b) * checkpoint
+        block, inside = block_of(stored, slots, width, BN, BW)
+        memory = tl.load(block, mask=inside, other=0.0)
+        for t in range(begin, end):
+            row = b + t * batch
+            if reset_ptr is not None:
+                cut = tl.load(reset_ptr + row) != 0
+                again = there[:, None] & cut & (t > begin)
+                memory = tl.load(_padded(initial_memory_ptr, BN, BW), mask=again, other=memory)
+            tl.store(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW), memory)
+            memory = _rewritten(
+                memory, trace_ptr + row * heads * slots, record_ptr + row * record + head_at,
+                heads, writes, slots, width, taps, SQUASH, ACC, BN, BW,
+            )  # fmt: skip
+        tl.debug_barrier()
 
-@triton.jit
-def _head(weights_ptr, erase_ptr, add_ptr, at, slots, width, ACC: tl.constexpr,
-          BN: tl.constexpr, BW: tl.constexpr):  # fmt: skip
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
-    w = tl.load(weights_ptr + at * slots + n, mask=n < slots, other=0.0).to(ACC)
-    erase = tl.load(erase_ptr + at * width + m, mask=m < width, other=0.0).to(ACC)
-    add = tl.load(add_ptr + at * width + m, mask=m < width, other=0.0).to(ACC)
-    return w, erase, add
+        for back in range(end - begin):
+            t = end - 1 - back
+            row = b + t * batch
+            before = row - batch
+            cut = t < 0
+            if reset_ptr is not None:
+                cut = tl.load(reset_ptr + row) != 0
+            first = (t == 0) & (cut == 0)
+            follows = (t > 0) & (cut == 0)
+            kept = record_ptr + row * record
+            d_feature = grad_features_ptr
+            if grad_features_ptr is not None:
+                d_feature = grad_features_ptr + b * f_b + t * f_t
 
+            p = kept + head_at + values
+            dp = dp_ptr + row * values + values
+            read_at = read_width
+            for h_back in range(heads):
+                h = heads - 1 - h_back
+                is_write = (writes >> h) & 1
+                p -= width + 3 + taps + is_write * 2 * width
+                dp -= width + 3 + taps + is_write * 2 * width
+                memory = _rewritten(
+                    tl.load(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW)),
+                    trace_ptr + row * heads * slots, kept + head_at, h, writes, slots, width,
+                    taps, SQUASH, ACC, BN, BW,
+                )  # fmt: skip
+                key = _vector(p, width, SQUASH, BW)
+                raw_beta = tl.load(p + width)
+                gate = sigmoid(tl.load(p + width + 1))
+                shift = _taps(p + width + 2, taps, BS)
+                raw_gamma = tl.load(p + width + 2 + taps)
+                at = weightings_ptr + h * slots + n
+                prev = tl.load(at, mask=there & first, other=0.0).to(ACC)
+                at = trace_ptr + (before * heads + h) * slots + n
+                prev += tl.load(at, mask=there & follows, other=0.0).to(ACC)
+                if reset_ptr is not None:
+                    at = initial_weightings_ptr + h * slots + n
+                    prev += tl.load(at, mask=there & cut, other=0.0)
+                K, norms, key_norm = similarity(memory, key)
+                content = softmax_of(_softplus(raw_beta) * K, there)
+                u = gated(content, gate, prev)
+                v = shifted(u, shift, taps, slots, BN, BS)
+                w, log = sharpened(v, 1.0 + _softplus(raw_gamma))
 
-@triton.jit(do_not_specialize=VARYING)
-def ntm_write_heads(
-    memory_ptr,  # [B, N, M]
-    weights_ptr,  # [B, H, N]
-    erase_ptr,  # [B, H, M]
-    add_ptr,  # [B, H, M]
-    new_ptr,  # [B, N, M]
-    count,
-    slots,
-    width,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
-    memory = tl.load(block, mask=inside, other=0.0).to(ACC)
-    for h in range(count):
-        w, erase, add = _head(
-            weights_ptr, erase_ptr, add_ptr, b * count + h, slots, width, ACC, BN, BW
-        )
-        memory = written(memory, w, erase, add)
-    to, inside = block_of(new_ptr + b * slots * width, slots, width, BN, BW)
-    tl.store(to, memory.to(new_ptr.dtype.element_ty), mask=inside)
+                d_memory = tl.load(_padded(d_memory_ptr, BN, BW))
+                dw = tl.load(d_weightings_ptr + h * slots + n, mask=there, other=0.0)
+                if grad_trace_ptr is not None:
+                    at = grad_trace_ptr + (row * heads + h) * slots + n
+                    dw += tl.load(at, mask=there, other=0.0).to(ACC)
+                if is_write != 0:
+                    more = width + 3 + taps
+                    erase = _erase(p + more, width, BW)
+                    add = _vector(p + more + width, width, SQUASH, BW)
+                    d_memory, d_w, d_erase, d_add = written_backward(
+                        d_memory, memory, w, erase, add
+                    )
+                    dw += d_w
+                    tl.store(dp + more + m, d_erase * erase * (1.0 - erase), mask=m < width)
+                    if SQUASH:
+                        d_add *= 1.0 - add * add
+                    tl.store(dp + more + width + m, d_add, mask=m < width)
+                else:
+                    read_at -= width
+                    d_read = tl.load(d_reads_ptr + read_at + m, mask=m < width, other=0.0)
+                    if grad_features_ptr is not None:
+                        of_read = d_feature + (control + read_at + m) * f_c
+                        d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
+                    dw += tl.sum(memory * d_read[None, :], axis=1)
+                    d_memory += w[:, None] * d_read[None, :]
 
+                dw = tl.where(there, dw, 0.0)
+                dv, d_gamma = sharpened_backward(dw, v, w, log, 1.0 + _softplus(raw_gamma))
+                du, d_shift = shifted_backward(dv, u, shift, taps, slots, BN, BS)
+                tl.store(d_weightings_ptr + h * slots + n, (1.0 - gate) * du, mask=there)
+                part, d_key, d_beta = content_backward(
+                    gate * du, content, K, norms, key_norm, _softplus(raw_beta), memory, key
+                )
+                tl.store(_padded(d_memory_ptr, BN, BW), d_memory + part)
+                if SQUASH:
+                    d_key *= 1.0 - key * key
+                tl.store(dp + m, d_key, mask=m < width)
+                tl.store(dp + width, d_beta * sigmoid(raw_beta))
+                d_gate = tl.sum(du * (content - prev), axis=0)
+                tl.store(dp + width + 1, d_gate * gate * (1.0 - gate))
+                d_shift = shift * (d_shift - tl.sum(d_shift * shift, axis=0))
+                tl.store(dp + width + 2 + s, d_shift, mask=s < taps)
+                tl.store(dp + width + 2 + taps, d_gamma * sigmoid(raw_gamma))
+                tl.debug_barrier()
 
-@triton.jit(do_not_specialize=VARYING)
-def ntm_write_heads_backward(
-    grad_ptr,  # [B, N, M]
-    memory_ptr,  # [B, N, M]
-    weights_ptr,  # [B, H, N]
-    erase_ptr,  # [B, H, M]
-    add_ptr,  # [B, H, M]
-    d_memory_ptr,
-    d_weights_ptr,
-    d_erase_ptr,
-    d_add_ptr,
-    count,
-    slots,
-    width,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
-    """Heads in reverse, each with the memory that it met, written anew from the first."""
-    b = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
-    out = d_weights_ptr.dtype.element_ty
-    block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
-    grad_block, inside = block_of(grad_ptr + b * slots * width, slots, width, BN, BW)
-    grad = tl.load(grad_block, mask=inside, other=0.0).to(ACC)
-    for back in range(count):
-        h = count - 1 - back
-        memory = tl.load(block, mask=inside, other=0.0).to(ACC)
-        for before in range(h):
-            w, erase, add = _head(
-                weights_ptr, erase_ptr, add_ptr, b * count + before, slots, width, ACC, BN, BW
-            )
-            memory = written(memory, w, erase, add)
-        at = b * count + h
-        w, erase, add = _head(weights_ptr, erase_ptr, add_ptr, at, slots, width, ACC, BN, BW)
-        grad, dw, d_erase, d_add = written_backward(grad, memory, w, erase, add)
-        tl.store(d_weights_ptr + at * slots + n, dw.to(out), mask=n < slots)
-        tl.store(d_erase_ptr + at * width + m, d_erase.to(out), mask=m < width)
-        tl.store(d_add_ptr + at * width + m, d_add.to(out), mask=m < width)
-    to, inside = block_of(d_memory_ptr + b * slots * width, slots, width, BN, BW)
-    tl.store(to, grad.to(out), mask=inside)
+            for above in tl.static_range(LAYERS):
+                layer: tl.constexpr = LAYERS - 1 - above
+                dz = dz_ptr + (row * LAYERS + layer) * control * G
+                for start in range(0, control, BC):
+                    c = start + tl.arange(0, BC)
+                    real = c < control
+                    dh = tl.zeros([BC], ACC)
+                    if LSTM:
+                        dh += tl.load(d_hidden_ptr + layer * control + c, mask=real, other=0.0)
+                    if above == 0:
+                        acc = tl.zeros([BK, BC], ACC)
+                        acc = _accumulate(acc, dp, values, head_weight_ptr, control, c, real, BK)
+                        dh += tl.sum(acc, axis=0)
+                        if grad_features_ptr is not None:
+                            dh += tl.load(d_feature + c * f_c, mask=real, other=0.0).to(ACC)
+                    else:
+                        dh += tl.load(below_ptr + c, mask=real, other=0.0)
+                    if LSTM:
+                        at = kept + layer * 5 * control + c
+                        g_i = tl.load(at, mask=real, other=0.0)
+                        g_f = tl.load(at + control, mask=real, other=0.0)
+                        g_g = tl.load(at + 2 * control, mask=real, other=0.0)
+                        g_o = tl.load(at + 3 * control, mask=real, other=0.0)
+                        cell = tl.load(at + 4 * control, mask=real, other=0.0)
+                        at = cell_ptr + (layer * batch + b) * control + c
+                        c_prev = tl.load(at, mask=real & first, other=0.0).to(ACC)
+                        at = record_ptr + before * record + (layer * 5 + 4) * control + c
+                        c_prev += tl.load(at, mask=real & follows, other=0.0)
+                        if reset_ptr is not None:
+                            at = initial_cell_ptr + layer * control + c
+                            c_prev += tl.load(at, mask=real & cut, other=0.0)
+                        dc = tl.load(d_cell_ptr + layer * control + c, mask=real, other=0.0)
+                        dz_i, dz_f, dz_g, dz_o, dc = lstm_point_backward(
+                            g_i, g_f, g_g, g_o, cell, c_prev, dh, dc, 0.0, 0.0, 0.0, 0.0
+                        )
+                        tl.store(d_cell_ptr + layer * control + c, dc, mask=real)
+                        tl.store(dz + 4 * c, dz_i, mask=real)
+                        tl.store(dz + 4 * c + 1, dz_f, mask=real)
+                        tl.store(dz + 4 * c + 2, dz_g, mask=real)
+                        tl.store(dz + 4 * c + 3, dz_o, mask=real)
+                    else:
+                        if above == 0:
+                            at = features_ptr + row * feature_width + c
+                        else:
+                            at = kept + head_at - above * control + c
+                        out = tl.load(at, mask=real, other=0.0).to(ACC)
+                        tl.store(dz + c, dh * (1.0 - out * out), mask=real)
+                tl.debug_barrier()
+                if layer == 0:
+                    under = read_width
+                    weight = weight_ptr
+                else:
+                    under = control
+                    K_rows = 2 * control if LSTM else control
+                    first_rows = read_width + control if LSTM else read_width
+                    weight = weight_ptr + (first_rows + (layer - 1) * K_rows) * control * G
+                inputs = under
+                if LSTM:
+                    inputs += control
+                for start in range(0, inputs, BC):
+                    o = start + tl.arange(0, BC)
+                    acc = tl.zeros([BK, BC], ACC)
+                    acc = _accumulate(acc, dz, control * G, weight, inputs, o, o < inputs, BK)
+                    down = tl.sum(acc, axis=0)
+                    if layer == 0:
+                        tl.store(d_reads_ptr + o, down, mask=o < under)
+                    else:
+                        tl.store(below_ptr + o, down, mask=o < under)
+                    if LSTM:
+                        to = d_hidden_ptr + layer * control + o - under
+                        tl.store(to, down, mask=(o >= under) & (o < inputs))
+                tl.debug_barrier()
+
+            if reset_ptr is not None:
+                if cut:
+                    _move(d_memory_ptr, i_memory_ptr, BN * BW, BC)
+                    if LSTM:
+                        _move(d_hidden_ptr, i_hidden_ptr, states, BC)
+                        _move(d_cell_ptr, i_cell_ptr, states, BC)
+                    _move(d_weightings_ptr, i_weightings_ptr, heads * slots, BC)
+                    _move(d_reads_ptr, i_reads_ptr, read_width, BC)
+                tl.debug_barrier()

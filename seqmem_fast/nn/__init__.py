@@ -11,7 +11,7 @@ from .hard_attention import (
 )
 from .lstm import LSTM, LSTMCell, LSTMGates
 from .ntm import NTM
-from .ntm_memory import NTMMemory
+from .ntm_addressing import NTMMemory
 
 __all__ = [
     "LSTM",

@@ -1,4 +1,4 @@
-"""The Neural Turing Machine as a layer, over :mod:`seqmem_fast.ops.ntm_sequence`.
+"""The Neural Turing Machine as a layer, over :mod:`seqmem_fast.ops.ntm`.
 
 Papers: Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014; the initial
 memory: Collier & Beel, Implementing Neural Turing Machines, arXiv 1807.08518, 2018.
@@ -56,7 +56,7 @@ class NTM(nn.Module):
       third, the weightings [T, B, Hd, N] of all Hd heads, differentiable.
 
     Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equations:
-    :mod:`seqmem_fast.ops.ntm_sequence`.
+    :mod:`seqmem_fast.ops.ntm`.
 
     Parameters: of LSTM layer k weight_ih_l[k] [4C, I + R * M] ([4C, C] above the first),
     weight_hh_l[k], bias_ih_l[k], bias_hh_l[k], rows i, f, g, o, drawn as torch.nn.LSTM's; of a

@@ -1,32 +1,36 @@
-r"""Functional NTM: one step's addressing, reading and writing.
+r"""A whole Neural Turing Machine over a sequence as one op, controller and heads included.
+
+One step, for the input x_t and the reads r_{t-1} of the step before:
 
 .. math::
+    h_t &= \mathrm{controller}([x_t, r_{t-1}]), \qquad p_t = W_p h_t + b_p \\
     K_i &= \frac{M_i \cdot k}{\|M_i\| \|k\| + 10^{-8}}, \quad w^c = \mathrm{softmax}(\beta K) \\
-    w^g &= g w^c + (1 - g) w_{t-1} \\
-    \tilde w_i &= \sum_{j=0}^{2r} s_j\, w^g_{(i - (j - r)) \bmod N} \\
-    w_i &= \tilde w_i^\gamma / \sum_j \tilde w_j^\gamma
+    w^g &= g w^c + (1 - g) w_{t-1}, \quad
+    \tilde w_i = \sum_{j=0}^{2r} s_j w^g_{(i - (j - r)) \bmod N}, \quad
+    w_i = \tilde w_i^\gamma / \sum_j \tilde w_j^\gamma \\
+    \text{write:}\quad M_i &\leftarrow M_i \circ (1 - w_i e) + w_i a, \qquad
+    \text{read:}\quad r = \sum_i w_i M_i
 
-Letters: B batch, H heads, N slots, M slot width, S = 2r + 1 taps of the shift.
+The heads act in the order of the string ``heads``; a read sees the writes before it. A head's part
+of p_t holds key M, beta 1, gate 1, shift 2r + 1, gamma 1 and, for a write head, erase M, add M;
+beta = softplus, gate = sigmoid, shift = softmax, gamma = 1 + softplus, erase = sigmoid, and key and
+add are squashed by tanh or taken as they are. The step's features are [h_t, its reads].
 
-Paper: Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014, section 3.
+Letters: T time, B batch, I input, L layers of C units, N slots of width M, Hd heads of which R
+read, P = ``head_bias.size(0)``.
 
-Common to all four functions. Memory is [B, N, M]. What belongs to a head is written below for a
-single head, [B, ...]; [B, H, ...] stands for H heads over the same memory, which then share one
-call. Without a batch, memory is [N, M] and all else loses its B as well. Tensors are float32,
-float64, bfloat16 or float16, all of one dtype and one device (under ``torch.autocast`` they are
-cast); 16-bit values are computed with in float32. Every argument is differentiable, any number of
-times: the first derivative has its own kernel, higher ones run in plain PyTorch. Strides are free,
-B = 0 is allowed. Inside a ``torch.func`` transform (grad, vmap, jacrev, ...) the call runs in plain
-PyTorch, since these transforms cannot see into C++ functions: right, but slow.
+Paper: Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014.
 
-Values are not checked. A beta below 0, a gate outside 0..1, a gamma below 1 or weights that do not
-sum to 1 are computed with as written and stay finite. A slot at which the shifted weighting is zero
-(or below) keeps weight 0 whatever gamma, and a shifted weighting of zeros stays one; the gradient
-there is 0. The gradient of a norm at the zero vector is 0.
+Common to both functions. Every floating tensor is float32, float64, bfloat16 or float16 (the 16-bit
+types are computed with in float32), all of one dtype and one device (under ``torch.autocast`` they
+are cast), and is differentiable, any number of times: the first derivative has its own kernel,
+higher ones run in plain PyTorch. Strides are free. For the backward only every so manieth memory is
+kept, about the square root of T of them; those between are computed again. Inside a ``torch.func``
+transform (grad, vmap, jacrev, ...) the whole call runs in plain PyTorch: right, but slow.
 
 Raises:
-    ValueError: a shape does not fit; the message names the argument, what was expected and what
-        came. Also when memory has no slots, when S is even and when r > N / 2.
+    ValueError: a shape or value does not fit; the message names the argument, what was expected
+        and what came. T = 0 and B = 0 work.
     TypeError: a dtype, device or layout does not fit.
 """
 
@@ -39,137 +43,207 @@ import torch
 from torch import Tensor
 
 from ..reference import ntm as reference
+from ..reference.ntm_addressing import NTMState
 from .common import Gradients, differentiate, reference_vjp, try_while_tracing
 
-_content_addressing = torch.ops.seqmem.ntm_content_addressing.default
-_addressing = torch.ops.seqmem.ntm_addressing.default
-_read = torch.ops.seqmem.ntm_read.default
-_write = torch.ops.seqmem.ntm_write.default
-_try_content_addressing = try_while_tracing(_content_addressing)
-_try_addressing = try_while_tracing(_addressing)
-_try_read = try_while_tracing(_read)
-_try_write = try_while_tracing(_write)
+_ntm = torch.ops.seqmem.ntm.default
+_try_ntm = try_while_tracing(_ntm)
 _dynamo_traces = torch.compiler.is_dynamo_compiling
 _transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_STATE = len(NTMState._fields)
 
 
-def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
-    """Weights by similarity to a key, w^c; the equation, dtypes and errors: module's docstring.
+def ntm(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    heads: str = "wr",
+    shift_range: int = 1,
+    squash: bool = True,
+    controller_type: str = "lstm",
+    initial: NTMState | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, NTMState]:
+    """The whole sequence; the equations, dtypes and errors are in the module's docstring.
 
     Args:
-        memory: [B, N, M].
-        key: [B, M].
-        beta: [B], the key strength, >= 0 in the paper.
+        input: [T, B, I].
+        state: what the step before left: hidden and cell [L, B, C] ([0, B, C] for "feedforward"),
+            memory [B, N, M], weightings [B, Hd, N] of all heads, reads [B, R, M].
+        controller: per layer weight_ih, weight_hh, bias_ih, bias_hh (gates i, f, g, o) for "lstm":
+            [4C, I + R * M] in the first layer and [4C, C] in the others, [4C, C], [4C], [4C];
+            weight and bias for "feedforward" (tanh): [C, I + R * M] or [C, C], [C].
+        head_weight: [P, C].
+        head_bias: [P].
+        heads: "w" and "r", in the order in which they act.
+        shift_range: 0 <= r <= N / 2; at r = N / 2 the outermost taps meet on one slot and add up.
+        squash: tanh on key and add.
+        controller_type: "lstm" or "feedforward".
+        initial: what ``reset`` brings a row back to: a state without the batch dimension.
+        lengths: [B], int64 or int32, 0 <= lengths <= T, on the CPU or the input's device. Row b
+            ends after ``lengths[b]`` steps: later features are zero, the final state is that of its
+            last step (the given state for length 0). What the padding holds does not matter.
+        reset: bool [T, B]; where true, row b goes back to ``initial`` before step t.
 
     Returns:
-        weights [B, N], each row positive with sum 1.
+        features [T, B, C + R * M] and the state after the last step.
     """
+    features, state, _ = _sequence(
+        input,
+        state,
+        controller,
+        head_weight,
+        head_bias,
+        heads,
+        shift_range,
+        squash,
+        controller_type,
+        initial,
+        lengths,
+        reset,
+        False,
+    )
+    return features, state
+
+
+def ntm_trace(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    heads: str = "wr",
+    shift_range: int = 1,
+    squash: bool = True,
+    controller_type: str = "lstm",
+    initial: NTMState | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, NTMState, Tensor]:
+    """As :func:`ntm`, and the weightings of every step come back as well.
+
+    Returns:
+        features, the state after the last step, and weightings [T, B, Hd, N], zero beyond
+        ``lengths``; all of them differentiable.
+    """
+    return _sequence(
+        input,
+        state,
+        controller,
+        head_weight,
+        head_bias,
+        heads,
+        shift_range,
+        squash,
+        controller_type,
+        initial,
+        lengths,
+        reset,
+        True,
+    )
+
+
+def _sequence(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    heads: str,
+    shift_range: int,
+    squash: bool,
+    controller_type: str,
+    first: NTMState | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    trace: bool,
+) -> tuple[Tensor, NTMState, Tensor]:
+    if controller_type not in ("lstm", "feedforward"):
+        raise ValueError(
+            "seqmem::ntm: expected controller_type 'lstm' or 'feedforward', "
+            f"got {controller_type!r}"
+        )
     if _transform_active():
-        return _plain(reference.ntm_content_addressing, memory, key, beta)
+        return reference.ntm_trace(
+            input,
+            state,
+            controller,
+            head_weight,
+            head_bias,
+            heads=heads,
+            shift_range=shift_range,
+            squash=squash,
+            controller_type=controller_type,
+            initial=first,
+            lengths=lengths,
+            reset=reset,
+        )
+    hidden, cell, memory, weightings, reads = state
+    controller = list(controller)
+    initial = [] if first is None else list(first)
+    lstm, save = controller_type == "lstm", False
     if _dynamo_traces():
         from torch._dynamo.comptime import comptime
 
-        comptime(_try_content_addressing)
-    return _content_addressing(memory, key, beta)
+        comptime(_try_ntm)
+    features, hidden, cell, memory, weightings, reads, every, _, _ = _ntm(
+        input,
+        hidden,
+        cell,
+        memory,
+        weightings,
+        reads,
+        controller,
+        head_weight,
+        head_bias,
+        initial,
+        lengths,
+        reset,
+        heads,
+        shift_range,
+        lstm,
+        squash,
+        trace,
+        save,
+    )
+    return features, NTMState(hidden, cell, memory, weightings, reads), every
 
 
-def ntm_addressing(
-    memory: Tensor,
-    key: Tensor,
-    beta: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    gamma: Tensor,
-    prev_weights: Tensor,
-) -> Tensor:
-    """All four stages of addressing; the equation, dtypes and errors: module's docstring.
+def _vjp(*arguments: Any) -> Gradients:
+    """ntm_backward by the reference; what the forward saved is computed again."""
+    grads, rest = arguments[:7], arguments[7:]
+    input, *state, controller, head_weight, head_bias, initial, lengths, reset = rest[:12]
+    heads, shift_range, lstm, squash, (wants_input, wants_state, wants_weights, wants_initial) = (
+        rest[16:]
+    )
+    leaves = [input, *state, head_weight, head_bias, *initial, *controller]
+    wanted = [wants_input, *[wants_state] * _STATE, wants_weights, wants_weights]
+    wanted += [wants_initial] * len(initial) + [wants_weights] * len(controller)
+    last = 8 + len(initial)
 
-    Args:
-        memory: [B, N, M].
-        key: [B, M].
-        beta: [B], the key strength, >= 0 in the paper.
-        gate: [B], in 0..1: 1 takes the content's weights, 0 the previous ones.
-        shift: [B, S], S odd, S // 2 <= N // 2; index j moves weights by j - r slots, positive moves
-            go to higher slots. Sums to 1 in the paper.
-        gamma: [B], the sharpening, >= 1 in the paper; up to 1,000 the weights sum to 1.
-        prev_weights: [B, N].
+    def function(*values: Tensor | None) -> tuple[Tensor, ...]:
+        tensors: list[Any] = list(values)
+        features, final, weightings = reference.ntm_trace(
+            tensors[0],
+            NTMState(*tensors[1:6]),
+            tensors[last:],
+            *tensors[6:8],
+            heads=heads,
+            shift_range=shift_range,
+            squash=squash,
+            controller_type="lstm" if lstm else "feedforward",
+            initial=NTMState(*tensors[8:last]) if initial else None,
+            lengths=lengths,
+            reset=reset,
+        )
+        return features, *final, weightings
 
-    Returns:
-        weights [B, N].
-    """
-    if _transform_active():
-        return _plain(reference.ntm_addressing, memory, key, beta, gate, shift, gamma, prev_weights)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_addressing)
-    return _addressing(memory, key, beta, gate, shift, gamma, prev_weights)
-
-
-def ntm_read(memory: Tensor, weights: Tensor) -> Tensor:
-    r"""What a head reads, :math:`r = \sum_i w_i M_i`; dtypes and errors: module's docstring.
-
-    Args:
-        memory: [B, N, M].
-        weights: [B, N].
-
-    Returns:
-        [B, M].
-    """
-    if _transform_active():
-        return _plain(reference.ntm_read, memory, weights)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_read)
-    return _read(memory, weights)
+    return reference_vjp(function, leaves, grads, wanted)
 
 
-def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
-    r"""The memory after a write, :math:`M_i \circ (1 - w_i e) + w_i a`.
-
-    Several heads write one after the other. Dtypes and errors: module's docstring.
-
-    Args:
-        memory: [B, N, M]; stays as it is.
-        weights: [B, N].
-        erase: [B, M], in 0..1 in the paper.
-        add: [B, M].
-
-    Returns:
-        the new memory [B, N, M].
-    """
-    if _transform_active():
-        return _plain(reference.ntm_write, memory, weights, erase, add)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_write)
-    return _write(memory, weights, erase, add)
-
-
-def _plain(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The reference in the arithmetic of the kernels."""
-    dtype = tensors[0].dtype
-    if dtype.itemsize > 2:
-        return function(*tensors)
-    return function(*(t.float() for t in tensors)).to(dtype)
-
-
-def _vjp(function: Callable[..., Tensor]) -> Callable[..., Gradients]:
-    """Of a backward op called with (gradient, tensors..., which gradients are asked for)."""
-
-    def vjp(grad: Tensor, *arguments: Any) -> Gradients:
-        tensors: Sequence[Tensor] = arguments[:-1]
-        return reference_vjp(lambda *t: (_plain(function, *t),), tensors, (grad,), arguments[-1])
-
-    return vjp
-
-
-for _function in (
-    reference.ntm_content_addressing,
-    reference.ntm_addressing,
-    reference.ntm_read,
-    reference.ntm_write,
-):
-    differentiate(f"seqmem::{_function.__name__}_backward", _vjp(_function))
+differentiate("seqmem::ntm_backward", _vjp)

@@ -1,6 +1,17 @@
 """Plain PyTorch of every op: the executable specification."""
 
-from . import additive_attention, attention, dynamic_memory, hard_attention, lstm, ntm, ntm_sequence
+import warnings
+from typing import Any
+
+from . import (
+    additive_attention,
+    attention,
+    dynamic_memory,
+    hard_attention,
+    lstm,
+    ntm,
+    ntm_addressing,
+)
 
 __all__ = [
     "additive_attention",
@@ -9,5 +20,13 @@ __all__ = [
     "hard_attention",
     "lstm",
     "ntm",
-    "ntm_sequence",
+    "ntm_addressing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ntm_sequence":
+        message = "seqmem_fast.reference.ntm_sequence is now seqmem_fast.reference.ntm"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return ntm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,159 +1,306 @@
-r"""The NTM's addressing, reading and writing in plain PyTorch, to be read beside the paper.
+r"""A whole NTM over a sequence in plain PyTorch: what ``seqmem::ntm`` computes.
 
-Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014, section 3.
+One step, for the input x_t and the reads r_{t-1} of the step before:
 
 .. math::
-    K_i &= \frac{M_i \cdot k}{\|M_i\| \|k\| + 10^{-8}}, \quad
-    w^c = \mathrm{softmax}(\beta K) && \text{(5, 6)} \\
-    w^g &= g w^c + (1 - g) w_{t-1} && \text{(7)} \\
-    \tilde w_i &= \sum_{j=0}^{2r} s_j\, w^g_{(i - (j - r)) \bmod N} && \text{(8)} \\
-    w_i &= \tilde w_i^\gamma / \sum_j \tilde w_j^\gamma && \text{(9)} \\
-    r &= \sum_i w_i M_i && \text{(2)} \\
-    M_i &\leftarrow M_i \circ (1 - w_i e) + w_i a && \text{(3, 4)}
+    h_t &= \mathrm{controller}([x_t, r_{t-1}]) && \text{LSTM layers, or layers of tanh}(W u + b) \\
+    p_t &= W_p h_t + b_p && \text{the parameters of all heads, side by side}
 
-Letters: B batch, N slots, M slot width, S = 2r + 1 taps of the shift, H heads. Memory is [B, N, M];
-what belongs to a head is [B, ...], or [B, H, ...] for several heads over one memory. Without batch
-both lose their B. Several heads write one after the other.
+Then the heads act in the order of the string ``heads``. Each computes its weighting from the memory
+as it stands (:func:`.ntm_addressing.ntm_addressing`); "w" then writes, "r" reads. A head's part of p_t holds
 
-Everything here works under ``torch.func`` and any order of derivative. Arguments are not checked:
-the ops do that. The whole sequence stands in :mod:`.ntm_sequence`.
+    key M, beta 1, gate 1, shift 2r + 1, gamma 1, and for "w" also erase M, add M
+
+with beta = softplus, gate = sigmoid, shift = softmax, gamma = 1 + softplus, erase = sigmoid, and
+key and add squashed by tanh or taken as they are. The step's features are [h_t, reads of step t].
+
+Letters: T time, B batch, I input, C controller, N slots, M slot width, Hd heads of which R read,
+P = width of p_t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 1e-8
+from .ntm_addressing import NTMState, ntm_addressing, ntm_read, ntm_write
+
+Layers = Sequence[tuple[Tensor, ...]]
 
 
-class NTMState(NamedTuple):
-    """What an NTM hands from one step to the next.
+def ntm(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    heads: str = "wr",
+    shift_range: int = 1,
+    squash: bool = True,
+    controller_type: str = "lstm",
+    initial: NTMState | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, NTMState]:
+    """input [T, B, I] -> features [T, B, C + R * M] and the last state; see :func:`ntm_trace`."""
+    features, state, _ = ntm_trace(
+        input,
+        state,
+        controller,
+        head_weight,
+        head_bias,
+        heads=heads,
+        shift_range=shift_range,
+        squash=squash,
+        controller_type=controller_type,
+        initial=initial,
+        lengths=lengths,
+        reset=reset,
+    )
+    return features, state
 
-    L layers of C units, Hd heads of which R read. A feed-forward controller has L = 0.
+
+def ntm_trace(
+    input: Tensor,
+    state: NTMState,
+    controller: Sequence[Tensor],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    heads: str = "wr",
+    shift_range: int = 1,
+    squash: bool = True,
+    controller_type: str = "lstm",
+    initial: NTMState | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, NTMState, Tensor]:
+    """As :func:`ntm`, also with the weightings [T, B, Hd, N] of all steps.
+
+    controller: per layer weight_ih, weight_hh, bias_ih, bias_hh (gates i, f, g, o) for "lstm",
+    weight, bias for "feedforward"; the first layer's input is [x_t, r_{t-1}]. initial: the state,
+    without its batch dimension, that ``reset`` [T, B] brings a row back to before step t. lengths:
+    row b ends after lengths[b] steps; its later features and weightings are zero.
+    """
+    time, batch, width = input.shape
+    valid = None  # [T, B]: step t exists in row b
+    if lengths is not None:
+        valid = torch.arange(time, device=input.device)[:, None] < lengths.to(input.device)
+        input = torch.where(valid[..., None], input, 0)  # padding may hold anything, even NaN
+    layout = _Heads(heads, shift_range, state.memory.size(-1), squash, head_weight, head_bias)
+    layers = _layers(controller, width, controller_type)
+    projected = F.linear(input, controller[0][:, :width], layers[0][-1]).unbind()  # T of [B, ..]
+
+    steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    for t in range(time):
+        entered = state
+        if reset is not None and initial is not None:
+            entered = _choose(reset[t], _expanded(initial, state), state)
+        hidden, cell, top = _control(projected[t], entered, layers, controller_type)
+        memory, weightings, reads = layout.act(top, entered)
+        new = NTMState(hidden, cell, memory, weightings, reads)
+        steps.append((top, new.reads, new.weightings))
+        state = new if valid is None else _choose(valid[t], new, state)
+
+    if not steps:  # T = 0
+        features = input.new_zeros(0, batch, head_weight.size(1) + state.reads[0].numel())
+        return features, state, input.new_zeros(0, *state.weightings.shape)
+    tops, reads, weightings = (torch.stack(column) for column in zip(*steps, strict=True))
+    features = torch.cat((tops, reads.flatten(2)), -1)
+    if valid is not None:
+        features = torch.where(valid[..., None], features, 0)
+        weightings = torch.where(valid[..., None, None], weightings, 0)
+    return features, state, weightings
+
+
+def _layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
+    """Per layer one weight and one bias; the first weight without its columns for x_t."""
+    if kind == "feedforward":
+        joined = list(zip(controller[::2], controller[1::2], strict=True))
+    else:
+        four = zip(*(controller[k::4] for k in range(4)), strict=True)
+        joined = [(torch.cat((ih, hh), 1), b_ih + b_hh) for ih, hh, b_ih, b_hh in four]
+    (weight, bias), *rest = joined
+    return [(weight[:, width:].t(), bias), *((w.t(), b) for w, b in rest)]
+
+
+def _control(
+    projected: Tensor, state: NTMState, layers: Layers, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From W x_t + b of the first layer to hidden and cell of all, and the top layer's output."""
+    below = state.reads.flatten(1)
+    if kind == "feedforward":
+        for k, (weight, bias) in enumerate(layers):
+            below = torch.tanh(torch.addmm(bias if k else projected, below, weight))
+        return state.hidden, state.cell, below
+    hiddens, cells = [], []
+    pairs = zip(layers, state.hidden.unbind(), state.cell.unbind(), strict=True)
+    for k, ((weight, bias), h, c) in enumerate(pairs):
+        z = torch.addmm(bias if k else projected, torch.cat((below, h), -1), weight)
+        i, f, g, o = z.chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        below = torch.sigmoid(o) * torch.tanh(c)
+        hiddens.append(below)
+        cells.append(c)
+    return torch.stack(hiddens), torch.stack(cells), below
+
+
+class _Heads:
+    """Turns the controller's output into what the heads do.
+
+    The rows of head_weight are put in another order once, so that one call squashes what is
+    squashed alike: keys and adds | betas and gammas | gates and erases | shifts. Heads that read
+    one after the other see the same memory and act together.
     """
 
-    hidden: Tensor  # [L, B, C]
-    cell: Tensor  # [L, B, C]
-    memory: Tensor  # [B, N, M]
-    weightings: Tensor  # [B, Hd, N]: of all heads, in the order in which they act
-    reads: Tensor  # [B, R, M]: of the heads that read, likewise
+    def __init__(
+        self, heads: str, reach: int, width: int, squash: bool, weight: Tensor, bias: Tensor
+    ) -> None:
+        writes, taps = heads.count("w"), 2 * reach + 1
+        self.count, self.writes, self.width, self.squash = len(heads), writes, width, squash
+        self.taps = taps
+        self.sizes = [(self.count + writes) * width, 2 * self.count]
+        self.sizes += [self.count + writes * width, self.count * taps]
+        self.runs: list[tuple[bool, slice]] = []  # whether they write, and which heads
+        start = 0
+        for run in re.findall("w|r+", heads):
+            self.runs.append((run == "w", slice(start, start + len(run))))
+            start += len(run)
+        order = self._order(heads, taps)
+        self.weight, self.bias = weight[order].t(), bias[order]
+
+    def _order(self, heads: str, taps: int) -> list[int]:
+        """Which rows of head_weight the parameters come from, all heads' keys first, and so on."""
+        width, start = self.width, 0
+        rows: dict[str, list[int]] = {}
+        for head in heads:
+            sizes = {"key": width, "beta": 1, "gate": 1, "shift": taps, "gamma": 1}
+            if head == "w":
+                sizes |= {"erase": width, "add": width}
+            for name, size in sizes.items():
+                rows.setdefault(name, []).extend(range(start, start + size))
+                start += size
+        names = ("key", "add", "beta", "gamma", "gate", "erase", "shift")
+        return [row for name in names for row in rows.get(name, [])]
+
+    def act(self, top: Tensor, state: NTMState) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads' step: from h_t [B, C] to memory, weightings [B, Hd, N], reads [B, R, M]."""
+        batch, count, memory = top.size(0), self.count, state.memory
+        parts = torch.addmm(self.bias, top, self.weight).split(self.sizes, -1)
+        vectors = torch.tanh(parts[0]) if self.squash else parts[0]
+        vectors = vectors.view(batch, count + self.writes, self.width)  # keys, then adds
+        positive = F.softplus(parts[1])
+        beta, gamma = positive[:, :count], positive[:, count:] + 1
+        unit = torch.sigmoid(parts[2])
+        gate, erase = unit[:, :count], unit[:, count:].view(batch, self.writes, self.width)
+        shift = torch.softmax(parts[3].view(batch, count, self.taps), -1)
+
+        weightings, reads, written = [], [], 0
+        for writes, run in self.runs:
+            weights = ntm_addressing(
+                memory,
+                vectors[:, run],
+                beta[:, run],
+                gate[:, run],
+                shift[:, run],
+                gamma[:, run],
+                state.weightings[:, run],
+            )
+            weightings.append(weights)
+            if writes:
+                one = slice(written, written + 1)
+                memory = ntm_write(memory, weights, erase[:, one], vectors[:, count:][:, one])
+                written += 1
+            else:
+                reads.append(ntm_read(memory, weights))
+        return memory, torch.cat(weightings, 1), torch.cat(reads, 1) if reads else state.reads
 
 
-def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
-    """Equations 5 and 6: memory [B, N, M], key [B, M], beta [B] -> weights [B, N]."""
-    if key.dim() < memory.dim():
-        return ntm_content_addressing(memory, key.unsqueeze(-2), beta.unsqueeze(-1)).squeeze(-2)
-    dots = key @ memory.mT  # [B, H, N]
-    norms = _norm(key).unsqueeze(-1) * _norm(memory).unsqueeze(-2)
-    return torch.softmax(beta.unsqueeze(-1) * (dots / (norms + EPSILON)), -1)
+def _choose(where: Tensor, a: NTMState, b: NTMState) -> NTMState:
+    """Row by row: ``a`` where the mask [B] is true, else ``b``."""
+    first, second = where[:, None], where[:, None, None]
+    masks = (first, first, second, second, second)
+    return NTMState(*(torch.where(m, x, y) for m, x, y in zip(masks, a, b, strict=True)))
 
 
-def ntm_addressing(
-    memory: Tensor,
-    key: Tensor,
-    beta: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    gamma: Tensor,
-    prev_weights: Tensor,
-) -> Tensor:
-    """Equations 5 to 9: gate and gamma [B], shift [B, S], prev_weights [B, N] -> weights [B, N]."""
-    content = ntm_content_addressing(memory, key, beta)
-    gated = torch.lerp(prev_weights, content, gate.unsqueeze(-1))
-    return _sharpen(_shift(gated, shift), gamma)
+def _expanded(initial: NTMState, like: NTMState) -> NTMState:
+    hidden, cell, *rest = initial
+    return NTMState(
+        hidden.unsqueeze(1).expand_as(like.hidden),
+        cell.unsqueeze(1).expand_as(like.cell),
+        *(a.expand_as(b) for a, b in zip(rest, like[2:], strict=True)),
+    )
 
 
-def ntm_read(memory: Tensor, weights: Tensor) -> Tensor:
-    """Equation 2: memory [B, N, M], weights [B, N] -> [B, M]."""
-    if weights.dim() < memory.dim():
-        return ntm_read(memory, weights.unsqueeze(-2)).squeeze(-2)
-    return weights @ memory
-
-
-def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
-    """Equations 3 and 4: weights [B, N], erase and add [B, M] -> the new memory [B, N, M]."""
-    if weights.dim() < memory.dim():
-        weights, erase, add = weights.unsqueeze(-2), erase.unsqueeze(-2), add.unsqueeze(-2)
-    heads = zip(weights.unbind(-2), erase.unbind(-2), add.unbind(-2), strict=True)
-    for w, e, a in heads:
-        w, e, a = w.unsqueeze(-1), e.unsqueeze(-2), a.unsqueeze(-2)  # [B, N, 1], [B, 1, M] twice
-        memory = torch.addcmul(torch.addcmul(memory, memory, w * e, value=-1), w, a)
-    return memory
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Euclidean, over the last dimension; every derivative at the zero vector is 0, never NaN."""
-    squares = (x * x).sum(-1)
-    zero = squares == 0
-    return torch.sqrt(squares.masked_fill(zero, 1)).masked_fill(zero, 0)
-
-
-def _shift(weights: Tensor, shift: Tensor) -> Tensor:
-    """Equation 8; tap j moves by j - r, positive moves go to higher slots."""
-    first, *rest = shift.unsqueeze(-1).unbind(-2)
-    reach = len(rest) // 2
-    shifted = first * torch.roll(weights, -reach, -1)
-    for j, tap in enumerate(rest, 1):
-        shifted = torch.addcmul(shifted, tap, torch.roll(weights, j - reach, -1))
-    return shifted
-
-
-def _sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
-    """Equation 9 as a softmax of gamma log w, which cannot underflow at the largest weight.
-
-    Slots at zero (or below) stay at zero whatever gamma, and so does a weighting of zeros. They get
-    no gradient: both masks keep the logarithm away from them.
-    """
-    empty = weights <= 0
-    logits = gamma.unsqueeze(-1) * torch.log(weights.masked_fill(empty, 1))
-    lowest = torch.finfo(weights.dtype).min
-    return torch.softmax(logits.masked_fill(empty, lowest), -1).masked_fill(empty, 0)
-
-
-class Sample(NamedTuple):
-    """The arguments of one call of ``function``, under a name that says what it reaches."""
+class SequenceSample(NamedTuple):
+    """The arguments of one call of :func:`ntm`, under a name that says which option it reaches."""
 
     name: str
-    function: str
-    args: tuple[Tensor, ...]
+    args: tuple[Tensor, NTMState, tuple[Tensor, ...], Tensor, Tensor]
+    kwargs: dict[str, Any]
 
 
-def sample_inputs(
+def sequence_sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    sizes: tuple[int, int, int, int, int] = (3, 8, 5, 2, 3),
+    sizes: tuple[int, int, int, int, int, int] = (5, 3, 4, 6, 8, 5),
     seed: int = 0,
-) -> Iterator[Sample]:
-    """Calls of all four functions, with one head, several and unbatched; sizes = (B, N, M, H, S).
-
-    Names are ``content``, ``addressing``, ``read`` and ``write``, each bare, with ``_heads`` and
-    with ``_unbatched``.
-    """
-    batch, slots, width, heads, taps = sizes
+) -> Iterator[SequenceSample]:
+    """Calls of :func:`ntm` that reach every option once; sizes = (T, B, I, C, N, M)."""
+    time, batch, width, control, slots, slot = sizes
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        value = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return value.to(device=device, dtype=dtype)
 
-    layouts = {"": ((batch,), ()), "_heads": ((batch,), (heads,)), "_unbatched": ((), ())}
-    for suffix, (rows, head) in layouts.items():
-        lead = (*rows, *head)
-        memory, key = draw(*rows, slots, width), draw(*lead, width)
-        beta, gate, gamma = (draw(*lead).sigmoid() for _ in range(3))
-        beta, gamma = 1 + 5 * beta, 1 + 3 * gamma
-        shift, weights = draw(*lead, taps).softmax(-1), draw(*lead, slots).softmax(-1)
-        erase, add = draw(*lead, width).sigmoid(), draw(*lead, width)
-        calls = {
-            "content": ("ntm_content_addressing", (memory, key, beta)),
-            "addressing": ("ntm_addressing", (memory, key, beta, gate, shift, gamma, weights)),
-            "read": ("ntm_read", (memory, weights)),
-            "write": ("ntm_write", (memory, weights, erase, add)),
-        }
-        for name, (function, args) in calls.items():
-            converted = tuple(t.to(device=device, dtype=dtype) for t in args)
-            yield Sample(name + suffix, function, converted)
+    def sample(
+        name: str, heads: str = "wr", layers: int = 1, shift_range: int = 1, **kwargs: Any
+    ) -> SequenceSample:
+        reads, kind = heads.count("r"), kwargs.get("controller_type", "lstm")
+        gates, scale = (4, control**-0.5) if kind == "lstm" else (1, 1.0)
+        controller: list[Tensor] = []
+        for k in range(layers):
+            below = control if k else width + reads * slot
+            shapes = [(below,), ()] if kind == "feedforward" else [(below,), (control,), (), ()]
+            controller += [draw(gates * control, *rest, scale=scale) for rest in shapes]
+        rows = len(heads) * (slot + 2 * shift_range + 4) + heads.count("w") * 2 * slot
+        head_weight, head_bias = draw(rows, control, scale=2 * control**-0.5), draw(rows)
+        kept = layers if kind == "lstm" else 0
+
+        def state(*rows: int) -> NTMState:
+            return NTMState(
+                draw(kept, *rows, control),
+                draw(kept, *rows, control),
+                draw(*rows, slots, slot),
+                draw(*rows, len(heads), slots).softmax(-1),
+                draw(*rows, reads, slot),
+            )
+
+        if "reset" in kwargs:
+            kwargs["initial"] = state()
+        if heads != "wr":
+            kwargs["heads"] = heads
+        if shift_range != 1:
+            kwargs["shift_range"] = shift_range
+        args = (draw(time, batch, width), state(batch), tuple(controller), head_weight, head_bias)
+        return SequenceSample(name, args, kwargs)
+
+    lengths = torch.randint(0, time + 1, (batch,), generator=generator)
+    reset = (torch.rand(time, batch, generator=generator) < 0.3).to(device)
+    yield sample("plain")
+    yield sample("read_first", heads="rw", squash=False)
+    yield sample("many_heads", heads="wrrwwr", shift_range=2)
+    yield sample("writes_only", heads="w", shift_range=0)
+    yield sample("two_layers", layers=2)
+    yield sample("feedforward", layers=2, controller_type="feedforward")
+    yield sample("lengths", lengths=lengths)
+    yield sample("reset", reset=reset)
+    yield sample("all_padded", layers=2, heads="rwr", lengths=lengths, reset=reset)

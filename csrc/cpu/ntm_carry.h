@@ -1,9 +1,9 @@
 // Gradients that a row carries from step to step, and those of the state that `reset` returns to.
 #pragma once
 
-#include "ntm_sequence_common.h"
+#include "ntm_common.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 template <class C>
@@ -114,4 +114,4 @@ class Carries {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

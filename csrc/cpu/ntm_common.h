@@ -1,9 +1,9 @@
 // What the forward and backward of the whole-sequence NTM share: where things lie, and products.
 #pragma once
 
-#include "ntm_sequence_memory.h"
+#include "ntm_memory.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 // Widths and offsets that follow from a shape.
@@ -215,4 +215,4 @@ struct Entry {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

@@ -1,4 +1,4 @@
-// Derivatives of the passes in ntm_sequence_memory.h.
+// Derivatives of the passes in ntm_memory.h.
 //
 // Sharpening, with w = softmax(gamma log x): y = w (dw - w.dw), dgamma = y.log x, dx = gamma y / x,
 // and nothing where x is zero. Shift: its transpose. Interpolation and softmax as usual. With
@@ -6,9 +6,9 @@
 // passes dn M / n on to its slot, nothing at zero.
 #pragma once
 
-#include "ntm_sequence_memory.h"
+#include "ntm_memory.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 // What address() finds of a head's parameters.
@@ -266,4 +266,4 @@ class SlotsBackward {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

@@ -4,12 +4,12 @@
 // memories of its rows again from the segment's checkpoint, then goes back through its steps; the
 // gradients of pre-activations stay in the chunk's buffers, from which all threads together form
 // the weights' gradients.
-#include "ntm_sequence_carry.h"
-#include "ntm_sequence_memory_backward.h"
-#include "ntm_sequence_recompute.h"
-#include "ntm_sequence_weights.h"
+#include "ntm_carry.h"
+#include "ntm_memory_backward.h"
+#include "ntm_recompute.h"
+#include "ntm_weights.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 template <class C>
@@ -351,4 +351,4 @@ const Kernel<Backward> backward_kernel = {Entry<BackwardRun, Backward>::workspac
                                           Entry<BackwardRun, Backward>::run};
 }  // namespace SEQMEM_ISA
 
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

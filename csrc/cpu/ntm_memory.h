@@ -2,9 +2,9 @@
 // Lanes beyond the last slot hold zeros in both, and every pass keeps them so.
 #pragma once
 
-#include "ntm_sequence_math.h"
+#include "ntm_math.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
@@ -299,4 +299,4 @@ class Slots {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

@@ -1,9 +1,9 @@
 // NTM forward over a whole sequence. Every thread runs its own batch rows through time, some of
 // them together, and meets the others only once the weights are packed.
-#include "ntm_sequence_common.h"
-#include "ntm_sequence_kernel.h"
+#include "ntm_common.h"
+#include "ntm_kernel.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 template <class C>
@@ -369,4 +369,4 @@ const Kernel<Forward> forward_kernel = {Entry<ForwardRun, Forward>::workspace,
                                         Entry<ForwardRun, Forward>::run};
 }  // namespace SEQMEM_ISA
 
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

@@ -1,9 +1,9 @@
 // Memories between two checkpoints, computed again: what every head saw in the steps of a segment.
 #pragma once
 
-#include "ntm_sequence_left.h"
+#include "ntm_left.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 // One head in one step of one row; arrays of slots, and `memory` as [M][stride].
@@ -112,4 +112,4 @@ class Recompute {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

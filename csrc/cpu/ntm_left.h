@@ -1,9 +1,9 @@
 // What the forward of the whole-sequence NTM left for its backward, and what came before a step.
 #pragma once
 
-#include "ntm_sequence_common.h"
+#include "ntm_common.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 template <class C>
@@ -56,4 +56,4 @@ class Left {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

@@ -8,10 +8,10 @@
 #include <initializer_list>
 
 #include "../common/gemm.h"
-#include "ntm_kernel.h"
-#include "ntm_math.h"
+#include "ntm_addressing_kernel.h"
+#include "ntm_addressing_math.h"
 
-namespace seqmem::ntm {
+namespace seqmem::ntm_addressing {
 namespace {
 
 // Whole vectors that hold n values.
@@ -333,4 +333,4 @@ class Staged {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm
+}  // namespace seqmem::ntm_addressing

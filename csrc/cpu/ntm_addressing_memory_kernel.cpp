@@ -1,7 +1,7 @@
 // Reading and writing the memory, forward and backward.
-#include "ntm_rows.h"
+#include "ntm_addressing_rows.h"
 
-namespace seqmem::ntm {
+namespace seqmem::ntm_addressing {
 namespace {
 
 // One thread's run over batch rows.
@@ -188,4 +188,4 @@ namespace SEQMEM_ISA {
 const MemoryKernel memory_kernel = {workspace, read, read_backward, write, write_backward};
 }  // namespace SEQMEM_ISA
 
-}  // namespace seqmem::ntm
+}  // namespace seqmem::ntm_addressing

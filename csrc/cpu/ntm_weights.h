@@ -3,9 +3,9 @@
 // weight.
 #pragma once
 
-#include "ntm_sequence_common.h"
+#include "ntm_common.h"
 
-namespace seqmem::ntm_sequence {
+namespace seqmem::ntm {
 namespace {
 
 template <class C>
@@ -174,4 +174,4 @@ class WeightGradients {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm_sequence
+}  // namespace seqmem::ntm

@@ -1,0 +1,236 @@
+r"""NTM addressing, reading and writing on GPU: launchers of the four functionals.
+
+Formulas, shapes and errors: `ops/ntm_addressing.py`. A program holds a row's whole memory on chip: one kernel
+for all four stages of addressing, one for all writes of a row, one backward for each, which
+recompute what the forward went through. Reading is a matrix product, and torch's. Memories above
+`_ELEMENTS` values a row do not fit and take the plain path: the reference, on the GPU.
+
+State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops.common import reference_vjp
+from ..reference import ntm_addressing as reference
+from . import ntm_addressing_kernels as kernels
+from .common import accumulator, autograd_below
+
+_ELEMENTS = 8192  # N * M, both padded to powers of two, that a program keeps without spilling
+
+
+def fits(slots: int, width: int) -> bool:
+    """Whether a row's memory is kept on chip."""
+    return triton.next_power_of_2(slots) * max(16, triton.next_power_of_2(width)) <= _ELEMENTS
+
+
+def blocks(slots: int, width: int) -> dict[str, Any]:
+    """The padded memory, and the warps that hold it."""
+    block_n, block_w = triton.next_power_of_2(slots), max(16, triton.next_power_of_2(width))
+    warps = 8 if block_n * block_w > 4096 else 4
+    return {"BN": max(16, block_n), "BW": block_w, "num_warps": warps, "num_stages": 1}
+
+
+def _shape(memory: Tensor, of_head: Tensor) -> tuple[int, int, dict[str, Any]]:
+    """B, H and what every kernel takes; `of_head` is [B, H, ...] with or without B and H."""
+    dims = memory.dim()
+    heads = of_head.shape[dims - 2] if of_head.dim() == dims else 1
+    slots, width = memory.shape[-2:]
+    common = {"count": heads, "slots": slots, "width": width, "ACC": accumulator(memory.dtype)}
+    return memory.shape[0] if dims == 3 else 1, heads, {**common, **blocks(slots, width)}
+
+
+def _taps(shift: Tensor) -> dict[str, int]:
+    return {"taps": shift.shape[-1], "BS": max(2, triton.next_power_of_2(shift.shape[-1]))}
+
+
+def _plain_backward(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    with autograd_below():
+        found = reference_vjp(lambda *args: (function(*args),), inputs, [grad], output_mask)
+    return tuple(inputs[0].new_empty(0) if a is None else a.detach() for a in found)
+
+
+def _only(output_mask: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    pairs = zip(output_mask, grads, strict=True)
+    return tuple(grad if wanted else grad.new_empty(0) for wanted, grad in pairs)
+
+
+def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
+    """`seqmem::ntm_content_addressing` on GPU."""
+    torch.ops.seqmem.check_ntm_content_addressing(memory, key, beta)
+    return _address(memory, key, beta, None)
+
+
+def ntm_addressing(
+    memory: Tensor,
+    key: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    gamma: Tensor,
+    prev_weights: Tensor,
+) -> Tensor:
+    """`seqmem::ntm_addressing` on GPU."""
+    torch.ops.seqmem.check_ntm_addressing(memory, key, beta, gate, shift, gamma, prev_weights)
+    return _address(memory, key, beta, (gate, shift, gamma, prev_weights))
+
+
+def _address(
+    memory: Tensor, key: Tensor, beta: Tensor, rest: tuple[Tensor, Tensor, Tensor, Tensor] | None
+) -> Tensor:
+    slots, width = memory.shape[-2:]
+    with torch.cuda.device_of(memory):
+        if not fits(slots, width):
+            if rest is None:
+                return reference.ntm_content_addressing(memory, key, beta)
+            return reference.ntm_addressing(memory, key, beta, *rest)
+        batch, heads, common = _shape(memory, key)
+        weights = memory.new_empty(*key.shape[:-1], slots)
+        if weights.numel():
+            kernels.ntm_address[(batch * heads,)](
+                memory_ptr=memory.contiguous(),
+                key_ptr=key.contiguous(),
+                beta_ptr=beta.contiguous(),
+                weights_ptr=weights,
+                **_optional(rest),
+                **common,
+            )
+    return weights
+
+
+def _optional(rest: Sequence[Tensor] | None) -> dict[str, Any]:
+    names = ("gate_ptr", "shift_ptr", "gamma_ptr", "prev_ptr")
+    if rest is None:
+        return {**dict.fromkeys(names), "taps": 1, "BS": 2}
+    dense = (a.contiguous() for a in rest)
+    return {**dict(zip(names, dense, strict=True)), **_taps(rest[1])}
+
+
+def ntm_content_addressing_backward(
+    grad_weights: Tensor, memory: Tensor, key: Tensor, beta: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """`seqmem::ntm_content_addressing_backward` on GPU."""
+    return _address_backward(grad_weights, (memory, key, beta), output_mask)
+
+
+def ntm_addressing_backward(
+    grad_weights: Tensor,
+    memory: Tensor,
+    key: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    gamma: Tensor,
+    prev_weights: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """`seqmem::ntm_addressing_backward` on GPU."""
+    inputs = (memory, key, beta, gate, shift, gamma, prev_weights)
+    return _address_backward(grad_weights, inputs, output_mask)
+
+
+def _address_backward(
+    grad: Tensor, inputs: tuple[Tensor, ...], output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    memory, key, beta, *rest = inputs
+    with torch.cuda.device_of(memory):
+        if not fits(*memory.shape[-2:]):
+            whole = bool(rest)
+            function = reference.ntm_addressing if whole else reference.ntm_content_addressing
+            return _plain_backward(function, inputs, grad, output_mask)
+        batch, _, common = _shape(memory, key)
+        grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
+        names = ("memory", "key", "beta", "gate", "shift", "gamma", "prev")
+        found = dict(zip(names, grads, strict=False))
+        if batch:
+            kernels.ntm_address_backward[(batch,)](
+                grad_ptr=grad.contiguous(),
+                memory_ptr=memory.contiguous(),
+                key_ptr=key.contiguous(),
+                beta_ptr=beta.contiguous(),
+                **{f"d_{name}_ptr": found.get(name) for name in names},
+                **_optional(rest or None),
+                **common,
+            )
+    return _only(output_mask, grads)
+
+
+def ntm_read(memory: Tensor, weights: Tensor) -> Tensor:
+    """`seqmem::ntm_read` on GPU."""
+    torch.ops.seqmem.check_ntm_read(memory, weights)
+    with torch.cuda.device_of(memory):
+        if weights.dim() == memory.dim():
+            return weights @ memory
+        return (weights.unsqueeze(-2) @ memory).squeeze(-2)
+
+
+def ntm_read_backward(
+    grad_reads: Tensor, memory: Tensor, weights: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """`seqmem::ntm_read_backward` on GPU: dM = w^T dr, dw = dr M^T."""
+    none = memory.new_empty(0)
+    single = weights.dim() < memory.dim()
+    w = weights.unsqueeze(-2) if single else weights
+    g = grad_reads.unsqueeze(-2) if single else grad_reads
+    with torch.cuda.device_of(memory):
+        return (
+            w.mT @ g if output_mask[0] else none,
+            (g @ memory.mT).view(weights.shape) if output_mask[1] else none,
+        )
+
+
+def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
+    """`seqmem::ntm_write` on GPU."""
+    torch.ops.seqmem.check_ntm_write(memory, weights, erase, add)
+    with torch.cuda.device_of(memory):
+        if not fits(*memory.shape[-2:]):
+            return reference.ntm_write(memory, weights, erase, add)
+        batch, _, common = _shape(memory, weights)
+        new = torch.empty_like(memory, memory_format=torch.contiguous_format)
+        if batch:
+            kernels.ntm_write_heads[(batch,)](
+                memory_ptr=memory.contiguous(),
+                weights_ptr=weights.contiguous(),
+                erase_ptr=erase.contiguous(),
+                add_ptr=add.contiguous(),
+                new_ptr=new,
+                **common,
+            )
+    return new
+
+
+def ntm_write_backward(
+    grad_new_memory: Tensor,
+    memory: Tensor,
+    weights: Tensor,
+    erase: Tensor,
+    add: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """`seqmem::ntm_write_backward` on GPU."""
+    inputs = (memory, weights, erase, add)
+    with torch.cuda.device_of(memory):
+        if not fits(*memory.shape[-2:]):
+            return _plain_backward(reference.ntm_write, inputs, grad_new_memory, output_mask)
+        batch, _, common = _shape(memory, weights)
+        grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
+        names = ("memory", "weights", "erase", "add")
+        if batch:
+            kernels.ntm_write_heads_backward[(batch,)](
+                grad_ptr=grad_new_memory.contiguous(),
+                **{f"{k}_ptr": a.contiguous() for k, a in zip(names, inputs, strict=True)},
+                **{f"d_{k}_ptr": a for k, a in zip(names, grads, strict=True)},
+                **common,
+            )
+    return _only(output_mask, grads)
