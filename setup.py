@@ -158,15 +158,18 @@ def make_build_ext() -> type[build_ext]:
         user_options = [  # noqa: RUF012
             *build_ext.user_options,
             ("sanitize", None, "build with AddressSanitizer and UndefinedBehaviorSanitizer"),
+            ("isas=", None, "compile the CPU kernels for these ISAs alone, as in avx2,avx512"),
         ]
         boolean_options = [*build_ext.boolean_options, "sanitize"]  # noqa: RUF012
         sanitize: bool
+        isas: str | None
         build_temp: str
         extensions: list[Extension]
 
         def initialize_options(self) -> None:
             super().initialize_options()
             self.sanitize = False
+            self.isas = None
 
         def finalize_options(self) -> None:
             import torch
@@ -192,16 +195,23 @@ def make_build_ext() -> type[build_ext]:
         def build_extension(self, ext: Extension) -> None:
             flags = ext.extra_compile_args
             flags["cxx"].append(f"-DSEQMEM_VERSION={self.distribution.get_version()}")
-            kinds = isas()
+            kinds = self.wanted_isas()
             if self.sanitize:
-                kinds = isas_of_this_machine()
                 flags["cxx"] += SANITIZE_FLAGS
                 ext.extra_link_args += ["-fsanitize=address,undefined"]
-            flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds[1:]]
+            flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds]
             # A list of its own: torch's wrapper appends to the one that it is given.
             objects = [obj for isa in kinds for obj in self.compile_kernels(ext, isa)]
             ext.extra_objects = [*ext.extra_objects, *objects]
             super().build_extension(ext)
+
+        def wanted_isas(self) -> list[str]:
+            if self.isas is not None:
+                named = self.isas.split(",")
+                if unknown := set(named) - set(isas()):
+                    fail(f"--isas takes some of {', '.join(isas())}, got {', '.join(unknown)}")
+                return [isa for isa in isas() if isa in named]
+            return isas_of_this_machine() if self.sanitize else isas()
 
         def compile_kernels(self, ext: Extension, isa: str) -> list[str]:
             kernels = sources("cpu/*_kernel.cpp")

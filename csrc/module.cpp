@@ -19,7 +19,9 @@ namespace {
 
 std::vector<std::string> compiled_isas() {
   return {
+#if defined(SEQMEM_WITH_BASELINE)
       "baseline",
+#endif
 #if defined(SEQMEM_WITH_AVX2)
       "avx2",
 #endif

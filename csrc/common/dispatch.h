@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Version.h>
+#include <c10/util/Exception.h>
 
 #include <string>
 
@@ -12,12 +13,16 @@ enum class Isa { Baseline, Avx2, Avx512 };
 // The best ISA that was compiled in and that torch uses, which honours ATEN_CPU_CAPABILITY.
 inline Isa isa_in_use() {
   static const Isa isa = [] {
-    [[maybe_unused]] const std::string capability = at::get_cpu_capability();
+    const std::string capability = at::get_cpu_capability();
 #ifdef SEQMEM_WITH_AVX512
     if (capability == "AVX512") return Isa::Avx512;
 #endif
 #ifdef SEQMEM_WITH_AVX2
     if (capability == "AVX2" || capability == "AVX512") return Isa::Avx2;
+#endif
+#ifndef SEQMEM_WITH_BASELINE
+    TORCH_CHECK(false, "seqmem: built without kernels for this processor (torch uses ", capability,
+                "): build without --isas");
 #endif
     return Isa::Baseline;
   }();
@@ -25,17 +30,22 @@ inline Isa isa_in_use() {
 }
 
 template <class Kernel>
-const Kernel& choose(const Kernel& baseline, [[maybe_unused]] const Kernel* avx2,
-                     [[maybe_unused]] const Kernel* avx512) {
+const Kernel& choose(const Kernel* baseline, const Kernel* avx2, const Kernel* avx512) {
   const Isa isa = isa_in_use();
   if (isa == Isa::Avx512) return *avx512;
   if (isa == Isa::Avx2) return *avx2;
-  return baseline;
+  return *baseline;
 }
 
 }  // namespace seqmem
 
-// The table of `kernel`, an object that each of the namespaces baseline, avx2, avx512 defines.
+// The table of `kernel`, an object that each of the namespaces baseline, avx2, avx512 defines if
+// the build includes that ISA.
+#ifdef SEQMEM_WITH_BASELINE
+#define SEQMEM_BASELINE_COPY(kernel) &baseline::kernel
+#else
+#define SEQMEM_BASELINE_COPY(kernel) nullptr
+#endif
 #ifdef SEQMEM_WITH_AVX2
 #define SEQMEM_AVX2_COPY(kernel) &avx2::kernel
 #else
@@ -48,4 +58,4 @@ const Kernel& choose(const Kernel& baseline, [[maybe_unused]] const Kernel* avx2
 #endif
 #define SEQMEM_CHOOSE(kernel)                                     \
   ::seqmem::choose<std::remove_cv_t<decltype(baseline::kernel)>>( \
-      baseline::kernel, SEQMEM_AVX2_COPY(kernel), SEQMEM_AVX512_COPY(kernel))
+      SEQMEM_BASELINE_COPY(kernel), SEQMEM_AVX2_COPY(kernel), SEQMEM_AVX512_COPY(kernel))

@@ -1,9 +1,9 @@
 r"""NTM addressing, reading and writing on GPU: launchers of the four functionals.
 
-Formulas, shapes and errors: `ops/ntm_addressing.py`. A program holds a row's whole memory on chip: one kernel
-for all four stages of addressing, one for all writes of a row, one backward for each, which
-recompute what the forward went through. Reading is a matrix product, and torch's. Memories above
-`_ELEMENTS` values a row do not fit and take the plain path: the reference, on the GPU.
+Formulas, shapes and errors: `ops/ntm_addressing.py`. A program holds a row's whole memory on chip:
+one kernel for all four stages of addressing, one for all writes of a row, one backward for each,
+which recompute what the forward went through. Reading is a matrix product, and torch's. Memories
+above `_ELEMENTS` values a row do not fit and take the plain path: the reference, on the GPU.
 
 State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
 """

@@ -1,8 +1,8 @@
 """NTM addressing and writing on chip: the parts that functionals and sequence share, and kernels.
 
 A row's memory is one block [BN, BW] in registers, N slots and M values padded to powers of two; a
-vector over slots is [BN]. Slots past N weigh nothing. Letters and formulas: reference/ntm_addressing.py, and
-for the backward csrc/autograd/ntm_addressing.cpp.
+vector over slots is [BN]. Slots past N weigh nothing. Letters and formulas:
+reference/ntm_addressing.py, and for the backward csrc/autograd/ntm_addressing.cpp.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -7,7 +7,8 @@ One step, for the input x_t and the reads r_{t-1} of the step before:
     p_t &= W_p h_t + b_p && \text{the parameters of all heads, side by side}
 
 Then the heads act in the order of the string ``heads``. Each computes its weighting from the memory
-as it stands (:func:`.ntm_addressing.ntm_addressing`); "w" then writes, "r" reads. A head's part of p_t holds
+as it stands (:func:`.ntm_addressing.ntm_addressing`); "w" then writes, "r" reads. A head's part of
+p_t holds
 
     key M, beta 1, gate 1, shift 2r + 1, gamma 1, and for "w" also erase M, add M
 
