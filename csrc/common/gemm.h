@@ -169,6 +169,14 @@ SEQMEM_INLINE void for_count(int64_t n, F&& f) {
   if constexpr (Most > 1) for_count<Most - 1>(n, f);
 }
 
+// Calls f(constant NV, first) for panels of four vectors and, last, one of the vectors that are
+// left.
+template <class F>
+SEQMEM_INLINE void for_panels(int64_t begin, int64_t end, F&& f) {
+  for (; begin + 4 <= end; begin += 4) f(std::integral_constant<int, 4>{}, begin);
+  for_count<3>(end - begin, [&](auto count) { f(count, begin); });
+}
+
 // Calls f(constant, start) for blocks of at most R rows that cover 0..n-1, as even as they can
 // be: 16 rows by 3 are 3+3+3+3+2+2, since a tile of one row runs at half speed.
 template <class C, int R = kTileRows<C>, class F>
@@ -209,6 +217,31 @@ SEQMEM_INLINE void transpose(Vec<C> (&x)[kLanes<C>]) {
     }
     SEQMEM_UNROLL
     for (int i = 0; i < L; ++i) x[i] = y[i];
+  }
+}
+
+// Transposes a block of at most lanes x lanes: row(i) gives vector i of `rows`, column(k, vector)
+// takes vector k of `columns`, whose lanes beyond `rows` are zero.
+template <class C, class Row, class Column>
+SEQMEM_INLINE void transpose_block(int rows, int columns, Row&& row, Column&& column) {
+  Vec<C> square[kLanes<C>];
+  start_sums(square);
+  for (int i = 0; i < rows; ++i) square[i] = row(i);
+  transpose<C>(square);
+  for (int k = 0; k < columns; ++k) column(k, square[k]);
+}
+
+// to[k * to_stride + lane] = from[lane * from_stride + k] for k = 0..K-1: at most `lanes` rows,
+// side by side; zero in the lanes beyond them.
+template <class C, class S>
+SEQMEM_INLINE void pack_transposed(C* to, int64_t to_stride, const S* from, int64_t from_stride,
+                                   int64_t rows, int64_t K) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t k = 0; k < K; k += L) {
+    const int n = static_cast<int>(K - k < L ? K - k : L);
+    transpose_block<C>(
+        static_cast<int>(rows), n, [&](int i) { return load_n(from + i * from_stride + k, n); },
+        [&](int i, Vec<C> v) { store(to + (k + i) * to_stride, v); });
   }
 }
 

@@ -1,6 +1,11 @@
 // Declares what every ISA's copy of a kernel source defines.
 #pragma once
 
+#include <cstdint>
+
+#include "spin_barrier.h"
+#include "storage.h"
+
 // The same declarations in the namespaces that SEQMEM_ISA can name.
 #define SEQMEM_FOR_EACH_ISA(...) \
   namespace baseline {           \
@@ -12,3 +17,17 @@
   namespace avx512 {             \
   __VA_ARGS__                    \
   }
+
+namespace seqmem {
+
+// The entry points of one ISA's kernel; Shapes are what its work is laid out by. `workspace` gives
+// the bytes that Arguments::workspace must have, 64-byte aligned. Call `run` from `threads` threads
+// with ids 0..threads-1 that share one barrier. Results do not depend on the number of threads, to
+// the bit.
+template <class Arguments, class... Shapes>
+struct Kernel {
+  int64_t (*workspace)(Storage, const Shapes&..., const Arguments&, int threads);
+  void (*run)(Storage, const Shapes&..., const Arguments&, int thread, int threads, SpinBarrier&);
+};
+
+}  // namespace seqmem

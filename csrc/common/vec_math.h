@@ -1,6 +1,7 @@
 // SIMD vectors and the gate functions, for kernel sources that are compiled once per ISA.
-// GCC/Clang vector extensions: one source serves SSE2, AVX2, AVX-512 and other processors.
-// Everything has internal linkage, so that no copy for one ISA can stand in for another's.
+// Written with the vector extensions that GCC and Clang share: one source serves SSE2, AVX2,
+// AVX-512 and other processors. Everything has internal linkage, so that the linker cannot replace
+// one ISA's copy by another's.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +64,7 @@ SEQMEM_INLINE Vec<C> splat(C x) {
   return x - Vec<C>{};
 }
 
-// ---- 16-bit conversions, round to nearest even, NaN stays NaN ---------------------------------
+// ---- 16-bit conversions: round to nearest even, NaN stays NaN ----
 
 SEQMEM_INLINE Vec<float> widen(HalfVec h, bf16) {
   return (Vec<float>)(__builtin_convertvector(h, UintVec) << 16);
@@ -101,7 +102,7 @@ SEQMEM_INLINE HalfVec narrow(Vec<float> x, fp16) {
   return __builtin_convertvector(half | sign, HalfVec);
 }
 
-// ---- loads and stores, full and of the first n lanes -------------------------------------------
+// ---- loads and stores, of whole vectors and of the first n lanes ----
 
 template <class S>
 SEQMEM_INLINE Vec<compute_t<S>> load(const S* p) {
@@ -162,19 +163,35 @@ SEQMEM_INLINE Vec<compute_t<S>> rounded_to(Vec<compute_t<S>> v) {
   }
 }
 
-template <class C>
-SEQMEM_INLINE C sum(Vec<C> v) {
-  C lanes[kLanes<C>];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int half = kLanes<C> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// Combines a vector's upper half with its lower one, in registers, until one lane is left.
+template <class C, class F>
+SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
+  SEQMEM_UNROLL
+  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
+    IntVec<C> upper{};
+    SEQMEM_UNROLL
+    for (int i = 0; i < half; ++i) upper[i] = half + i;
+    v = combine(v, __builtin_shuffle(v, upper));
+  }
+  return v[0];
 }
 
-// ---- exp, sigmoid, tanh
-// -------------------------------------------------------------------------- exp(x) = 2^n e^r with
-// |r| <= ln2/2; e^r - 1 by its Taylor polynomial, whose first dropped term is below half an ulp.
-// NaN passes through: the clamps compare false.
+template <class C>
+SEQMEM_INLINE C sum(Vec<C> v) {
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+}
+
+template <class C>
+SEQMEM_INLINE C largest(Vec<C> v) {
+  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return b > a ? b : a; });
+}
+
+// ---- exp, sigmoid, tanh ----
+//
+//   exp(x) = 2^n e^r  with n = round(x / ln2), r = x - n ln2, |r| <= ln2 / 2
+//
+// e^r - 1 by its Taylor polynomial, whose first dropped term is below half an ulp. NaN passes
+// through: the clamps compare false.
 
 template <class C>
 struct ExpConstants;
@@ -233,6 +250,21 @@ SEQMEM_INLINE void exp_parts(const Vec<C> (&x)[N], ExpParts<C> (&out)[N]) {
     const IntVec<C> exponent = (IntVec<C>)shifted[i] + K::bias;
     out[i] = {(Vec<C>)(exponent << K::mantissa), p[i] * r[i]};
   }
+}
+
+// x = e^x for x <= 0: zero below the smallest normal number, for denormal numbers are slow to
+// compute with, and NaN where x is NaN.
+template <int N, class C>
+SEQMEM_INLINE void exp_of_negative(Vec<C> (&x)[N]) {
+  constexpr C limit = ExpConstants<C>::limit;
+  Vec<C> argument[N];
+  ExpParts<C> e[N];
+  SEQMEM_UNROLL
+  for (int i = 0; i < N; ++i) argument[i] = x[i] < -limit ? splat<C>(-limit) : x[i];
+  exp_parts<N, C>(argument, e);
+  SEQMEM_UNROLL
+  for (int i = 0; i < N; ++i)
+    x[i] = x[i] < -limit ? Vec<C>{} : e[i].power + e[i].power * e[i].fraction;
 }
 
 // sigmoid(x) = 1 / (1 + e^-x), from the parts of e^-x.

@@ -23,6 +23,7 @@ class BackwardRun {
   const Shape& s;
   const Backward& a;
   const int thread, threads;
+  SpinBarrier& barrier;
   const int64_t ms, hs;      // padded widths of a slot and of a query
   const int64_t wp, qp, zp;  // strides of rows as wide as a slot, a query, both pre-activations
   const int64_t block;       // rows that go through the hops together
@@ -44,11 +45,12 @@ class BackwardRun {
   C *g_scale, *g_shift, *sq, *g_sq, *work, *g_q, *weights, *out, *columns;
 
  public:
-  BackwardRun(const Shape& s, const Backward& a, int thread, int threads)
+  BackwardRun(const Shape& s, const Backward& a, int thread, int threads, SpinBarrier& barrier)
       : s(s),
         a(a),
         thread(thread),
         threads(threads),
+        barrier(barrier),
         ms(padded<C>(s.m)),
         hs(padded<C>(s.h)),
         wp(pitch<C>(s.m)),
@@ -93,7 +95,7 @@ class BackwardRun {
     return take.used();
   }
 
-  void run(SpinBarrier& barrier) {
+  void run() {
     prepare();
     barrier.wait();
     if (s.shared && a.grad_final != nullptr) {
@@ -127,11 +129,7 @@ class BackwardRun {
 
   // n values that lie `stride` apart.
   static Vec<C> gather(const S* from, int64_t stride, int n) {
-    if (stride == 1) return load_n(from, n);
-    if (stride == 0) return splat(widen_one(*from));
-    C values[L] = {};
-    for (int i = 0; i < n; ++i) values[i] = widen_one(from[i * stride]);
-    return load(values);
+    return stride == 0 ? splat(widen_one(*from)) : load_strided(from, stride, n);
   }
   Vec<C> grad_final(int64_t b, int64_t n, int64_t i) const {
     const int64_t* stride = a.final_strides;
@@ -142,7 +140,7 @@ class BackwardRun {
   void prepare() {
     if (s.tiled) {
       const int64_t panels = ceil_div(s.N, kPanel<C>);
-      pack_transposed(slots_t, memory_of(0), s.m, s.m, s.N, share(panels, thread, threads));
+      pack_panels_transposed(slots_t, memory_of(0), s.m, s.m, s.N, share(panels, thread, threads));
       if (!fit_to_multiply<S>(s)) {
         const Share mine = share(s.N, thread, threads);
         pack_rows(slots, s.N, mine.begin, memory_of(0) + mine.begin * s.m, s.m,
@@ -161,7 +159,7 @@ class BackwardRun {
     }
     const Share mine = share(s.B, thread, threads);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
-      load_row(q + b * qp, static_cast<const S*>(a.query) + b * s.h, s.h, hs);
+      load_row(q + b * qp, static_cast<const S*>(a.query) + b * s.h, s.h);
       for (int64_t i = 0; i < ms; i += L) {
         Vec<C> product = splat<C>(1);
         for (int64_t k = 0; k < s.hops; ++k) product *= C(1) - saved(k * s.B + b, 0, i);
@@ -274,7 +272,7 @@ class BackwardRun {
     const S* score = static_cast<const S*>(a.score_query == nullptr ? a.query : a.score_query);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = first + r;
-      load_row(sq + r * ms, score + b * s.m, s.m, ms);
+      load_row(sq + r * ms, score + b * s.m, s.m);
       for (int64_t i = 0; i < zp; i += L) store(z_sum + b * zp + i, Vec<C>{});
       for (int64_t i = 0; i < ms; i += L) {
         Vec<C> A = splat<C>(1), B = {};
@@ -537,26 +535,11 @@ class BackwardRun {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, int threads) {
-  return with_storage(storage, [&](auto tag) {
-    return BackwardRun<decltype(tag)>(s, Backward{}, 0, threads).place(nullptr);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Backward& a, int thread, int threads,
-         SpinBarrier& barrier) {
-  with_storage(storage, [&](auto tag) {
-    BackwardRun<decltype(tag)> call(s, a, thread, threads);
-    call.place(static_cast<char*>(a.workspace));
-    call.run(barrier);
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
-const BackwardKernel backward_kernel = {workspace, run};
+const Kernel<Backward, Shape> backward_kernel =
+    Entry<BackwardRun, Types::All, Backward, Shape>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::dynamic_memory

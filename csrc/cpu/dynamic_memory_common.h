@@ -3,6 +3,7 @@
 
 #include "../common/gemm.h"
 #include "../common/kernel_util.h"
+#include "../common/softmax.h"
 #include "dynamic_memory_kernel.h"
 
 namespace seqmem::dynamic_memory {
@@ -11,12 +12,8 @@ namespace {
 template <class C>
 inline constexpr int64_t kPanel = 4 * kLanes<C>;  // columns of a panel
 
-// n rounded up to vectors.
-template <class C>
-SEQMEM_INLINE int64_t padded(int64_t n) {
-  return ceil_div(n, kLanes<C>) * kLanes<C>;
-}
-// The same for a row's stride: large powers of two would send all rows to the same cache lines.
+// Elements from one row to the next: large powers of two would send all rows to the same cache
+// lines.
 template <class C>
 SEQMEM_INLINE int64_t pitch(int64_t n) {
   const int64_t p = padded<C>(n);
@@ -90,33 +87,22 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t columns, int64_t K
         multiply_panel<NV, C>(rows, depth, a + k * a_step, a_row, a_step, panel, b.step, out + c,
                               out_row, last, accumulate || k > 0);
       };
-      switch (min<int64_t>(4, ceil_div(columns - c, L))) {
-        case 1: run(std::integral_constant<int, 1>{}); break;
-        case 2: run(std::integral_constant<int, 2>{}); break;
-        case 3: run(std::integral_constant<int, 3>{}); break;
-        default: run(std::integral_constant<int, 4>{});
-      }
+      for_count<4>(min<int64_t>(4, ceil_div(columns - c, L)), run);
     }
   }
 }
 
 // to[panel][k][column] = from[column * stride + k] for the columns from..to of kPanel each.
 template <class C, class S>
-void pack_transposed(C* to, const S* from, int64_t stride, int64_t K, int64_t columns,
-                     Share panels) {
+void pack_panels_transposed(C* to, const S* from, int64_t stride, int64_t K, int64_t columns,
+                            Share panels) {
   constexpr int64_t L = kLanes<C>;
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     C* panel = to + p * K * kPanel<C>;
     for (int64_t v = 0; v < kPanel<C>; v += L) {
       const int64_t first = p * kPanel<C> + v;
-      const int64_t lanes = max<int64_t>(0, min(L, columns - first));
-      for (int64_t k = 0; k < K; k += L) {
-        Vec<C> square[L] = {};
-        const int n = static_cast<int>(min(L, K - k));
-        for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(from + (first + l) * stride + k, n);
-        transpose<C>(square);
-        for (int i = 0; i < n; ++i) store(panel + (k + i) * kPanel<C> + v, square[i]);
-      }
+      pack_transposed(panel + v, kPanel<C>, from + first * stride, stride,
+                      max<int64_t>(0, min(L, columns - first)), K);
     }
   }
 }
@@ -207,16 +193,7 @@ __attribute__((noinline)) void weigh(int64_t K, int64_t columns, const C* a, con
     auto run = [&](auto vectors) {
       weigh_columns<decltype(vectors)::value, C, S>(K, a, b + c, b_row, out + c, last, n);
     };
-    switch (ceil_div(left, L)) {
-      case 1: run(std::integral_constant<int, 1>{}); break;
-      case 2: run(std::integral_constant<int, 2>{}); break;
-      case 3: run(std::integral_constant<int, 3>{}); break;
-      case 4: run(std::integral_constant<int, 4>{}); break;
-      case 5: run(std::integral_constant<int, 5>{}); break;
-      case 6: run(std::integral_constant<int, 6>{}); break;
-      case 7: run(std::integral_constant<int, 7>{}); break;
-      default: run(std::integral_constant<int, 8>{});
-    }
+    for_count<8>(ceil_div(left, L), run);
   }
 }
 
@@ -245,74 +222,6 @@ template <class C>
 SEQMEM_INLINE void clear_gaps(const bool* mask, int64_t N, C* row) {
   if (mask == nullptr) return;
   for (int64_t n = 0; n < N; ++n) row[n] = mask[n] ? row[n] : C(0);
-}
-
-// e^x for x <= 0: nothing below the smallest normal number, and NaN stays NaN.
-template <int N, class C>
-SEQMEM_INLINE void exp_negative(Vec<C> (&x)[N]) {
-  constexpr C limit = ExpConstants<C>::limit;
-  Vec<C> argument[N];
-  SEQMEM_UNROLL
-  for (int i = 0; i < N; ++i) argument[i] = x[i] < -limit ? splat<C>(-limit) : x[i];
-  ExpParts<C> e[N];
-  exp_parts<N, C>(argument, e);
-  SEQMEM_UNROLL
-  for (int i = 0; i < N; ++i)
-    x[i] = x[i] < -limit ? Vec<C>{} : e[i].power + e[i].power * e[i].fraction;
-}
-
-// In place. What lies below the smallest number that exp gives becomes zero.
-template <class C>
-__attribute__((noinline)) void softmax(C* x, int64_t n) {
-  constexpr int64_t L = kLanes<C>, Q = 4;
-  const Vec<C> lowest = splat<C>(-C(1) / C(0));
-  Vec<C> highest[Q] = {lowest, lowest, lowest, lowest};
-  int64_t i = 0;
-  for (; i + Q * L <= n; i += Q * L) {
-    SEQMEM_UNROLL
-    for (int q = 0; q < Q; ++q) {
-      const Vec<C> v = load(x + i + q * L);
-      highest[q] = v > highest[q] ? v : highest[q];
-    }
-  }
-  for (int q = 1; q < Q; ++q) highest[0] = highest[q] > highest[0] ? highest[q] : highest[0];
-  C top = highest[0][0];
-  for (int l = 1; l < L; ++l) top = highest[0][l] > top ? highest[0][l] : top;
-  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
-
-  Vec<C> sums[Q] = {};
-  for (i = 0; i + Q * L <= n; i += Q * L) {
-    Vec<C> v[Q];
-    SEQMEM_UNROLL
-    for (int q = 0; q < Q; ++q) v[q] = load(x + i + q * L) - top;
-    exp_negative<Q, C>(v);
-    SEQMEM_UNROLL
-    for (int q = 0; q < Q; ++q) {
-      sums[q] += v[q];
-      store(x + i + q * L, v[q]);
-    }
-  }
-  for (; i < n; i += L) {
-    const int lanes = static_cast<int>(min(L, n - i));
-    Vec<C> v[1] = {load_n(x + i, lanes) - top};
-    for (int64_t l = lanes; l < L; ++l) v[0][l] = -C(1) / C(0);
-    exp_negative<1, C>(v);
-    sums[0] += v[0];
-    store_n(x + i, v[0], lanes);
-  }
-  const C scale = C(1) / sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (i = 0; i < n; i += L) {
-    const int lanes = static_cast<int>(min(L, n - i));
-    store_n(x + i, load_n(x + i, lanes) * scale, lanes);
-  }
-}
-
-// One row of S to C, zero up to `width`.
-template <class C, class S>
-SEQMEM_INLINE void load_row(C* to, const S* from, int64_t n, int64_t width) {
-  constexpr int64_t L = kLanes<C>;
-  for (int64_t i = 0; i < width; i += L)
-    store(to + i, load_n(from + i, static_cast<int>(max<int64_t>(0, min(L, n - i)))));
 }
 
 // Row blocks of one thread: a few rows go through all hops together, so that the weights are read

@@ -17,6 +17,7 @@ class ForwardRun {
   const Shape& s;
   const Forward& a;
   const int thread, threads;
+  SpinBarrier& barrier;
   const int64_t ms, hs, zs;  // padded widths of a slot, of a query, of both pre-activations
   const int64_t block;       // rows that go through the hops together
 
@@ -26,11 +27,12 @@ class ForwardRun {
   C *q{}, *sq{}, *scale{}, *shift{}, *probe{}, *read{}, *z{}, *z_query{}, *scores{};
 
  public:
-  ForwardRun(const Shape& s, const Forward& a, int thread, int threads)
+  ForwardRun(const Shape& s, const Forward& a, int thread, int threads, SpinBarrier& barrier)
       : s(s),
         a(a),
         thread(thread),
         threads(threads),
+        barrier(barrier),
         ms(padded<C>(s.m)),
         hs(padded<C>(s.h)),
         zs(2 * ms),
@@ -61,7 +63,7 @@ class ForwardRun {
     return take.used();
   }
 
-  void run(SpinBarrier& barrier) {
+  void run() {
     prepare();
     barrier.wait();
     const Share mine = share(s.B, thread, threads);
@@ -86,7 +88,7 @@ class ForwardRun {
   void prepare() {
     if (s.tiled) {
       const int64_t panels = ceil_div(s.N, kPanel<C>);
-      pack_transposed(slots_t, memory_of(0), s.m, s.m, s.N, share(panels, thread, threads));
+      pack_panels_transposed(slots_t, memory_of(0), s.m, s.m, s.N, share(panels, thread, threads));
       if (!fit_to_multiply<S>(s)) {
         const Share mine = share(s.N, thread, threads);
         pack_rows(slots, s.N, mine.begin, memory_of(0) + mine.begin * s.m, s.m,
@@ -106,15 +108,8 @@ class ForwardRun {
       const bool write = v * L >= ms;
       const int64_t first = v * L - (write ? ms : 0);
       const S* rows = weight(write) + first * (s.m + s.h) + from;
-      const int64_t lanes = min<int64_t>(L, s.m - first);
-      C* panel = to + v / 4 * K * kPanel<C> + v % 4 * L;
-      for (int64_t k = 0; k < K; k += L) {
-        Vec<C> square[L] = {};
-        const int n = static_cast<int>(min<int64_t>(L, K - k));
-        for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(rows + l * (s.m + s.h) + k, n);
-        transpose<C>(square);
-        for (int i = 0; i < n; ++i) store(panel + (k + i) * kPanel<C>, square[i]);
-      }
+      pack_transposed(to + v / 4 * K * kPanel<C> + v % 4 * L, kPanel<C>, rows, s.m + s.h,
+                      min<int64_t>(L, s.m - first), K);
     }
   }
 
@@ -122,10 +117,10 @@ class ForwardRun {
   void begin_rows(int64_t first, int64_t rows) {
     const S* score = static_cast<const S*>(a.score_query == nullptr ? a.query : a.score_query);
     for (int64_t r = 0; r < rows; ++r) {
-      load_row(q + r * hs, static_cast<const S*>(a.query) + (first + r) * s.h, s.h, hs);
-      load_row(sq + r * ms, score + (first + r) * s.m, s.m, ms);
-      load_row(z_query + r * zs, static_cast<const S*>(a.gate_bias), s.m, ms);
-      load_row(z_query + r * zs + ms, static_cast<const S*>(a.write_bias), s.m, ms);
+      load_row(q + r * hs, static_cast<const S*>(a.query) + (first + r) * s.h, s.h);
+      load_row(sq + r * ms, score + (first + r) * s.m, s.m);
+      load_row(z_query + r * zs, static_cast<const S*>(a.gate_bias), s.m);
+      load_row(z_query + r * zs + ms, static_cast<const S*>(a.write_bias), s.m);
       for (int64_t i = 0; i < ms; i += L) {
         store(scale + r * ms + i, splat<C>(1));
         store(shift + r * ms + i, Vec<C>{});
@@ -155,7 +150,7 @@ class ForwardRun {
     }
     if (s.tiled) {
       multiply<C>(rows, s.N, s.m, probe, ms, 1, packed(slots_t, s.m), weights, s.N, false);
-      for (int64_t r = 0; r < rows; ++r) softmax(weights + r * s.N, s.N);
+      for (int64_t r = 0; r < rows; ++r) softmax<4>(weights + r * s.N, s.N);
       const Panels<C> lying = as_it_lies(static_cast<const C*>(a.memory), s.m);
       multiply<C>(rows, ms, s.N, weights, s.N, 1,
                   fit_to_multiply<S>(s) ? lying : packed<C>(slots, s.N), read, ms, false);
@@ -177,7 +172,7 @@ class ForwardRun {
       dot<C, S>(1, end - begin, s.m, probe + r * ms, ms, memory + begin * s.m, s.m, weights + begin,
                 s.N, false);
     });
-    softmax(weights, s.N);
+    softmax<4>(weights, s.N);
     clear_gaps(mask, s.N, weights);
     for_runs(mask, s.N, [&](int64_t begin, int64_t end) {
       weigh<C, S>(end - begin, s.m, weights + begin, memory + begin * s.m, s.m, read + r * ms);
@@ -237,26 +232,10 @@ class ForwardRun {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, int threads) {
-  return with_storage(storage, [&](auto tag) {
-    return ForwardRun<decltype(tag)>(s, Forward{}, 0, threads).place(nullptr);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Forward& a, int thread, int threads,
-         SpinBarrier& barrier) {
-  with_storage(storage, [&](auto tag) {
-    ForwardRun<decltype(tag)> call(s, a, thread, threads);
-    call.place(static_cast<char*>(a.workspace));
-    call.run(barrier);
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
-const ForwardKernel forward_kernel = {workspace, run};
+const Kernel<Forward, Shape> forward_kernel = Entry<ForwardRun, Types::All, Forward, Shape>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::dynamic_memory

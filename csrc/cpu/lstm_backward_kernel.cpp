@@ -509,8 +509,8 @@ class BackwardRun : Walk {
 }  // namespace
 
 namespace SEQMEM_ISA {
-const BackwardKernel backward_kernel = {Entry<BackwardRun, Backward>::workspace,
-                                        Entry<BackwardRun, Backward>::run};
+const Kernel<Backward, Shape, Plan> backward_kernel =
+    Entry<BackwardRun, Types::All, Backward, Shape, Plan>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::lstm

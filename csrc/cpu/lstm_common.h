@@ -44,27 +44,6 @@ SEQMEM_INLINE int64_t zigzag(int64_t step, int64_t i, int64_t n) {
   return step & 1 ? n - 1 - i : i;
 }
 
-// The entry points of one kernel over all storage types.
-template <template <class> class Run, class Arguments>
-struct Entry {
-  static int64_t workspace(Storage storage, const Shape& s, const Plan& plan, int threads) {
-    return with_storage(storage, [&](auto tag) {
-      SpinBarrier barrier(threads);
-      return Run<decltype(tag)>(s, plan, Arguments{}, 0, threads, barrier).place(nullptr);
-    });
-  }
-
-  static void run(Storage storage, const Shape& s, const Plan& plan, const Arguments& a, int thread,
-                  int threads, SpinBarrier& barrier) {
-    with_storage(storage, [&](auto tag) {
-      Run<decltype(tag)> call(s, plan, a, thread, threads, barrier);
-      call.place(static_cast<char*>(a.workspace));
-      call.run();
-      return int64_t(0);
-    });
-  }
-};
-
 // Whether row r's state is zeroed before it enters time t. A reset at t cuts the link between
 // t-1 and t, whichever way time runs.
 SEQMEM_INLINE bool is_cut(const Shape& s, int64_t t, int64_t r) {

@@ -150,14 +150,7 @@ class ForwardRun : Walk {
     for (int g = 0; g < 4; ++g) {
       const S* from = weight + (g * s.H + u * L) * K;
       C* to = panel + g / kGates * K * V + g % kGates * L;
-      for (int64_t k = 0; k < K; k += L) {
-        Vec<C> square[L];
-        start_sums(square);
-        const int n = static_cast<int>(min<int64_t>(L, K - k));
-        for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(from + l * K + k, n);
-        transpose<C>(square);
-        for (int i = 0; i < n; ++i) store(to + (k + i) * V, square[i]);
-      }
+      pack_transposed(to, V, from, K, lanes, K);
     }
   }
 
@@ -432,8 +425,8 @@ class ForwardRun : Walk {
 }  // namespace
 
 namespace SEQMEM_ISA {
-const ForwardKernel forward_kernel = {Entry<ForwardRun, Forward>::workspace,
-                                      Entry<ForwardRun, Forward>::run};
+const Kernel<Forward, Shape, Plan> forward_kernel =
+    Entry<ForwardRun, Types::All, Forward, Shape, Plan>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::lstm

@@ -9,8 +9,6 @@
 #include <cstdint>
 
 #include "../common/isa.h"
-#include "../common/spin_barrier.h"
-#include "../common/storage.h"
 
 namespace seqmem::lstm {
 
@@ -78,21 +76,7 @@ struct Backward {
   void* workspace;
 };
 
-// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
-// barrier. The result does not depend on the number of threads, to the bit.
-struct ForwardKernel {
-  int64_t (*workspace)(Storage, const Shape&, const Plan&, int threads);
-  void (*run)(Storage, const Shape&, const Plan&, const Forward&, int thread, int threads,
-              SpinBarrier&);
-};
-
-struct BackwardKernel {
-  int64_t (*workspace)(Storage, const Shape&, const Plan&, int threads);
-  void (*run)(Storage, const Shape&, const Plan&, const Backward&, int thread, int threads,
-              SpinBarrier&);
-};
-
-SEQMEM_FOR_EACH_ISA(extern const ForwardKernel forward_kernel;
-                    extern const BackwardKernel backward_kernel;)
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape, Plan> forward_kernel;
+                    extern const Kernel<Backward, Shape, Plan> backward_kernel;)
 
 }  // namespace seqmem::lstm

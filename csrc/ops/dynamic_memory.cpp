@@ -101,7 +101,7 @@ void launch(const Kernel& kernel, Storage storage, const Shape& shape, int wante
   run_team(
       wanted,
       [&](int threads) {
-        arguments.workspace = Workspace::get(kernel.workspace(storage, shape, threads));
+        arguments.workspace = Workspace::get(kernel.workspace(storage, shape, arguments, threads));
       },
       [&](int thread, int threads, SpinBarrier& barrier) {
         kernel.run(storage, shape, arguments, thread, threads, barrier);

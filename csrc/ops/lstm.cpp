@@ -186,7 +186,7 @@ void launch(const Kernel& kernel, Storage storage, const Shape& shape, const Sch
       schedule.threads,
       [&](int threads) {
         arguments.workspace =
-            Workspace::get(kernel.workspace(storage, shape, schedule.plan, threads));
+            Workspace::get(kernel.workspace(storage, shape, schedule.plan, arguments, threads));
       },
       [&](int thread, int threads, SpinBarrier& barrier) {
         kernel.run(storage, shape, schedule.plan, arguments, thread, threads, barrier);
