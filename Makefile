@@ -32,7 +32,7 @@ pytest: $(DONE)/test $(DONE)/build
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 bench: $(DONE)/bench $(DONE)/build
-	$(BIN)/python -m seqmem_fast bench $(if $(filter 1,$(FULL)),--full)
+	$(BIN)/python -m benchmarks $(if $(filter 1,$(FULL)),--full)
 
 build: $(DONE)/build
 

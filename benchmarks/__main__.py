@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import charlm, chart, gates, machine, memory, ntm_tasks, report
+from benchmarks.harness import chart, machine, memory, report
+from benchmarks.harness.rows import TRAINING
+from benchmarks.studies import charlm, gates, ntm_tasks
 
 LIMIT_S = 470.0  # of the short run, the closing table and chart included
 TRAINING_S = 20.0  # for torch.nn.LSTM's share of the character model's training
@@ -45,7 +47,7 @@ def train(console: Console, seconds: float) -> dict[str, Any]:
     for name, (a, b) in ((key, measured[key]) for key in charlm.TOLERANCES):
         console.print(
             f"{name.replace('_', ' '):<14} torch.nn.LSTM {a:.5f}   seqmem_fast.LSTM "
-            f"{b:.5f}   apart by {abs(a - b) / a:.1e}, at most "
+            f"{b:.5f}   difference {abs(a - b) / a:.1e}, at most "
             f"{charlm.TOLERANCES[name]:g} allowed",
             highlight=False,
         )
@@ -99,11 +101,11 @@ def rows(op: str, threads: int, regime: str, options: Sequence[str]) -> dict[str
 
 
 def peak_memory(console: Console, threads: int) -> list[dict[str, Any]]:
-    """The memory row; nothing where the system does not tell peaks."""
+    """The LSTM's training step; nothing where the system does not tell peaks."""
     if not Path("/proc/self/status").is_file():
         console.print("left out: peak memory, which only Linux tells", style="yellow")
         return []
-    row = memory.measure(memory.SHAPE, "float32", threads)
+    row = memory.measure("lstm", TRAINING, threads)
     memory.show(console, row)
     return [row]
 

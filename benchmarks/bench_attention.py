@@ -1,4 +1,4 @@
-"""Attention rows: the seed's eager form, torch's fused op without weights, and this package.
+"""Attention rows: eager PyTorch, torch's fused op without weights, and this package.
 
 python -m benchmarks.bench_attention [--threads 2] [--malloc D|M] [--rows TEXT] [--json PATH]
 pytest benchmarks/bench_attention.py          the same contenders under pytest-benchmark
@@ -10,12 +10,13 @@ import math
 import random
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks.harness import measure, rows
 from seqmem_fast import ops
 
 LETTERS = "B, Tq, Tk, d"
@@ -26,7 +27,7 @@ CAP = 2.0
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """As a lesson writes it."""
+    """Scores, mask, softmax and weighted sum, as tutorials write it."""
     scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(query.size(-1))
     scores = scores.masked_fill(mask == 0, -1e9)
     weights = torch.softmax(scores, dim=-1)
@@ -44,7 +45,15 @@ def output_alone(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tup
     return (ops.attention(query, key, value, mask)[0],)
 
 
-def work(b: int, queries: int, keys: int, width: int, dtype: torch.dtype, peer: str) -> rows.Work:
+def work(
+    b: int,
+    queries: int,
+    keys: int,
+    width: int,
+    dtype: torch.dtype,
+    peer: str,
+    on_gpu: bool = False,
+) -> rows.Work:
     """Three operands, and a mask that leaves out three entries in ten."""
 
     def sample(rng: torch.Generator) -> tuple[Tensor, ...]:
@@ -54,7 +63,8 @@ def work(b: int, queries: int, keys: int, width: int, dtype: torch.dtype, peer: 
 
     if peer == SDPA:
         return rows.Work(sample, ours=output_alone, peers={SDPA: without_weights})
-    return rows.Work(sample, ours=ops.attention, peers={EAGER: eager})
+    compile_with: dict[str, Any] | None = {} if on_gpu else None
+    return rows.Work(sample, ops.attention, {EAGER: eager}, compile_with=compile_with)
 
 
 def row(
@@ -66,16 +76,17 @@ def row(
     *,
     dtype: torch.dtype = torch.float32,
     peer: str = EAGER,
+    on_gpu: bool = False,
 ) -> list[rows.Row]:
     """A shape in both modes; beside torch's fused op in inference alone."""
     return rows.pair(
         "attention",
         f"{b}, {queries}, {keys}, {width}",
-        partial(work, b, queries, keys, width, dtype, peer),
+        partial(work, b, queries, keys, width, dtype, peer, on_gpu),
         goals={peer: goals},
         modes=rows.MODES if peer == EAGER else (rows.INFERENCE,),
         dtype=str(dtype).removeprefix("torch."),
-        name="attention with mask",
+        name="attention with mask" if peer == EAGER else "attention's output with mask",
     )
 
 
@@ -96,8 +107,18 @@ ROWS = [
     *row(32, 64, 64, 64, (3, 2)),
     *row(8, 512, 512, 64, dtype=torch.bfloat16),
 ]
-pytest_generate_tests = rows.generator(ROWS)
-test_row = rows.test_row
+GPU_ROWS = [
+    made
+    for sizes, dtype in (
+        ((4, 2048, 2048, 64), torch.float32),
+        ((8, 512, 512, 64), torch.float32),
+        ((32, 64, 64, 64), torch.float32),
+        ((4, 2048, 2048, 64), torch.bfloat16),
+    )
+    for peer in (EAGER, SDPA)
+    for made in row(*sizes, dtype=dtype, peer=peer, on_gpu=True)
+]
+test_row = measure.test_row
 
 if __name__ == "__main__":
-    sys.exit(rows.main("attention", ROWS, LETTERS))
+    sys.exit(measure.main("attention", ROWS, LETTERS))

@@ -1,4 +1,4 @@
-"""Dynamic memory rows: the lesson's eager module and this package's, side by side.
+"""Dynamic memory rows: the eager module and this package's, side by side.
 
 python -m benchmarks.bench_dynamic_memory [--threads 2] [--malloc D|M] [--rows TEXT]
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import rows
+from benchmarks.harness import measure, rows
 from seqmem_fast import DynamicMemory
 
 LETTERS = "B, N, m"
@@ -23,7 +23,7 @@ CAP = 3e7  # elements of a random shape's memories: eager holds a dozen of each 
 
 
 class EagerMemory(nn.Module):
-    """The lesson's way: every hop forms the memory of every row."""
+    """Every hop forms the memory of every row."""
 
     def __init__(self, ours: DynamicMemory, return_memory: bool) -> None:
         super().__init__()
@@ -67,8 +67,10 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy
 
 
-def work(b: int, slots: int, width: int, hops: int, return_memory: bool) -> rows.Work:
-    """Queries as wide as the slots, as in the lesson."""
+def work(
+    b: int, slots: int, width: int, hops: int, return_memory: bool, on_gpu: bool = False
+) -> rows.Work:
+    """Queries as wide as the slots."""
     torch.manual_seed(0)
     ours = DynamicMemory(slots, width, width)
 
@@ -80,6 +82,7 @@ def work(b: int, slots: int, width: int, hops: int, return_memory: bool) -> rows
         OurMemory(ours, return_memory),
         {"eager": EagerMemory(ours, return_memory)},
         loss=rows.first_sum if return_memory else rows.sum_all,
+        compile_with={} if on_gpu else None,
     )
 
 
@@ -90,10 +93,11 @@ def shape_rows(
     hops: int = 3,
     return_memory: bool = True,
     goals: tuple[float | None, float | None] = (None, None),
+    on_gpu: bool = False,
 ) -> list[rows.Row]:
     """Both modes of one shape; without the memory, inference alone."""
     shape = f"{b}, {slots}, {width}{'' if return_memory else ' attention only'}"
-    make = partial(work, b, slots, width, hops, return_memory)
+    make = partial(work, b, slots, width, hops, return_memory, on_gpu)
     modes = rows.MODES if return_memory else (rows.INFERENCE,)
     return rows.pair("dynamic_memory", shape, make, goals={"eager": goals}, modes=modes)
 
@@ -112,8 +116,13 @@ ROWS = [
     *shape_rows(64, 1024, 64, return_memory=False),
     *shape_rows(1, 128, 64),
 ]
-pytest_generate_tests = rows.generator(ROWS)
-test_row = rows.test_row
+GPU_ROWS = [
+    *shape_rows(1, 128, 64, on_gpu=True),
+    *shape_rows(32, 128, 64, on_gpu=True),
+    *shape_rows(64, 1024, 64, on_gpu=True),
+    *shape_rows(64, 1024, 64, return_memory=False, on_gpu=True),
+]
+test_row = measure.test_row
 
 if __name__ == "__main__":
-    sys.exit(rows.main("dynamic_memory", ROWS, LETTERS))
+    sys.exit(measure.main("dynamic_memory", ROWS, LETTERS))

@@ -1,4 +1,4 @@
-"""Hard attention rows: the lesson's loop over states and one batched step, side by side.
+"""Hard attention rows: a loop over states and one batched step, side by side.
 
 python -m benchmarks.bench_hard_attention [--threads 2] [--malloc D|M] [--rows TEXT]
 """
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from benchmarks import rows
+from benchmarks.harness import measure, rows
 from seqmem_fast import HardAttention, ops, reinforce_train_step
 
+LOOP = "loop over states"
 LETTERS = "states, inputs, hidden, actions"
 MOST = (512, 256, 256, 512)  # of a random shape
 
 
-class SeedStep(nn.Module):
-    """The lesson's REINFORCE step: a call of the model and of a distribution for each state."""
+class LoopStep(nn.Module):
+    """A REINFORCE step with a call of the model and of a distribution for each state."""
 
     def __init__(self, policy: HardAttention) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class SeedStep(nn.Module):
         return loss.detach()
 
 
-class OurStep(SeedStep):
+class OurStep(LoopStep):
     """reinforce_train_step, given the same lists."""
 
     def forward(self, states: list[Tensor], rewards: list[float]) -> Tensor:
@@ -75,7 +76,7 @@ def step_work(states: int, inputs: int, hidden: int, actions: int) -> rows.Work:
     return rows.Work(
         sample,
         Detached(OurStep(HardAttention(inputs, hidden, actions))),
-        {"seed's loop": Detached(SeedStep(HardAttention(inputs, hidden, actions)))},
+        {LOOP: Detached(LoopStep(HardAttention(inputs, hidden, actions)))},
         checked=False,
     )
 
@@ -91,7 +92,7 @@ def our_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor) 
     return ops.reinforce_loss(logits, action, returns, baseline, entropy_weight=0.01)
 
 
-def loss_work(count: int, actions: int) -> rows.Work:
+def loss_work(count: int, actions: int, on_gpu: bool = False) -> rows.Work:
     """Loss and gradient from logits."""
 
     def sample(rng: torch.Generator) -> tuple[Any, ...]:
@@ -99,28 +100,34 @@ def loss_work(count: int, actions: int) -> rows.Work:
         action = torch.randint(actions, (count,), generator=rng)
         return logits, action, torch.rand(count, generator=rng), torch.tensor(0.5)
 
-    def constant(function: Any) -> Any:
-        return lambda z, a, r, b: function(z, a, r.detach(), b.detach())
+    return rows.Work(
+        sample,
+        our_loss,
+        {"eager": eager_loss},
+        constants=(2, 3),
+        compile_with={} if on_gpu else None,
+    )
 
-    return rows.Work(sample, constant(our_loss), {"eager": constant(eager_loss)})
 
-
-def step_row(shape: tuple[int, int, int, int], goal: float) -> rows.Row:
-    """A whole REINFORCE step, which takes its own gradients: timed as a plain call."""
-    build = partial(rows.bench, partial(step_work, *shape), rows.INFERENCE)
-    goals = {"seed's loop": goal}
-    text = ", ".join(map(str, shape))
+def step_row(*shape: int, goal: float | None = None) -> rows.Row:
+    """A whole REINFORCE step, which takes its own gradients."""
+    text, make = ", ".join(map(str, shape)), partial(step_work, *shape)
+    goals = {} if goal is None else {LOOP: goal}
     return rows.Row(
-        "hard_attention", text, rows.TRAINING, build, goals=goals, name="REINFORCE step"
+        "hard_attention",
+        text,
+        rows.TRAINING,
+        make,
+        goals=goals,
+        name="REINFORCE step",
+        whole_step=True,
     )
 
 
-def loss_rows(count: int, actions: int) -> list[rows.Row]:
+def loss_rows(count: int, actions: int, on_gpu: bool = False) -> list[rows.Row]:
     """The loss alone, in both modes."""
-    shape = f"{count}, {actions}"
-    return rows.pair(
-        "hard_attention", shape, partial(loss_work, count, actions), name="reinforce_loss"
-    )
+    make = partial(loss_work, count, actions, on_gpu)
+    return rows.pair("hard_attention", f"{count}, {actions}", make, name="reinforce_loss")
 
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
@@ -130,12 +137,17 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
 
 
 ROWS = [
-    step_row((256, 64, 32, 10), goal=60),
+    step_row(256, 64, 32, 10, goal=60),
     *loss_rows(256, 10),
     *loss_rows(4096, 100),
 ]
-pytest_generate_tests = rows.generator(ROWS)
-test_row = rows.test_row
+GPU_ROWS = [
+    step_row(256, 64, 32, 10),
+    *loss_rows(256, 10, on_gpu=True),
+    *loss_rows(4096, 100, on_gpu=True),
+    *loss_rows(65536, 1000, on_gpu=True),
+]
+test_row = measure.test_row
 
 if __name__ == "__main__":
-    sys.exit(rows.main("hard_attention", ROWS, LETTERS))
+    sys.exit(measure.main("hard_attention", ROWS, LETTERS))

@@ -10,21 +10,21 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import lstm_rivals as rivals
-from benchmarks import rows
-from benchmarks.lstm_sides import MODES, TORCH, Sample, our_side, torch_side
-from benchmarks.rows import OURS, Bench, Contender
+from benchmarks.harness import measure, rows
+from benchmarks.harness.memory import Memory
+from benchmarks.peers import lstm as peers
 
-RIVALS = (rivals.ONNX, rivals.JAX)
 NAMES = {"cell": "LSTMCell", "layer": "LSTM", "rollout": "LSTM resets", "lengths": "LSTM lengths"}
 LETTERS = "T, B, I, H"
+REFERENCE = "reference"
+REFERENCE_STEPS = 128  # on a GPU, longer sequences say nothing new about a loop over steps
 RANDOM = {"t": 512, "b": 128, "i": 1024, "h": 1024}
 # Random shapes: billions of multiply-adds of a forward pass at most, so that a call of nn.LSTM
 # stays within seconds; where the processor has no bf16, nn.LSTM trains it some 50 times slower.
@@ -33,8 +33,8 @@ CAP_EMULATED = 1.0
 
 
 @dataclass(frozen=True)
-class Row:
-    """One shape; the goals are the ratios over torch asked for inference and training."""
+class Shape:
+    """A shape; the goals are the ratios over torch asked for inference and training."""
 
     kind: str  # "cell", "layer", "rollout" or "lengths"
     t: int
@@ -51,19 +51,11 @@ class Row:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def shape(self) -> str:
+    def label(self) -> str:
         if self.kind == "cell":
             return f"B {self.b}, I {self.i}, H {self.h}"
         sizes = f"{self.t}, {self.b}, {self.i}, {self.h}"
         return sizes if self.layers == 1 else f"{sizes}, {self.layers} layers"
-
-    @property
-    def name(self) -> str:
-        return f"{NAMES[self.kind]} {self.shape}"
-
-    @property
-    def op(self) -> str:
-        return "lstm_cell" if self.kind == "cell" else "lstm"
 
     @property
     def gmacs(self) -> float:
@@ -72,153 +64,142 @@ class Row:
         return self.t * self.b * 4 * self.h * sum(width + self.h for width in widths) / 1e9
 
 
-SHAPES = (
-    Row("cell", 1, 1, 64, 64, goals=(2.4, 2.0)),
-    Row("cell", 1, 32, 64, 128, goals=(1.3, 1.3)),
-    Row("layer", 1, 1, 64, 64, goals=(7, 3.5)),
-    Row("layer", 100, 1, 64, 64, goals=(4, 3), onnx_goal=1.5),
-    Row("layer", 512, 1, 256, 256, goals=(1.6, 1.5), onnx_goal=1.5),
-    Row("rollout", 256, 16, 64, 128, goals=(4, 4)),
-    Row("layer", 100, 32, 256, 256, goals=(1.12, 1.3)),
-    Row("lengths", 100, 32, 256, 256, goals=(1.5, 1.5)),
-    Row("layer", 100, 64, 512, 512, goals=(1.1, 1.2)),
-    Row("layer", 100, 32, 256, 256, torch.bfloat16, goals=(1.4, 2.5)),
-    Row("layer", 100, 64, 512, 512, torch.bfloat16, goals=(1.15, 1.3)),
-)
+def arguments(shape: Shape, rng: torch.Generator) -> tuple[Any, ...]:
+    """x alone, or beside it hx and cx, lengths, or the reset of episodes of 32 steps on average."""
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=rng).to(shape.dtype)
+
+    if shape.kind == "cell":
+        return normal(shape.b, shape.i), normal(shape.b, shape.h), normal(shape.b, shape.h)
+    x = normal(shape.t, shape.b, shape.i)
+    if shape.kind == "lengths":
+        return x, torch.randint(1, shape.t + 1, (shape.b,), generator=rng)
+    if shape.kind == "rollout":
+        return x, torch.rand(shape.t, shape.b, generator=rng) < 1 / 32
+    return (x,)
 
 
-def sample(row: Row, mode: str, seed: int) -> Sample:
-    """Random arguments of a row; a rollout's episodes end every 32 steps on average."""
-    rng = torch.Generator().manual_seed(seed)
+def work(shape: Shape, reference: bool = False) -> rows.Work:
+    """Torch's ways, the faster of which counts, and the peers that are installed and can do it.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng).to(row.dtype)
-
-    if row.kind == "cell":
-        x, state = normal(row.b, row.i), (normal(row.b, row.h), normal(row.b, row.h))
-        return Sample(x.requires_grad_(mode != "inference"), state)
-    x = normal(row.t, row.b, row.i).requires_grad_(mode != "inference")
-    if row.kind == "lengths":
-        return Sample(x, lengths=torch.randint(1, row.t + 1, (row.b,), generator=rng))
-    if row.kind == "rollout":
-        return Sample(x, reset=torch.rand(row.t, row.b, generator=rng) < 1 / 32)
-    return Sample(x)
-
-
-def weights(row: Row) -> nn.LSTM:
-    """The seeded nn.LSTM every side takes its weights from."""
+    All sides hold the weights of one seeded nn.LSTM. A cell's state is not trained.
+    """
     torch.manual_seed(0)
-    return nn.LSTM(row.i, row.h, row.layers, dtype=row.dtype)
-
-
-def absent(name: str, row: Row, mode: str) -> str | None:
-    """Why a rival does not stand in a row; None if it does."""
-    if row.layers > 1:
-        return f"{name}'s rows have one layer"
-    if name == rivals.ONNX:
-        return rivals.onnx_missing(row.kind, row.dtype, mode)
-    return rivals.jax_missing(row.kind, row.dtype)
-
-
-def names(row: Row, mode: str) -> list[str]:
-    """Ours, torch's ways, and the rivals that are installed and can do the row."""
-    here = [name for name in RIVALS if absent(name, row, mode) is None]
-    return [OURS, *TORCH[row.kind], *here]
-
-
-def contender(name: str, row: Row, mode: str) -> Contender:
-    """The contender of that name, built from the row's weights."""
-    model = weights(row)
-    if name == rivals.ONNX:
-        return rivals.onnx_runtime(model, row.kind)
-    if name == rivals.JAX:
-        return rivals.jax_scan(model, mode)
-    side = our_side(row.kind, model) if name == OURS else torch_side(name, row.kind, model)
-    return MODES[mode](*side)
-
-
-def truth(row: Row, mode: str, given: Sample) -> list[Tensor]:
-    """The same numbers computed by torch in float64."""
-    name, module, forward = torch_side(next(iter(TORCH[row.kind])), row.kind, weights(row))
-    return MODES[mode](name, module.double(), forward).values(given.double())
-
-
-def predicted_s(row: Row, mode: str) -> float:
-    """How long one of torch's calls will take, judged by a tenth of the sequence."""
-    short = replace(row, t=max(1, row.t // 10))
-    side, given = contender(next(iter(TORCH[row.kind])), short, mode), sample(short, mode, 0)
-    start = time.perf_counter()
-    side.call(given)
-    return (time.perf_counter() - start) * row.t / short.t
-
-
-def goals(row: Row, mode: str) -> dict[str, float]:
-    """The ratios this project asks of itself against each peer."""
-    asked = row.goals[list(MODES).index(mode)]
-    out = {} if asked is None else dict.fromkeys(TORCH[row.kind], asked)
-    return {**out, rivals.ONNX: row.onnx_goal}
-
-
-@cache
-def missing_packages(row: Row) -> tuple[str, ...]:
-    """One line for each rival that is not installed."""
-    reasons = (absent(name, row, "inference") for name in RIVALS)
-    return tuple(reason for reason in reasons if reason and "not installed" in reason)
-
-
-def bench(row: Row, mode: str) -> Bench:
-    """All who can do the row, the faster of torch's ways to be reported."""
-    return Bench(
-        partial(sample, row, mode),
-        {name: partial(contender, name, row, mode) for name in names(row, mode)},
-        partial(truth, row, mode),
-        one_of=tuple(TORCH[row.kind]),
-        missing=missing_packages(row),
+    weights = nn.LSTM(shape.i, shape.h, shape.layers, dtype=shape.dtype)
+    by_torch = peers.by_torch(shape.kind, weights)
+    sides = dict(by_torch)
+    if reference:
+        sides[REFERENCE] = peers.Reference(weights)
+    dtype = shape.dtype_name
+    absent = peers.absent(shape.kind, dtype, shape.layers)
+    return rows.Work(
+        partial(arguments, shape),
+        peers.ours(shape.kind, weights),
+        sides,
+        constants=(1, 2),
+        on_host=(1,) if shape.kind == "lengths" else (),
+        others=peers.others(shape.kind, weights, absent),
+        infer_only=(peers.ONNX,),
+        one_of=tuple(by_torch),
+        missing=[reason for reason in absent.values() if "not installed" in reason],
     )
 
 
-def table_rows(shapes: Sequence[Row]) -> list[rows.Row]:
-    """Each shape in both modes."""
-    return [
-        rows.Row(
-            row.op,
-            row.shape,
-            mode,
-            partial(bench, row, mode),
-            row.dtype_name,
-            goals(row, mode),
-            NAMES[row.kind],
-            partial(predicted_s, row, mode),
-        )
-        for row in shapes
-        for mode in MODES
-    ]
+def predicted_s(shape: Shape, mode: str) -> float:
+    """How long one of torch's calls will take, judged by a tenth of the sequence."""
+    short = replace(shape, t=max(1, shape.t // 10))
+    built = rows.bench(work(short), mode)
+    side = built.contenders[built.peers[0]]()
+    given = side.prepare(built.sample(0))
+    start = time.perf_counter()
+    side.call(given)
+    return (time.perf_counter() - start) * shape.t / short.t
 
 
-def cap(dtype: torch.dtype) -> float:
-    """The size up to which random shapes of that dtype are measured here."""
-    emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    most = CAPS[str(dtype).removeprefix("torch.")]
-    return min(most, CAP_EMULATED) if emulated else most
+def shape_rows(shape: Shape, reference: bool = False) -> list[rows.Row]:
+    """Both modes of one shape."""
+    return rows.pair(
+        "lstm_cell" if shape.kind == "cell" else "lstm",
+        shape.label,
+        partial(work, shape, reference),
+        goals={**dict.fromkeys(peers.TORCH[shape.kind], shape.goals),
+               peers.ONNX: (shape.onnx_goal, None)},
+        dtype=shape.dtype_name,
+        name=NAMES[shape.kind],
+        predicted_s=partial(predicted_s, shape),
+    )  # fmt: skip
 
 
-def random_shape(rng: random.Random, place: int) -> Row | None:
+def gpu_rows(shape: Shape) -> list[rows.Row]:
+    """Beside cuDNN and, where the loop over steps is short, the plain PyTorch reference."""
+    return shape_rows(shape, reference=shape.kind != "cell" and shape.t <= REFERENCE_STEPS)
+
+
+def random_shape(rng: random.Random, place: int) -> Shape | None:
     """fp32 and bf16 by turns, one and two layers by turns; None where it is over the cap."""
     t, b, i, h = (round(math.exp(rng.uniform(0, math.log(most)))) for most in RANDOM.values())
     dtype = (torch.float32, torch.bfloat16)[place % 2]
-    row = Row("layer", t, b, i, h, dtype, layers=1 + place // 2 % 2)
-    return row if row.gmacs <= cap(dtype) else None
+    shape = Shape("layer", t, b, i, h, dtype, layers=1 + place // 2 % 2)
+    emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    cap = CAPS[shape.dtype_name]
+    return shape if shape.gmacs <= (min(cap, CAP_EMULATED) if emulated else cap) else None
 
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random shape in both modes."""
-    row = random_shape(rng, place)
-    return table_rows([row]) if row else None
+    shape = random_shape(rng, place)
+    return shape_rows(shape) if shape else None
 
 
-ROWS = table_rows(SHAPES)
-pytest_generate_tests = rows.generator(ROWS)
-test_row = rows.test_row
+SHAPES = (
+    Shape("cell", 1, 1, 64, 64, goals=(2.4, 2.0)),
+    Shape("cell", 1, 32, 64, 128, goals=(1.3, 1.3)),
+    Shape("layer", 1, 1, 64, 64, goals=(7, 3.5)),
+    Shape("layer", 100, 1, 64, 64, goals=(4, 3), onnx_goal=1.5),
+    Shape("layer", 512, 1, 256, 256, goals=(1.6, 1.5), onnx_goal=1.5),
+    Shape("rollout", 256, 16, 64, 128, goals=(4, 4)),
+    Shape("layer", 100, 32, 256, 256, goals=(1.12, 1.3)),
+    Shape("lengths", 100, 32, 256, 256, goals=(1.5, 1.5)),
+    Shape("layer", 100, 64, 512, 512, goals=(1.1, 1.2)),
+    Shape("layer", 100, 32, 256, 256, torch.bfloat16, goals=(1.4, 2.5)),
+    Shape("layer", 100, 64, 512, 512, torch.bfloat16, goals=(1.15, 1.3)),
+)
+HALF = torch.bfloat16
+GPU_SHAPES = (
+    Shape("cell", 1, 1, 64, 64),
+    Shape("cell", 1, 256, 256, 256),
+    Shape("cell", 1, 4096, 512, 512),
+    # weights on chip, one row a program
+    Shape("layer", 1, 1, 64, 64),
+    Shape("layer", 100, 1, 64, 64),
+    Shape("layer", 100, 32, 64, 64),
+    Shape("layer", 1000, 64, 32, 32),
+    Shape("layer", 100, 1024, 64, 64),
+    Shape("layer", 100, 64, 64, 64, HALF),
+    # weights on chip, tensor cores
+    Shape("layer", 100, 2048, 64, 64, HALF),
+    Shape("layer", 100, 64, 128, 128, HALF),
+    # step by step: cuDNN's home ground
+    Shape("layer", 100, 64, 128, 128),
+    Shape("layer", 100, 32, 256, 256),
+    Shape("layer", 100, 64, 512, 512),
+    Shape("layer", 100, 64, 1024, 1024, HALF),
+    # what cuDNN has no call for
+    Shape("rollout", 256, 64, 64, 64),
+    Shape("rollout", 256, 16, 64, 128),
+    Shape("lengths", 100, 64, 64, 64),
+    Shape("lengths", 100, 32, 256, 256),
+)
+
+ROWS = [row for shape in SHAPES for row in shape_rows(shape)]
+GPU_ROWS = [row for shape in GPU_SHAPES for row in gpu_rows(shape)]
+MEMORY = Memory(
+    "LSTM 1000, 32, 256, 256",
+    partial(work, Shape("layer", 1000, 32, 256, 256)),
+    partial(work, Shape("layer", 2, 32, 256, 256)),
+)
+test_row = measure.test_row
 
 if __name__ == "__main__":
-    sys.exit(rows.main("lstm", ROWS, LETTERS))
+    sys.exit(measure.main("lstm", ROWS, LETTERS))

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import ntm_rivals, rows
+from benchmarks.harness import measure, rows
+from benchmarks.peers import ntm as peers
 from seqmem_fast import ops
 from seqmem_fast.reference import ntm as sequence
 from seqmem_fast.reference import ntm_addressing as steps
@@ -24,6 +25,7 @@ INPUT = 9  # bits of the copy task, and its delimiter
 MOST = (64, 64, 256, 64, 256)  # of a random sequence
 CAP = 3e7  # values of all memories of a random sequence: eager keeps each several times
 COMPILING_S = {rows.INFERENCE: 45.0, rows.TRAINING: 90.0}  # torch.compile, for five steps
+STEPS = ("ntm_content_addressing", "ntm_addressing", "ntm_read", "ntm_write")
 Goals = tuple[float | None, float | None]
 
 
@@ -38,28 +40,27 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
         sizes = (time, batch, INPUT, control, slots, width)
         return next(sequence.sequence_sample_inputs(sizes=sizes, seed=_seed(rng))).args
 
-    missing = ntm_rivals.jax_missing()
+    missing = peers.jax_missing()
     return rows.Work(
         sample,
         ops.ntm,
         {"eager": sequence.ntm},
-        others={} if missing else {ntm_rivals.JAX: ntm_rivals.jax_scan},
+        others={} if missing else {peers.JAX: peers.jax_scan},
         missing=[missing] if missing else [],
     )
 
 
 def compiled_work(*sizes: int) -> rows.Work:
     """Few steps, since torch.compile unrolls them."""
-    side = partial(rows.compiled, sequence.ntm)
-    return replace(sequence_work(*sizes), others={rows.COMPILED: side}, missing=[])
+    return replace(sequence_work(*sizes), compile_with={}, others={}, missing=[])
 
 
 def compiled_rows(*sizes: int) -> list[rows.Row]:
-    made = rows.pair("ntm", ", ".join(map(str, sizes)), partial(compiled_work, *sizes))
-    return [replace(row, predicted_s=partial(COMPILING_S.__getitem__, row.mode)) for row in made]
+    shape, make = ", ".join(map(str, sizes)), partial(compiled_work, *sizes)
+    return rows.pair("ntm", shape, make, predicted_s=COMPILING_S.__getitem__)
 
 
-def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
+def step_work(function: str, batch: int, slots: int, width: int, on_gpu: bool = False) -> rows.Work:
     """One functional with one head and a shift by at most one slot."""
 
     def sample(rng: torch.Generator) -> tuple[Any, ...]:
@@ -72,33 +73,42 @@ def step_work(function: str, batch: int, slots: int, width: int) -> rows.Work:
         return lambda *tensors: (op(*tensors),)
 
     return rows.Work(
-        sample, listed(getattr(ops, function)), {"eager": listed(eager)}, loss=_weighed
+        sample,
+        listed(getattr(ops, function)),
+        {"eager": listed(eager)},
+        loss=_weighed,
+        compile_with={} if on_gpu else None,
     )
 
 
 @cache
-def _slope(size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.linspace(0, 1, size, dtype=dtype)
+def _slope(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.linspace(0, 1, size, dtype=dtype, device=device)
 
 
 def _weighed(outputs: Any) -> torch.Tensor:
     """Weightings sum to one, so that their plain sum has no gradient."""
     output = outputs[0]
-    return torch.dot(output.flatten(), _slope(output.numel(), output.dtype))
+    return torch.dot(output.flatten(), _slope(output.numel(), output.dtype, output.device))
 
 
 def sequence_rows(
     *sizes: int, goals: Goals = (None, None), jax: Goals = (None, None)
 ) -> list[rows.Row]:
     shape = ", ".join(map(str, sizes))
-    asked = {"eager": goals, ntm_rivals.JAX: jax}
+    asked = {"eager": goals, peers.JAX: jax}
     return rows.pair("ntm", shape, partial(sequence_work, *sizes), goals=asked)
 
 
 def step_rows(
-    function: str, batch: int, slots: int, width: int, goals: Goals = (None, None)
+    function: str,
+    batch: int,
+    slots: int,
+    width: int,
+    goals: Goals = (None, None),
+    on_gpu: bool = False,
 ) -> list[rows.Row]:
-    make = partial(step_work, function, batch, slots, width)
+    make = partial(step_work, function, batch, slots, width, on_gpu)
     shape = f"{batch}, {slots}, {width}"
     return rows.pair("ntm", shape, make, goals={"eager": goals}, name=function)
 
@@ -112,8 +122,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
         return None
     if place % 2 == 0:
         return sequence_rows(time, batch, max(slots, 3), width, control)
-    names = ("ntm_content_addressing", "ntm_addressing", "ntm_read", "ntm_write")
-    return step_rows(rng.choice(names), batch, max(slots, 3), width)
+    return step_rows(rng.choice(STEPS), batch, max(slots, 3), width)
 
 
 ROWS = [
@@ -127,8 +136,15 @@ ROWS = [
     *step_rows("ntm_write", 16, 128, 20),
     *compiled_rows(5, 16, 128, 20, 100),
 ]
-pytest_generate_tests = rows.generator(ROWS)
-test_row = rows.test_row
+GPU_ROWS = [  # torch.compile would take minutes for a sequence's loop over steps
+    *sequence_rows(41, 1, 128, 20, 100),
+    *sequence_rows(41, 16, 128, 20, 100),
+    *sequence_rows(41, 256, 128, 20, 100),
+    *sequence_rows(41, 64, 128, 64, 256),
+    *(row for step in STEPS for row in step_rows(step, 16, 128, 20, on_gpu=True)),
+    *(row for step in STEPS for row in step_rows(step, 256, 128, 64, on_gpu=True)),
+]
+test_row = measure.test_row
 
 if __name__ == "__main__":
-    sys.exit(rows.main("ntm", ROWS, LETTERS))
+    sys.exit(measure.main("ntm", ROWS, LETTERS))

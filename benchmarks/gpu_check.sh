@@ -35,7 +35,6 @@ else
     echo "compute-sanitizer is not here: its part is left out" >&2
 fi
 
-"$python" -m benchmarks.bench_lstm_gpu --json "$results/lstm_gpu.json"
-"$python" -m benchmarks.bench_lstm_gpu --tf32 --json "$results/lstm_gpu_tf32.json"
-"$python" -m benchmarks.bench_ops_gpu --json "$results/ops_gpu.json"
+"$python" -m benchmarks.harness.gpu --json "$results/gpu.json"
+"$python" -m benchmarks.harness.gpu --op lstm --tf32 --json "$results/gpu_tf32.json"
 exit "$failed"

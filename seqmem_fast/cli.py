@@ -8,9 +8,8 @@ from importlib import import_module
 
 # command: (what it does, the module whose main(arguments) -> exit status does it)
 COMMANDS = {
-    "bench": ("train with both LSTMs, measure every row (--full: longer)", "seqmem_fast.bench"),
     "info": ("versions, processor and build: what a bug report needs", "seqmem_fast.info"),
-    "plot": ("pictures: plot gates, plot copy", "seqmem_fast.plot.command"),
+    "plot": ("pictures of a trained NTM: plot copy", "seqmem_fast.plot.command"),
     "train": ("learn one of the NTM paper's tasks: train copy", "seqmem_fast.tasks.command"),
 }
 

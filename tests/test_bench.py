@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import seqmem_fast
-from seqmem_fast import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "benchmarks" / "__main__.py").is_file():
@@ -28,33 +28,30 @@ if not (ROOT / "benchmarks" / "__main__.py").is_file():
 sys.path.append(str(ROOT))  # last, so that an installed seqmem_fast stays the one tested
 
 from benchmarks import __main__ as main_job  # noqa: E402
-from benchmarks import (  # noqa: E402
-    bench_lstm,
-    bench_ops_gpu,
-    charlm,
+from benchmarks import bench_additive_attention, bench_lstm  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
     chart,
-    gates,
     gpu,
-    lstm_rivals,
-    lstm_sides,
     machine,
     markdown,
+    measure,
     memory,
-    random_shapes,
     report,
     rows,
     timing,
 )
+from benchmarks.peers import lstm as peers  # noqa: E402
+from benchmarks.studies import charlm, gates, random_shapes  # noqa: E402
 
 TINY = timing.Budget(side_s=0.002, cap_s=10.0, few=2, most=3)
-ROWS = [
-    bench_lstm.Row("cell", 1, 2, 4, 8, goals=(2.0, 2.0)),
-    bench_lstm.Row("layer", 5, 2, 4, 8),
-    bench_lstm.Row("rollout", 9, 3, 4, 8),
-    bench_lstm.Row("lengths", 7, 3, 4, 8),
-    bench_lstm.Row("layer", 5, 2, 4, 8, torch.bfloat16),
+SHAPES = [
+    bench_lstm.Shape("cell", 1, 2, 4, 8, goals=(2.0, 2.0)),
+    bench_lstm.Shape("layer", 5, 2, 4, 8),
+    bench_lstm.Shape("rollout", 9, 3, 4, 8),
+    bench_lstm.Shape("lengths", 7, 3, 4, 8),
+    bench_lstm.Shape("layer", 5, 2, 4, 8, torch.bfloat16),
 ]
-IDS = [f"{row.kind}-{row.dtype_name}" for row in ROWS]
+IDS = [f"{shape.kind}-{shape.dtype_name}" for shape in SHAPES]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
@@ -155,35 +152,38 @@ def test_page_faults_are_counted() -> None:
 # rows
 
 
-@pytest.mark.parametrize("mode", lstm_sides.MODES)
-@pytest.mark.parametrize("row", ROWS, ids=IDS)
-def test_every_contender_computes_the_same(row: bench_lstm.Row, mode: str) -> None:
-    given = bench_lstm.sample(row, mode, 0)
-    exact = bench_lstm.truth(row, mode, given)
-    assert len(exact) == (5 if mode == "training step" else 2 if row.kind == "cell" else 3)
-    for name in bench_lstm.names(row, mode):
-        side = bench_lstm.contender(name, row, mode)
+@pytest.mark.parametrize("mode", rows.MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_every_contender_computes_the_same(shape: bench_lstm.Shape, mode: str) -> None:
+    """Torch's ways, the reference, ours, and ONNX Runtime and JAX where they can."""
+    built = rows.bench(bench_lstm.work(shape, reference=shape.kind != "cell"), mode)
+    given = built.sample(0)
+    assert built.exact is not None
+    exact = built.exact(given)
+    assert len(exact) == (5 if mode == rows.TRAINING else 2 if shape.kind == "cell" else 3)
+    for name, make in built.contenders.items():
+        side = make()
         found = side.values(side.prepare(given))
-        assert rows.error(found, exact) < TOLERANCE[row.dtype], name
+        assert rows.error(found, exact) < TOLERANCE[shape.dtype], name
 
 
 def test_resets_do_something() -> None:
-    row = ROWS[2]
-    given = bench_lstm.sample(row, "inference", 0)
-    assert given.reset is not None
-    given = dataclasses.replace(given, reset=given.reset.logical_not())
-    side = bench_lstm.contender("ours", row, "inference")
-    plain = bench_lstm.truth(dataclasses.replace(row, kind="layer"), "inference", given)
-    assert rows.error(side.values(given), plain) > 0.01
+    built = rows.bench(bench_lstm.work(SHAPES[2]), rows.INFERENCE)
+    x, reset = built.sample(0)
+    assert built.exact is not None
+    side = built.contenders[rows.OURS]()
+    other = side.values(side.prepare((x, ~reset)))
+    assert rows.error(other, built.exact((x, reset))) > 0.01
 
 
-def test_training_leaves_no_gradient_behind() -> None:
-    row = ROWS[1]
-    given = bench_lstm.sample(row, "training step", 0)
-    model = bench_lstm.weights(row)
-    lstm_sides.training("nn.LSTM", model, lstm_sides.layer).call(given)
-    assert given.x.grad is None
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_constants_take_no_gradient() -> None:
+    """A cell's state; x and the four weights do."""
+    built = rows.bench(bench_lstm.work(SHAPES[0]), rows.TRAINING)
+    assert [t.requires_grad for t in built.sample(0)] == [True, False, False]
+
+
+def table_rows(shapes: list[bench_lstm.Shape]) -> list[rows.Row]:
+    return [row for shape in shapes for row in bench_lstm.shape_rows(shape)]
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +191,15 @@ def measured() -> Any:
     """The results of three rows and what was left out; JAX's compiling makes this slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "SPIN_LIMIT_S", 0.0)
-        return rows.run(bench_lstm.table_rows(ROWS[:3]), TINY, quiet())
+        return measure.run(table_rows(SHAPES[:3]), TINY, quiet())
 
 
 def test_a_run_gives_one_result_for_each_peer(measured: Any) -> None:
     results, left_out = measured
-    rivals = {lstm_rivals.ONNX, lstm_rivals.JAX}
+    rivals = {peers.ONNX, peers.JAX}
     against_torch = [result for result in results if result.peer not in rivals]
     assert [(r.row, r.mode) for r in against_torch] == [
-        (row.name, mode) for row in ROWS[:3] for mode in lstm_sides.MODES
+        (row.label, row.mode) for row in table_rows(SHAPES[:3])
     ]
     assert against_torch[-1].peer.startswith("loop over ")
     assert against_torch[0].goal == 2.0
@@ -210,7 +210,7 @@ def test_a_run_gives_one_result_for_each_peer(measured: Any) -> None:
 
 
 def test_rows_that_do_not_fit_are_named() -> None:
-    results, left_out = rows.run(bench_lstm.table_rows(ROWS[1:2]), TINY, quiet(), limit_s=0.0)
+    results, left_out = measure.run(table_rows(SHAPES[1:2]), TINY, quiet(), limit_s=0.0)
     assert not results
     assert left_out[:2] == [
         "LSTM 5, 2, 4, 8 float32 inference: out of time",
@@ -221,9 +221,9 @@ def test_rows_that_do_not_fit_are_named() -> None:
 def test_a_missing_rival_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnx", "jax"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert bench_lstm.names(ROWS[1], "inference") == ["ours", "nn.LSTM"]
-    lines = bench_lstm.missing_packages(bench_lstm.Row("layer", 5, 2, 4, 3))
-    assert [line.split(" is ")[0] for line in lines] == ["ONNX Runtime", "JAX"]
+    built = rows.bench(bench_lstm.work(SHAPES[1]), rows.INFERENCE)
+    assert [*built.contenders] == ["nn.LSTM", rows.OURS]
+    assert [line.split(" is ")[0] for line in built.missing] == ["ONNX Runtime", "JAX"]
 
 
 def squares(x: Tensor, weight: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +249,7 @@ def test_declared_rows_are_measured_and_checked(loss: Any) -> None:
     table = rows.pair(
         "squares", "4, 3", functools.partial(work, loss=loss), goals={"eager": (2, None)}
     )
-    results, left_out = rows.run(table, TINY, quiet())
+    results, left_out = measure.run(table, TINY, quiet())
     assert not left_out
     assert [(r.mode, r.peer, r.goal) for r in results] == [
         ("inference", "eager", 2),
@@ -263,12 +263,10 @@ def test_declared_rows_are_measured_and_checked(loss: Any) -> None:
 
 
 def test_compiling_is_told_apart() -> None:
-    peer = functools.partial(rows.compiled, squares, backend="eager")
-    table = rows.pair(
-        "squares", "4, 3", functools.partial(work, others={rows.COMPILED: peer}), modes=rows.MODES
-    )
+    make = functools.partial(work, compile_with={"backend": "eager"})
+    table = rows.pair("squares", "4, 3", make, modes=rows.MODES)
     for row in table:
-        *eager, result = rows.measure(row, TINY)
+        *eager, result = measure.measure(row, TINY)
         assert result.peer == "torch.compile" and result.peer_error < 1e-6
         assert result.peer_compile_s > result.peer_first_s > 0
         assert all(other.peer_compile_s is None for other in eager)
@@ -284,17 +282,16 @@ def test_compiling_while_timed_is_an_error() -> None:
     def sample(rng: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn(int(torch.randint(2, 10**6, (), generator=rng))),)
 
-    peer = functools.partial(rows.compiled, torch.sin, backend="eager", dynamic=False)
-    others = {rows.COMPILED: peer}
-    grown = rows.Work(sample, torch.sin, {"eager": torch.sin}, others=others, checked=False)
+    options = {"backend": "eager", "dynamic": False}
+    grown = rows.Work(sample, torch.sin, {"eager": torch.sin}, compile_with=options, checked=False)
     (row,) = rows.pair("sine", "n", lambda: grown, modes=[rows.INFERENCE])
     with pytest.raises(RuntimeError, match="recompile"):
-        rows.measure(row, TINY)
+        measure.measure(row, TINY)
 
 
 def test_a_training_step_gives_every_gradient_and_leaves_none() -> None:
     side = rows.contender("ours", squares, rows.TRAINING)
-    args = rows.bench(work, rows.TRAINING).sample(0)
+    args = rows.bench(work(), rows.TRAINING).sample(0)
     x, weight, places = args
     grads = side.values(side.prepare(args))
     assert torch.equal(grads[1], x[places].sum(0).detach())
@@ -308,7 +305,7 @@ def test_modules_are_trained_and_checked_in_float64() -> None:
         lambda rng: (torch.randn(5, 3, generator=rng),), ours=linear, peers={"nn.Linear": other}
     )
     for row in rows.pair("linear", "5, 3", lambda: module_work):
-        [result] = rows.measure(row, TINY)
+        [result] = measure.measure(row, TINY)
         assert result.ours_error is not None and 0 < result.ours_error < 1e-6
     assert linear.weight.grad is None and other.weight.dtype == torch.float32
 
@@ -323,10 +320,10 @@ def test_of_one_of_only_the_fastest_is_reported() -> None:
         return dataclasses.replace(found, peers={"slow": slow, **found.peers})
 
     [row, _] = rows.pair("squares", "4, 3", make)
-    results = rows.measure(row, TINY)
+    results = measure.measure(row, TINY)
     assert [result.peer for result in results] == ["eager", "wrong"]
     assert results[0].ours_error is None
-    [only] = rows.measure(row, TINY, only=["slow"])
+    [only] = measure.measure(row, TINY, only=["slow"])
     assert only.peer == "slow" and only.ratio > 5
 
 
@@ -341,37 +338,53 @@ def test_every_table_is_found_and_declares_what_the_job_needs() -> None:
         assert all(row.mode in rows.MODES for shape in drawn for row in shape)
 
 
-GPU_ROWS = [
-    *bench_ops_gpu.attention(2, 5, 6, 4),
-    bench_ops_gpu.additive_attention(2, 3, 4, 5, masked=True),
-    bench_ops_gpu.reinforce_step(3, 4, 5, 6),
-    bench_ops_gpu.reinforce_loss(4, 3),
-    bench_ops_gpu.dynamic_memory(2, 5, 4),
-    bench_ops_gpu.ntm(3, 2, 5, 4, 6),
-    bench_ops_gpu.functional("ntm_addressing", 2, 5, 4),
-]
+def gpu_rows() -> list[rows.Row]:
+    """The smallest of each op and mode, smaller where that is to be had."""
+    found = []
+    for op in machine.ops():
+        declared = importlib.import_module(f"benchmarks.bench_{op}").GPU_ROWS
+        found += [declared[0], declared[-1]]
+    return found
 
 
-@pytest.mark.parametrize("row", GPU_ROWS, ids=lambda row: row.label)
-def test_the_gpu_s_sides_agree(row: bench_ops_gpu.Row, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("row", gpu_rows(), ids=str)
+def test_the_gpu_s_sides_agree(row: rows.Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with a clock for events and nothing compiled."""
     monkeypatch.setattr(gpu, "event_s", lambda call, given: 1.0 + 0.0 * len([call(given)]))
     monkeypatch.setattr(torch, "compile", lambda side: side)
-    for mode in row.modes:
-        found = bench_ops_gpu.measure(row, mode, 2, device="cpu")
-        assert {r["side"] for r in found} > {rows.OURS}
-        assert (bench_ops_gpu.COMPILED in {r["side"] for r in found}) == row.compiled
-        assert all(r["samples"] == 2 and r["mode"] == mode for r in found)
-        if "training step" not in row.name:  # its sides draw different actions
-            assert all(r["error"] < 1e-4 for r in found)
-        assert gpu.table(found, "").row_count == len(found)
+    found = gpu.measure(row, 2, device="cpu")
+    assert found[0]["side"] == rows.OURS and len(found) > 1
+    assert (rows.COMPILED in {r["side"] for r in found}) == (row.work().compile_with is not None)
+    assert all(r["samples"] == 2 and r["mode"] == row.mode for r in found)
+    if row.work().checked:
+        assert all(r["error"] < (1e-4 if row.dtype == "float32" else 0.05) for r in found)
+    assert gpu.table(found, "").row_count == len(found)
+
+
+def test_on_another_device_arguments_and_modules_are_moved() -> None:
+    """To the meta device, which has no values; what stays on the host stays."""
+    linear = nn.Linear(3, 2)
+    made = rows.Work(
+        lambda rng: (torch.randn(5, 3, generator=rng), torch.arange(5)),
+        ours=lambda x, places: linear(x),
+        peers={"nn.Linear": linear},
+        on_host=(1,),
+        others={"elsewhere": lambda mode: rows.contender("elsewhere", torch.sin, mode)},
+    )
+    built = rows.bench(made, rows.TRAINING, "meta")
+    assert built.peers == ["nn.Linear"]
+    side = built.contenders["nn.Linear"]()
+    (x, places), leaves = side.prepare(built.sample(0))
+    assert x.is_meta and x.requires_grad and places.device.type == "cpu"
+    assert linear.weight.is_meta and leaves[0] is x and len(leaves) == 3
 
 
 def test_every_gpu_row_has_a_name_of_its_own() -> None:
-    jobs = [bench_ops_gpu.job(row, mode) for row in bench_ops_gpu.ROWS for mode in row.modes]
-    assert len({(job.name, job.mode) for job in jobs}) == len(jobs)
-    for op in ("attention", "additive_attention", "hard_attention", "dynamic_memory", "ntm"):
-        assert any(job.name.startswith(f"{op} ") for job in jobs)
+    for op in machine.ops():
+        declared = importlib.import_module(f"benchmarks.bench_{op}").GPU_ROWS
+        names = {(str(row), *row.work().peers) for row in declared}
+        assert declared and len(names) == len(declared)
 
 
 def test_without_a_gpu_one_sentence_says_so(
@@ -379,7 +392,7 @@ def test_without_a_gpu_one_sentence_says_so(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as caught:
-        gpu.main("ops_gpu", "", [], [])
+        gpu.main([])
     assert caught.value.code == 2
     assert "no CUDA device here" in capsys.readouterr().err
 
@@ -493,7 +506,7 @@ def test_a_generator_that_only_refuses_is_an_error() -> None:
 
 
 def test_multiply_adds_of_two_layers() -> None:
-    shape = bench_lstm.Row("layer", 10, 2, 3, 4, layers=2)
+    shape = bench_lstm.Shape("layer", 10, 2, 3, 4, layers=2)
     assert shape.gmacs == pytest.approx(10 * 2 * 16 * ((3 + 4) + (4 + 4)) / 1e9)
 
 
@@ -515,11 +528,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells peaks")
-def test_memory_growth_is_that_of_one_step() -> None:
-    row = memory.measure((200, 16, 64, 64), "float32", 1)
-    saved = 200 * 16 * 64 * 4 / 1024  # output alone, KiB
-    assert all(growth > saved for growth in row["growth_kib"].values())
-    assert set(row["growth_kib"]) == set(memory.SIDES)
+def test_memory_growth_is_that_of_one_call() -> None:
+    found = memory.measure("additive_attention", rows.INFERENCE, 1)
+    pairs = 8 * 256 * 256 * 4 / 1024  # KiB of the weights; eager holds the 64 tanh of each as well
+    growth = found["growth_kib"]
+    assert pairs < growth[rows.OURS] < 8 * pairs
+    assert growth["eager"] > 64 * pairs
+    assert bench_additive_attention.MEMORY.label == found["row"]
 
 
 # character model
@@ -661,26 +676,20 @@ def test_the_main_job_fails_where_losses_differ(
     assert not short_job
 
 
-# the commands
-
-
-def test_outside_a_clone_one_sentence_says_where_to_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site" / "seqmem_fast" / "bench.py"))
-    assert bench.main([]) == 2
-    assert "clone the repository" in capsys.readouterr().err
-
-
-def test_commands_run_the_clone_s_programs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "__main__.py").write_text("")
-    (tmp_path / "its_program.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "seqmem_fast" / "bench.py"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    assert bench.run_in_clone("its_program", ["--full"]) == 3
-    assert capsys.readouterr().out == "['--full']\n"
+def test_pytest_collects_every_row_of_every_op() -> None:
+    """`pytest benchmarks`, -k included."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--collect-only",
+        "-q",
+        "-k",
+        "float32",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for op in machine.ops():
+        for row in importlib.import_module(f"benchmarks.bench_{op}").ROWS:
+            found = f"bench_{op}.py::test_row[{row}-{rows.OURS}]".replace(" ", "-")
+            assert (found in done.stdout) == (row.dtype == "float32"), row

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "benchmarks" / "markdown.py").is_file():
+if not (ROOT / "benchmarks" / "harness" / "markdown.py").is_file():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.append(str(ROOT))  # last, so that an installed seqmem_fast stays the one tested
 
-from benchmarks import markdown  # noqa: E402
+from benchmarks.harness import markdown  # noqa: E402
 
 
 def result(**changed: Any) -> dict[str, Any]:

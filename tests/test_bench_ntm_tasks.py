@@ -21,7 +21,8 @@ if not (ROOT / "benchmarks" / "__main__.py").is_file():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.append(str(ROOT))  # last, so that an installed seqmem_fast stays the one tested
 
-from benchmarks import machine, ntm_tasks  # noqa: E402
+from benchmarks.harness import machine  # noqa: E402
+from benchmarks.studies import ntm_tasks  # noqa: E402
 
 TINY = {"controller_size": 8, "memory_size": 6, "memory_dim": 4, "steps": 4}
 

@@ -1,16 +1,20 @@
-"""What the benchmarks on a GPU share: sides in turns between CUDA events, table and command line.
+"""Rows on a GPU: every bench_<op>.py's GPU_ROWS, ours beside torch's, compiled too where declared.
 
-Times are medians between CUDA events around one call, the GPU idle before each, so that the
-launches from Python count as they do for a user who waits for the result.
+    python -m benchmarks.harness.gpu [--op lstm ntm] [--rows TEXT] [--samples 50] [--tf32]
+
+The work of a row is moved to the GPU; errors are against float64 on the CPU. Times are medians
+between CUDA events around one call, the GPU idle before each, so that the launches from Python
+count as they do for a user who waits for the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import machine, report
-from benchmarks.rows import OURS, Contender, error
+from benchmarks.harness import machine, report
+from benchmarks.harness.rows import OURS, Contender, Row, error
 
 Record = dict[str, Any]  # of one side of a row
-
-
-@dataclass(frozen=True)
-class Job:
-    """A row in one mode; `measure` takes the number of samples and gives a record for each side."""
-
-    name: str
-    mode: str
-    measure: Callable[[int], list[Record]]
 
 
 def event_s(call: Callable[[Any], Any], given: Any) -> float:
@@ -113,31 +108,41 @@ def table(results: Sequence[Record], title: str) -> Table:
     return out
 
 
-def run(jobs: Sequence[Job], samples: int, console: Console) -> list[Record]:
-    """All jobs, ours first among the sides of each."""
+def measure(row: Row, samples: int, device: str = "cuda") -> list[Record]:
+    """One record for each side, ours first."""
+    built = row.build(device)
+    given = built.sample(0)
+    exact = built.exact(given) if built.exact else None  # before the modules leave the CPU
+    sides = {name: make() for name, make in built.contenders.items()}
+    labels = {"op": row.op, "row": row.label, "dtype": row.dtype, "mode": row.mode}
+    found = [{**labels, **record} for record in turns(sides, given, exact, samples)]
+    return sorted(found, key=lambda record: str(record["side"]) != OURS)
+
+
+def run(rows: Sequence[Row], samples: int, console: Console) -> list[Record]:
+    """All rows."""
     results: list[Record] = []
     with report.progress_bar(console) as bar:
-        task = bar.add_task("", total=len(jobs))
-        for job in jobs:
-            bar.update(task, description=f"{job.name} {job.mode}")
-            results += sorted(job.measure(samples), key=lambda r: str(r["side"]) != OURS)
+        task = bar.add_task("", total=len(rows))
+        for row in rows:
+            bar.update(task, description=str(row))
+            results += measure(row, samples)
             bar.advance(task)
     return results
 
 
-def main(
-    name: str, description: str | None, jobs: Sequence[Job], argv: Sequence[str] | None = None
-) -> int:
-    """The command line of bench_<name>: measures, prints the table and keeps the JSON."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints the table and keeps the JSON."""
     parser = argparse.ArgumentParser(
-        prog=f"benchmarks.bench_{name}",
-        description=description,
+        prog="benchmarks.harness.gpu",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--op", nargs="+", default=machine.ops(), choices=machine.ops())
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
     parser.add_argument("--samples", type=int, default=50, help="of each side of a row")
     parser.add_argument("--tf32", action="store_true", help="let all sides round float32 to TF32")
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / f"{name}.json")
+    parser.add_argument("--json", type=Path, default=machine.RESULTS / "gpu.json")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("no CUDA device here")
@@ -145,9 +150,14 @@ def main(
     # cuDNN takes TF32 unless told not to, and matrix products do not unless told to.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     console = report.console()
-    results = run([job for job in jobs if args.rows in job.name], args.samples, console)
+    declared = [row for op in args.op for row in import_module(f"benchmarks.bench_{op}").GPU_ROWS]
+    results = run([row for row in declared if args.rows in str(row)], args.samples, console)
     here = {**machine.describe(), "gpu": describe()}
-    content = {"schema": report.SCHEMA, "job": name, "machine": here, "results": results}
+    content = {"schema": report.SCHEMA, "job": "gpu", "machine": here, "results": results}
     report.write_json(args.json, content)
     console.print(table(results, here["gpu"]["name"]))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

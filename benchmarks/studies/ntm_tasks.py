@@ -1,6 +1,6 @@
 """The NTM paper's tasks, learnt from nothing by the clock, seed by seed.
 
-    python -m benchmarks.ntm_tasks [copy|repeat_copy|...] [--seeds 0 1 2 3 4] [--json PATH]
+    python -m benchmarks.studies.ntm_tasks [copy|repeat_copy|...] [--seeds 0 1 2 3 4] [--json PATH]
 
 Standard settings of `python -m seqmem_fast train`: the paper's sizes, 128 slots of 20, an LSTM
 controller of 100, one write and one read head, one thread. The time is all of it: building,
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, report
+from benchmarks.harness import machine, report
 from seqmem_fast.plot.trained import save_picture
 from seqmem_fast.tasks import TASKS, Score, evaluate, loop
 from seqmem_fast.tasks.display import EVALUATION_SEED, Bar
@@ -130,7 +130,7 @@ def table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """One training a seed."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.ntm_tasks",
+        prog="benchmarks.studies.ntm_tasks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Draws the gates of a trained character model reading a sentence.
 
-    python -m benchmarks.gates [--text TEXT] [--out docs/images/gates.png]
+    python -m benchmarks.studies.gates [--text TEXT] [--out docs/images/gates.png]
 
 Uses the model `make bench` left behind, or trains one for a moment.
 """
@@ -17,7 +17,8 @@ import torch
 from rich.progress import track
 
 import seqmem_fast
-from benchmarks import charlm, machine
+from benchmarks.harness import machine
+from benchmarks.studies import charlm
 from seqmem_fast import plot
 
 SENTENCE = 'The "with" statement is used to wrap the execution of a block'
@@ -44,7 +45,7 @@ def picture(model: charlm.CharLM, alphabet: str, text: str, **options: Any) -> A
 def main(argv: Sequence[str] | None = None) -> int:
     """Loads or trains the model and writes the picture."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.gates",
+        prog="benchmarks.studies.gates",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

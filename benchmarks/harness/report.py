@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.harness import machine
 
 SCHEMA = 2
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}

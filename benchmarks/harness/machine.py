@@ -15,7 +15,7 @@ import torch
 
 from seqmem_fast import info
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "benchmarks"
 RESULTS = HERE / "results"
 
@@ -57,7 +57,7 @@ def ensure_process(module: str, regime: str, threads: int) -> None:
 def ops() -> list[str]:
     """The ops that have a table: those with a bench_<op>.py, the LSTM first."""
     names = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
-    return sorted((name for name in names if not name.endswith("_gpu")), key="lstm".__ne__)
+    return sorted(names, key="lstm".__ne__)
 
 
 def isa_extensions() -> list[str]:

@@ -1,11 +1,11 @@
 """Is an op anywhere slower than what it replaces? Random shapes, one verdict.
 
-    python -m benchmarks.random_shapes [--op lstm] [--count 40] [--seed 0] [--json PATH] [--fresh]
+    python -m benchmarks.studies.random_shapes [--op lstm] [--count 40] [--seed 0] [--fresh]
 
 benchmarks/bench_<op>.py gives the shapes (random_rows) and the main peer: eager PyTorch, or the
 module of torch.nn that the op replaces. A draw that would take too long is drawn again; how many
-were is printed and kept. Rows below the bar are measured a second time for longer, and the second
-figure counts; both are kept. An interrupted run goes on where it stopped.
+were is printed and kept. Rows below the bar alone are measured a second time, three times as
+long, and the second figure counts; both are kept. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, report
-from benchmarks.rows import MODES, Row, measure
-from benchmarks.timing import Budget
+from benchmarks.harness import machine, report
+from benchmarks.harness.measure import measure
+from benchmarks.harness.rows import MODES, Row
+from benchmarks.harness.timing import Budget
 
 BAR = 0.95
 COUNT = {"lstm": 60}  # 40 for every other op
@@ -135,7 +136,7 @@ def kept_rows(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not yet measured, then shows all."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.random_shapes",
+        prog="benchmarks.studies.random_shapes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    machine.ensure_process("benchmarks.random_shapes", args.malloc, args.threads)
+    machine.ensure_process("benchmarks.studies.random_shapes", args.malloc, args.threads)
 
     torch.set_num_threads(args.threads)
     bench = import_module(f"benchmarks.bench_{args.op}")
@@ -161,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "threads": args.threads,
         "malloc": args.malloc,
+        "seconds": args.seconds,
         "commit": here["commit"],
     }
     content = {

@@ -1,6 +1,6 @@
 """Time per step of an NTM as its memory and its sequences grow: both must stay linear.
 
-python -m benchmarks.ntm_scaling [--threads 2] [--seconds 1] [--out docs/images/ntm_scaling.png]
+python -m benchmarks.studies.ntm_scaling [--threads 2] [--seconds 1] [--out PICTURE]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks import machine, report, rows
 from benchmarks.bench_ntm import sequence_work
+from benchmarks.harness import machine, report, rows
 
 SLOTS = (32, 128, 512, 2048, 8192)
 TIMES = (10, 100, 1000, 10000)
@@ -28,7 +28,7 @@ BATCH, WIDTH, CONTROL, FEW, STANDARD = 4, 20, 100, 41, 128
 
 def seconds_per_step(mode: str, time_steps: int, slots: int, budget_s: float) -> float:
     """The median over calls of at most `budget_s` in all (three at least), per step."""
-    built = rows.bench(lambda: sequence_work(time_steps, BATCH, slots, WIDTH, CONTROL), mode)
+    built = rows.bench(sequence_work(time_steps, BATCH, slots, WIDTH, CONTROL), mode)
     ours = built.contenders[rows.OURS]()
     inputs = itertools.cycle([ours.prepare(built.sample(seed)) for seed in range(2)])
     ours.call(next(inputs))
@@ -75,7 +75,7 @@ def draw(found: Sequence[dict[str, Any]], here: dict[str, Any]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures both sweeps, prints a table, keeps JSON and the picture."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.ntm_scaling",
+        prog="benchmarks.studies.ntm_scaling",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

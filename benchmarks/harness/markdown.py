@@ -1,6 +1,6 @@
 """A results file's tables as Markdown, as the README shows them.
 
-python -m benchmarks.markdown benchmarks/results/bench.json [--op lstm]
+python -m benchmarks.harness.markdown benchmarks/results/bench.json [--op lstm]
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import chart
-from benchmarks.report import SHORT_DTYPE, compiling, duration
-from benchmarks.rows import MODES
+from benchmarks.harness import chart
+from benchmarks.harness.report import SHORT_DTYPE, compiling, duration
+from benchmarks.harness.rows import MODES
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -44,7 +44,7 @@ def table(letters: str, results: Results) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables, the first of each op."""
-    parser = argparse.ArgumentParser(prog="benchmarks.markdown", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.harness.markdown", description=main.__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--op", help="this op's table alone")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """The ratios of a results file as a chart, one panel for each op.
 
-python -m benchmarks.chart benchmarks/results/bench.json docs/images/speed.png
+python -m benchmarks.harness.chart benchmarks/results/bench.json docs/images/speed.png
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.report import SHORT_DTYPE
+from benchmarks.harness import machine
+from benchmarks.harness.report import SHORT_DTYPE
 
 COLOURS = {"inference": "#2a6f97", "training step": "#e07a3f"}
 FINE = (0.2, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30)
@@ -137,7 +137,7 @@ def save(tables: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """A chart from a results file."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.chart",
+        prog="benchmarks.harness.chart",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Does an NTM ever come to NaN? Trains on for very many steps and looks at every one.
 
-    python -m benchmarks.ntm_endurance [--steps 100000] [--task copy] [--seed 0]
+    python -m benchmarks.studies.ntm_endurance [--steps 100000] [--task copy] [--seed 0]
 
 Small sizes, the whole learning rate to the end, gradients clipped as in ordinary training. Stops at
 the first loss, and at the end at the first weight, that is not a finite number.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
+from benchmarks.harness import report
 from seqmem_fast.tasks import TASKS
 from seqmem_fast.tasks.display import Bar
 from seqmem_fast.tasks.settings import Settings
@@ -35,7 +35,7 @@ class Tireless(Training):
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where all stayed finite, 1 where it did not."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.ntm_endurance",
+        prog="benchmarks.studies.ntm_endurance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

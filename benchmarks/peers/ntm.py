@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.rows import INFERENCE, Contender
+from benchmarks.harness.rows import INFERENCE, Contender
 
 JAX = "JAX lax.scan"
 
