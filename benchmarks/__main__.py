@@ -10,7 +10,6 @@ one and two threads, under both malloc regimes.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -123,9 +122,7 @@ def keep(console: Console, path: Path, content: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, measures, keeps."""
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(
-        prog="benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.parser("benchmarks", __doc__)
     parser.add_argument(
         "--full", action="store_true", help="all rows at 1 and 2 threads under both malloc regimes"
     )

@@ -5,14 +5,13 @@ python -m benchmarks.harness.chart benchmarks/results/bench.json docs/images/spe
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import machine
+from benchmarks.harness import machine, report
 from benchmarks.harness.report import SHORT_DTYPE
 
 COLOURS = {"inference": "#2a6f97", "training step": "#e07a3f"}
@@ -136,11 +135,7 @@ def save(tables: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """A chart from a results file."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.harness.chart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.harness.chart", __doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--op", help="its panel alone")

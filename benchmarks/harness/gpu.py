@@ -9,7 +9,6 @@ count as they do for a user who waits for the result.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -47,7 +46,7 @@ def turns(
     samples: int,
     limit_s: float = 20.0,
 ) -> list[Record]:
-    """One record for each side, the sides taking turns; first calls (compilation) apart."""
+    """One record for each side, the sides taking turns; first calls (compilation) separate."""
     first, errors = {}, {}
     prepared = {name: side.prepare(given) for name, side in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -133,11 +132,7 @@ def run(rows: Sequence[Row], samples: int, console: Console) -> list[Record]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the table and keeps the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.harness.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.harness.gpu", __doc__)
     parser.add_argument("--op", nargs="+", default=machine.ops(), choices=machine.ops())
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")
     parser.add_argument("--samples", type=int, default=50, help="of each side of a row")

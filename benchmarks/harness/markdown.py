@@ -5,14 +5,13 @@ python -m benchmarks.harness.markdown benchmarks/results/bench.json [--op lstm]
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import chart
+from benchmarks.harness import chart, report
 from benchmarks.harness.report import SHORT_DTYPE, compiling, duration
 from benchmarks.harness.rows import MODES
 
@@ -25,8 +24,9 @@ def cell(result: Mapping[str, Any] | None) -> str:
         return ""
     times = f"{duration(result['peer_s'])} → {duration(result['ours_s'])}"
     goal = f" (goal {result['goal']:g})" if result["goal"] else ""
-    apart = result.get("peer_compile_s")
-    return f"{times}, **{result['ratio']:.2f}**{goal}{f'; {compiling(apart)}' if apart else ''}"
+    compile_s = result.get("peer_compile_s")
+    compiled = f"; {compiling(compile_s)}" if compile_s else ""
+    return f"{times}, **{result['ratio']:.2f}**{goal}{compiled}"
 
 
 def table(letters: str, results: Results) -> str:
@@ -44,7 +44,7 @@ def table(letters: str, results: Results) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables, the first of each op."""
-    parser = argparse.ArgumentParser(prog="benchmarks.harness.markdown", description=main.__doc__)
+    parser = report.parser("benchmarks.harness.markdown", main.__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--op", help="this op's table alone")
     args = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import time
@@ -167,9 +166,7 @@ def test_row(benchmark: Any, row: Row, name: str) -> None:
 
 def main(op: str, rows: Sequence[Row], letters: str, argv: Sequence[str] | None = None) -> int:
     """The command line of bench_<op>: measures, prints the table and keeps the JSON."""
-    parser = argparse.ArgumentParser(
-        prog=f"benchmarks.bench_{op}", description=f"Rows of {op}: ours and its peers in turns."
-    )
+    parser = report.parser(f"benchmarks.bench_{op}", f"Rows of {op}: ours and its peers in turns.")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--malloc", choices=("D", "M"), default="D")
     parser.add_argument("--rows", default="", help="only rows whose name holds this text")

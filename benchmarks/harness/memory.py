@@ -86,11 +86,7 @@ def show(console: Console, row: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Both modes of one op, printed and kept."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.harness.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.harness.memory", __doc__)
     parser.add_argument("--op", default="lstm", choices=machine.ops())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "memory.json")

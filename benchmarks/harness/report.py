@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
+
+
+def parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of `python -m program`, its description printed as it is written."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def duration(seconds: float) -> str:

@@ -57,7 +57,9 @@ class Contender:
     call: Callable[[Any], Any]
     values: Callable[[Any], list[Tensor]]  # outputs, or gradients of inputs and weights
     pool: str = TORCH_POOL  # whose threads it uses
-    compiles: bool = False  # its first call does: made before all timing, its seconds told apart
+    compiles: bool = (
+        False  # its first call does: made before all timing, its seconds kept separately
+    )
 
 
 @dataclass(frozen=True)

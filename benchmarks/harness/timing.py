@@ -110,7 +110,7 @@ class _Runner:
         return (time.perf_counter() - start) / calls
 
     def warm_up(self, cap_s: float) -> None:
-        """First call apart; then enough calls to know how many make one sample."""
+        """The first call separately; then enough calls to know how many make one sample."""
         start = time.perf_counter()
         self.timing.first_values = self.first(next(self.inputs))
         self.timing.first_s = self.estimate_s = time.perf_counter() - start

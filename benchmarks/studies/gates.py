@@ -7,7 +7,6 @@ Uses the model `make bench` left behind, or trains one for a moment.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from rich.progress import track
 
 import seqmem_fast
-from benchmarks.harness import machine
+from benchmarks.harness import machine, report
 from benchmarks.studies import charlm
 from seqmem_fast import plot
 
@@ -44,11 +43,7 @@ def picture(model: charlm.CharLM, alphabet: str, text: str, **options: Any) -> A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Loads or trains the model and writes the picture."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.studies.gates",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.studies.gates", __doc__)
     parser.add_argument("--text", default=SENTENCE)
     parser.add_argument("--units", type=int, nargs="+", help="which units; the liveliest if none")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)

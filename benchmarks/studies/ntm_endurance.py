@@ -8,7 +8,6 @@ the first loss, and at the end at the first weight, that is not a finite number.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -34,11 +33,7 @@ class Tireless(Training):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where all stayed finite, 1 where it did not."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.studies.ntm_endurance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.studies.ntm_endurance", __doc__)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--task", choices=TASKS, default="copy")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,7 +5,6 @@ python -m benchmarks.studies.ntm_scaling [--threads 2] [--seconds 1] [--out PICT
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -74,11 +73,7 @@ def draw(found: Sequence[dict[str, Any]], here: dict[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures both sweeps, prints a table, keeps JSON and the picture."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.studies.ntm_scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.studies.ntm_scaling", __doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=1.0, help="for one size in one mode")
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "ntm_scaling.json")

@@ -11,7 +11,6 @@ On a machine that has other work, --cpu-clock counts the seconds that the proces
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +46,7 @@ BARS: dict[str, list[tuple[str, str, float]]] = {
 
 
 def folder(task: str) -> Path:
-    """Where the checkpoint of the last training lies."""
+    """Where the checkpoint of the last training is kept."""
     return machine.RESULTS / task
 
 
@@ -129,11 +128,7 @@ def table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One training a seed."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.studies.ntm_tasks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.studies.ntm_tasks", __doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--seconds", type=float, help="for each seed; copy: 60, others: 600")

@@ -10,7 +10,6 @@ long, and the second figure counts; both are kept. An interrupted run goes on wh
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -135,11 +134,7 @@ def kept_rows(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not yet measured, then shows all."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.studies.random_shapes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("benchmarks.studies.random_shapes", __doc__)
     parser.add_argument("--op", default="lstm", choices=machine.ops())
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,48 @@
+"""Runs the programs under examples/ and keeps the figures that README quotes of them.
+
+python -m benchmarks.studies.examples [dates glimpse babi] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import machine, report
+
+FOLDER = machine.ROOT / "examples"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def run(name: str) -> dict[str, Any]:
+    """What an example's main returns, with its own defaults; the picture is thrown away."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        program = runpy.run_path(str(FOLDER / f"{name}.py"))
+        figures = program["main"](["--out", str(Path(folder) / "picture.png")])
+    return {"example": name, "figures": figures, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One after the other; the JSON is rewritten after each."""
+    parser = report.parser("benchmarks.studies.examples", __doc__)
+    parser.add_argument("names", nargs="*", choices=NAMES, metavar="example", default=[])
+    parser.add_argument("--json", type=Path, default=machine.RESULTS / "examples.json")
+    args = parser.parse_args(argv)
+    content: dict[str, Any] = {"job": "examples", "machine": machine.describe(), "results": []}
+    for name in args.names or NAMES:
+        torch.manual_seed(0)
+        content["results"].append(run(name))
+        report.write_json(args.json, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
