@@ -33,9 +33,11 @@ def run(name: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """One after the other; the JSON is rewritten after each."""
     parser = report.parser("benchmarks.studies.examples", __doc__)
-    parser.add_argument("names", nargs="*", choices=NAMES, metavar="example", default=[])
+    parser.add_argument("names", nargs="*", metavar="example", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "examples.json")
     args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(NAMES):
+        parser.error(f"no example is called {', '.join(sorted(unknown))}")
     content: dict[str, Any] = {"job": "examples", "machine": machine.describe(), "results": []}
     for name in args.names or NAMES:
         torch.manual_seed(0)
