@@ -38,7 +38,7 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
 
     def sample(rng: torch.Generator) -> tuple[Any, ...]:
         sizes = (time, batch, INPUT, control, slots, width)
-        return next(sequence.sequence_sample_inputs(sizes=sizes, seed=_seed(rng))).args
+        return next(sequence.sample_inputs(sizes=sizes, seed=_seed(rng))).args
 
     missing = peers.jax_missing()
     return rows.Work(

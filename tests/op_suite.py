@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -410,10 +409,3 @@ def check_nothing_left_over(case: Case, larger: Case) -> None:
     again = values_and_gradients(case.op, case.tensors)
     for found, wanted in zip(again, clean, strict=True):
         assert found.isfinite().all() and torch.equal(found, wanted)
-
-
-MODES: dict[str, Callable[[], Any]] = {
-    "grad": nullcontext,
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-}

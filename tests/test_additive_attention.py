@@ -1,11 +1,15 @@
-"""Additive attention: the inherited suite, and edges of its own."""
+"""Additive attention: the inherited suites, edges of its own, and the module."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hostile_suite import Bad, HostileSuite, Target, check_refused_by_module
 from op_suite import (
     TOLERANCES,
     Case,
@@ -17,14 +21,17 @@ from op_suite import (
     values_and_gradients,
 )
 from peak_memory import growth_mib
+from torch import Tensor
 
+import seqmem_fast as sf
 from seqmem_fast import ops
 from seqmem_fast.reference import additive_attention as reference
+from seqmem_fast.reference.common import Sample
 
 NAMES = [sample.name for sample in reference.sample_inputs()]
 
 
-def case_of(sample: reference.Sample) -> Case:
+def case_of(sample: Sample) -> Case:
     *_, mask = sample.args
     rows = (0, 0, 0, None, None if mask is None or sample.name == "broadcast" else 0)
     if sample.name == "broadcast":
@@ -249,3 +256,196 @@ def step(queries, keys):
 """
     # The weights and the like are 8 MiB each.
     assert growth_mib(definitions, "step(8, 8)", "step(1024, 2048)") < 64
+
+
+# ---- wrong arguments
+
+B, TQ, TK, A, DV = 2, 3, 4, 5, 6
+z = torch.zeros
+
+
+def arguments() -> dict[str, Any]:
+    return {
+        "query": z(B, TQ, A),
+        "key": z(B, TK, A),
+        "value": z(B, TK, DV),
+        "score_weight": z(A),
+        "mask": z(TQ, TK).bool(),
+    }
+
+
+ROWS = [
+    Bad("query 1-D", {"query": z(A)}, ValueError, "query with at least 2"),
+    Bad("query 0-D", {"query": z(())}, ValueError, "query with at least 2"),
+    Bad("key 1-D", {"key": z(A)}, ValueError, "key with at least 2"),
+    Bad("key width", {"key": z(B, TK, 4)}, ValueError, r"key of shape .*5\], got \[2, 4, 4\]"),
+    Bad("value 1-D", {"value": z(DV)}, ValueError, "value with at least 2"),
+    Bad("value rows", {"value": z(B, 3, DV)}, ValueError, r"value of shape .*got \[2, 3, 6\]"),
+    Bad("key batch", {"key": z(3, TK, A)}, ValueError, "key with leading dimensions"),
+    Bad("value batch", {"value": z(3, TK, DV)}, ValueError, "value with leading dimensions"),
+    Bad("empty batch", {"key": z(0, TK, A)}, ValueError, "key with leading dimensions"),
+    Bad("score_weight size", {"score_weight": z(4)}, ValueError, r"score_weight of shape \[5\]"),
+    Bad("score_weight 2-D", {"score_weight": z(1, A)}, ValueError, r"score_weight of shape \[5\]"),
+    Bad("mask columns", {"mask": z(TQ, 3).bool()}, ValueError, r"broadcasts .*got \[3, 3"),
+    Bad("mask rows", {"mask": z(2, TK).bool()}, ValueError, r"mask that broadcasts .*got \[2, 4"),
+    Bad("mask 1-D", {"mask": z(TQ)}, ValueError, r"mask that broadcasts .*got \[3\]"),
+    Bad("mask batch", {"mask": z(3, TQ, TK).bool()}, ValueError, "mask with leading dimensions"),
+    Bad("mask dtype", {"mask": z(TQ, TK).double()}, TypeError, "mask of dtype bool"),
+    Bad("mask complex", {"mask": z(TQ, TK).cfloat()}, TypeError, "mask of dtype bool"),
+    Bad("mask sparse", {"mask": z(TQ, TK).to_sparse()}, TypeError, "mask to be a dense"),
+    Bad("key dtype", {"key": z(B, TK, A).double()}, TypeError, "key of query's dtype"),
+    Bad("value dtype", {"value": z(B, TK, DV).half()}, TypeError, "value of query's dtype"),
+    Bad("score_weight dtype", {"score_weight": z(A).bfloat16()}, TypeError, "score_weight"),
+    Bad("score_weight integer", {"score_weight": z(A).long()}, TypeError, "score_weight"),
+    Bad("query integer", {"query": z(B, TQ, A).int()}, TypeError, "query of dtype"),
+    Bad("query float8", {"query": z(TQ, A).to(torch.float8_e4m3fn)}, TypeError, "query of dtype"),
+    Bad("query sparse", {"query": z(B, TQ, A).to_sparse()}, TypeError, "query to be a dense"),
+    Bad("query csr", {"query": z(TQ, A).to_sparse_csr()}, TypeError, "query to be a dense"),
+    Bad("value sparse", {"value": z(B, TK, DV).to_sparse()}, TypeError, "value to be a dense"),
+    Bad(
+        "all complex", {k: t.cfloat() for k, t in arguments().items()}, TypeError, "query of dtype"
+    ),
+    Bad("all integer", {k: t.long() for k, t in arguments().items()}, TypeError, "query of dtype"),
+]
+
+
+class TestHostile(HostileSuite):
+    targets = (Target("additive_attention", ops.additive_attention, arguments, ROWS),)
+
+
+# ---- the module
+
+QUERY, KEY = 7, 8
+
+
+def module(dtype: torch.dtype = torch.float64) -> sf.AdditiveAttention:
+    torch.manual_seed(1)
+    return sf.AdditiveAttention(QUERY, KEY, A, dtype=dtype)
+
+
+def inputs(*batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((*batch, 3, QUERY), (*batch, 4, KEY), (*batch, 4, 2))
+    return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_it_is_bahdanaus_formula(batch: tuple[int, ...]) -> None:
+    attention, (s, h, value) = module(), inputs(*batch)
+    mask = torch.rand(*batch, 3, 4) < 0.7
+    output, weights = attention(s, h, value, mask)
+    e = torch.zeros(*batch, 3, 4, dtype=s.dtype)
+    for i in range(3):
+        for j in range(4):
+            hidden = torch.tanh(
+                s[..., i, :] @ attention.query_proj.weight.t()
+                + h[..., j, :] @ attention.key_proj.weight.t()
+            )
+            e[..., i, j] = hidden @ attention.score_weight
+    expected = e.masked_fill(~mask, -1e9).softmax(-1)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(output, expected @ value)
+
+
+def test_keys_projected_once_give_the_same() -> None:
+    attention, (s, h, value) = module(), inputs(2)
+    whole = attention(s, h, value)
+    keys = attention.project_keys(h)
+    for i in range(3):
+        step = attention(s[:, i : i + 1], keys, value, keys_projected=True)
+        torch.testing.assert_close(step, tuple(t[:, i : i + 1] for t in whole))
+
+
+def test_every_parameter_learns() -> None:
+    attention, given = module(), inputs(2)
+    output, weights = attention(*given)
+    (output.square().sum() + weights.square().sum()).backward()
+    for name, parameter in attention.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_parameters_and_their_bounds() -> None:
+    attention = sf.AdditiveAttention(16, 25, 100)
+    shapes = {name: tuple(p.shape) for name, p in attention.named_parameters()}
+    assert shapes == {
+        "score_weight": (100,),
+        "query_proj.weight": (100, 16),
+        "key_proj.weight": (100, 25),
+    }
+    for parameter, bound in zip(attention.parameters(), (0.1, 0.25, 0.2), strict=True):
+        assert 0.8 * bound < float(parameter.detach().abs().max()) <= bound
+    assert repr(attention).startswith("AdditiveAttention(\n  16, 25, 100\n")
+
+
+def test_compiled_exported_copied_pickled_and_loaded() -> None:
+    attention, given = module(), inputs(2)
+    expected = attention(*given)
+    other = sf.AdditiveAttention(QUERY, KEY, A, dtype=torch.float64)
+    other.load_state_dict(attention.state_dict())
+    for same in (
+        torch.compile(attention, fullgraph=True, backend="aot_eager"),
+        torch.export.export(attention, given).module(),
+        copy.deepcopy(attention),
+        pickle.loads(pickle.dumps(attention)),
+        other,
+    ):
+        torch.testing.assert_close(same(*given), expected)
+
+
+def test_autocast_and_vmap() -> None:
+    attention, given = module(torch.float32), inputs(2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, weights = attention(*given)
+    assert output.dtype == weights.dtype == torch.bfloat16
+    expected = attention(*given)
+    torch.testing.assert_close(weights.float(), expected[1], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(torch.vmap(attention)(*given), expected)
+
+
+def test_it_trains() -> None:
+    """Learns to pick the key that equals the query."""
+    torch.manual_seed(0)
+    attention = sf.AdditiveAttention(4, 4, 32)
+    optimizer = torch.optim.Adam(attention.parameters(), lr=0.02)
+    keys = torch.eye(4)
+    losses = []
+    for _ in range(150):
+        _, weights = attention(keys, keys, keys)
+        loss = -weights.diagonal().log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 1.2 and losses[-1] < 0.1
+
+
+def single() -> sf.AdditiveAttention:
+    return module(torch.float32)
+
+
+MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no width": (lambda: sf.AdditiveAttention(7, 0, A), ValueError, "key_dim > 0, got 0"),
+    "query is a list": (lambda: single()([], z(B, TK, 8), z(B, TK, DV)), TypeError, "query to be"),
+    "key is None": (lambda: single()(z(B, TQ, 7), None, z(B, TK, DV)), TypeError, "key to be"),
+    "query width": (
+        lambda: single()(z(B, TQ, 6), z(B, TK, 8), z(B, TK, DV)),
+        ValueError,
+        r"query of shape \[..., T, 7\], got \[2, 3, 6\]",
+    ),
+    "query 1-D": (lambda: single()(z(7), z(B, TK, 8), z(B, TK, DV)), ValueError, "query of shape"),
+    "key width": (lambda: single()(z(TQ, 7), z(TK, 7), z(TK, DV)), ValueError, "key of shape"),
+    "key dtype": (
+        lambda: single()(z(TQ, 7), z(TK, 8).double(), z(TK, DV)),
+        TypeError,
+        "key of dtype torch.float32, got torch.float64",
+    ),
+    "projected key width": (
+        lambda: single()(z(TQ, 7), z(TK, 8), z(TK, DV), keys_projected=True),
+        ValueError,
+        "key of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULE)
+def test_module_refuses(name: str) -> None:
+    check_refused_by_module(*MODULE[name])

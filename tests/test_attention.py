@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_suite import Bad, HostileSuite, Target
 from op_suite import (
     TOLERANCES,
     Case,
@@ -313,3 +314,57 @@ def test_gradient_penalty_through_the_weights() -> None:
         grad.square().sum().backward()
         found.append((q.grad, k.grad))
     torch.testing.assert_close(*found)
+
+
+# ---- wrong arguments
+
+BATCH, QUERIES, KEYS, WIDTH, VALUES = 3, 4, 5, 6, 2
+z = torch.zeros
+
+
+def arguments() -> dict[str, Any]:
+    return {
+        "query": z(BATCH, QUERIES, WIDTH),
+        "key": z(BATCH, KEYS, WIDTH),
+        "value": z(BATCH, KEYS, VALUES),
+        "mask": z(BATCH, QUERIES, KEYS).bool(),
+    }
+
+
+ROWS = [
+    Bad("query 1-D", {"query": z(WIDTH)}, ValueError, "query with at least 2 dim"),
+    Bad("query 0-D", {"query": z(())}, ValueError, "query with at least 2 dim"),
+    Bad("query width 0", {"query": z(3, 4, 0)}, ValueError, "query with at least one feature"),
+    Bad("query width", {"query": z(3, 4, 7)}, ValueError, r"key of shape \[\.\.\., 5, 7\]"),
+    Bad("query batch", {"query": z(2, 4, 6)}, ValueError, r"key .*broadcast to \[2\]"),
+    Bad("query integer", {"query": z(3, 4, 6).int()}, TypeError, "query of dtype float32"),
+    Bad("query bool", {"query": z(3, 4, 6).bool()}, TypeError, "query of dtype float32"),
+    Bad("query complex", {"query": z(3, 4, 6).cfloat()}, TypeError, "query of dtype float32"),
+    Bad("query float8", {"query": z(3, 4, 6).to(torch.float8_e4m3fn)}, TypeError, "query of dt"),
+    Bad("query double", {"query": z(3, 4, 6).double()}, TypeError, "key of query's dtype Double"),
+    Bad("query sparse", {"query": z(3, 4, 6).to_sparse()}, TypeError, "query to be a dense"),
+    Bad("query csr", {"query": z(4, 6).to_sparse_csr()}, TypeError, "query to be a dense"),
+    Bad("key 1-D", {"key": z(WIDTH)}, ValueError, "key with at least 2 dim"),
+    Bad("key batch", {"key": z(4, 5, 6)}, ValueError, r"key .*broadcast to \[3\], got .*\[4, 5, 6"),
+    Bad("key half", {"key": z(3, 5, 6).half()}, TypeError, "key of query's dtype Float, got Half"),
+    Bad("key sparse", {"key": z(3, 5, 6).to_sparse()}, TypeError, "key to be a dense"),
+    Bad("key rows", {"key": z(3, 6, 6)}, ValueError, r"value of shape \[\.\.\., 6, 2\]"),
+    Bad("value 1-D", {"value": z(KEYS)}, ValueError, "value with at least 2 dim"),
+    Bad("value batch", {"value": z(2, 5, 2)}, ValueError, "value .*broadcast"),
+    Bad("value outer", {"query": z(2, 3, 4, 6), "value": z(4, 3, 5, 2)}, ValueError, "value .*bro"),
+    Bad("value dtype", {"value": z(3, 5, 2).bfloat16()}, TypeError, "value of query's dtype"),
+    Bad("value integer", {"value": z(3, 5, 2).long()}, TypeError, "value of query's dtype"),
+    Bad("mask keys", {"mask": z(3, 4, 4).bool()}, ValueError, r"mask that .*\[\.\.\., 4, 5\]"),
+    Bad("mask queries", {"mask": z(3, 5, 5).bool()}, ValueError, "mask that broadcasts"),
+    Bad("mask 1-D", {"mask": z(4).bool()}, ValueError, "mask that broadcasts"),
+    Bad("mask batch", {"mask": z(2, 4, 5).bool()}, ValueError, r"mask .*broadcast to \[3\]"),
+    Bad("mask dtype", {"mask": z(3, 4, 5).double()}, TypeError, "mask of dtype bool, an integer"),
+    Bad("mask complex", {"mask": z(3, 4, 5).cfloat()}, TypeError, "mask of dtype bool"),
+    Bad("mask sparse", {"mask": z(3, 4, 5).to_sparse()}, TypeError, "mask to be a dense"),
+    Bad("one query", {"query": z(3, 1, 6), "mask": z(3, 4, 5)}, ValueError, "mask that broadcasts"),
+]
+
+
+class TestHostile(HostileSuite):
+    variants = ({}, {"return_weights": False})
+    targets = (Target("attention", ops.attention, arguments, ROWS, variants),)

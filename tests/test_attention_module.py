@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from hostile_suite import check_refused_by_module
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -209,3 +210,46 @@ def test_accelerate_leaves_subclasses_and_the_model_itself() -> None:
     assert not report.swapped and "a subclass" in str(report)
     model = nn.MultiheadAttention(WIDTH, HEADS)
     assert "seqmem_fast.Attention.from_torch" in str(sf.accelerate(model))
+
+
+def module(**options: Any) -> sf.Attention:
+    return sf.Attention(6, 2, **options)
+
+
+z = torch.zeros
+x, long = z(4, 3, 6), z(5, 3, 6)
+MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "heads": (lambda: sf.Attention(6, 4), ValueError, "embed_dim > 0 that num_heads"),
+    "no heads": (lambda: sf.Attention(6, 0), ValueError, "embed_dim > 0 that num_heads"),
+    "query 4-D": (lambda: module()(x[None], x, x), ValueError, "query with 2 or 3 dim"),
+    "query width": (lambda: module()(z(4, 3, 5), x, x), ValueError, r"query of shape \[4, 3, 6\]"),
+    "key 2-D": (lambda: module()(x, z(4, 6), x), ValueError, "key of shape"),
+    "key width": (lambda: module(kdim=5)(x, x, x), ValueError, r"key of shape \[4, 3, 5\]"),
+    "key batch": (lambda: module()(x, z(4, 2, 6), x), ValueError, r"key of shape \[4, 3, 6\]"),
+    "value length": (lambda: module()(x, long, x), ValueError, r"value of shape \[5, 3, 6\]"),
+    "value width": (lambda: module(vdim=7)(x, x, x), ValueError, r"value of shape \[4, 3, 7\]"),
+    "batch_first": (
+        lambda: module(batch_first=True)(x, long, long),
+        ValueError,
+        r"key of shape \[4, 3, 6\], got shape \[5, 3, 6\]",
+    ),
+    "padding shape": (
+        lambda: module()(x, long, long, z(5, 3).bool()),
+        ValueError,
+        r"key_padding_mask of shape \[3, 5\]",
+    ),
+    "padding dtype": (lambda: module()(x, x, x, z(3, 4).int()), TypeError, "key_padding_mask of d"),
+    "mask shape": (
+        lambda: module()(x, long, long, attn_mask=z(3, 4, 5)),
+        ValueError,
+        r"attn_mask of shape \[4, 5\] or \[6, 4, 5\]",
+    ),
+    "mask dtype": (lambda: module()(x, x, x, attn_mask=z(4, 4).int()), TypeError, "attn_mask of d"),
+    "causal": (lambda: module()(x, x, x, is_causal=True), ValueError, "attn_mask with is_causal"),
+}
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", MODULE)
+def test_module_refuses(name: str) -> None:
+    check_refused_by_module(*MODULE[name])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_suite import Bad, HostileSuite, Target
 from op_suite import (
     Case,
     OpSuite,
@@ -22,7 +23,7 @@ from seqmem_fast import ops
 from seqmem_fast.ops import hard_attention as ours
 from seqmem_fast.reference import hard_attention as reference
 
-NAMES = [sample.name for sample in reference.sample_inputs()]
+NAMES = [s.name for s in reference.sample_inputs() if s.function == "reinforce_loss"]
 
 
 class InFloat32(OpSuite):
@@ -287,3 +288,90 @@ def test_one_baseline_for_all_rows() -> None:
     expected = ops.reinforce_loss(logits, action, returns, torch.full((6,), 0.3))
     for baseline in (0.3, torch.tensor(0.3)):
         torch.testing.assert_close(ops.reinforce_loss(logits, action, returns, baseline), expected)
+
+
+# ---- wrong arguments
+
+z = torch.zeros
+
+
+LOGITS = [
+    Bad("logits 0-D", {"logits": z(())}, ValueError, "logits with at least one action"),
+    Bad("no actions", {"logits": z(4, 0)}, ValueError, r"at least one action .* got \[4, 0\]"),
+    Bad("logits integer", {"logits": z(4, 5).long()}, TypeError, "logits of dtype"),
+    Bad("logits complex", {"logits": z(4, 5).cfloat()}, TypeError, "logits of dtype"),
+    Bad("logits float8", {"logits": z(4, 5).to(torch.float8_e5m2)}, TypeError, "logits of dtype"),
+    Bad("logits sparse", {"logits": z(4, 5).to_sparse()}, TypeError, "logits to be a dense"),
+]
+SAMPLE = [
+    *LOGITS,
+    Bad("rows", {"logits": z(3, 5)}, ValueError, r"uniform of shape \[3\], got \[4\]"),
+    Bad("uniform 2-D", {"uniform": z(4, 1)}, ValueError, r"uniform of shape \[4\], got \[4, 1\]"),
+    Bad("uniform dtype", {"uniform": z(4).double()}, TypeError, "uniform of dtype"),
+    Bad("uniform for bfloat16", {"uniform": z(4).bfloat16()}, TypeError, "uniform of dtype"),
+    Bad("uniform sparse", {"uniform": z(4).to_sparse()}, TypeError, "uniform to be a dense"),
+]
+LOSS = [
+    *LOGITS,
+    Bad("rows", {"logits": z(3, 5)}, ValueError, r"action of shape \[3\], got \[4\]"),
+    Bad("action 2-D", {"action": z(4, 1).long()}, ValueError, r"\[4\], got \[4, 1\]"),
+    Bad("action float", {"action": z(4)}, TypeError, "action of dtype int64"),
+    Bad("action int32", {"action": z(4).int()}, TypeError, "action of dtype int64"),
+    Bad("action sparse", {"action": z(4).long().to_sparse()}, TypeError, "action to be a dense"),
+    Bad("action low", {"action": torch.tensor([0, -1, 0, 0])}, ValueError, "0..4, got -1", True),
+    Bad("action high", {"action": torch.tensor([0, 5, 0, 0])}, ValueError, "0..4, got 5", True),
+    Bad("action huge", {"action": torch.tensor([0, 2**62, 0, 0])}, ValueError, "in 0..4", True),
+    Bad("returns size", {"returns": z(3)}, ValueError, r"returns of shape \[4\], got \[3\]"),
+    Bad("returns dtype", {"returns": z(4).double()}, TypeError, "returns of logits's dtype"),
+    Bad("returns integer", {"returns": z(4).long()}, TypeError, "returns of logits's dtype"),
+    Bad("baseline size", {"baseline": z(5)}, ValueError, r"baseline of shape \[4\], got \[5\]"),
+    Bad("baseline dtype", {"baseline": z(4).half()}, TypeError, "baseline of logits's dtype"),
+    Bad("baseline sparse", {"baseline": z(4).to_sparse()}, TypeError, "baseline to be a dense"),
+    Bad(
+        "reduction",
+        {"reduction": "max"},
+        ValueError,
+        "reduction 'sum', 'mean' or 'none'",
+        in_python=True,
+    ),
+    *(
+        bad._replace(change={"action": None, **bad.change}, in_python=True)
+        for bad in (
+            Bad(
+                "bonus of no action", {"logits": z(4), "entropy_weight": 0.1}, ValueError, "action"
+            ),
+            Bad("log_prob shape", {}, ValueError, r"returns of shape \[4, 5\], got \[4\]"),
+            Bad("log_prob integer", {"logits": z(4).long()}, TypeError, "log-prob"),
+            Bad("log_prob dtype", {"logits": z(4).double()}, TypeError, "returns of dtype torch.f"),
+        )
+    ),
+]
+
+
+def sample_arguments() -> dict[str, Any]:
+    return {"logits": z(4, 5), "uniform": z(4)}
+
+
+def loss_arguments() -> dict[str, Any]:
+    return {
+        "logits": z(4, 5),
+        "action": torch.tensor([0, 1, 2, 4]),
+        "returns": torch.ones(4),
+        "baseline": z(4),
+        "entropy_weight": 0.0,
+        "reduction": "sum",
+    }
+
+
+class TestHostile(HostileSuite):
+    targets = (
+        Target("categorical_sample", ours.sample_at, sample_arguments, SAMPLE),
+        Target("reinforce_loss", ops.reinforce_loss, loss_arguments, LOSS),
+    )
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="seqmem::categorical_sample: expected logits to be"):
+        ops.categorical_sample([0.1, 0.2])
+    with pytest.raises((TypeError, RuntimeError)):
+        ops.reinforce_loss(z(4, 5), [0, 1, 2, 3], torch.ones(4))

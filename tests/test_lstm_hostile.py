@@ -1,14 +1,13 @@
-"""Wrong arguments: one table, fed to every mode; always the same clear exception, never a crash."""
+"""Wrong arguments of the LSTM's ops and modules: the inherited suite, and their tables."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from op_suite import MODES
+from hostile_suite import Bad, HostileSuite, Target, check_refused_by_module
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -21,8 +20,8 @@ z = torch.zeros
 def arguments() -> dict[str, Any]:
     return {
         "input": z(TIME, BATCH, WIDTH),
-        "h": z(BATCH, HIDDEN),
-        "c": z(BATCH, HIDDEN),
+        "hx": z(BATCH, HIDDEN),
+        "cx": z(BATCH, HIDDEN),
         "weight_ih": z(4 * HIDDEN, WIDTH),
         "weight_hh": z(4 * HIDDEN, HIDDEN),
         "bias_ih": z(4 * HIDDEN),
@@ -30,15 +29,7 @@ def arguments() -> dict[str, Any]:
     }
 
 
-class Bad(NamedTuple):
-    name: str
-    change: dict[str, Any]
-    error: type[Exception]
-    says: str  # a pattern that the message must contain, after "seqmem::op: expected"
-    needs_values: bool = False  # meta tensors have none
-
-
-projected = {"weight_hr": z(2, HIDDEN), "weight_hh": z(4 * HIDDEN, 2), "h": z(BATCH, 2)}
+projected = {"weight_hr": z(2, HIDDEN), "weight_hh": z(4 * HIDDEN, 2), "hx": z(BATCH, 2)}
 packed = {"input": z(7, WIDTH)}
 
 COMMON = [
@@ -48,18 +39,18 @@ COMMON = [
     Bad("weight_hh width", {"weight_hh": z(4 * HIDDEN, 5)}, ValueError, "weight_hh"),
     Bad("weight_hh no multiple of 4", {"weight_hh": z(23, 6)}, ValueError, "weight"),
     Bad("weight_hh empty", {"weight_hh": z(0, 0)}, ValueError, "weight"),
-    Bad("h rows", {"h": z(2, HIDDEN)}, ValueError, r"hx of shape \[3, 6\], got \[2, 6\]"),
-    Bad("h width", {"h": z(BATCH, 5)}, ValueError, r"hx of shape \[3, 6\], got \[3, 5\]"),
-    Bad("c rows", {"c": z(4, HIDDEN)}, ValueError, r"cx of shape \[3, 6\], got \[4, 6\]"),
-    Bad("c 1-D", {"c": z(HIDDEN)}, ValueError, r"cx of shape \[3, 6\], got \[6\]"),
+    Bad("hx rows", {"hx": z(2, HIDDEN)}, ValueError, r"hx of shape \[3, 6\], got \[2, 6\]"),
+    Bad("hx width", {"hx": z(BATCH, 5)}, ValueError, r"hx of shape \[3, 6\], got \[3, 5\]"),
+    Bad("cx rows", {"cx": z(4, HIDDEN)}, ValueError, r"cx of shape \[3, 6\], got \[4, 6\]"),
+    Bad("cx 1-D", {"cx": z(HIDDEN)}, ValueError, r"cx of shape \[3, 6\], got \[6\]"),
     Bad("bias_ih size", {"bias_ih": z(6)}, ValueError, r"bias_ih of shape \[24\], got \[6\]"),
     Bad(
         "bias_hh 2-D", {"bias_hh": z(24, 1)}, ValueError, r"bias_hh of shape \[24\], got \[24, 1\]"
     ),
     Bad("weight dtype", {"weight_ih": z(24, 5).double()}, TypeError, "weight_ih"),
-    Bad("h dtype", {"h": z(3, 6).bfloat16()}, TypeError, "hx"),
+    Bad("hx dtype", {"hx": z(3, 6).bfloat16()}, TypeError, "hx"),
     Bad("bias dtype", {"bias_hh": z(24).half()}, TypeError, "bias_hh"),
-    Bad("c integer", {"c": z(3, 6).long()}, TypeError, "cx"),
+    Bad("cx integer", {"cx": z(3, 6).long()}, TypeError, "cx"),
     Bad("weight sparse", {"weight_hh": z(24, 6).to_sparse()}, TypeError, "weight_hh"),
     Bad("weight complex", {"weight_hh": z(24, 6).cfloat()}, TypeError, "weight_hh"),
 ]
@@ -84,7 +75,7 @@ SEQUENCE = [
     Bad("weight_hr 1-D", {**projected, "weight_hr": z(6)}, ValueError, "weight_hr"),
     Bad("weight_hr against weight_hh", {"weight_hr": z(2, HIDDEN)}, ValueError, "weight_hh"),
     Bad("weight_hr dtype", {**projected, "weight_hr": z(2, 6).double()}, TypeError, "weight_hr"),
-    Bad("h unprojected", {**projected, "h": z(3, 6)}, ValueError, r"hx of shape \[3, 2\]"),
+    Bad("hx unprojected", {**projected, "hx": z(3, 6)}, ValueError, r"hx of shape \[3, 2\]"),
     Bad("lengths size", {"lengths": torch.ones(2).long()}, ValueError, "lengths"),
     Bad("lengths 2-D", {"lengths": torch.ones(3, 1).long()}, ValueError, "lengths"),
     Bad("lengths float", {"lengths": torch.ones(3)}, TypeError, "lengths"),
@@ -150,7 +141,11 @@ SEQUENCE = [
     ),
     Bad("batch_sizes with 3-D input", {"batch_sizes": torch.tensor([3, 1])}, ValueError, "input"),
     Bad(
-        "batch_sizes and h", {**packed, "batch_sizes": torch.tensor([4, 3])}, ValueError, "hx", True
+        "batch_sizes and hx",
+        {**packed, "batch_sizes": torch.tensor([4, 3])},
+        ValueError,
+        "hx",
+        True,
     ),
     Bad(
         "batch_sizes and lengths",
@@ -182,113 +177,32 @@ CELL = [
     Bad("input complex", {"input": z(BATCH, WIDTH).cfloat()}, TypeError, "input"),
 ]
 
-OPS: dict[str, tuple[Callable[..., Any], list[Bad]]] = {
-    "lstm": (sf.ops.lstm, SEQUENCE),
-    "lstm_cell": (sf.ops.lstm_cell, CELL),
-}
-ROWS = [
-    pytest.param(op, bad, id=f"{op}-{bad.name}") for op, (_, rows) in OPS.items() for bad in rows
-]
-every_row = pytest.mark.parametrize(("op", "bad"), ROWS)
+
+def cell_arguments() -> dict[str, Any]:
+    return {**arguments(), "input": z(BATCH, WIDTH)}
 
 
-def build(op: str, change: dict[str, Any]) -> dict[str, Any]:
-    base = arguments()
-    if op == "lstm_cell":
-        base["input"] = z(BATCH, WIDTH)
-    return {**base, **change}
+def call(input: Tensor, hx: Tensor, cx: Tensor, **rest: Any) -> Any:
+    return sf.ops.lstm(input, (hx, cx), **rest)
 
 
-def invoke(op: str, arguments: dict[str, Any]) -> Any:
-    rest = dict(arguments)
-    hx = (rest.pop("h"), rest.pop("c"))
-    return OPS[op][0](rest.pop("input"), hx, **rest)
+def call_cell(input: Tensor, hx: Tensor, cx: Tensor, **rest: Any) -> Any:
+    return sf.ops.lstm_cell(input, (hx, cx), **rest)
 
 
-def expect(op: str, bad: Bad, call: Callable[[], Any]) -> str:
-    with pytest.raises(bad.error) as caught:
-        call()
-    message = str(caught.value)
-    assert re.match(rf"seqmem::{op}: expected .*got ", message, re.DOTALL), message
-    assert re.search(bad.says, message), message
-    return message.split("\n")[0]
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_the_unchanged_arguments_are_right(op: str) -> None:
-    """Else the table would prove nothing."""
-    output, *_ = invoke(op, build(op, {}))
-    assert not output.any()
+class TestHostile(HostileSuite):
+    targets = (
+        Target("lstm", call, arguments, SEQUENCE, on_cpu=("batch_sizes",)),
+        Target("lstm_cell", call_cell, cell_arguments, CELL),
+    )
 
 
 @pytest.mark.sanitize
-@every_row
-def test_refused_alike_in_every_grad_mode(op: str, bad: Bad) -> None:
-    messages = set()
-    for mode in MODES.values():
-        with mode():
-            messages.add(expect(op, bad, lambda: invoke(op, build(op, bad.change))))
-    tracked = build(op, bad.change)
-    for value in tracked.values():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.is_leaf:
-            value = value.detach().requires_grad_()
-    messages.add(expect(op, bad, lambda: invoke(op, tracked)))
-    assert len(messages) == 1
-
-
-@pytest.mark.sanitize
-@every_row
-def test_refused_on_meta(op: str, bad: Bad) -> None:
-    if bad.needs_values:
-        pytest.skip("meta tensors have no values")
-    moved = {
-        k: v.to("meta") if isinstance(v, Tensor) and k != "batch_sizes" else v
-        for k, v in build(op, bad.change).items()
-    }
-    expect(op, bad, lambda: invoke(op, moved))
-
-
-@every_row
-def test_refused_compiled(op: str, bad: Bad) -> None:
-    torch.compiler.reset()
-    tensors = [v for v in bad.change.values() if isinstance(v, Tensor)]
-    traceable = all(t.layout == torch.strided for t in tensors)  # Dynamo takes no sparse tensors
-    compiled = torch.compile(invoke, backend="eager", fullgraph=traceable)
-    expect(op, bad, lambda: compiled(op, build(op, bad.change)))
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("op", OPS)
-def test_devices_do_not_mix(op: str) -> None:
-    for name in ("input", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-        one = build(op, {})
-        one[name] = one[name].to("meta")
-        with pytest.raises(TypeError, match=rf"seqmem::{op}: expected .*(meta|cpu)"):
-            invoke(op, one)
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("layout", ["quantized", "mkldnn", "nested"])
-def test_exotic_inputs_are_refused(op: str, layout: str) -> None:
-    good = build(op, {})
-    x = good["input"]
-    if layout == "quantized":
-        x = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
-    elif layout == "mkldnn":
-        x = x.to_mkldnn()
-    else:
-        x = torch.nested.nested_tensor([z(2, WIDTH), z(3, WIDTH)])
-    with pytest.raises(TypeError, match=f"seqmem::{op}: expected"):
-        invoke(op, {**good, "input": x})
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("missing", ["h", "c"])
-@pytest.mark.parametrize("op", OPS)
-def test_half_a_state_is_refused(op: str, missing: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=f"seqmem::{op}: expected"):
-        invoke(op, build(op, {missing: None}))
+@pytest.mark.parametrize("missing", ["hx", "cx"])
+@pytest.mark.parametrize("target", TestHostile.targets, ids=["lstm", "lstm_cell"])
+def test_half_a_state_is_refused(target: Target, missing: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"seqmem::{target.op}: expected"):
+        target.call(**{**target.arguments(), missing: None})
 
 
 def lstm() -> sf.LSTM:
@@ -396,11 +310,4 @@ MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 @pytest.mark.sanitize
 @pytest.mark.parametrize("name", MODULE)
 def test_module_refuses(name: str) -> None:
-    call, kind, says = MODULE[name]
-    messages = set()
-    for mode in MODES.values():
-        with mode(), pytest.raises(kind, match=r"seqmem::lstm(_cell)?: expected") as caught:
-            call()
-        assert re.search(says, str(caught.value)), str(caught.value)
-        messages.add(str(caught.value).split("\n")[0])
-    assert len(messages) == 1
+    check_refused_by_module(*MODULE[name])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from hostile_suite import Bad, HostileSuite, Target
 from op_suite import (
-    MODES,
     TOLERANCES,
     Case,
     Function,
@@ -23,9 +22,10 @@ from torch import Tensor
 
 from seqmem_fast import ops
 from seqmem_fast.reference import ntm as reference
+from seqmem_fast.reference.common import Sample
 from seqmem_fast.reference.ntm_addressing import NTMState
 
-ALL = [sample.name for sample in reference.sequence_sample_inputs()]
+ALL = [sample.name for sample in reference.sample_inputs()]
 SIZES = (5, 3, 4, 6, 10, 5)  # T, B, I, C, N, M; slots that fill no whole vectors
 SHORT = (3, *SIZES[1:])  # the eager reference's time goes by its steps
 TINY = (2, 2, 2, 2, 5, 2)
@@ -33,12 +33,12 @@ TINY = (2, 2, 2, 2, 5, 2)
 
 def sample_of(
     name: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, int] = SIZES
-) -> reference.SequenceSample:
-    samples = reference.sequence_sample_inputs(dtype=dtype, sizes=sizes)
+) -> Sample:
+    samples = reference.sample_inputs(dtype=dtype, sizes=sizes)
     return next(s for s in samples if s.name == name)
 
 
-def case_of(sample: reference.SequenceSample) -> Case:
+def case_of(sample: Sample) -> Case:
     """ntm_trace of positional tensors: input, state, head weight and bias, controller, initial,
     lengths, reset."""
     input, state, controller, head_weight, head_bias = sample.args
@@ -75,7 +75,7 @@ def case_of(sample: reference.SequenceSample) -> Case:
     )
 
 
-def raw_arguments(sample: reference.SequenceSample) -> tuple[list[Any], list[Any]]:
+def raw_arguments(sample: Sample) -> tuple[list[Any], list[Any]]:
     """The op's tensors and its options, but for its last two."""
     input, state, controller, head_weight, head_bias = sample.args
     kwargs = sample.kwargs
@@ -139,7 +139,7 @@ def test_long_padded_sequences_are_as_near_to_float64_as_eager() -> None:
     sizes = (41, 3, 9, 24, 32, 12)
     ours, eager = [], []
     for seed in range(4):
-        samples = reference.sequence_sample_inputs(sizes=sizes, seed=seed)
+        samples = reference.sample_inputs(sizes=sizes, seed=seed)
         case = case_of(next(s for s in samples if s.name == "lengths"))
         wide = [
             t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
@@ -314,15 +314,6 @@ def initial(**change: Tensor) -> NTMState:
     return NTMState(z(1, C), z(1, C), z(N, M), z(2, N), z(1, M))._replace(**change)
 
 
-class Bad(NamedTuple):
-    name: str
-    change: dict[str, Any]
-    error: type[Exception]
-    says: str  # a pattern that the message must contain
-    needs_values: bool = False  # meta tensors have none
-    compiled: bool = False  # tried under torch.compile too
-
-
 def layer(index: int, value: Tensor) -> dict[str, Any]:
     tensors = arguments()["controller"]
     tensors[index] = value
@@ -330,8 +321,8 @@ def layer(index: int, value: Tensor) -> dict[str, Any]:
 
 
 mask = z(T, B).bool()
-BAD = [
-    Bad("input 2-D", {"input": z(T, WIDTH)}, ValueError, "input with 3 dimensions", False, True),
+ROWS = [
+    Bad("input 2-D", {"input": z(T, WIDTH)}, ValueError, "input with 3 dimensions"),
     Bad("input width", {"input": z(T, B, 3)}, ValueError, r"controller\[0\] of shape \[24, 8\]"),
     Bad("input rows", {"input": z(T, 2, WIDTH)}, ValueError, "hidden of shape"),
     Bad("input integer", {"input": z(T, B, WIDTH).int()}, TypeError, "input of dtype"),
@@ -342,7 +333,7 @@ BAD = [
     Bad("memory without slots", {"memory": z(B, 0, M)}, ValueError, "memory with slots"),
     Bad("memory of width 0", {"memory": z(B, N, 0)}, ValueError, "memory with slots"),
     Bad("memory rows", {"memory": z(2, N, M)}, ValueError, "memory of shape"),
-    Bad("memory dtype", {"memory": z(B, N, M).double()}, TypeError, "memory", False, True),
+    Bad("memory dtype", {"memory": z(B, N, M).double()}, TypeError, "memory"),
     Bad("weightings heads", {"weightings": z(B, 1, N)}, ValueError, "weightings of shape"),
     Bad("reads heads", {"reads": z(B, 2, M)}, ValueError, "reads of shape"),
     Bad("no controller", {"controller": []}, ValueError, "4 controller tensors a layer, got 0"),
@@ -357,9 +348,9 @@ BAD = [
     Bad("head_weight empty", {"head_weight": z(32, 0)}, ValueError, "head_weight with columns"),
     Bad("head_bias", {"head_bias": z(31)}, ValueError, "head_bias of shape"),
     Bad("heads empty", {"heads": ""}, ValueError, "heads to be a string of 'w' and 'r'"),
-    Bad("heads unknown", {"heads": "wx"}, ValueError, "'wx'", False, True),
+    Bad("heads unknown", {"heads": "wx"}, ValueError, "'wx'"),
     Bad("heads longer", {"heads": "wrr"}, ValueError, "head_weight of shape"),
-    Bad("shift negative", {"shift_range": -1}, ValueError, "shift_range", False, True),
+    Bad("shift negative", {"shift_range": -1}, ValueError, "shift_range"),
     Bad("shift too wide", {"shift_range": 6}, ValueError, r"0\.\.5 for 10 slots, got 6"),
     Bad("shift huge", {"shift_range": 2**62}, ValueError, "shift_range"),
     Bad("controller type", {"controller_type": "gru"}, ValueError, "controller_type"),
@@ -371,8 +362,6 @@ BAD = [
         {"reset": mask, "initial": initial(memory=z(B, N, M))},
         ValueError,
         "initial.memory of shape",
-        False,
-        True,
     ),
     Bad("initial dtype", {"initial": initial(reads=z(1, M).half())}, TypeError, "initial.reads"),
     Bad("lengths size", {"lengths": torch.ones(2).long()}, ValueError, "lengths of shape"),
@@ -382,73 +371,12 @@ BAD = [
 ]
 
 
-def invoke(change: dict[str, Any]) -> Any:
-    rest = {**arguments(), **change}
-    state = NTMState(*(rest.pop(name) for name in NTMState._fields))
-    return ops.ntm(rest.pop("input"), state, **rest)
+def call(input: Tensor, **rest: Any) -> Any:
+    return ops.ntm(input, NTMState(*(rest.pop(name) for name in NTMState._fields)), **rest)
 
 
-def expect(bad: Bad, call: Any) -> str:
-    with pytest.raises(bad.error) as caught:
-        call()
-    message = str(caught.value)
-    assert re.match(r"seqmem::ntm: expected .*got ", message, re.DOTALL), message
-    assert re.search(bad.says, message), message
-    return message.split("\n")[0]
+COMPILED = ("input 2-D", "memory dtype", "weight_ih", "heads unknown", "shift negative")
 
 
-def on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, NTMState):
-        return NTMState(*map(on_meta, value))
-    return [on_meta(v) for v in value] if isinstance(value, list) else value
-
-
-def test_the_unchanged_arguments_are_right() -> None:
-    """Else the table would prove nothing."""
-    features, _ = invoke({})
-    assert features.shape == (T, B, C + M)
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
-def test_refused_alike_everywhere(bad: Bad) -> None:
-    messages = set()
-    for mode in MODES.values():
-        with mode():
-            messages.add(expect(bad, lambda: invoke(bad.change)))
-    tracked = {"head_bias": arguments()["head_bias"].requires_grad_(), **bad.change}
-    messages.add(expect(bad, lambda: invoke(tracked)))
-    assert len(messages) == 1
-    if not bad.needs_values:
-        moved = {k: on_meta(v) for k, v in {**arguments(), **bad.change}.items()}
-        expect(bad, lambda: invoke(moved))
-
-
-@pytest.mark.parametrize("bad", [b for b in BAD if b.compiled], ids=lambda bad: bad.name)
-def test_refused_compiled(bad: Bad) -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(invoke, backend="eager", fullgraph=True)
-    expect(bad, lambda: compiled(bad.change))
-
-
-@pytest.mark.sanitize
-def test_devices_do_not_mix() -> None:
-    for name, value in arguments().items():
-        with pytest.raises(TypeError, match=r"seqmem::ntm: expected .*(meta|cpu)"):
-            invoke({name: on_meta(value)})
-
-
-@pytest.mark.sanitize
-@pytest.mark.parametrize("layout", ["quantized", "mkldnn", "nested"])
-def test_exotic_inputs_are_refused(layout: str) -> None:
-    x = arguments()["input"]
-    if layout == "quantized":
-        x = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
-    elif layout == "mkldnn":
-        x = x.to_mkldnn()
-    else:
-        x = torch.nested.nested_tensor([z(B, WIDTH), z(B, WIDTH)])
-    with pytest.raises(TypeError, match="seqmem::ntm: expected"):
-        invoke({"input": x})
+class TestHostile(HostileSuite):
+    targets = (Target("ntm", call, arguments, ROWS, compiled=(*COMPILED, "initial batched")),)

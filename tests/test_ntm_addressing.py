@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_suite import Bad, HostileSuite, Target
 from op_suite import (
     DTYPES,
     TOLERANCES,
@@ -272,3 +273,97 @@ def test_the_seeds_example() -> None:
     torch.testing.assert_close(
         ops.ntm_read(memory, weights).double(), expected[4] * vector.double(), rtol=1e-5, atol=0
     )
+
+
+# ---- wrong arguments
+
+BATCH, SLOTS, WIDTH, TAPS = 3, 6, 5, 3
+z = torch.zeros
+VECTOR, ROW = (BATCH, WIDTH), (BATCH, SLOTS)
+MEMORY = {"memory": (BATCH, SLOTS, WIDTH)}
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "ntm_content_addressing": {**MEMORY, "key": VECTOR, "beta": (BATCH,)},
+    "ntm_addressing": {
+        **MEMORY,
+        "key": VECTOR,
+        "beta": (BATCH,),
+        "gate": (BATCH,),
+        "shift": (BATCH, TAPS),
+        "gamma": (BATCH,),
+        "prev_weights": ROW,
+    },
+    "ntm_read": {**MEMORY, "weights": ROW},
+    "ntm_write": {**MEMORY, "weights": ROW, "erase": VECTOR, "add": VECTOR},
+}
+
+
+def table(op: str) -> list[Bad]:
+    """Every argument with a wrong size, rank, dtype, layout; and what is wrong of this op alone."""
+    shapes = SHAPES[op]
+    rows = []
+    for name, shape in shapes.items():
+        wrong = (*shape[:-1], shape[-1] + 2)
+        rows += [
+            Bad(f"{name} rank", {name: z(1, *shape, 1)}, ValueError, f"expected {name} "),
+            Bad(f"{name} integer", {name: z(shape).long()}, TypeError, name),
+            Bad(f"{name} bool", {name: z(shape).bool()}, TypeError, name),
+            Bad(f"{name} complex", {name: z(shape).cfloat()}, TypeError, name),
+            Bad(f"{name} float8", {name: z(shape).to(torch.float8_e4m3fn)}, TypeError, name),
+            Bad(f"{name} sparse", {name: z(shape).to_sparse()}, TypeError, name),
+            Bad(f"{name} dtype", {name: z(shape).double()}, TypeError, "dtype"),
+            Bad(f"{name} batch", {name: z(BATCH + 1, *shape[1:])}, ValueError, "of shape"),
+        ]
+        if name != "shift" and (op, name) != ("ntm_read", "memory"):  # any width fits there
+            rows.append(Bad(f"{name} size", {name: z(wrong)}, ValueError, "of shape"))
+    everything = {name: z(shape).int() for name, shape in shapes.items()}
+    rows += [
+        Bad("all integer", everything, TypeError, "expected memory of dtype"),
+        Bad("memory 1-D", {"memory": z(WIDTH)}, ValueError, "memory with 2 or 3 dimensions"),
+        Bad("memory 4-D", {"memory": z(1, 3, 6, 5)}, ValueError, "memory with 2 or 3 dimensions"),
+        Bad("no slots", {"memory": z(BATCH, 0, WIDTH)}, ValueError, "at least one slot"),
+        Bad("no width", {"memory": z(BATCH, SLOTS, 0)}, ValueError, "at least one value"),
+    ]
+    first = next(name for name in ("key", "weights") if name in shapes)
+    headed = (BATCH, 0, shapes[first][-1])
+    rows.append(Bad("no heads", {first: z(headed)}, ValueError, "at least one head"))
+    if op != "ntm_read":
+        rows.append(Bad("one with heads", {first: z(BATCH, 2, headed[-1])}, ValueError, "of shape"))
+    if op == "ntm_addressing":
+        rows += [
+            Bad("even shift", {"shift": z(BATCH, 4)}, ValueError, r"odd .* got 4"),
+            Bad("no taps", {"shift": z(BATCH, 0)}, ValueError, r"odd .* got 0"),
+            Bad(
+                "shift wider than memory",
+                {"shift": z(BATCH, 9)},
+                ValueError,
+                r"moves by at most 3 \(half the slots of memory\), got one that moves by 4",
+            ),
+            Bad("a scalar gate", {"gate": z(())}, ValueError, r"gate of shape \[3\], got \[\]"),
+        ]
+    return rows
+
+
+def target(op: str) -> Target:
+    compiled = (
+        "memory rank",
+        "beta size",
+        "add dtype",
+        "shift wider than memory",
+        "weights integer",
+    )
+
+    def arguments() -> dict[str, Any]:
+        return {name: z(shape) for name, shape in SHAPES[op].items()}
+
+    return Target(op, getattr(ops, op), arguments, table(op), compiled=compiled)
+
+
+class TestHostile(HostileSuite):
+    targets = tuple(target(op) for op in SHAPES)
+
+
+def test_the_widest_shift_is_taken() -> None:
+    """Its two ends move to the same slot."""
+    arguments = target("ntm_addressing").arguments()
+    weights = ops.ntm_addressing(**{**arguments, "shift": z(BATCH, 7) + 1})
+    assert torch.isfinite(weights).all()

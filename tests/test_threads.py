@@ -98,7 +98,7 @@ def all_works() -> list[Work]:
 
 def sequence(sizes: tuple[int, int, int, int, int, int]) -> Work:
     """ops.ntm; the module's output layer is torch's, whose bits depend on the thread count."""
-    input, state, controller, *head = first(ntm.sequence_sample_inputs(sizes=sizes))
+    input, state, controller, *head = first(ntm.sample_inputs(sizes=sizes))
 
     def call(input: Tensor, *rest: Tensor) -> Any:
         return sf.ops.ntm(input, sf.NTMState(*rest[:5]), rest[7:], *rest[5:7])

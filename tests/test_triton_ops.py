@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ahead_of_time import compiled, report, resources
+from torch.utils._pytree import tree_leaves
 
 import seqmem_fast
 
@@ -184,10 +185,8 @@ def moved(a: Any, device: str) -> Any:
     return a
 
 
-def flat(a: Any) -> list[torch.Tensor]:
-    if isinstance(a, (tuple, list)):
-        return [b for item in a for b in flat(item)]
-    return [a] if isinstance(a, torch.Tensor) and a.is_floating_point() else []
+def tensors_of(a: Any) -> list[torch.Tensor]:
+    return [b for b in tree_leaves(a) if isinstance(b, torch.Tensor)]
 
 
 class Call(NamedTuple):
@@ -199,38 +198,23 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def sample_at(logits: torch.Tensor, uniform: torch.Tensor) -> Any:
-    """The op below `categorical_sample`, which draws other numbers on a GPU than on a CPU."""
-    return torch.ops.seqmem.categorical_sample(logits, uniform)
-
-
 def calls(op: str) -> Iterator[Call]:
-    """The reference's sample inputs, each with the op that they are for."""
+    """The reference's sample inputs, each with the function that they are for."""
+    functions = importlib.import_module(f"seqmem_fast.ops.{op}")
     reference = importlib.import_module(f"seqmem_fast.reference.{op}")
-    if op == "ntm":
-        for name, args, kwargs in reference.sequence_sample_inputs():
-            yield Call(name, seqmem_fast.ops.ntm_trace, args, kwargs)
-        return
     for sample in reference.sample_inputs():
-        named = "reinforce_loss" if op == "hard_attention" else getattr(sample, "function", op)
-        function = getattr(seqmem_fast.ops, named)
-        yield Call(sample.name, function, sample.args, getattr(sample, "kwargs", {}))
-    if op == "hard_attention":
-        logits = torch.randn(64, 21, generator=torch.Generator().manual_seed(0))
-        uniform = torch.rand(64, generator=torch.Generator().manual_seed(1))
-        yield Call("categorical_sample", sample_at, (logits, uniform), {})
+        function = getattr(functions, sample.function or op)
+        yield Call(sample.name, function, sample.args, sample.kwargs)
 
 
 def results(call: Call, device: str) -> list[torch.Tensor | None]:
     """Outputs and gradients of one call there."""
     torch.manual_seed(0)
     args, options = moved(call.args, device), {k: moved(v, device) for k, v in call.kwargs.items()}
-    found = call.function(*args, **options)
-    outputs = flat(found)
-    torch.autograd.backward(outputs, [torch.ones_like(a).cumsum(-1) for a in outputs])
-    leaves = [*flat(args), *flat(tuple(options.values()))]
-    actions = [found[0]] if call.function is sample_at else []
-    return [*actions, *outputs, *(a.grad for a in leaves)]
+    outputs = tensors_of(call.function(*args, **options))
+    floating = [a for a in outputs if a.is_floating_point()]
+    torch.autograd.backward(floating, [torch.ones_like(a).cumsum(-1) for a in floating])
+    return [*outputs, *(a.grad for a in tensors_of((args, options)))]
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from torch import Tensor
 import seqmem_fast
 from seqmem_fast._triton import attention as launchers
 from seqmem_fast.reference import attention as reference
+from seqmem_fast.reference.common import Sample
 
 assert seqmem_fast.__version__
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-3}
@@ -83,7 +84,7 @@ def test_more_leading_dimensions_and_strides() -> None:
     q, v = torch.randn(2, 1, 3, 4, 5), torch.randn(1, 3, 9, 2)
     k = torch.randn(2, 2, 1, 9, 10)[..., ::2]
     mask = torch.rand(9) < 0.5
-    sample = reference.Sample("leads", (q, k, v, mask), {})
+    sample = Sample("leads", (q, k, v, mask))
     check(sample, torch.float32)
 
 

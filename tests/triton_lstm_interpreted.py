@@ -19,6 +19,7 @@ from seqmem_fast._triton import common
 from seqmem_fast._triton import lstm as launchers
 from seqmem_fast._triton.lstm import OnChipPlan
 from seqmem_fast.reference import lstm as reference
+from seqmem_fast.reference.common import Sample
 
 assert seqmem_fast.__version__
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -65,7 +66,7 @@ def samples(dtype: torch.dtype, projected: bool, batch: int = 3) -> Iterator[Any
             x, (_, c), weight_ih, _, *biases, _ = sample.args
             weight_hh = torch.randn(20, 5).to(dtype)
             args = (x, (torch.randn_like(c), c), weight_ih, weight_hh, *biases, None)
-            yield reference.Sample("padded_unprojected", args, sample.kwargs)
+            yield Sample("padded_unprojected", args, sample.kwargs)
 
 
 def check(sample: Any, dtype: torch.dtype, poison: bool = False) -> None:

@@ -20,7 +20,7 @@ from seqmem_fast.reference.ntm_addressing import NTMState
 assert seqmem_fast.__version__
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.3}
 SIZES = (2, 2, 2, 5, 6, 3)  # T, B, I, C, N, M
-SAMPLES = {s.name: s for s in reference.sequence_sample_inputs(sizes=SIZES)}
+SAMPLES = {s.name: s for s in reference.sample_inputs(sizes=SIZES)}
 
 
 def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
@@ -92,7 +92,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """More steps than one segment, their memories from checkpoints."""
     monkeypatch.setattr(launchers, "_SHORTEST_SEGMENT", 2)
-    samples = reference.sequence_sample_inputs(sizes=(5, 2, 2, 3, 4, 2))
+    samples = reference.sample_inputs(sizes=(5, 2, 2, 3, 4, 2))
     check(next(s for s in samples if s.name == "all_padded"), torch.float32)
 
 

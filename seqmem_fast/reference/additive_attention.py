@@ -15,10 +15,11 @@ the [..., Tq, Tk, A] intermediates are all in memory. Arguments are not checked:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .common import Sample
 
 MASKED = -1e9  # the score of a masked entry; a row without any other is uniform
 
@@ -44,13 +45,6 @@ def additive_attention(
     batch = torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
     weights = weights.expand(*batch, -1, -1)
     return weights @ value, weights
-
-
-class Sample(NamedTuple):
-    """The arguments of one call, under a name that says which option it reaches."""
-
-    name: str
-    args: tuple[Tensor | None, ...]  # query, key, value, score_weight, mask
 
 
 def sample_inputs(

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+
+from .common import Sample
 
 MASKED = -1e9  # the score of a masked entry
 
@@ -86,14 +88,6 @@ def _ahead(scores: Tensor) -> Tensor:
     return j > i[:, None]
 
 
-class Sample(NamedTuple):
-    """The arguments of one call, under a name that says which option it reaches."""
-
-    name: str
-    args: tuple[Any, ...]  # query, key, value, mask
-    kwargs: dict[str, Any]
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -115,10 +109,10 @@ def sample_inputs(
     q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
     mask = choose(batch, queries, keys)
     mask[:, -1] = False  # a row without any allowed key
-    yield Sample("plain", (q, k, v, None), {})
-    yield Sample("masked", (q, k, v, mask), {})
+    yield Sample("plain", (q, k, v, None))
+    yield Sample("masked", (q, k, v, mask))
     yield Sample("integer_mask", (q, k, v, choose(batch, 1, keys).int()), {"scale": 0.3})
-    yield Sample("added_mask", (q, k, v, draw(batch, queries, keys)), {})
+    yield Sample("added_mask", (q, k, v, draw(batch, queries, keys)))
     yield Sample("causal", (q, k, v, None), {"is_causal": True})
     behind = choose(batch, queries, keys)
     behind[..., 0] = True

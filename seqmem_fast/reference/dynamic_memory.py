@@ -17,11 +17,12 @@ Arguments are not checked: the ops do that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .common import Sample
 
 
 def dynamic_memory(
@@ -68,14 +69,6 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return weights.masked_fill(~mask, 0)
 
 
-class Sample(NamedTuple):
-    """The arguments of one call, under a name that says which option it reaches."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -102,7 +95,7 @@ def sample_inputs(
     shared, own = draw(slots, width), draw(batch, slots, width)
     narrow, wide = draw(batch, width), draw(batch, hidden)
     projected = {"score_query": draw(batch, width)}
-    yield Sample("shared", (narrow, shared, *networks(width)), {})
+    yield Sample("shared", (narrow, shared, *networks(width)))
     yield Sample(
         "projected", (wide, shared, *networks(hidden)), {**projected, "return_memory": False}
     )

@@ -17,10 +17,11 @@ Arguments are not checked: the ops do that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .common import Sample
 
 
 def categorical_sample(
@@ -85,14 +86,6 @@ def policy(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
 
 
-class Sample(NamedTuple):
-    """The arguments of one call, under a name that says which option it reaches."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -100,10 +93,8 @@ def sample_inputs(
     sizes: tuple[int, int] = (4, 7),
     seed: int = 0,
 ) -> Iterator[Sample]:
-    """Calls of :func:`reinforce_loss` that reach every option once; sizes = (rows, K).
-
-    For :func:`sample_at`, args[0] are the logits and kwargs["uniform"] the numbers.
-    """
+    """Calls that reach every option of :func:`reinforce_loss` and :func:`sample_at` once;
+    sizes = (rows, K)."""
     rows, actions = sizes
     generator = torch.Generator().manual_seed(seed)
 
@@ -113,10 +104,11 @@ def sample_inputs(
 
     action = torch.randint(actions, (rows,), generator=generator).to(device)
     logits, returns, baseline = draw(rows, actions), draw(rows), draw(rows)
-    yield Sample("plain", (logits, action, returns), {})
-    yield Sample("mean", (logits, action, returns, baseline), {"reduction": "mean"})
-    yield Sample(
-        "rows",
-        (logits, action, returns, baseline[0]),
-        {"reduction": "none", "entropy_weight": 0.3},
-    )
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    mean, each = {"reduction": "mean"}, {"reduction": "none", "entropy_weight": 0.3}
+    yield Sample("plain", (logits, action, returns), function="reinforce_loss")
+    yield Sample("mean", (logits, action, returns, baseline), mean, "reinforce_loss")
+    yield Sample("rows", (logits, action, returns, baseline[0]), each, "reinforce_loss")
+    if dtype != torch.float64:
+        uniform = uniform.float()
+    yield Sample("sample", (logits, uniform.to(device)), function="sample_at")

@@ -19,11 +19,12 @@ Arguments are not checked: the ops do that.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .common import Sample
 
 State = tuple[Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]
@@ -324,14 +325,6 @@ class _Layout:
         return a[s] if self.valid is None else torch.where(self.valid[s][:, None], a[s], first)
 
 
-class Sample(NamedTuple):
-    """The arguments of one call, under a name that says which option it reaches."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -362,10 +355,10 @@ def sample_inputs(
     reset = (torch.rand(time, batch, generator=generator) < 0.3).to(device)
     sizes_packed = (torch.arange(batch, 0, -1)[:, None] * time > torch.arange(time) * batch).sum(0)
     project = hidden // 2
-    yield Sample("plain", (x, state(), *weights()), {})
-    yield Sample("zero_state", (x, None, *weights()), {})
-    yield Sample("no_bias", (x, state(), *weights(bias=False)), {})
-    yield Sample("projected", (x, state(project), *weights(project=project)), {})
+    yield Sample("plain", (x, state(), *weights()))
+    yield Sample("zero_state", (x, None, *weights()))
+    yield Sample("no_bias", (x, state(), *weights(bias=False)))
+    yield Sample("projected", (x, state(project), *weights(project=project)))
     yield Sample("reverse", (x, state(), *weights()), {"reverse": True})
     yield Sample("lengths", (x, state(), *weights()), {"lengths": lengths})
     yield Sample("reset", (x, state(), *weights()), {"reset": reset})
@@ -394,6 +387,6 @@ def cell_sample_inputs(
     seed: int = 0,
 ) -> Iterator[Sample]:
     """Calls of :func:`lstm_cell` that reach every option once; sizes = (B, I, H)."""
-    for name, args, _ in sample_inputs(device, dtype, sizes=(1, *sizes), seed=seed):
+    for name, args, *_ in sample_inputs(device, dtype, sizes=(1, *sizes), seed=seed):
         if name in ("plain", "zero_state", "no_bias"):
-            yield Sample(name, (args[0][0], *args[1:6]), {})
+            yield Sample(name, (args[0][0], *args[1:6]), function="lstm_cell")

@@ -22,13 +22,15 @@ P = width of p_t.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .common import Sample
 from .ntm_addressing import NTMState, ntm_addressing, ntm_read, ntm_write
 
 Layers = Sequence[tuple[Tensor, ...]]
@@ -239,21 +241,13 @@ def _expanded(initial: NTMState, like: NTMState) -> NTMState:
     )
 
 
-class SequenceSample(NamedTuple):
-    """The arguments of one call of :func:`ntm`, under a name that says which option it reaches."""
-
-    name: str
-    args: tuple[Tensor, NTMState, tuple[Tensor, ...], Tensor, Tensor]
-    kwargs: dict[str, Any]
-
-
-def sequence_sample_inputs(
+def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
     sizes: tuple[int, int, int, int, int, int] = (5, 3, 4, 6, 8, 5),
     seed: int = 0,
-) -> Iterator[SequenceSample]:
+) -> Iterator[Sample]:
     """Calls of :func:`ntm` that reach every option once; sizes = (T, B, I, C, N, M)."""
     time, batch, width, control, slots, slot = sizes
     generator = torch.Generator().manual_seed(seed)
@@ -264,7 +258,7 @@ def sequence_sample_inputs(
 
     def sample(
         name: str, heads: str = "wr", layers: int = 1, shift_range: int = 1, **kwargs: Any
-    ) -> SequenceSample:
+    ) -> Sample:
         reads, kind = heads.count("r"), kwargs.get("controller_type", "lstm")
         gates, scale = (4, control**-0.5) if kind == "lstm" else (1, 1.0)
         controller: list[Tensor] = []
@@ -292,7 +286,7 @@ def sequence_sample_inputs(
         if shift_range != 1:
             kwargs["shift_range"] = shift_range
         args = (draw(time, batch, width), state(batch), tuple(controller), head_weight, head_bias)
-        return SequenceSample(name, args, kwargs)
+        return Sample(name, args, kwargs, "ntm_trace")
 
     lengths = torch.randint(0, time + 1, (batch,), generator=generator)
     reset = (torch.rand(time, batch, generator=generator) < 0.3).to(device)
@@ -305,3 +299,10 @@ def sequence_sample_inputs(
     yield sample("lengths", lengths=lengths)
     yield sample("reset", reset=reset)
     yield sample("all_padded", layers=2, heads="rwr", lengths=lengths, reset=reset)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sequence_sample_inputs":
+        warnings.warn(f"{__name__}.{name} is now sample_inputs", DeprecationWarning, stacklevel=2)
+        return sample_inputs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .common import Sample
+
 EPSILON = 1e-8
 
 
@@ -114,14 +116,6 @@ def _sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
     return torch.softmax(logits.masked_fill(empty, lowest), -1).masked_fill(empty, 0)
 
 
-class Sample(NamedTuple):
-    """The arguments of one call of ``function``, under a name that says what it reaches."""
-
-    name: str
-    function: str
-    args: tuple[Tensor, ...]
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -156,4 +150,4 @@ def sample_inputs(
         }
         for name, (function, args) in calls.items():
             converted = tuple(t.to(device=device, dtype=dtype) for t in args)
-            yield Sample(name + suffix, function, converted)
+            yield Sample(name + suffix, converted, function=function)
