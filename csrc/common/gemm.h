@@ -76,6 +76,22 @@ SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, c
   }
 }
 
+// The same for sums in memory, which begin at zero where `adds` is false.
+template <int R, int NV, class C>
+SEQMEM_INLINE void tile_multiply_into(bool adds, int64_t K, const C* const* a, int64_t a_step,
+                                      const C* b, int64_t b_vec, int64_t b_step, C* out,
+                                      int64_t out_stride) {
+  Vec<C> acc[R][NV];
+  SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+  for (int v = 0; v < NV; ++v)
+    acc[r][v] = adds ? load(out + r * out_stride + v * kLanes<C>) : Vec<C>{};
+  tile_multiply<R, NV, C>(K, a, a_step, b, b_vec, b_step, acc);
+  SEQMEM_UNROLL
+  for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+  for (int v = 0; v < NV; ++v) store(out + r * out_stride + v * kLanes<C>, acc[r][v]);
+}
+
 // acc[r][p][v] += sum_k a[r][k] * b[p * b_panel + v * lanes + k * b_step]: few rows by P panels,
 // because their sums in a single panel would wait for each other.
 template <int R, int P, int NV, class C>
@@ -187,6 +203,25 @@ SEQMEM_INLINE void for_row_blocks(int64_t n, F&& f) {
     for_count<R>(rows, [&](auto count) { f(count, start); });
     start += rows;
   }
+}
+
+// out[i] (+)= sum_k a[i][k] b[k], or a[k][i] b[k] where `transposed`, for i = 0..rows-1 and
+// k = 0..K-1 in this order. `width` columns, whole vectors, are also the stride of out.
+template <bool transposed, class C>
+void matrix_multiply(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride,
+                     const C* b, int64_t b_stride, C* out, bool adds) {
+  constexpr int L = kLanes<C>;
+  for_panels(0, width / L, [&](auto columns, int64_t v) {
+    constexpr int NV = decltype(columns)::value;
+    for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      const C* from[R];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) from[r] = a + (start + r) * (transposed ? 1 : a_stride);
+      tile_multiply_into<R, NV, C>(adds, K, from, transposed ? a_stride : 1, b + v * L, L, b_stride,
+                                   out + start * width + v * L, width);
+    });
+  });
 }
 
 // Splits 0..n-1 among threads as evenly as can be.

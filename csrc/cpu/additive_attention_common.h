@@ -1,4 +1,11 @@
-// What additive attention's forward and backward share: tanh, matrices padded to whole vectors.
+// What additive attention's forward and backward share: tanh, and the operands of a batch row.
+//
+// tanh(q + k) is computed in one of two ways:
+//   - features in lanes: one rational function for each pair, in float or double (`rational_tanh`);
+//   - keys in lanes, from factors: with E = e^2q e^2k, tanh(q + k) = (E - 1) / (E + 1). The
+//     exponentials are taken once for each query and each key, which leaves a product and a
+//     division for each pair. A factor is a sum of two floats, high + low, so that E - 1 loses
+//     nothing near zero. Only for float, and only with a fused multiply-add.
 #pragma once
 
 #include "../common/gemm.h"
@@ -12,7 +19,7 @@ namespace {
 // fitted for the least largest relative error, 2e-8; all their coefficients are positive, so
 // nothing cancels and rounding leaves it below 4e-7, near zero too. A third of the instructions of
 // tanh by way of exp. NaN passes through.
-SEQMEM_INLINE Vec<float> squash(Vec<float> x) {
+SEQMEM_INLINE Vec<float> rational_tanh(Vec<float> x) {
   x = clamp<float>(x, 9.0f);
   const Vec<float> y = x * x;
   const Vec<float> p =
@@ -23,56 +30,15 @@ SEQMEM_INLINE Vec<float> squash(Vec<float> x) {
       1.0f;
   return x * p / q;
 }
-SEQMEM_INLINE Vec<double> squash(Vec<double> x) { return tanh<double>(x); }
+SEQMEM_INLINE Vec<double> rational_tanh(Vec<double> x) { return tanh<double>(x); }
 
-// Rows in the compute type, whole vectors each, zero beyond the width.
-template <class C>
-struct Matrix {
-  const C* data = nullptr;
-  int64_t stride = 0;
-  const C* row(int64_t i) const { return data + i * stride; }
-};
-
-template <class C>
-SEQMEM_INLINE int64_t padded(int64_t width) {
-  return ceil_div(width, kLanes<C>) * kLanes<C>;
-}
-
-// Copies of `rows` rows, `stride` apart.
-template <class S, class C>
-Matrix<C> copy_rows(const S* from, int64_t rows, int64_t width, C* to, int64_t stride) {
-  constexpr int L = kLanes<C>;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < width; i += L)
-      store(to + r * stride + i, load_n(from + r * width + i, static_cast<int>(width - i)));
-  return {to, stride};
-}
-
-// The same, or the rows as they lie where these are whole vectors already.
-template <class S, class C>
-Matrix<C> as_rows(const S* from, int64_t rows, int64_t width, C* scratch) {
-  if constexpr (std::is_same_v<S, C>)
-    if (width % kLanes<C> == 0) return {from, width};
-  return copy_rows(from, rows, width, scratch, padded<C>(width));
-}
-
-// ---- tanh of a sum by factors
-// --------------------------------------------------------------------------
-// With E = e^2q e^2k, tanh(q + k) = (E - 1) / (E + 1): the exponentials are taken once for each
-// query and key, and what is left for each pair is a product and a division. Each factor is held as
-// a sum of two floats, so that E - 1 loses nothing near zero. Wants a fused multiply-add.
-
-inline constexpr bool kHasFusedMultiplyAdd = SEQMEM_VEC_BYTES >= 32;
 // The exponentials of larger projections, or products of their small parts, might leave the range.
 inline constexpr float kLargestFactor = 15;
 // Below these the exponentials cost more than they save.
-inline constexpr int64_t kQueriesWorthFactors = 8, kKeysWorthFactors = 16;
+inline constexpr int64_t kMinQueriesForFactors = 8, kMinKeysForFactors = 16;
 
 template <class C>
-SEQMEM_INLINE bool worth_factors(const Shape& s) {
-  return kHasFusedMultiplyAdd && std::is_same_v<C, float> && s.Tq >= kQueriesWorthFactors &&
-         s.Tk >= kKeysWorthFactors;
-}
+inline constexpr bool kHasFactors = std::is_same_v<C, float> && SEQMEM_VEC_BYTES >= 32;
 
 struct Factor {
   Vec<float> high, low;
@@ -87,7 +53,7 @@ SEQMEM_INLINE Factor factor(Vec<float> x) {
 }
 
 // E - 1 from its factors; E + 1 is two more.
-SEQMEM_INLINE Vec<float> product_less_one(Factor q, Factor k) {
+SEQMEM_INLINE Vec<float> product_minus_one(Factor q, Factor k) {
   return q.low * k.high + (q.high * k.low + (q.high * k.high - 1.0f));
 }
 
@@ -102,58 +68,143 @@ SEQMEM_INLINE bool none(IntVec<float> lanes) {
   return any == 0;
 }
 
-// A panel holds the factors of a vector of keys, [A][high, low][lanes]; beyond the last of `rows`
-// keys, up to `padded_rows`, they are those of zero. False if a key is too large.
+// The factors of L keys are a panel [A][high, low][L]; beyond the last of `rows` keys, up to
+// `padded_rows`, they are those of zero. False if a key is too large.
 template <class S>
-bool pack_keys(const S* keys, int64_t rows, int64_t padded_rows, int64_t width, float* panels) {
+bool pack_key_factors(const S* keys, int64_t rows, int64_t padded_rows, int64_t A, float* panels) {
   constexpr int L = kLanes<float>;
   IntVec<float> bad{};
   for (int64_t j = 0; j < padded_rows; j += L) {
-    float* panel = panels + j * width * 2;
-    const int64_t lanes = min<int64_t>(L, rows - j);
-    for (int64_t i = 0; i < width; i += L) {
-      const int n = static_cast<int>(min<int64_t>(L, width - i));
-      Vec<float> square[L] = {};
-      for (int64_t l = 0; l < lanes; ++l) square[l] = load_n(keys + (j + l) * width + i, n);
-      transpose<float>(square);
-      for (int l = 0; l < n; ++l) {
-        bad |= too_large(square[l]);
-        const Factor f = factor(square[l]);
-        store(panel + (i + l) * 2 * L, f.high);
-        store(panel + (i + l) * 2 * L + L, f.low);
-      }
+    const int lanes = static_cast<int>(max<int64_t>(0, min<int64_t>(L, rows - j)));
+    for (int64_t i = 0; i < A; i += L) {
+      const int n = static_cast<int>(min<int64_t>(L, A - i));
+      transpose_block<float>(
+          lanes, n, [&](int l) { return load_n(keys + (j + l) * A + i, n); },
+          [&](int l, Vec<float> x) {
+            float* to = panels + (j * A + (i + l) * L) * 2;
+            bad |= too_large(x);
+            const Factor f = factor(x);
+            store(to, f.high);
+            store(to + L, f.low);
+          });
     }
   }
   return none(bad);
 }
 
-// The factors of rows of queries, `stride` apart. False if one is too large.
-SEQMEM_INLINE bool split_queries(const Matrix<float>& query, int64_t rows, int64_t stride,
-                                 float* high, float* low) {
-  IntVec<float> bad{};
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < stride; i += kLanes<float>) {
-      const Vec<float> x = load(query.row(r) + i);
-      bad |= too_large(x);
-      const Factor f = factor(x);
-      store(high + r * stride + i, f.high);
-      store(low + r * stride + i, f.low);
-    }
-  }
-  return none(bad);
-}
-
-// The mask's row for query i of batch row b; null without a mask.
-template <class M>
-SEQMEM_INLINE const M* mask_row(const Shape& s, const M* mask, int64_t b, int64_t i) {
-  if (mask == nullptr) return nullptr;
-  return mask + (s.mask_of[b] * s.mask_rows + (s.mask_rows == 1 ? 0 : i)) * s.Tk;
+// The given rows themselves where these are whole vectors of the compute type, else a padded copy.
+template <class S, class C>
+const C* padded_rows(const S* from, int64_t rows, int64_t width, C* copy) {
+  const int64_t stride = padded<C>(width);
+  if constexpr (std::is_same_v<S, C>)
+    if (width == stride) return from;
+  for (int64_t r = 0; r < rows; ++r) load_row(copy + r * stride, from + r * width, width);
+  return copy;
 }
 
 template <class C>
 SEQMEM_INLINE void fill(C* to, int64_t n, C x) {
   for (int64_t i = 0; i < n; ++i) to[i] = x;
 }
+
+// The operands of one batch row as one thread reads them.
+template <class S>
+struct Operands {
+  using C = compute_t<S>;
+  static constexpr int L = kLanes<C>;
+  static constexpr int64_t kBlockRows = 16;  // queries of a block
+
+  const Shape& s;
+  const Arguments& a;
+  const int64_t A_pad, Dv_pad;
+  const int64_t key_panels;  // of L keys each
+  const bool factors_pay;
+  const int64_t factor_width;  // A, or 0 where there are no factors
+
+  const C *query = nullptr, *key = nullptr;       // a block of queries and all keys, [*, A_pad]
+  const C* value = nullptr;                       // [Tk, Dv_pad]
+  C* weight = nullptr;                            // [A_pad]
+  C *query_high = nullptr, *query_low = nullptr;  // the factors of a block, [kBlockRows, A_pad]
+  C* key_factors = nullptr;                       // [key_panels][A][2][L]
+  bool has_factors = false;                       // whether key_factors are those of this batch row
+
+  Operands(const Shape& s, const Arguments& a, int64_t key_panels)
+      : s(s),
+        a(a),
+        A_pad(padded<C>(s.A)),
+        Dv_pad(padded<C>(s.Dv)),
+        key_panels(key_panels),
+        factors_pay(kHasFactors<C> && s.Tq >= kMinQueriesForFactors && s.Tk >= kMinKeysForFactors),
+        factor_width(factors_pay ? s.A : 0) {}
+
+  void place(Carver& take) {
+    weight = take.array<C>(A_pad);
+    key_copy = take.array<C>(s.Tk * A_pad);
+    value_copy = take.array<C>(s.Tk * Dv_pad);
+    query_copy = take.array<C>(kBlockRows * A_pad);
+    key_factors = take.array<C>(key_panels * L * factor_width * 2);
+    query_high = take.array<C>(factors_pay ? kBlockRows * A_pad : 0);
+    query_low = take.array<C>(factors_pay ? kBlockRows * A_pad : 0);
+  }
+
+  void read_weight() { load_row(weight, static_cast<const S*>(a.score_weight), s.A); }
+
+  // Begins batch row b. Its keys are read when they are asked for: factors may do without.
+  void read_row(int64_t b, [[maybe_unused]] bool with_factors) {
+    if (b == batch_row) return;
+    batch_row = b;
+    key = nullptr;
+    value = padded_rows(matrix(a.value, s.value_of[b], s.Tk * s.Dv), s.Tk, s.Dv, value_copy);
+    if constexpr (kHasFactors<C>)
+      has_factors = with_factors && factors_pay &&
+                    pack_key_factors(matrix(a.key, s.key_of[b], s.Tk * s.A), s.Tk, key_panels * L,
+                                     s.A, key_factors);
+  }
+
+  void read_keys() {
+    if (key == nullptr)
+      key = padded_rows(matrix(a.key, s.key_of[batch_row], s.Tk * s.A), s.Tk, s.A, key_copy);
+  }
+
+  void read_queries(int64_t first, int64_t count) {
+    const S* from = matrix(a.query, s.query_of[batch_row], s.Tq * s.A) + first * s.A;
+    query = padded_rows(from, count, s.A, query_copy);
+  }
+
+  // The factors of the block's queries; false if one is too large, or the keys have none.
+  bool read_query_factors([[maybe_unused]] int64_t count) {
+    if constexpr (kHasFactors<C>) {
+      if (!has_factors) return false;
+      IntVec<float> bad{};
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t i = 0; i < A_pad; i += L) {
+          const Vec<float> x = load(query + r * A_pad + i);
+          bad |= too_large(x);
+          const Factor f = factor(x);
+          store(query_high + r * A_pad + i, f.high);
+          store(query_low + r * A_pad + i, f.low);
+        }
+      }
+      return none(bad);
+    }
+    return false;
+  }
+
+  // The mask's row for query i; null without a mask.
+  template <class M>
+  const M* mask_row(const M* mask, int64_t i) const {
+    if (mask == nullptr) return nullptr;
+    return mask + (s.mask_of[batch_row] * s.mask_rows + (s.mask_rows == 1 ? 0 : i)) * s.Tk;
+  }
+
+ private:
+  C *key_copy = nullptr, *value_copy = nullptr, *query_copy = nullptr;
+  int64_t batch_row = -1;
+
+  static const S* matrix(const void* all, int64_t index, int64_t size) {
+    return static_cast<const S*>(all) + index * size;
+  }
+};
 
 }  // namespace
 }  // namespace seqmem::additive_attention

@@ -1,175 +1,88 @@
-// Additive attention forward: scores, softmax and the weighted sum of a block of queries at once,
-// so that nothing larger than a block of scores exists.
+// Additive attention forward. The threads share out blocks of 16 queries; for each block
+//   pass 1  scores[16, Tk] = sum_a weight_a tanh(query_a + key_a)
+//             from factors: tiles of 2 queries and 2 L keys, key factors [Tk, A, 2] in L2;
+//             else a query and 4 keys at once, features in lanes
+//   pass 2  scores = softmax over the keys of (scores, masked or biased); stored as weights
+//   pass 3  output[16, Dv] = scores value, a panel [Tk, 4 L] of value at a time in L1
+// The scores of a block stay in L1 or L2, and nothing larger than a block of scores is ever stored
+// but the weights themselves.
+#include "../common/softmax.h"
 #include "additive_attention_common.h"
 
 namespace seqmem::additive_attention {
 namespace {
 
+constexpr int kTile = 2;  // queries, and vectors of keys, of a tile of factors
+
 template <class S>
-class ForwardRun {
-  using C = compute_t<S>;
-  static constexpr int L = kLanes<C>;
-  static constexpr int64_t kRows = 16;  // queries of a block
+class ForwardRun : Operands<S> {
+  using Base = Operands<S>;
+  using Base::L, Base::kBlockRows, Base::s, Base::A_pad, Base::Dv_pad, Base::key_panels;
+  using Base::weight, Base::query, Base::key, Base::value, Base::mask_row;
+  using typename Base::C;
   static constexpr C kMasked = C(-1e9);
 
-  static constexpr int kTogether = 2;  // queries, and vectors of keys, that share a pass
-
-  const Shape& s;
   const Forward& a;
-  const int64_t blocks, As, Ks, Ds;  // blocks of a batch row; A, Tk and Dv as whole vectors
-  const int64_t panels;              // vectors of keys, an even number
-  const bool tries_factors;
+  const int thread, threads;
+  const int64_t scores_stride;
 
-  C *weight = nullptr, *key_copy = nullptr, *value_copy = nullptr, *query_copy = nullptr,
-    *scores = nullptr, *key_factors = nullptr, *query_high = nullptr, *query_low = nullptr;
-  Matrix<C> query, key, value;
+  C *scores, *output_block;  // [kBlockRows, scores_stride], [kBlockRows, Dv_pad]
 
  public:
-  ForwardRun(const Shape& s, const Forward& a)
-      : s(s),
+  ForwardRun(const Shape& s, const Forward& a, int thread, int threads, SpinBarrier&)
+      : Base(s, a, ceil_div(s.Tk, kTile * L) * kTile),
         a(a),
-        blocks(ceil_div(s.Tq, kRows)),
-        As(padded<C>(s.A)),
-        Ks(padded<C>(s.Tk)),
-        Ds(padded<C>(s.Dv)),
-        panels(ceil_div(s.Tk, kTogether * L) * kTogether),
-        tries_factors(worth_factors<C>(s)) {}
+        thread(thread),
+        threads(threads),
+        scores_stride(key_panels * L) {}
 
-  // Places one thread's buffers; returns the bytes used. Called with a null base to size them.
   int64_t place(char* base) {
     Carver take(base);
-    weight = take.array<C>(As);
-    key_copy = take.array<C>(s.Tk * As);
-    value_copy = take.array<C>(s.Tk * Ds);
-    query_copy = take.array<C>(kRows * As);
-    scores = take.array<C>(kRows * panels * L);
-    key_factors = take.array<C>(tries_factors ? panels * L * s.A * 2 : 0);
-    query_high = take.array<C>(tries_factors ? kRows * As : 0);
-    query_low = take.array<C>(tries_factors ? kRows * As : 0);
+    take.per_thread(thread, threads, [&] {
+      Base::place(take);
+      scores = take.array<C>(kBlockRows * scores_stride);
+      output_block = take.array<C>(kBlockRows * Dv_pad);
+    });
     return take.used();
   }
 
-  void run(int thread, int threads) {
-    copy_rows(static_cast<const S*>(a.score_weight), 1, s.A, weight, As);
+  void run() {
+    this->read_weight();
+    const int64_t blocks = ceil_div(s.Tq, kBlockRows);  // of a batch row
     const Share mine = share(s.B * blocks, thread, threads);
-    int64_t current = -1;
-    bool factors = false;
     for (int64_t unit = mine.begin; unit < mine.end; ++unit) {
-      const int64_t b = unit / blocks, first = unit % blocks * kRows;
-      if (b != current) {
-        factors = factor_keys(b);
-        key = {};
-        value = matrix(a.value, s.value_of[b], s.Tk, s.Dv, value_copy);
-        current = b;
-      }
-      run_block(b, first, min(kRows, s.Tq - first), factors);
+      const int64_t b = unit / blocks, first = unit % blocks * kBlockRows;
+      this->read_row(b, true);
+      run_block(b, first, min(kBlockRows, s.Tq - first));
     }
   }
 
  private:
-  static Matrix<C> matrix(const void* all, int64_t index, int64_t rows, int64_t width, C* copy) {
-    return as_rows(static_cast<const S*>(all) + index * rows * width, rows, width, copy);
-  }
-
-  bool factor_keys([[maybe_unused]] int64_t b) {
-    if constexpr (std::is_same_v<C, float>)
-      if (tries_factors)
-        return pack_keys(static_cast<const S*>(a.key) + s.key_of[b] * s.Tk * s.A, s.Tk, panels * L,
-                         s.A, key_factors);
-    return false;
-  }
-
-  void run_block(int64_t b, int64_t first, int64_t count, bool factors) {
-    const int64_t at = s.query_of[b] * s.Tq + first;
-    query = as_rows(static_cast<const S*>(a.query) + at * s.A, count, s.A, query_copy);
-    if (!factors || !score_by_factors(b, first, count)) {
-      if (key.data == nullptr) key = matrix(a.key, s.key_of[b], s.Tk, s.A, key_copy);
+  void run_block(int64_t b, int64_t first, int64_t count) {
+    this->read_queries(first, count);
+    if (this->read_query_factors(count)) {
+      score_by_factors(first, count);
+    } else {
+      this->read_keys();
       for (int64_t i = 0; i < count; ++i)
-        score_row(query.row(i), mask_row(s, a.keep, b, first + i), scores_of(i));
+        score_row(query + i * A_pad, mask_row(a.keep, first + i), scores_of(i));
     }
     for (int64_t i = 0; i < count; ++i) {
       C* row = scores_of(i);
-      if (a.keep != nullptr) {
-        const bool* keep = mask_row(s, a.keep, b, first + i);
+      if (const bool* keep = mask_row(a.keep, first + i))
         for (int64_t j = 0; j < s.Tk; ++j) row[j] = keep[j] ? row[j] : kMasked;
-      }
-      if (a.bias != nullptr)
-        add_bias(row, mask_row(s, static_cast<const S*>(a.bias), b, first + i));
-      softmax(row);
+      if (const S* bias = mask_row(static_cast<const S*>(a.bias), first + i)) add_bias(row, bias);
+      softmax<1>(row, s.Tk);
       store_row(static_cast<S*>(a.weights) + (b * s.Tq + first + i) * s.Tk, row, s.Tk);
     }
-    weigh_values(static_cast<S*>(a.output) + (b * s.Tq + first) * s.Dv, count);
+    matrix_multiply<false>(count, s.Tk, Dv_pad, scores, scores_stride, value, Dv_pad, output_block,
+                           false);
+    for (int64_t i = 0; i < count; ++i)
+      store_row(static_cast<S*>(a.output) + (b * s.Tq + first + i) * s.Dv,
+                output_block + i * Dv_pad, s.Dv);
   }
 
-  C* scores_of(int64_t i) const { return scores + i * panels * L; }
-
-  // The scores of a block, keys in lanes; masked tiles cost nothing. False where a query is too
-  // large for it.
-  bool score_by_factors([[maybe_unused]] int64_t b, [[maybe_unused]] int64_t first,
-                        [[maybe_unused]] int64_t count) {
-    if constexpr (std::is_same_v<C, float>) {
-      if (!split_queries(query, count, As, query_high, query_low)) return false;
-      for (int64_t panel = 0; panel < panels; panel += kTogether) {
-        const int64_t j = panel * L, n = min<int64_t>(kTogether * L, s.Tk - j);
-        int64_t i = 0;
-        for (; i < count; i += kTogether) {
-          const int64_t rows = min<int64_t>(kTogether, count - i);
-          bool kept = a.keep == nullptr;
-          for (int64_t r = 0; r < rows && !kept; ++r)
-            kept = any(mask_row(s, a.keep, b, first + i + r) + j, n);
-          if (!kept) continue;
-          if (rows == kTogether) {
-            score_tile<kTogether>(i, panel);
-          } else {
-            score_tile<1>(i, panel);
-          }
-        }
-      }
-      return true;
-    }
-    return false;
-  }
-
-  template <int R>
-  SEQMEM_INLINE void score_tile(int64_t i, int64_t panel) {
-    Vec<float> acc[R][kTogether];
-    start_sums(acc);
-    const float* keys = key_factors + panel * L * s.A * 2;
-    const int64_t next = L * s.A * 2;  // panel
-    for (int64_t f = 0; f < s.A; ++f) {
-      const Vec<float> w = splat(weight[f]);
-      Factor k[kTogether];
-      SEQMEM_UNROLL
-      for (int p = 0; p < kTogether; ++p)
-        k[p] = {load(keys + p * next + f * 2 * L), load(keys + p * next + f * 2 * L + L)};
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const int64_t at = (i + r) * As + f;
-        const Factor q = {splat(query_high[at]), splat(query_low[at])};
-        SEQMEM_UNROLL
-        for (int p = 0; p < kTogether; ++p) {
-          const Vec<float> m = product_less_one(q, k[p]);
-          acc[r][p] += w * (m / (m + 2.0f));
-        }
-      }
-    }
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-    for (int p = 0; p < kTogether; ++p) store(scores_of(i + r) + (panel + p) * L, acc[r][p]);
-  }
-
-  // row[j] = weight . tanh(q + key_j), four keys at a time; masked fours cost nothing.
-  SEQMEM_INLINE void score_row(const C* q, const bool* keep, C* row) {
-    for (int64_t j = 0; j < s.Tk; j += 4) {
-      const int64_t n = min<int64_t>(4, s.Tk - j);
-      if (keep != nullptr && !any(keep + j, n)) continue;
-      const C* k[4];
-      for (int64_t i = 0; i < 4; ++i) k[i] = key.row(j + min(i, n - 1));
-      C sums[4];
-      score_four(q, k, sums);
-      for (int64_t i = 0; i < n; ++i) row[j + i] = sums[i];
-    }
-  }
+  C* scores_of(int64_t i) const { return scores + i * scores_stride; }
 
   static bool any(const bool* keep, int64_t n) {
     bool found = false;
@@ -177,15 +90,70 @@ class ForwardRun {
     return found;
   }
 
-  SEQMEM_INLINE void score_four(const C* q, const C* const (&k)[4], C* sums) {
-    Vec<C> acc[4];
-    start_sums(acc);
-    for (int64_t v = 0; v < As; v += L) {
-      const Vec<C> x = load(q + v), w = load(weight + v);
-      SEQMEM_UNROLL
-      for (int i = 0; i < 4; ++i) acc[i] += w * squash(x + load(k[i] + v));
+  // The scores of a block, keys in lanes; tiles that are masked as a whole are left out.
+  void score_by_factors([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t count) {
+    if constexpr (kHasFactors<C>) {
+      for (int64_t panel = 0; panel < key_panels; panel += kTile) {
+        const int64_t j = panel * L, n = min<int64_t>(kTile * L, s.Tk - j);
+        for (int64_t i = 0; i < count; i += kTile) {
+          for_count<kTile>(min<int64_t>(kTile, count - i), [&](auto rows) {
+            bool kept = a.keep == nullptr;
+            for (int64_t r = 0; r < rows.value && !kept; ++r)
+              kept = any(mask_row(a.keep, first + i + r) + j, n);
+            if (kept) score_tile<rows.value>(i, panel);
+          });
+        }
+      }
     }
-    store_sums4<C>(sums, acc);
+  }
+
+  template <int R>
+  SEQMEM_INLINE void score_tile(int64_t i, int64_t panel) {
+    Vec<float> acc[R][kTile];
+    start_sums(acc);
+    const int64_t panel_size = L * s.A * 2;
+    const float* keys = this->key_factors + panel * panel_size;
+    for (int64_t f = 0; f < s.A; ++f) {
+      const Vec<float> w = splat(weight[f]);
+      Factor k[kTile];
+      SEQMEM_UNROLL
+      for (int p = 0; p < kTile; ++p)
+        k[p] = {load(keys + p * panel_size + f * 2 * L),
+                load(keys + p * panel_size + f * 2 * L + L)};
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int64_t offset = (i + r) * A_pad + f;
+        const Factor q = {splat(this->query_high[offset]), splat(this->query_low[offset])};
+        SEQMEM_UNROLL
+        for (int p = 0; p < kTile; ++p) {
+          const Vec<float> m = product_minus_one(q, k[p]);
+          acc[r][p] += w * (m / (m + 2.0f));
+        }
+      }
+    }
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+    for (int p = 0; p < kTile; ++p) store(scores_of(i + r) + (panel + p) * L, acc[r][p]);
+  }
+
+  // row[j] = weight . tanh(q + key_j), four keys at a time; fours that are all masked are left out.
+  SEQMEM_INLINE void score_row(const C* q, const bool* keep, C* row) {
+    for (int64_t j = 0; j < s.Tk; j += 4) {
+      const int64_t n = min<int64_t>(4, s.Tk - j);
+      if (keep != nullptr && !any(keep + j, n)) continue;
+      const C* k[4];
+      for (int64_t i = 0; i < 4; ++i) k[i] = key + (j + min(i, n - 1)) * A_pad;
+      Vec<C> acc[4];
+      start_sums(acc);
+      for (int64_t v = 0; v < A_pad; v += L) {
+        const Vec<C> x = load(q + v), w = load(weight + v);
+        SEQMEM_UNROLL
+        for (int i = 0; i < 4; ++i) acc[i] += w * rational_tanh(x + load(k[i] + v));
+      }
+      C sums[4];
+      store_sums4<C>(sums, acc);
+      for (int64_t i = 0; i < n; ++i) row[j + i] = sums[i];
+    }
   }
 
   void add_bias(C* row, const S* bias) {
@@ -194,80 +162,12 @@ class ForwardRun {
       store_n(row + j, load_n(row + j, n) + load_n(bias + j, n), n);
     }
   }
-
-  // In place; what lies beyond Tk becomes zero.
-  void softmax(C* row) {
-    constexpr C kLimit = ExpConstants<C>::limit;
-    fill(row + s.Tk, Ks - s.Tk, -C(__builtin_inf()));
-    Vec<C> top = splat<C>(-C(__builtin_inf()));
-    for (int64_t j = 0; j < Ks; j += L) {
-      const Vec<C> x = load(row + j);
-      top = x > top ? x : top;
-    }
-    C largest = top[0];
-    for (int l = 1; l < L; ++l) largest = max(largest, top[l]);
-    Vec<C> total{};
-    for (int64_t j = 0; j < Ks; j += L) {
-      const Vec<C> x[1] = {load(row + j) - largest};
-      const Vec<C> inside[1] = {clamp<C>(x[0], kLimit)};
-      ExpParts<C> e[1];
-      exp_parts<1, C>(inside, e);
-      // Below the limit lie what was masked, and else only denormals.
-      const Vec<C> y = x[0] < -kLimit ? Vec<C>{} : e[0].power + e[0].power * e[0].fraction;
-      total += y;
-      store(row + j, y);
-    }
-    const C scale = 1 / sum<C>(total);
-    for (int64_t j = 0; j < Ks; j += L) store(row + j, load(row + j) * scale);
-  }
-
-  // output = weights value, for the block's rows.
-  void weigh_values(S* output, int64_t count) {
-    for_row_blocks<C>(count, [&](auto block, int64_t start) {
-      constexpr int R = decltype(block)::value;
-      int64_t d = 0;
-      for (; d + 4 * L <= Ds; d += 4 * L) weigh_tile<R, 4>(output, start, d);
-      for (; d < Ds; d += L) weigh_tile<R, 1>(output, start, d);
-    });
-  }
-
-  template <int R, int NV>
-  SEQMEM_INLINE void weigh_tile(S* output, int64_t start, int64_t d) {
-    const C* rows[R];
-    Vec<C> acc[R][NV];
-    start_sums(acc);
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) rows[r] = scores_of(start + r);
-    tile_multiply<R, NV, C>(s.Tk, rows, 1, value.data + d, L, value.stride, acc);
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = d + v * L;
-      store_n(output + (start + r) * s.Dv + at, acc[r][v], static_cast<int>(s.Dv - at));
-    }
-  }
 };
-
-int64_t workspace(Storage storage, const Shape& s, int threads) {
-  return with_storage(storage, [&](auto tag) {
-    return threads * ForwardRun<decltype(tag)>(s, Forward{}).place(nullptr);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Forward& a, int thread, int threads) {
-  with_storage(storage, [&](auto tag) {
-    ForwardRun<decltype(tag)> call(s, a);
-    char* base = static_cast<char*>(a.workspace);
-    call.place(base + thread * call.place(nullptr));
-    call.run(thread, threads);
-    return int64_t(0);
-  });
-}
 
 }  // namespace
 
 namespace SEQMEM_ISA {
-const ForwardKernel forward_kernel = {workspace, run};
+const Kernel<Forward, Shape> forward_kernel = Entry<ForwardRun, Types::All, Forward, Shape>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::additive_attention

@@ -1,14 +1,12 @@
 // Additive attention's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
-// A batch row is one pair of query and key matrices. Leading dimensions that broadcast are told by
-// the `..._of` tables: which matrix of an argument serves a batch row.
+// A batch row is one pair of query and key matrices. Leading dimensions may broadcast: the
+// `..._of` tables tell which matrix of an argument serves a batch row.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/isa.h"
-#include "../common/spin_barrier.h"
-#include "../common/storage.h"
 
 namespace seqmem::additive_attention {
 
@@ -19,7 +17,7 @@ struct Shape {
   const int64_t* value_of;  // [B]
   const int64_t* mask_of;   // [B]
   int64_t mask_rows;        // Tq, or 1 where all queries share a row
-  int64_t groups;           // the backward splits each batch row's queries so often
+  int64_t groups;           // parts into which the backward splits each batch row's queries
 };
 
 // Storage type S is float, double, bf16 or fp16; null where absent or not wanted.
@@ -33,9 +31,9 @@ struct Arguments {
 };
 
 struct Forward : Arguments {
-  void* output;     // [B, Tq, Dv]
-  void* weights;    // [B, Tq, Tk]
-  void* workspace;  // workspace() bytes, 64-byte aligned
+  void* output;   // [B, Tq, Dv]
+  void* weights;  // [B, Tq, Tk]
+  void* workspace;
 };
 
 struct Backward : Arguments {
@@ -50,19 +48,7 @@ struct Backward : Arguments {
   void* workspace;
 };
 
-// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
-// barrier. The result does not depend on the number of threads, to the bit.
-struct ForwardKernel {
-  int64_t (*workspace)(Storage, const Shape&, int threads);
-  void (*run)(Storage, const Shape&, const Forward&, int thread, int threads);
-};
-
-struct BackwardKernel {
-  int64_t (*workspace)(Storage, const Shape&, int threads);
-  void (*run)(Storage, const Shape&, const Backward&, int thread, int threads, SpinBarrier&);
-};
-
-SEQMEM_FOR_EACH_ISA(extern const ForwardKernel forward_kernel;
-                    extern const BackwardKernel backward_kernel;)
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape> forward_kernel;
+                    extern const Kernel<Backward, Shape> backward_kernel;)
 
 }  // namespace seqmem::additive_attention

@@ -1,42 +1,26 @@
-// Attention backward. With P the weights and dW their gradient, for a block of query rows
+// Attention backward. With P the weights and dW their gradient,
 //   dP = dO V^T + dW,  dS = P (dP - rowsum(dP P)), zero where masked,
-//   dQ = scale dS K,  dK += dS^T (scale Q),  dV += P^T dO
-// while the rows of P and dS are in the second-level cache.
+//   dQ = scale dS K,  dK = dS^T (scale Q),  dV = P^T dO.
+// Threads take tasks, parts of a batch's queries, and go through each in blocks of at most 48
+// queries, so few that their rows of P and dS stay in the L2 cache:
+//   once a batch  values [Tk, Dv] packed into panels [Dv][4 L keys], keys [Tk, D] into
+//                 panels [Tk][4 L columns]
+//   pass 1  queries[rows, D] = scale Q, grads[rows, Dv] = dO, weights[rows, Tk] = P, copied
+//   pass 2  dvalue[Tk, Dv] += weights^T grads                   columns of the block's grads in L1
+//   pass 3  slopes[rows, Tk] = grads value^T                    a panel in L1 for all the rows
+//   pass 4  slopes -> dS; stored where the mask's gradient is wanted
+//   pass 5  grad_query[rows, D] = scale slopes key              128 rows of a panel in L1
+//   pass 6  dkey[Tk, D] += slopes^T queries                     columns of the block's queries in
+//   L1
+// Where a batch has several tasks each has its own dkey and dvalue, which are added at the end.
 #include "attention_common.h"
 
 namespace seqmem::attention {
 namespace {
 
-// Fewer rows would add to all of dK and dV more often, which costs more than a spilt cache.
+// With fewer rows, dkey and dvalue would be gone through more often, which costs more than rows of
+// P and dS that leave the cache.
 constexpr int64_t kBlockBytes = 400 << 10;
-
-// out[k] += sum_r a[r][k] b[r], k = 0..keys-1, over `rows` rows of a block.
-template <class C>
-void accumulate_transposed(int64_t rows, int64_t keys, int64_t width, const C* a, int64_t a_stride,
-                           const C* b, C* out, bool first_block) {
-  constexpr int L = kLanes<C>;
-  for (int64_t first = 0; first < width; first += 4 * L) {
-    with_vectors(min<int64_t>(4, ceil_div(width - first, L)), [&](auto constant) {
-      constexpr int V = decltype(constant)::value;
-      for_row_blocks<C>(keys, [&](auto block, int64_t start) {
-        constexpr int R = decltype(block)::value;
-        const C* from[R];
-        Vec<C> acc[R][V];
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) {
-          from[r] = a + start + r;
-          SEQMEM_UNROLL
-          for (int v = 0; v < V; ++v)
-            acc[r][v] = first_block ? Vec<C>{} : load(out + (start + r) * width + first + v * L);
-        }
-        tile_multiply<R, V, C>(rows, from, a_stride, b + first, L, width, acc);
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int v = 0; v < V; ++v) store(out + (start + r) * width + first + v * L, acc[r][v]);
-      });
-    });
-  }
-}
 
 template <class S>
 class BackwardRun {
@@ -47,65 +31,68 @@ class BackwardRun {
   const Plan& plan;
   const Backward& a;
   const int thread, threads;
-  const int64_t block, stride;
-  const int64_t Dp, Dvp;
+  SpinBarrier& barrier;
+  const int64_t block, stride;  // query rows of a block; stride of its rows of keys
+  const int64_t D_pad, Dv_pad;
   const bool has_output, scores_wanted;  // whether dO is there, whether any of dQ, dK, dmask is
 
+  // Shared: dkey and dvalue of every task, [N, groups, Tk, D_pad or Dv_pad], if a batch has
+  // several.
+  C *all_dkey, *all_dvalue;
   // This thread's own.
-  C *value_panels, *key_columns, *queries, *grads, *weights, *slopes, *out, *mask_buffer;
-  C *own_key, *own_value;  // sums of one task
-  // Shared: the sums of every task, where a batch has several.
-  C *all_keys, *all_values;
+  C *value_panels, *key_panels;
+  C *queries, *grads, *weights, *slopes, *out, *mask_copy;  // of a block
+  C *task_dkey, *task_dvalue;                               // [Tk, D_pad], [Tk, Dv_pad]
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads)
+  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
+              SpinBarrier& barrier)
       : s(s),
         plan(plan),
         a(a),
         thread(thread),
         threads(threads),
-        block(block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, kMostRows)),
-        stride(row_stride<C>(s.Tk)),
-        Dp(padded<C>(s.D)),
-        Dvp(padded<C>(s.Dv)),
+        barrier(barrier),
+        block(block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, kMaxRows)),
+        stride(score_stride<C>(s.Tk)),
+        D_pad(padded<C>(s.D)),
+        Dv_pad(padded<C>(s.Dv)),
         has_output(a.grad_output.data != nullptr),
         scores_wanted(a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr) {}
 
   int64_t place(char* base) {
     Carver take(base);
+    const int64_t key_size = a.grad_key != nullptr ? s.Tk * D_pad : 0;
+    const int64_t value_size = a.grad_value != nullptr ? s.Tk * Dv_pad : 0;
     const bool shared = plan.groups > 1;
-    const bool keys = a.grad_key != nullptr, values = a.grad_value != nullptr;
-    all_keys = take.array<C>(shared && keys ? s.N * plan.groups * s.Tk * Dp : 0);
-    all_values = take.array<C>(shared && values ? s.N * plan.groups * s.Tk * Dvp : 0);
-    for (int i = 0; i < threads; ++i) {
-      C* panels = take.array<C>(has_output && scores_wanted ? padded<C>(s.Tk) * s.Dv : 0);
-      C* columns = take.array<C>(a.grad_query != nullptr ? s.Tk * Dp : 0);
-      C* q = take.array<C>(block * Dp);
-      C* g = take.array<C>(block * Dvp);
-      C* w = take.array<C>(block * stride);
-      C* d = take.array<C>(block * stride);
-      C* o = take.array<C>(block * Dp);
-      C* m = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
-      C* k = take.array<C>(!shared && keys ? s.Tk * Dp : 0);
-      C* v = take.array<C>(!shared && values ? s.Tk * Dvp : 0);
-      if (i != thread) continue;
-      value_panels = panels, key_columns = columns, queries = q, grads = g, weights = w;
-      slopes = d, out = o, mask_buffer = m, own_key = k, own_value = v;
-    }
+    all_dkey = take.array<C>(shared ? s.N * plan.groups * key_size : 0);
+    all_dvalue = take.array<C>(shared ? s.N * plan.groups * value_size : 0);
+    take.per_thread(thread, threads, [&] {
+      value_panels = take.array<C>(has_output && scores_wanted ? padded<C>(s.Tk) * s.Dv : 0);
+      key_panels = take.array<C>(a.grad_query != nullptr ? s.Tk * D_pad : 0);
+      queries = take.array<C>(block * D_pad);
+      grads = take.array<C>(block * Dv_pad);
+      weights = take.array<C>(block * stride);
+      slopes = take.array<C>(block * stride);
+      out = take.array<C>(block * D_pad);
+      mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
+      task_dkey = take.array<C>(shared ? 0 : key_size);
+      task_dvalue = take.array<C>(shared ? 0 : value_size);
+    });
     return take.used();
   }
 
-  void run(SpinBarrier& barrier) {
-    int64_t held = -1;  // the batch whose keys and values are packed
+  void run() {
+    int64_t packed = -1;  // the batch whose keys and values the panels hold
     Task task;
     while (take_task(s, plan, block, task)) {
-      if (task.n != held) pack(held = task.n);
-      const int64_t place = task.n * plan.groups + task.group;
+      if (task.n != packed) pack(packed = task.n);
       if (plan.groups > 1) {
-        own_key = all_keys + place * s.Tk * Dp;
-        own_value = all_values + place * s.Tk * Dvp;
+        const int64_t index = task.n * plan.groups + task.group;
+        task_dkey = all_dkey + index * s.Tk * D_pad;
+        task_dvalue = all_dvalue + index * s.Tk * Dv_pad;
       }
-      // Under a causal mask a block adds to the keys that it sees alone.
+      // Under a causal mask a block adds only to the keys that it sees.
       if (s.causal || task.begin == task.end) clear_sums();
       for (int64_t i = task.begin; i < task.end; i += block)
         run_block(task.n, i, min(block, task.end - i), i == task.begin && !s.causal);
@@ -113,39 +100,40 @@ class BackwardRun {
     }
     if (plan.groups == 1) return;
     barrier.wait();
-    add_groups(static_cast<S*>(a.grad_key), all_keys, s.D, Dp);
-    add_groups(static_cast<S*>(a.grad_value), all_values, s.Dv, Dvp);
+    add_groups(static_cast<S*>(a.grad_key), all_dkey, s.D, D_pad);
+    add_groups(static_cast<S*>(a.grad_value), all_dvalue, s.Dv, Dv_pad);
   }
 
  private:
   void pack(int64_t n) {
     if (has_output && scores_wanted) pack_lanes<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
-    if (a.grad_query != nullptr) pack_columns<S>(key_columns, Rows<S>(a.key, n), s.Tk, s.D);
+    if (a.grad_query != nullptr) pack_columns<S>(key_panels, Rows<S>(a.key, n), s.Tk, s.D);
   }
 
   void clear_sums() {
-    if (a.grad_key != nullptr) __builtin_memset(own_key, 0, s.Tk * Dp * sizeof(C));
-    if (a.grad_value != nullptr) __builtin_memset(own_value, 0, s.Tk * Dvp * sizeof(C));
+    if (a.grad_key != nullptr) __builtin_memset(task_dkey, 0, s.Tk * D_pad * sizeof(C));
+    if (a.grad_value != nullptr) __builtin_memset(task_dvalue, 0, s.Tk * Dv_pad * sizeof(C));
   }
 
   void store_sums(int64_t n) {
     for (int64_t k = 0; k < s.Tk; ++k) {
       if (a.grad_key != nullptr)
-        store_row(static_cast<S*>(a.grad_key) + (n * s.Tk + k) * s.D, own_key + k * Dp, s.D);
+        store_row(static_cast<S*>(a.grad_key) + (n * s.Tk + k) * s.D, task_dkey + k * D_pad, s.D);
       if (a.grad_value != nullptr)
-        store_row(static_cast<S*>(a.grad_value) + (n * s.Tk + k) * s.Dv, own_value + k * Dvp, s.Dv);
+        store_row(static_cast<S*>(a.grad_value) + (n * s.Tk + k) * s.Dv, task_dvalue + k * Dv_pad,
+                  s.Dv);
     }
   }
 
   // to[n][k] = the sum over the groups, in their order; keys are shared out to the threads.
-  void add_groups(S* to, const C* sums, int64_t width, int64_t wide) {
+  void add_groups(S* to, const C* sums, int64_t width, int64_t width_pad) {
     if (to == nullptr) return;
     const Share mine = share(s.N * s.Tk, thread, threads);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
-      const C* from = sums + (row / s.Tk * plan.groups * s.Tk + row % s.Tk) * wide;
-      for (int64_t j = 0; j < wide; j += L) {
+      const C* from = sums + (row / s.Tk * plan.groups * s.Tk + row % s.Tk) * width_pad;
+      for (int64_t j = 0; j < width_pad; j += L) {
         Vec<C> total = load(from + j);
-        for (int64_t g = 1; g < plan.groups; ++g) total += load(from + g * s.Tk * wide + j);
+        for (int64_t g = 1; g < plan.groups; ++g) total += load(from + g * s.Tk * width_pad + j);
         store_n(to + row * width + j, total, static_cast<int>(min<int64_t>(L, width - j)));
       }
     }
@@ -155,9 +143,9 @@ class BackwardRun {
     const int64_t keys = visible_keys(s, i + rows);
     const Rows<S> query(a.query, n), grad_output(a.grad_output, n);
     for (int64_t r = 0; r < rows; ++r) {
-      copy_row<S>(queries + r * Dp, query.row(i + r), query.columns, s.D, C(s.scale));
+      copy_row<S>(queries + r * D_pad, query.row(i + r), query.columns, s.D, C(s.scale));
       if (has_output)
-        copy_row<S>(grads + r * Dvp, grad_output.row(i + r), grad_output.columns, s.Dv, C(1));
+        copy_row<S>(grads + r * Dv_pad, grad_output.row(i + r), grad_output.columns, s.Dv, C(1));
       const S* from = static_cast<const S*>(a.weights) + (n * s.Tq + i + r) * s.Tk;
       copy_row<S>(weights + r * stride, from, 1, keys, C(1));
       // finish_row takes whole steps of four vectors
@@ -167,15 +155,17 @@ class BackwardRun {
       }
     }
     if (a.grad_value != nullptr && has_output) {
-      accumulate_transposed<C>(rows, keys, Dvp, weights, stride, grads, own_value, first);
+      matrix_multiply<true>(keys, rows, Dv_pad, weights, stride, grads, Dv_pad, task_dvalue,
+                            !first);
     } else if (first) {
-      if (a.grad_value != nullptr) __builtin_memset(own_value, 0, s.Tk * Dvp * sizeof(C));
+      if (a.grad_value != nullptr) __builtin_memset(task_dvalue, 0, s.Tk * Dv_pad * sizeof(C));
     }
     if (!scores_wanted) return;
     MaskRows<C> mask;
     if (s.mask == MaskKind::Allowed)
-      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_buffer, stride);
-    if (has_output) multiply_values(rows, keys);
+      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
+    if (has_output)
+      multiply_packed_lanes(rows, keys, s.Dv, grads, Dv_pad, value_panels, s.Tk, slopes, stride);
     for (int64_t r = 0; r < rows; ++r) {
       finish_row(n, i, r, keys, s.mask == MaskKind::Allowed ? mask.allowed[r] : nullptr);
       if (a.grad_mask == nullptr) continue;
@@ -185,37 +175,15 @@ class BackwardRun {
         store_n(to + j, Vec<C>{}, static_cast<int>(min<int64_t>(L, s.Tk - j)));
     }
     if (a.grad_query != nullptr) {
-      multiply_rows<C>(rows, keys, Dp, slopes, stride, key_columns, s.Tk, out, Dp);
+      multiply_packed_columns(rows, keys, D_pad, slopes, stride, key_panels, s.Tk, out, D_pad);
       for (int64_t r = 0; r < rows; ++r) {
-        C* row = out + r * Dp;
-        for (int64_t j = 0; j < Dp; j += L) store(row + j, C(s.scale) * load(row + j));
+        C* row = out + r * D_pad;
+        for (int64_t j = 0; j < D_pad; j += L) store(row + j, C(s.scale) * load(row + j));
         store_row(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, row, s.D);
       }
     }
     if (a.grad_key != nullptr)
-      accumulate_transposed<C>(rows, keys, Dp, slopes, stride, queries, own_key, first);
-  }
-
-  // slopes = dO V^T
-  void multiply_values(int64_t rows, int64_t keys) {
-    const C* from_rows[kMostRows];
-    for (int64_t r = 0; r < rows; ++r) from_rows[r] = grads + r * Dvp;
-    for (int64_t first = 0; first < keys; first += 4 * L) {
-      const C* panel = value_panels + first * s.Dv;
-      const int64_t step = L * min<int64_t>(4, ceil_div(s.Tk - first, L));
-      with_vectors(min<int64_t>(4, ceil_div(keys - first, L)), [&](auto constant) {
-        constexpr int V = decltype(constant)::value;
-        for_row_blocks<C>(rows, [&](auto block, int64_t start) {
-          constexpr int R = decltype(block)::value;
-          Vec<C> acc[R][V] = {};
-          tile_multiply<R, V, C>(s.Dv, from_rows + start, 1, panel, L, step, acc);
-          SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-          for (int v = 0; v < V; ++v)
-            store(slopes + (start + r) * stride + first + v * L, acc[r][v]);
-        });
-      });
-    }
+      matrix_multiply<true>(keys, rows, D_pad, slopes, stride, queries, D_pad, task_dkey, !first);
   }
 
   // slopes -> dS, from dO V^T where there is a dO.
@@ -227,10 +195,10 @@ class BackwardRun {
     if (a.grad_weights.data != nullptr) {
       const Rows<S> grad_weights(a.grad_weights, n);
       const S* grad = grad_weights.row(i + r);
-      const int64_t step = grad_weights.columns;
       for (int64_t j = 0; j < keys; j += L) {
         const int lanes = static_cast<int>(min<int64_t>(L, keys - j));
-        store(slope + j, load(slope + j) + load_apart(grad + j * step, step, lanes));
+        store(slope + j, load(slope + j) + load_strided(grad + j * grad_weights.columns,
+                                                        grad_weights.columns, lanes));
       }
     }
     // Both rows are zero from the last key to the next whole step.
@@ -253,27 +221,11 @@ class BackwardRun {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, const Plan& plan, const Backward& a,
-                  int threads) {
-  return with_storage(storage, [&](auto tag) {
-    return BackwardRun<decltype(tag)>(s, plan, a, 0, threads).place(nullptr);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Plan& plan, const Backward& a, int thread,
-         int threads, SpinBarrier& barrier) {
-  with_storage(storage, [&](auto tag) {
-    BackwardRun<decltype(tag)> call(s, plan, a, thread, threads);
-    call.place(static_cast<char*>(a.workspace));
-    call.run(barrier);
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
-const BackwardKernel backward_kernel = {workspace, run};
+const Kernel<Backward, Shape, Plan> backward_kernel =
+    Entry<BackwardRun, Types::All, Backward, Shape, Plan>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::attention

@@ -1,4 +1,4 @@
-// What attention's forward and backward kernels share: panels, products by tiles, mask rows.
+// What attention's forward and backward kernels share: packed operands, products with them, masks.
 #pragma once
 
 #include "../common/gemm.h"
@@ -8,53 +8,38 @@
 namespace seqmem::attention {
 namespace {
 
-constexpr int64_t kMostRows = 48;  // of a block
-constexpr int64_t kChunk = 128;    // keys whose values stay in the first-level cache
-
-template <class C>
-SEQMEM_INLINE int64_t padded(int64_t n) {
-  return ceil_div(n, kLanes<C>) * kLanes<C>;
-}
+constexpr int64_t kMaxRows = 48;  // of a block
+constexpr int64_t kChunk = 128;   // keys whose values stay in the L1 cache
 
 // Elements from one score row to the next: whole steps of four vectors, and no power of two, whose
 // rows would share cache sets.
 template <class C>
-SEQMEM_INLINE int64_t row_stride(int64_t Tk) {
+SEQMEM_INLINE int64_t score_stride(int64_t Tk) {
   return ceil_div(Tk, 4 * kLanes<C>) * 4 * kLanes<C> + 64 / int64_t(sizeof(C));
 }
 
-// Query rows handled at once, whose score rows, `arrays` for each, shall stay in so many bytes of
-// the second-level cache.
+// Query rows of a block: as many as `most`, but only so many that their score rows, `arrays` of
+// them for each query, fit `bytes` of the L2 cache.
 template <class C>
 SEQMEM_INLINE int64_t block_rows(int64_t Tq, int64_t Tk, int arrays, int64_t bytes, int64_t most) {
   const int64_t R = kTileRows<C>;
-  const int64_t fit = bytes / (row_stride<C>(Tk) * int64_t(sizeof(C)) * arrays) / R * R;
+  const int64_t fit = bytes / (score_stride<C>(Tk) * int64_t(sizeof(C)) * arrays) / R * R;
   return min(max(min(fit, most), R), Tq);
-}
-
-// n elements from p, `step` apart, zero beyond.
-template <class S>
-SEQMEM_INLINE Vec<compute_t<S>> load_apart(const S* p, int64_t step, int n) {
-  using C = compute_t<S>;
-  if (step == 1) return load_n(p, n);
-  S lanes[kLanes<C>] = {};
-  for (int i = 0; i < min(n, kLanes<C>); ++i) lanes[i] = p[i * step];
-  return load(lanes);
 }
 
 // to[0..padded(n)-1] = factor * row, zero beyond n.
 template <class S, class C = compute_t<S>>
-void copy_row(C* to, const S* from, int64_t step, int64_t n, C factor) {
+void copy_row(C* to, const S* from, int64_t stride, int64_t n, C factor) {
   constexpr int L = kLanes<C>;
-  if (step == 1 && n >= L) {  // the last vector ends where the row ends
+  if (stride == 1 && n >= L) {  // the last vector ends where the row ends
     store(to + padded<C>(n) - L, Vec<C>{});
     for (int64_t i = 0; i + L <= n; i += L) store(to + i, factor * load(from + i));
     store(to + n - L, factor * load(from + n - L));
     return;
   }
   for (int64_t i = 0; i < n; i += L)
-    store(to + i,
-          factor * load_apart(from + i * step, step, static_cast<int>(min<int64_t>(n - i, L))));
+    store(to + i, factor * load_strided(from + i * stride, stride,
+                                        static_cast<int>(min<int64_t>(n - i, L))));
 }
 
 // One batch of an operand.
@@ -97,8 +82,8 @@ void pack_lanes(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
         continue;
       }
       for (int64_t k = 0; k < width; ++k)
-        store(panel + k * step, load_apart(m.row(start) + k * m.columns, m.rows,
-                                           static_cast<int>(min<int64_t>(L, rows - start))));
+        store(panel + k * step, load_strided(m.row(start) + k * m.columns, m.rows,
+                                             static_cast<int>(min<int64_t>(L, rows - start))));
     }
   }
 }
@@ -119,57 +104,53 @@ void pack_columns(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t start = first + v * L;
         store(panel + (r * vectors + v) * L,
-              load_apart(m.row(r) + start * m.columns, m.columns,
-                         static_cast<int>(min<int64_t>(L, width - start))));
+              load_strided(m.row(r) + start * m.columns, m.columns,
+                           static_cast<int>(min<int64_t>(L, width - start))));
       }
   }
 }
 
-// Calls f(constant V) for V = vectors, 1..4.
-template <class F>
-SEQMEM_INLINE void with_vectors(int64_t vectors, F&& f) {
-  switch (vectors) {
-    case 1: f(std::integral_constant<int, 1>{}); break;
-    case 2: f(std::integral_constant<int, 2>{}); break;
-    case 3: f(std::integral_constant<int, 3>{}); break;
-    default: f(std::integral_constant<int, 4>{}); break;
-  }
+// out[r][j] = a[r] . row j of a matrix that pack_lanes has packed, for `rows` rows of a and the
+// first n of its total_rows rows.
+template <class C>
+void multiply_packed_lanes(int64_t rows, int64_t n, int64_t width, const C* a, int64_t a_stride,
+                           const C* panels, int64_t total_rows, C* out, int64_t out_stride) {
+  constexpr int L = kLanes<C>;
+  for_panels(0, ceil_div(n, L), [&](auto vectors, int64_t v) {
+    constexpr int V = decltype(vectors)::value;
+    const int64_t first = v * L, step = L * min<int64_t>(4, ceil_div(total_rows - first, L));
+    for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      const C* from[R];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) from[r] = a + (start + r) * a_stride;
+      tile_multiply_into<R, V, C>(false, width, from, 1, panels + first * width, L, step,
+                                  out + start * out_stride + first, out_stride);
+    });
+  });
 }
 
-// out[r] (+)= sum_k a[r][k] b[k], k = 0..K-1, for `rows` rows and a padded width; b as
-// pack_columns lays its total_rows. K in chunks, so that a panel of b is in the first-level cache
-// for all the rows.
+// out[r] = sum_k a[r][k] b[k], k = 0..K-1, for `rows` rows and a padded width, where b are the
+// first of the total_rows rows that pack_columns has packed. K goes in chunks, so that a chunk of a
+// panel of b stays in the L1 cache while all rows of a use it.
 template <class C>
-void multiply_rows(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride, const C* b,
-                   int64_t total_rows, C* out, int64_t out_stride) {
+void multiply_packed_columns(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride,
+                             const C* panels, int64_t total_rows, C* out, int64_t out_stride) {
   constexpr int L = kLanes<C>;
   for (int64_t k = 0; k < K; k += kChunk) {
     const int64_t n = min(kChunk, K - k);
-    for (int64_t first = 0; first < width; first += 4 * L) {
-      const int64_t vectors = min<int64_t>(4, ceil_div(width - first, L));
-      const int64_t step = vectors * L;
-      const C* panel = b + first * total_rows + k * step;
-      with_vectors(vectors, [&](auto constant) {
-        constexpr int V = decltype(constant)::value;
-        for_row_blocks<C>(rows, [&](auto block, int64_t start) {
-          constexpr int R = decltype(block)::value;
-          const C* from[R];
-          Vec<C> acc[R][V];
-          SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) {
-            from[r] = a + (start + r) * a_stride + k;
-            SEQMEM_UNROLL
-            for (int v = 0; v < V; ++v)
-              acc[r][v] = k == 0 ? Vec<C>{} : load(out + (start + r) * out_stride + first + v * L);
-          }
-          tile_multiply<R, V, C>(n, from, 1, panel, L, step, acc);
-          SEQMEM_UNROLL
-          for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-          for (int v = 0; v < V; ++v)
-            store(out + (start + r) * out_stride + first + v * L, acc[r][v]);
-        });
+    for_panels(0, width / L, [&](auto vectors, int64_t v) {
+      constexpr int V = decltype(vectors)::value;
+      const C* panel = panels + v * L * total_rows + k * V * L;
+      for_row_blocks<C>(rows, [&](auto block, int64_t start) {
+        constexpr int R = decltype(block)::value;
+        const C* from[R];
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) from[r] = a + (start + r) * a_stride + k;
+        tile_multiply_into<R, V, C>(k > 0, n, from, 1, panel, L, V * L,
+                                    out + start * out_stride + v * L, out_stride);
       });
-    }
+    });
   }
 }
 
@@ -177,9 +158,9 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Shorts __attribute__((vector_size(16)));
 typedef uint64_t Longs __attribute__((vector_size(16)));
 
-// The first n bytes of a mask as a vector of 0 or -1: whether each is not zero; as many as the
-// vector has lanes may be read before them where `preceded`. Widened in two steps: GCC takes a
-// conversion to four times the width apart, element by element.
+// Lanes of -1 where the first n bytes of a mask are not zero, else 0. Where `preceded`, as many
+// bytes as the vector has lanes may be read before p. Widened in two steps, for GCC splits a
+// conversion to four times the width into one for each element.
 template <class C>
 SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n, bool preceded = false) {
   Bytes bytes = {};
@@ -193,7 +174,7 @@ SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n, bool preceded = f
     }
   } else if constexpr (kLanes<C> == 16) {
     __builtin_memcpy(&bytes, p, sizeof bytes);
-  } else {  // by way of a register: a part of a vector written to memory is read back late
+  } else {  // by way of a register: a vector that was stored in parts is slow to load
     uint64_t few = 0;
     __builtin_memcpy(&few, p, kLanes<C>);
     bytes = (Bytes)Longs{few, 0};
@@ -229,26 +210,26 @@ SEQMEM_INLINE IntVec<C> lane_numbers() {
 // The mask rows of a block of queries, each Tk contiguous elements of bytes or C.
 template <class C>
 struct MaskRows {
-  const uint8_t* allowed[kMostRows];
-  const C* added[kMostRows];
+  const uint8_t* allowed[kMaxRows];
+  const C* added[kMaxRows];
 };
 
-// Rows whose elements all are one (columns is 0), or that are stored in 16 bits, are written out
-// into `buffer`, [rows][Tk] of C.
+// Rows that repeat one element (columns is 0), or that are stored in 16 bits, are written out to
+// `buffer`, [rows][stride] of C.
 template <class S, class C = compute_t<S>>
 void mask_rows(MaskRows<C>& out, const Matrices& mask, MaskKind kind, int64_t n, int64_t i,
                int64_t rows, int64_t keys, C* buffer, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = mask.offset[n] + (i + r) * mask.rows;
+    const int64_t offset = mask.offset[n] + (i + r) * mask.rows;
     if (kind == MaskKind::Allowed) {
-      out.allowed[r] = static_cast<const uint8_t*>(mask.data) + at;
+      out.allowed[r] = static_cast<const uint8_t*>(mask.data) + offset;
       if (mask.columns == 0) {
         uint8_t* row = reinterpret_cast<uint8_t*>(buffer + r * stride);
         __builtin_memset(row, *out.allowed[r], keys);
         out.allowed[r] = row;
       }
     } else {
-      const S* from = static_cast<const S*>(mask.data) + at;
+      const S* from = static_cast<const S*>(mask.data) + offset;
       if constexpr (std::is_same_v<S, C>) {
         if (mask.columns == 1) {
           out.added[r] = from;
@@ -268,7 +249,7 @@ SEQMEM_INLINE bool copies_mask(const Shape& s, const Matrices& mask) {
   return mask.columns == 0 || (s.mask == MaskKind::Added && !std::is_same_v<S, compute_t<S>>);
 }
 
-// Which queries of which batch a task stands for.
+// A task: some queries of one batch.
 struct Task {
   int64_t n, group, begin, end;
 };

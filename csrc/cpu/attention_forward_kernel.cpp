@@ -1,5 +1,12 @@
-// Attention forward. A block of query rows goes through scores, softmax and the product with the
-// values while its score rows are in the second-level cache; the weights are written once.
+// Attention forward. Threads take tasks, parts of a batch's queries, and go through each in blocks
+// of at most 24 queries, so few that their score rows stay in the L2 cache:
+//   once a batch  keys [Tk, D] packed into panels [D][4 L keys], where many queries use them;
+//                 values [Tk, Dv] packed into panels [Tk][4 L columns], unless they may be read
+//                 where they are stored (`values_in_place`)
+//   pass 1  scores[rows, Tk] = (scale query) key^T     a panel, or L keys, in L1 for all the rows
+//   pass 2  scores -> e^(score - highest), masked; their sums
+//   pass 3  weights[rows, Tk] = scores / sum, stored; past the caches where they are large
+//   pass 4  output[rows, Dv] = (scores value) / sum    128 rows of a panel in L1 for all the rows
 #include "../common/past_caches.h"
 #include "attention_common.h"
 #include "attention_softmax.h"
@@ -8,42 +15,10 @@ namespace seqmem::attention {
 namespace {
 
 constexpr int64_t kBlockBytes = 192 << 10;
-constexpr int64_t kMostForwardRows = 24;   // of a block
-constexpr int64_t kPastCaches = 8 << 20;   // bytes of weights that are written past the caches
-constexpr int64_t kRowsWorthPacking = 64;  // below, values are read where they lie
-constexpr int64_t kKeysInPlace = 128;      // whose values are gone through at once where they lie
-
-// A block of query rows on its way to scores.
-template <class C>
-struct Block {
-  int64_t rows, keys;  // keys: how many are visible to some row of the block
-  int64_t D;
-  const C* query[kMostRows];  // scaled
-  C* scores;                  // [rows, stride]
-  int64_t stride;
-};
-
-// Scores from keys packed by pack_lanes; total_keys is how many were packed.
-template <class C>
-void packed_scores(const Block<C>& b, const C* panels, int64_t total_keys) {
-  constexpr int L = kLanes<C>;
-  for (int64_t first = 0; first < b.keys; first += 4 * L) {
-    const C* panel = panels + first * b.D;
-    const int64_t step = L * min<int64_t>(4, ceil_div(total_keys - first, L));
-    with_vectors(min<int64_t>(4, ceil_div(b.keys - first, L)), [&](auto constant) {
-      constexpr int V = decltype(constant)::value;
-      for_row_blocks<C>(b.rows, [&](auto block, int64_t start) {
-        constexpr int R = decltype(block)::value;
-        Vec<C> acc[R][V] = {};
-        tile_multiply<R, V, C>(b.D, b.query + start, 1, panel, L, step, acc);
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int v = 0; v < V; ++v)
-          store(b.scores + (start + r) * b.stride + first + v * L, acc[r][v]);
-      });
-    });
-  }
-}
+constexpr int64_t kMaxForwardRows = 24;    // of a block
+constexpr int64_t kPastCaches = 8 << 20;   // bytes of weights from which on they bypass the caches
+constexpr int64_t kRowsWorthPacking = 64;  // with fewer queries, values are read in place
+constexpr int64_t kKeysInPlace = 128;      // whose values are multiplied at once where in place
 
 // sums[r][w] += a[r] . b[w] over the last D % L features, by vectors that end where the rows end:
 // the features before them, already in the sums, are zeroed on both sides.
@@ -62,45 +37,50 @@ SEQMEM_INLINE void tail_dot(int64_t D, const C* const* a, const S* const* b, Vec
   }
 }
 
-// Scores from keys as they lie, contiguous in their features.
+// scores[r][j] = query[r] . key j, from keys that are contiguous in their features; queries are
+// `query_stride` apart, score rows `stride`.
 template <class S, class C = compute_t<S>>
-void direct_scores(const Block<C>& b, const Rows<S>& key) {
+void score_in_place(int64_t rows, int64_t keys, int64_t width, const C* query, int64_t query_stride,
+                    const Rows<S>& key, C* scores, int64_t stride) {
   constexpr int L = kLanes<C>;
-  const bool tail = b.D > L && b.D % L != 0;
-  const int64_t D = tail ? b.D / L * L : b.D;
-  for (int64_t first = 0; first < b.keys; first += L) {
-    for_row_blocks<C>(b.rows, [&](auto block, int64_t start) {
+  const bool tail = width > L && width % L != 0;
+  const int64_t D = tail ? width / L * L : width;
+  for (int64_t first = 0; first < keys; first += L) {
+    for_row_blocks<C>(rows, [&](auto block, int64_t start) {
       constexpr int R = decltype(block)::value;
+      const C* q[R];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) q[r] = query + (start + r) * query_stride;
       for (int64_t l = 0; l < L; l += 4) {
         const S* from[4];
         SEQMEM_UNROLL
-        for (int i = 0; i < 4; ++i) from[i] = key.row(min(first + l + i, b.keys - 1));
+        for (int i = 0; i < 4; ++i) from[i] = key.row(min(first + l + i, keys - 1));
         Vec<C> sums[R][4];
         start_sums(sums);
-        tile_dot<R, 4, C, S>(D, b.query + start, from, sums);
-        if (tail) tail_dot<R, 4, C, S>(b.D, b.query + start, from, sums);
+        tile_dot<R, 4, C, S>(D, q, from, sums);
+        if (tail) tail_dot<R, 4, C, S>(width, q, from, sums);
         SEQMEM_UNROLL
         for (int r = 0; r < R; ++r)
-          store_sums4<C>(b.scores + (start + r) * b.stride + first + l, sums[r]);
+          store_sums4<C>(scores + (start + r) * stride + first + l, sums[r]);
       }
     });
   }
 }
 
-// acc[r][v] += sum_k a[r][k] b[k * step + v * L], the last vector from `last` on instead. Few
-// accumulators would wait for each other: there several steps are summed apart.
+// acc[r][v] += sum_k a[r][k] b[k * stride + v * L], but the last vector is b[k * stride + last].
+// Few accumulators would wait for each other: there H steps have separate sums.
 template <int R, int V, class C>
 SEQMEM_INLINE void tile_in_place(int64_t K, const C* const* a, const C* b, int64_t last,
-                                 int64_t step, Vec<C> (&acc)[R][V]) {
+                                 int64_t stride, Vec<C> (&acc)[R][V]) {
   constexpr int L = kLanes<C>;
   constexpr int H = R * V <= 3 ? 4 : R * V <= 6 ? 2 : 1;
-  Vec<C> apart[H][R][V] = {};
+  Vec<C> partial[H][R][V] = {};
   SEQMEM_UNROLL
   for (int h = 0; h < H; ++h) SEQMEM_UNROLL
   for (int r = 0; r < R; ++r) SEQMEM_UNROLL
   for (int v = 0; v < V; ++v) {
-    if (h == 0) apart[0][r][v] = acc[r][v];
-    opaque(apart[h][r][v]);
+    if (h == 0) partial[0][r][v] = acc[r][v];
+    opaque(partial[h][r][v]);
   }
   auto one = [&](int64_t k, int h) __attribute__((always_inline)) {
     Vec<C> x[R];
@@ -108,9 +88,9 @@ SEQMEM_INLINE void tile_in_place(int64_t K, const C* const* a, const C* b, int64
     for (int r = 0; r < R; ++r) x[r] = splat(a[r][k]);
     SEQMEM_UNROLL
     for (int v = 0; v < V; ++v) {
-      const Vec<C> w = load(b + k * step + (v == V - 1 ? last : v * L));
+      const Vec<C> w = load(b + k * stride + (v == V - 1 ? last : v * L));
       SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) apart[h][r][v] += x[r] * w;
+      for (int r = 0; r < R; ++r) partial[h][r][v] += x[r] * w;
     }
   };
   int64_t k = 0;
@@ -120,19 +100,19 @@ SEQMEM_INLINE void tile_in_place(int64_t K, const C* const* a, const C* b, int64
   SEQMEM_UNROLL
   for (int r = 0; r < R; ++r) SEQMEM_UNROLL
   for (int v = 0; v < V; ++v) {
-    acc[r][v] = apart[0][r][v];
+    acc[r][v] = partial[0][r][v];
     SEQMEM_UNROLL
-    for (int h = 1; h < H; ++h) acc[r][v] += apart[h][r][v];
+    for (int h = 1; h < H; ++h) acc[r][v] += partial[h][r][v];
   }
 }
 
-// As multiply_rows, b as it lies, `width` >= L columns: the last vector of a row ends where the row
-// ends, and overlaps the one before. In `out` the vectors lie one after the other, apart.
+// out[r] = sum_k a[r][k] b[k] for `rows` rows, with b read in place, `width` >= L columns: the last
+// vector of its rows ends where the row ends, and overlaps the one before. In `out` they do not.
 template <class C>
 void multiply_in_place(int64_t rows, int64_t K, int64_t width, const C* a, int64_t a_stride,
-                       const C* b, int64_t step, C* out, int64_t out_stride) {
+                       const C* b, int64_t b_stride, C* out, int64_t out_stride) {
   constexpr int L = kLanes<C>;
-  // Rows of more than one tile shall still be in the first-level cache for their next tile.
+  // Rows of b wider than a tile must still be in the L1 cache for their next tile.
   const int64_t chunk = width <= 4 * L ? K : kKeysInPlace;
   for (int64_t k = 0; k < K; k += chunk) {
     const int64_t n = min(chunk, K - k);
@@ -140,7 +120,7 @@ void multiply_in_place(int64_t rows, int64_t K, int64_t width, const C* a, int64
     int64_t tiles = ceil_div(width, 4 * L), vectors = 0;
     for (int64_t first = 0; first < width; first += vectors * L, --tiles) {
       vectors = ceil_div(ceil_div(width - first, L), tiles);
-      with_vectors(vectors, [&](auto constant) {
+      for_count<4>(vectors, [&](auto constant) {
         constexpr int V = decltype(constant)::value;
         const int64_t last = min<int64_t>((V - 1) * L, width - first - L);
         for_row_blocks<C>(rows, [&](auto block, int64_t start) {
@@ -155,7 +135,7 @@ void multiply_in_place(int64_t rows, int64_t K, int64_t width, const C* a, int64
             for (int v = 0; v < V; ++v)
               if (k > 0) acc[r][v] = load(to + r * out_stride + v * L);
           }
-          tile_in_place<R, V, C>(n, from, b + k * step + first, last, step, acc);
+          tile_in_place<R, V, C>(n, from, b + k * b_stride + first, last, b_stride, acc);
           SEQMEM_UNROLL
           for (int r = 0; r < R; ++r) SEQMEM_UNROLL
           for (int v = 0; v < V; ++v) store(to + r * out_stride + v * L, acc[r][v]);
@@ -173,48 +153,50 @@ class ForwardRun {
   const Shape& s;
   const Plan& plan;
   const Forward& a;
-  const int64_t block, stride;
-  const int64_t Dp, Dvp;
-  const bool values_direct, past_caches;
+  const int thread, threads;
+  const int64_t block, stride;  // query rows of a block; stride of score rows
+  const int64_t D_pad, Dv_pad;
+  const bool values_in_place, past_caches;
 
-  C *panels = nullptr, *columns = nullptr, *queries = nullptr, *scores = nullptr, *out = nullptr,
-    *mask_buffer = nullptr;
+  C *key_panels, *value_panels;
+  C *queries, *scores, *out;  // of a block: [block, D_pad], [block, stride], [block, Dv_pad]
+  C* mask_copy;               // [block, stride]
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a)
+  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
+             SpinBarrier&)
       : s(s),
         plan(plan),
         a(a),
-        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMostForwardRows)),
-        stride(row_stride<C>(s.Tk)),
-        Dp(padded<C>(s.D)),
-        Dvp(padded<C>(s.Dv)),
-        values_direct(std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L &&
-                      !(s.Tq >= kRowsWorthPacking && s.Dv % (4 * L) == 0)),
+        thread(thread),
+        threads(threads),
+        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMaxForwardRows)),
+        stride(score_stride<C>(s.Tk)),
+        D_pad(padded<C>(s.D)),
+        Dv_pad(padded<C>(s.Dv)),
+        values_in_place(std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L &&
+                        !(s.Tq >= kRowsWorthPacking && s.Dv % (4 * L) == 0)),
         past_caches(s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % L == 0 &&
                     reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {}
 
-  int64_t place(char* base, int thread, int threads) {
+  int64_t place(char* base) {
     Carver take(base);
-    for (int i = 0; i < threads; ++i) {
-      C* own_panels = take.array<C>(plan.pack ? padded<C>(s.Tk) * s.D : 0);
-      C* own_columns = take.array<C>(values_direct ? 0 : s.Tk * Dvp);
-      C* own_queries = take.array<C>(block * Dp);
-      C* own_scores = take.array<C>(block * stride);
-      C* own_out = take.array<C>(block * Dvp);
-      C* own_mask = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
-      if (i != thread) continue;
-      panels = own_panels, columns = own_columns, queries = own_queries, scores = own_scores;
-      out = own_out, mask_buffer = own_mask;
-    }
+    take.per_thread(thread, threads, [&] {
+      key_panels = take.array<C>(plan.pack ? padded<C>(s.Tk) * s.D : 0);
+      value_panels = take.array<C>(values_in_place ? 0 : s.Tk * Dv_pad);
+      queries = take.array<C>(block * D_pad);
+      scores = take.array<C>(block * stride);
+      out = take.array<C>(block * Dv_pad);
+      mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
+    });
     return take.used();
   }
 
   void run() {
-    int64_t held = -1;  // the batch whose keys and values are packed
+    int64_t packed = -1;  // the batch whose keys and values the panels hold
     Task task;
     while (take_task(s, plan, block, task)) {
-      if (task.n != held) pack(held = task.n);
+      if (task.n != packed) pack(packed = task.n);
       for (int64_t i = task.begin; i < task.end; i += block)
         run_block(task.n, i, min(block, task.end - i));
     }
@@ -223,49 +205,45 @@ class ForwardRun {
 
  private:
   void pack(int64_t n) {
-    if (plan.pack) pack_lanes<S>(panels, Rows<S>(a.key, n), s.Tk, s.D);
-    if (!values_direct) pack_columns<S>(columns, Rows<S>(a.value, n), s.Tk, s.Dv);
+    if (plan.pack) pack_lanes<S>(key_panels, Rows<S>(a.key, n), s.Tk, s.D);
+    if (!values_in_place) pack_columns<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
   }
 
   void run_block(int64_t n, int64_t i, int64_t rows) {
-    Block<C> b;
-    b.rows = rows, b.keys = visible_keys(s, i + rows), b.D = s.D, b.scores = scores;
-    b.stride = stride;
+    const int64_t keys = visible_keys(s, i + rows);
     MaskRows<C> mask;
     if (s.mask != MaskKind::None)
-      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, b.keys, mask_buffer, stride);
-    const Rows<S> query(a.query, n);
-    for (int64_t r = 0; r < rows; ++r) {
-      copy_row<S>(queries + r * Dp, query.row(i + r), query.columns, s.D, C(s.scale));
-      b.query[r] = queries + r * Dp;
-    }
+      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
+    const Rows<S> query(a.query, n), key(a.key, n);
+    for (int64_t r = 0; r < rows; ++r)
+      copy_row<S>(queries + r * D_pad, query.row(i + r), query.columns, s.D, C(s.scale));
     if (plan.pack) {
-      packed_scores(b, panels, s.Tk);
+      multiply_packed_lanes(rows, keys, s.D, queries, D_pad, key_panels, s.Tk, scores, stride);
     } else {
-      direct_scores<S>(b, Rows<S>(a.key, n));
+      score_in_place<S>(rows, keys, s.D, queries, D_pad, key, scores, stride);
     }
-    C inverse[kMostRows];
+    C inverse[kMaxRows];
     for (int64_t r = 0; r < rows; ++r) {
       C* row = scores + r * stride;
-      inverse[r] = C(1) / exponentials<C>(row, b.keys, masked_row(i, r, row, b.keys, mask));
-      write_weights(static_cast<S*>(a.weights) + ((n * s.Tq + i + r) * s.Tk), row, b.keys,
+      inverse[r] = C(1) / exponentials<C>(row, keys, masked_row(i, r, row, keys, mask));
+      write_weights(static_cast<S*>(a.weights) + ((n * s.Tq + i + r) * s.Tk), row, keys,
                     inverse[r]);
     }
-    if (values_direct) {
+    if (values_in_place) {
       if constexpr (std::is_same_v<S, C>)
-        multiply_in_place<C>(rows, b.keys, s.Dv, scores, stride, Rows<S>(a.value, n).data,
-                             a.value.rows, out, Dvp);
+        multiply_in_place<C>(rows, keys, s.Dv, scores, stride, Rows<S>(a.value, n).data,
+                             a.value.rows, out, Dv_pad);
     } else {
-      multiply_rows<C>(rows, b.keys, Dvp, scores, stride, columns, s.Tk, out, Dvp);
+      multiply_packed_columns(rows, keys, Dv_pad, scores, stride, value_panels, s.Tk, out, Dv_pad);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      C* row = out + r * Dvp;
+      C* row = out + r * Dv_pad;
       S* to = static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv;
-      if (values_direct) {  // the last vector first, which ends where the row ends
-        store(to + s.Dv - L, inverse[r] * load(row + Dvp - L));
+      if (values_in_place) {  // the last vector first, which ends where the row ends
+        store(to + s.Dv - L, inverse[r] * load(row + Dv_pad - L));
         for (int64_t j = 0; j + L <= s.Dv; j += L) store(to + j, inverse[r] * load(row + j));
       } else {
-        for (int64_t j = 0; j < Dvp; j += L) store(row + j, inverse[r] * load(row + j));
+        for (int64_t j = 0; j < Dv_pad; j += L) store(row + j, inverse[r] * load(row + j));
         store_row(to, row, s.Dv);
       }
     }
@@ -300,27 +278,11 @@ class ForwardRun {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, const Plan& plan, const Forward& a,
-                  int threads) {
-  return with_storage(storage, [&](auto tag) {
-    return ForwardRun<decltype(tag)>(s, plan, a).place(nullptr, 0, threads);
-  });
-}
-
-void run(Storage storage, const Shape& s, const Plan& plan, const Forward& a, int thread,
-         int threads) {
-  with_storage(storage, [&](auto tag) {
-    ForwardRun<decltype(tag)> call(s, plan, a);
-    call.place(static_cast<char*>(a.workspace), thread, threads);
-    call.run();
-    return int64_t(0);
-  });
-}
-
 }  // namespace
 
 namespace SEQMEM_ISA {
-const ForwardKernel forward_kernel = {workspace, run};
+const Kernel<Forward, Shape, Plan> forward_kernel =
+    Entry<ForwardRun, Types::All, Forward, Shape, Plan>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::attention

@@ -1,14 +1,12 @@
 // Scaled dot-product attention's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
-// All leading dimensions are folded into N batches, whose places each operand tells by offsets, so
-// that broadcasting needs no copies. Letters: Tq queries, Tk keys, D and Dv features.
+// All leading dimensions are folded into N batches. Each operand has a table of where its batches
+// begin, so that broadcasting needs no copies. Letters: Tq queries, Tk keys, D and Dv features.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/isa.h"
-#include "../common/spin_barrier.h"
-#include "../common/storage.h"
 
 namespace seqmem::attention {
 
@@ -21,33 +19,33 @@ struct Shape {
   MaskKind mask;
 };
 
-// How one call is shared out.
+// How the work of one call is divided among the threads.
 struct Plan {
-  // Keys and values are copied into panels, which pays when many queries use them. A backward
-  // always does.
+  // Whether keys and values are copied into panels, which pays when many queries use them. A
+  // backward always copies them.
   bool pack;
-  // Parts of a batch's queries that are shared out one by one. In a backward they sum up apart, so
-  // there the number must not depend on the threads.
+  // The parts of a batch's queries, each of which is a task. A backward keeps separate sums for
+  // each, so there the number must not depend on the threads.
   int64_t groups;
-  mutable int64_t next;  // the first task not yet taken, 0 at the start
+  mutable int64_t next;  // the first task that no thread has taken yet, 0 at the start
 };
 
-// One operand: element (n, row, column) lies at data + offset[n] + row * rows + column * columns.
+// One operand: element (n, row, column) is data[offset[n] + row * rows + column * columns].
 struct Matrices {
   const void* data;
   const int64_t* offset;  // [N]
-  int64_t rows, columns;
+  int64_t rows, columns;  // strides
 };
 
 // Storage type S is float, double, bf16 or fp16; data is null where optional and absent.
 struct Forward {
-  Matrices query;   // [Tq, D]
-  Matrices key;     // [Tk, D]
-  Matrices value;   // [Tk, Dv]
-  Matrices mask;    // [Tq, Tk], bytes where MaskKind::Allowed, else S; columns is 0 or 1
-  void* output;     // [N, Tq, Dv]
-  void* weights;    // [N, Tq, Tk]
-  void* workspace;  // forward_workspace() bytes, 64-byte aligned
+  Matrices query;  // [Tq, D]
+  Matrices key;    // [Tk, D]
+  Matrices value;  // [Tk, Dv]
+  Matrices mask;   // [Tq, Tk], bytes where MaskKind::Allowed, else S; columns is 0 or 1
+  void* output;    // [N, Tq, Dv]
+  void* weights;   // [N, Tq, Tk]
+  void* workspace;
 };
 
 struct Backward {
@@ -62,20 +60,7 @@ struct Backward {
   void* workspace;
 };
 
-// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
-// plan and one barrier. The result does not depend on the number of threads, to the bit.
-struct ForwardKernel {
-  int64_t (*workspace)(Storage, const Shape&, const Plan&, const Forward&, int threads);
-  void (*run)(Storage, const Shape&, const Plan&, const Forward&, int thread, int threads);
-};
-
-struct BackwardKernel {
-  int64_t (*workspace)(Storage, const Shape&, const Plan&, const Backward&, int threads);
-  void (*run)(Storage, const Shape&, const Plan&, const Backward&, int thread, int threads,
-              SpinBarrier&);
-};
-
-SEQMEM_FOR_EACH_ISA(extern const ForwardKernel forward_kernel;
-                    extern const BackwardKernel backward_kernel;)
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape, Plan> forward_kernel;
+                    extern const Kernel<Backward, Shape, Plan> backward_kernel;)
 
 }  // namespace seqmem::attention

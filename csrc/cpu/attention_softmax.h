@@ -1,4 +1,6 @@
-// A row of scores on its way to weights: mask, maximum, powers of two.
+// From a row of scores to weights that still have to be divided by their sum:
+//   pass 1  mask_row: scores masked, and their maximum
+//   pass 2  exponentials: e^(score - maximum), and their sum
 #pragma once
 
 #include "attention_common.h"
@@ -7,7 +9,7 @@ namespace seqmem::attention {
 namespace {
 
 template <class C>
-constexpr C kInfinity = std::is_same_v<C, float> ? C(__builtin_inff()) : C(__builtin_inf());
+constexpr C kInfinity = C(__builtin_huge_val());
 
 constexpr double kMaskedScore = -1e9;
 
@@ -15,48 +17,46 @@ constexpr double kMaskedScore = -1e9;
 template <class C, MaskKind kind>
 C mask_row(C* row, int64_t keys, int64_t last, const uint8_t* allowed, const C* added) {
   constexpr int L = kLanes<C>;
-  Vec<C> most[4];
-  for (int v = 0; v < 4; ++v) most[v] = splat(-kInfinity<C>);
-  auto step = [&](int64_t at, int v, int n) {
-    Vec<C> x = load(row + at);
+  Vec<C> highest[4];
+  for (int v = 0; v < 4; ++v) highest[v] = splat(-kInfinity<C>);
+  auto step = [&](int64_t j, int v, int n) {
+    Vec<C> x = load(row + j);
     if constexpr (kind == MaskKind::Allowed) {
-      x = allowed_lanes<C>(allowed + at, n, at > 0) ? x : splat(C(kMaskedScore));
+      x = allowed_lanes<C>(allowed + j, n, j > 0) ? x : splat(C(kMaskedScore));
     } else if constexpr (kind == MaskKind::Added) {
-      x += load_n(added + at, n);
+      x += load_n(added + j, n);
     }
     if (n < L) x = lane_numbers<C>() < n ? x : splat(-kInfinity<C>);
-    if (kind != MaskKind::None || n < L) store(row + at, x);
-    most[v] = x > most[v] ? x : most[v];
+    if (kind != MaskKind::None || n < L) store(row + j, x);
+    highest[v] = x > highest[v] ? x : highest[v];
   };
-  int64_t at = 0;
-  for (; at + 4 * L <= last; at += 4 * L) SEQMEM_UNROLL
-  for (int v = 0; v < 4; ++v) step(at + v * L, v, L);
-  for (; at < last; at += L) step(at, 0, static_cast<int>(min<int64_t>(L, last - at)));
-  for (; at < keys; at += L) store(row + at, splat(-kInfinity<C>));
-  for (int v = 1; v < 4; ++v) most[0] = most[v] > most[0] ? most[v] : most[0];
-  C value = most[0][0];
-  for (int i = 1; i < L; ++i) value = most[0][i] > value ? most[0][i] : value;
-  return value;
+  int64_t j = 0;
+  for (; j + 4 * L <= last; j += 4 * L) SEQMEM_UNROLL
+  for (int v = 0; v < 4; ++v) step(j + v * L, v, L);
+  for (; j < last; j += L) step(j, 0, static_cast<int>(min<int64_t>(L, last - j)));
+  for (; j < keys; j += L) store(row + j, splat(-kInfinity<C>));
+  for (int v = 1; v < 4; ++v) highest[0] = highest[v] > highest[0] ? highest[v] : highest[0];
+  return largest<C>(highest[0]);
 }
 
-// scores -> e^(score - most) in place; returns the row's sum. What lies too low for a normal
+// scores -> e^(score - highest) in place; returns the row's sum. What is too small for a normal
 // number becomes zero: denormals would cost several times the arithmetic. As exp_parts, but with
 // ln 2 in one piece, whose error is small beside a weight's, and in fewer registers.
 template <class C>
-C exponentials(C* row, int64_t n, C most) {
+C exponentials(C* row, int64_t n, C highest) {
   constexpr int L = kLanes<C>;
   constexpr int W = 4;
   using K = ExpConstants<C>;
-  // Adding it rounds to an integer, which stands in the low bits with the exponent's bias.
+  // Adding it rounds to an integer and leaves that, with the exponent's bias, in the low bits.
   constexpr C magic = K::magic + K::bias, ln2 = C(0x1.62e42fefa39efp-1), lowest = -K::bias * ln2;
   Vec<C> total[W] = {};
   int64_t i = 0;
-  auto some = [&](auto count) {
+  auto next = [&](auto count) {
     constexpr int V = decltype(count)::value;
     Vec<C> shifted[V], r[V], p[V];
     SEQMEM_UNROLL
     for (int v = 0; v < V; ++v) {
-      Vec<C> x = load(row + i + v * L) - most;
+      Vec<C> x = load(row + i + v * L) - highest;
       x = x < lowest ? splat(lowest) : x;  // whose power is zero; NaN passes
       shifted[v] = x * K::log2e + magic;
       r[v] = x - (shifted[v] - magic) * ln2;
@@ -75,8 +75,8 @@ C exponentials(C* row, int64_t n, C most) {
     }
     i += V * L;
   };
-  while (i + W * L <= n) some(std::integral_constant<int, W>{});
-  while (i < n) some(std::integral_constant<int, 1>{});
+  while (i + W * L <= n) next(std::integral_constant<int, W>{});
+  while (i < n) next(std::integral_constant<int, 1>{});
   return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
 }
 

@@ -153,10 +153,11 @@ Outputs forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
   run_team(
       threads_for(call.shape, storage, 1),
       [&](int threads) {
-        arguments.workspace = Workspace::get(kernel.workspace(storage, call.shape, threads));
+        arguments.workspace =
+            Workspace::get(kernel.workspace(storage, call.shape, arguments, threads));
       },
-      [&](int thread, int threads, SpinBarrier&) {
-        kernel.run(storage, call.shape, arguments, thread, threads);
+      [&](int thread, int threads, SpinBarrier& barrier) {
+        kernel.run(storage, call.shape, arguments, thread, threads, barrier);
       });
   return out;
 }
@@ -196,7 +197,8 @@ Gradients backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& 
   run_team(
       threads_for(call.shape, storage, 2),
       [&](int threads) {
-        arguments.workspace = Workspace::get(kernel.workspace(storage, call.shape, threads));
+        arguments.workspace =
+            Workspace::get(kernel.workspace(storage, call.shape, arguments, threads));
       },
       [&](int thread, int threads, SpinBarrier& barrier) {
         kernel.run(storage, call.shape, arguments, thread, threads, barrier);

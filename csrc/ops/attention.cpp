@@ -133,8 +133,8 @@ Outputs attention_cpu(const Tensor& query, const Tensor& key, const Tensor& valu
         arguments.workspace =
             Workspace::get(kernel.workspace(storage, shape, plan, arguments, threads));
       },
-      [&](int thread, int threads, SpinBarrier&) {
-        kernel.run(storage, shape, plan, arguments, thread, threads);
+      [&](int thread, int threads, SpinBarrier& barrier) {
+        kernel.run(storage, shape, plan, arguments, thread, threads, barrier);
       });
   return out;
 }
