@@ -1,15 +1,36 @@
-// What every op's autograd room needs.
+// What every op's autograd room needs. With an op's forward and backward signatures (op.h),
+//
+//   class ScaledFunction : public torch::autograd::Function<ScaledFunction> {
+//     static variable_list forward(AutogradContext* ctx, In input, Maybe mask, double scale) {
+//       at::AutoDispatchBelowADInplaceOrView guard;
+//       auto output = Forward::call(input, mask, scale);
+//       ctx->set_materialize_grads(false);
+//       ctx->save_for_backward({input, tensor(mask)});
+//       ctx->saved_data["present"] = present(input, mask, scale);
+//       ctx->saved_data["scale"] = scale;
+//       return {output};
+//     }
+//     static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+//       const auto saved = ctx->get_saved_variables();
+//       const Wanted wanted(ctx);
+//       return wanted.list<Forward>(run_backward<Backward>(..., wanted.mask<2>()));
+//     }
+//   };
+//   TORCH_LIBRARY_FRAGMENT(seqmem, m) { differentiate<Forward, ScaledFunction>(m); }
 #pragma once
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
+#include <utility>
+
+#include "op.h"
 
 namespace seqmem {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 template <class Signature>
 auto find_op(const char* name) {
@@ -21,34 +42,51 @@ inline OptionalTensor optional(const at::Tensor& t) {
 }
 inline at::Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : at::Tensor(); }
 
-template <class... Tensors>
-bool any_requires_grad(const Tensors&... tensors) {
-  auto one = [](const auto& t) {
-    if constexpr (std::is_same_v<std::decay_t<decltype(t)>, at::Tensor>) {
-      return t.requires_grad();
-    } else {
-      return t.has_value() && t->requires_grad();
-    }
-  };
-  return at::GradMode::is_enabled() && (one(tensors) || ...);
+// An argument's tensor; null where it is absent or no tensor.
+template <class Argument>
+const at::Tensor* tensor_of(const Argument& argument) {
+  if constexpr (std::is_same_v<Argument, at::Tensor> || std::is_same_v<Argument, OptionalTensor>) {
+    return address(argument);
+  } else {
+    return nullptr;
+  }
+}
+
+template <class... Args>
+bool any_requires_grad(const Args&... args) {
+  auto one = [](const at::Tensor* t) { return t != nullptr && t->requires_grad(); };
+  return at::GradMode::is_enabled() && (one(tensor_of(args)) || ...);
 }
 
 // Backward of backward goes through the dispatcher, where Python differentiates the reference;
 // a plain backward goes straight to the kernel.
 template <class Op, class... Args>
-auto run_backward(const Op& op, const Args&... args) {
+auto run_backward(const Args&... args) {
+  if (at::GradMode::is_enabled()) return Op::call(args...);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return Op::call(args...);
+}
+template <class Handle, class... Args>
+auto run_backward(const Handle& op, const Args&... args) -> decltype(op.call(args...)) {
   if (at::GradMode::is_enabled()) return op.call(args...);
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(args...);
 }
 
-// Which gradients a backward is asked for, by the position of the forward's tensor arguments.
-// Absent optionals take no place among the edges that needs_input_grad counts, so the forward
-// leaves a bit mask of the present ones in saved_data["present"].
+// Which of a forward's arguments are tensors that were given: one bit for each, by position.
+template <class... Args>
+int64_t present(const Args&... args) {
+  int64_t bits = 0, bit = 1;
+  ((bits |= tensor_of(args) != nullptr ? bit : 0, bit <<= 1), ...);
+  return bits;
+}
+
+// Which gradients a backward is asked for, by the position of the forward's arguments. Absent
+// optionals take no place among the edges that needs_input_grad counts, so the forward leaves
+// what is present(...) in saved_data["present"].
 class Wanted {
  public:
-  explicit Wanted(torch::autograd::AutogradContext* ctx)
-      : ctx_(ctx), present_(ctx->saved_data["present"].toInt()) {}
+  explicit Wanted(AutogradContext* ctx) : ctx_(ctx), present_(ctx->saved_data["present"].toInt()) {}
 
   bool has(int position) const { return present_ >> position & 1; }
   bool operator()(int position) const {
@@ -59,12 +97,41 @@ class Wanted {
     return (*this)(position) ? gradient : at::Tensor();
   }
 
+  // Of the first n arguments.
+  template <size_t n>
+  std::array<bool, n> mask() const {
+    std::array<bool, n> wanted;
+    for (size_t k = 0; k < n; ++k) wanted[k] = (*this)(int(k));
+    return wanted;
+  }
+
+  // What a Function's backward returns: the gradients of the forward's first arguments that are
+  // wanted, and nothing for the rest.
+  template <class Forward, class... Gradients>
+  variable_list list(const std::tuple<Gradients...>& gradients) const {
+    variable_list all(Forward::arguments);
+    int k = 0;
+    auto put = [&](const at::Tensor& gradient) {
+      if ((*this)(k)) all[k] = gradient;
+      ++k;
+    };
+    std::apply([&](const Gradients&... each) { (put(each), ...); }, gradients);
+    return all;
+  }
+
  private:
-  torch::autograd::AutogradContext* ctx_;
+  AutogradContext* ctx_;
   int64_t present_;
 };
 
-// Everything floating is cast to autocast's dtype, as torch does for nn.LSTM.
+// What an op's floating arguments are cast to under autocast: its dtype, as torch does for nn.LSTM.
+struct AutocastType {
+  template <class... Args>
+  at::ScalarType operator()(c10::DeviceType device, const Args&...) const {
+    return at::autocast::get_autocast_dtype(device);
+  }
+};
+
 template <c10::DeviceType device>
 struct Cast {
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
@@ -74,6 +141,64 @@ struct Cast {
   OptionalTensor operator()(const OptionalTensor& t) const {
     return t.has_value() ? OptionalTensor((*this)(*t)) : std::nullopt;
   }
+  template <class Other>
+  Other operator()(const Other& constant) const {
+    return constant;
+  }
 };
+
+template <class Op>
+struct AutogradKeys;
+template <const char* name, class Out, class... Args>
+struct AutogradKeys<Op<name, Out(Args...)>> {
+  using Forward = Op<name, Out(Args...)>;
+
+  template <class Function>
+  static Out autograd(Args... args) {
+    if (any_requires_grad(args...)) {
+      auto outputs = Function::apply(args...);
+      if constexpr (std::is_same_v<Out, at::Tensor>) {
+        return outputs;
+      } else {
+        return as_tuple(outputs, std::make_index_sequence<std::tuple_size_v<Out>>());
+      }
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return Forward::call(args...);
+  }
+
+  template <c10::DeviceType device, c10::DispatchKey key, class CastType>
+  static Out autocast(Args... args) {
+    c10::impl::ExcludeDispatchKeyGuard guard(key);
+    const Cast<device> cast{CastType()(device, args...)};
+    return Forward::call(cast(args)...);
+  }
+
+ private:
+  template <size_t... k>
+  static Out as_tuple(variable_list& outputs, std::index_sequence<k...>) {
+    return {std::move(outputs[k])...};
+  }
+};
+
+// Registers an op's autocast; CastType()(device, arguments...) is what floating ones are cast to.
+template <class Op, class CastType = AutocastType>
+void autocast(torch::Library& m) {
+  using Keys = AutogradKeys<Op>;
+  using c10::DeviceType;
+  using c10::DispatchKey;
+  auto cpu = Keys::template autocast<DeviceType::CPU, DispatchKey::AutocastCPU, CastType>;
+  auto cuda = Keys::template autocast<DeviceType::CUDA, DispatchKey::AutocastCUDA, CastType>;
+  m.impl(Op::full_name, torch::dispatch(DispatchKey::AutocastCPU, cpu));
+  m.impl(Op::full_name, torch::dispatch(DispatchKey::AutocastCUDA, cuda));
+}
+
+// Registers an op's derivative, a torch::autograd::Function of its arguments, and its autocast.
+template <class Op, class Function, class CastType = AutocastType>
+void differentiate(torch::Library& m) {
+  auto autograd = TORCH_FN(AutogradKeys<Op>::template autograd<Function>);
+  m.impl(Op::full_name, torch::dispatch(c10::DispatchKey::Autograd, autograd));
+  autocast<Op, CastType>(m);
+}
 
 }  // namespace seqmem

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 
@@ -34,7 +34,7 @@ class Check {
                       " dimensions, got ", t.dim(), " (shape ", t.sym_sizes(), ")");
   }
 
-  void shape(const char* name, const at::Tensor& t, std::initializer_list<Int> expected) const {
+  void shape(const char* name, const at::Tensor& t, c10::ArrayRef<Int> expected) const {
     bool same = t.dim() == static_cast<int64_t>(expected.size());
     int64_t i = 0;
     for (const Int& e : expected) {
@@ -53,16 +53,19 @@ class Check {
   }
 
   // A floating argument: dtype, device and layout as input's, and the shape.
-  void operand(const char* name, const at::Tensor& t, std::initializer_list<Int> expected) const {
+  void operand(const char* name, const at::Tensor& t, c10::ArrayRef<Int> expected) const {
     same_kind(name, t);
     shape(name, t, expected);
   }
   void operand(const char* name, const std::optional<at::Tensor>& t,
-               std::initializer_list<Int> expected) const {
+               c10::ArrayRef<Int> expected) const {
     if (t.has_value()) operand(name, *t, expected);
   }
 
   void same_kind(const char* name, const at::Tensor& t) const {
+    if (t.key_set() == like_.key_set() && t.dtype() == like_.dtype() &&
+        t.device() == like_.device())
+      return;  // the usual case, at once: input's layout has been checked
     strided(name, t);
     TORCH_CHECK_TYPE(t.scalar_type() == like_.scalar_type(), op_, ": expected ", name, " of ",
                      like_name_, "'s dtype ", like_.scalar_type(), ", got ", t.scalar_type());

@@ -1,7 +1,8 @@
 // Arguments that are batches of matrices [..., rows, columns], whose leading dimensions broadcast,
-// and the masks of such scores.
+// and what attention over queries, keys and values checks of them.
 #pragma once
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ne.h>
@@ -11,6 +12,7 @@
 
 #include "check.h"
 #include "kept_blocks.h"
+#include "op.h"
 
 namespace seqmem {
 
@@ -33,20 +35,23 @@ class Leading {
     }
   }
 
-  // A result; a large one lies in memory that the next call finds again.
-  at::Tensor empty(const at::Tensor& like, const Int& rows, const Int& columns) const {
-    std::vector<Int> sizes(sizes_.begin(), sizes_.end());
+  // All sizes of a result.
+  c10::SmallVector<Int, 6> with(const Int& rows, const Int& columns) const {
+    c10::SmallVector<Int, 6> sizes(sizes_.begin(), sizes_.end());
     sizes.push_back(rows);
     sizes.push_back(columns);
-    if constexpr (std::is_same_v<Int, int64_t>) {
-      constexpr int64_t kLarge = 8 << 20;
-      return KeptBlocks::empty(sizes, like.options(), kLarge);
-    } else {
-      return at::empty_symint(sizes, like.options());
-    }
+    return sizes;
   }
 
-  const c10::SmallVector<Int, 4>& sizes() const { return sizes_; }
+  // A result; a large one gets memory that the next call finds again.
+  at::Tensor empty(const at::Tensor& like, const Int& rows, const Int& columns) const {
+    if constexpr (std::is_same_v<Int, int64_t>) {
+      constexpr int64_t kLarge = 8 << 20;
+      return KeptBlocks::empty(with(rows, columns), like.options(), kLarge);
+    } else {
+      return at::empty_symint(with(rows, columns), like.options());
+    }
+  }
 
   int64_t total() const {
     int64_t product = 1;
@@ -54,34 +59,25 @@ class Leading {
     return product;
   }
 
-  // Which matrix of a contiguous t serves each of the broadcast ones.
-  std::vector<int64_t> matrices_of(const at::Tensor& t) const {
-    std::vector<int64_t> found = {0};
-    int64_t own = 1;  // matrices of t
-    for (int64_t d = 0; d < t.dim() - 2; ++d) own *= t.size(d);
+  // Where each of the broadcast matrices begins in t, in units of so many elements.
+  std::vector<int64_t> offsets_in(const at::Tensor& t, int64_t unit = 1) const {
+    std::vector<int64_t> offsets = {0};
     for (int64_t d = 0; d < count(); ++d) {
-      const int64_t place = t.dim() - 2 - count() + d;
-      const int64_t size = place < 0 ? 1 : t.size(place);
-      if (size > 0) own /= size;
+      const int64_t own = t.dim() - 2 - count() + d;
+      const int64_t step = own < 0 || t.size(own) == 1 ? 0 : t.stride(own) / unit;
       std::vector<int64_t> wider;
-      wider.reserve(found.size() * sizes_[d]);
-      for (const int64_t start : found)
-        for (int64_t i = 0; i < sizes_[d]; ++i) wider.push_back(start + (size == 1 ? 0 : i * own));
-      found = std::move(wider);
+      wider.reserve(offsets.size() * sizes_[d]);
+      for (const int64_t start : offsets)
+        for (int64_t i = 0; i < sizes_[d]; ++i) wider.push_back(start + i * step);
+      offsets = std::move(wider);
     }
-    return found;
+    return offsets;
   }
 
  private:
   int64_t count() const { return static_cast<int64_t>(sizes_.size()); }
   c10::SmallVector<Int, 4> sizes_;
 };
-
-template <class Int>
-void check_matrices(const Check<Int>& check, const char* name, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(t.dim() >= 2, check.op(), ": expected ", name,
-                    " with at least 2 dimensions, got ", t.dim(), " (shape ", t.sym_sizes(), ")");
-}
 
 // A mask of scores [..., rows, columns]: bool or integer, or of the scores' dtype and added.
 template <class Int>
@@ -103,16 +99,74 @@ void check_mask(const Check<Int>& check, const at::Tensor& scores_like, const at
                     mask.sym_sizes());
 }
 
-// A mask as kernels take it: bool or floating, contiguous, [..., rows or 1, columns].
-inline at::Tensor usable_mask(at::Tensor mask, int64_t columns) {
-  if (!mask.is_floating_point() && mask.scalar_type() != at::kBool) mask = mask.ne(0);
-  while (mask.dim() < 2) mask = mask.unsqueeze(0);
-  if (mask.size(-1) != columns) {
-    auto sizes = mask.sizes().vec();
-    sizes.back() = columns;
-    mask = mask.expand(sizes);
+template <class Int>
+struct AttentionSizes {
+  Leading<Int> batch;
+  Int Tq, Tk, width, Dv;  // width: of queries and keys
+};
+
+// query [..., Tq, width], key [..., Tk, width], value [..., Tk, Dv], mask of scores [..., Tq, Tk].
+template <class Int>
+AttentionSizes<Int> check_attention(const Check<Int>& check, const at::Tensor& query,
+                                    const at::Tensor& key, const at::Tensor& value,
+                                    const OptionalTensor& mask, bool needs_features) {
+  check.floating_input();
+  check.same_kind("key", key);
+  check.same_kind("value", value);
+  auto matrix = [&](const char* name, const at::Tensor& t) {
+    TORCH_CHECK_VALUE(t.dim() >= 2, check.op(), ": expected ", name,
+                      " with at least 2 dimensions, got ", t.dim(), " (shape ", t.sym_sizes(), ")");
+  };
+  matrix("query", query);
+  matrix("key", key);
+  matrix("value", value);
+  AttentionSizes<Int> s;
+  s.Tq = check.size(query, query.dim() - 2);
+  s.width = check.size(query, query.dim() - 1);
+  s.Tk = check.size(key, key.dim() - 2);
+  s.Dv = check.size(value, value.dim() - 1);
+  TORCH_CHECK_VALUE(!needs_features || s.width > 0, check.op(),
+                    ": expected query with at least one feature, got shape ", query.sym_sizes());
+  TORCH_CHECK_VALUE(check.size(key, key.dim() - 1) == s.width, check.op(),
+                    ": expected key of shape [..., ", s.Tk, ", ", s.width, "], got ",
+                    key.sym_sizes());
+  TORCH_CHECK_VALUE(check.size(value, value.dim() - 2) == s.Tk, check.op(),
+                    ": expected value of shape [..., ", s.Tk, ", ", s.Dv, "], got ",
+                    value.sym_sizes());
+  s.batch.widen(check, "query", query);
+  s.batch.widen(check, "key", key);
+  s.batch.widen(check, "value", value);
+  if (mask.has_value()) {
+    check_mask(check, query, *mask, s.Tq, s.Tk);
+    s.batch.widen(check, "mask", *mask);
   }
-  return mask.contiguous();
+  return s;
+}
+
+// What a backward is given besides: the gradients of both outputs, and the weights.
+template <class Int>
+void check_attention_backward(const Check<Int>& check, const AttentionSizes<Int>& s,
+                              const OptionalTensor& grad_output, const OptionalTensor& grad_weights,
+                              const at::Tensor& weights) {
+  check.operand("grad_output", grad_output, s.batch.with(s.Tq, s.Dv));
+  check.operand("grad_weights", grad_weights, s.batch.with(s.Tq, s.Tk));
+  check.operand("weights", weights, s.batch.with(s.Tq, s.Tk));
+}
+
+// Kernels know bool masks and floating ones.
+inline at::Tensor bool_or_floating(const at::Tensor& mask) {
+  return mask.is_floating_point() || mask.scalar_type() == at::kBool ? mask : mask.ne(0);
+}
+
+// A mask that has a gradient.
+inline OptionalTensor differentiable(const OptionalTensor& mask) {
+  return mask.has_value() && mask->is_floating_point() ? mask : std::nullopt;
+}
+
+// Of an argument that was broadcast, from its broadcast gradient; empty where that is undefined.
+inline at::Tensor summed_gradient(const at::Tensor& grad, const OptionalTensor& argument,
+                                  const at::TensorOptions& options) {
+  return grad.defined() ? at::sum_to(grad, argument->sizes()) : at::empty({0}, options);
 }
 
 }  // namespace seqmem

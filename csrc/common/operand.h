@@ -9,11 +9,10 @@
 #include <optional>
 #include <tuple>
 
+#include "op.h"
 #include "storage.h"
 
 namespace seqmem {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 inline Storage storage_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -24,6 +23,11 @@ inline Storage storage_of(const at::Tensor& t) {
   }
 }
 
+inline const void* const_data(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr() : nullptr;
+}
+inline void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
 // Contiguous and alive as long as the call; null where absent.
 class Operand {
  public:
@@ -31,13 +35,11 @@ class Operand {
   explicit Operand(const OptionalTensor& t)
       : tensor_(t.has_value() && t->defined() ? t->expect_contiguous()
                                               : c10::MaybeOwned<at::Tensor>::owned(at::Tensor())) {}
-  const void* data() const { return tensor_->defined() ? tensor_->const_data_ptr() : nullptr; }
+  const void* data() const { return const_data(*tensor_); }
 
  private:
   c10::MaybeOwned<at::Tensor> tensor_;
 };
-
-inline void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 template <class Int>
 at::Tensor empty_of(const at::TensorOptions& options, std::initializer_list<Int> sizes) {

@@ -1,4 +1,4 @@
-// Runs one function on a team of threads that may meet at a barrier.
+// Runs one function, or a kernel, on a team of threads that may meet at a barrier.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -6,7 +6,9 @@
 
 #include <new>
 
+#include "isa.h"
 #include "spin_barrier.h"
+#include "workspace.h"
 
 namespace seqmem {
 
@@ -35,6 +37,21 @@ void run_team(int wanted, const Prepare& prepare, const F& f) {
 #pragma omp barrier
     f(omp_get_thread_num(), omp_get_num_threads(), *barrier);
   }
+}
+
+// Runs a kernel on at most `threads` threads, with the workspace that it asks for.
+template <class Arguments, class... Shapes>
+void launch(const Kernel<Arguments, Shapes...>& kernel, int threads, Arguments arguments,
+            Storage storage, const Shapes&... shapes) {
+  run_team(
+      threads,
+      [&](int granted) {
+        arguments.workspace =
+            Workspace::get(kernel.workspace(storage, shapes..., arguments, granted));
+      },
+      [&](int thread, int granted, SpinBarrier& barrier) {
+        kernel.run(storage, shapes..., arguments, thread, granted, barrier);
+      });
 }
 
 }  // namespace seqmem

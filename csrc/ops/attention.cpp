@@ -1,24 +1,66 @@
 // Attention ops: schemas, the CPU and Meta keys. Arguments: seqmem_fast/ops/attention.py.
-#include <ATen/ExpandUtils.h>
-#include <ATen/ops/ne.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
-#include <tuple>
-#include <vector>
 
 #include "../common/dispatch.h"
+#include "../common/matrices.h"
+#include "../common/op.h"
 #include "../common/operand.h"
 #include "../common/team.h"
-#include "../common/workspace.h"
 #include "../cpu/attention_kernel.h"
-#include "attention_check.h"
 
 namespace seqmem::attention {
 namespace {
 
-using Sizes64 = Sizes<int64_t>;
+using at::Tensor;
+using Sizes = AttentionSizes<int64_t>;
+
+constexpr char kName[] = "seqmem::attention", kBackwardName[] = "seqmem::attention_backward";
+using ForwardOp = Op<kName, Tensors<2>(In, In, In, Maybe, std::optional<double>, bool)>;
+using BackwardOp = Op<kBackwardName, Tensors<4>(Maybe, Maybe, In, In, In, Maybe, In,
+                                                std::optional<double>, bool, std::array<bool, 4>)>;
+
+struct Operands {
+  In query, key, value;
+  Maybe mask;
+};
+
+struct Options {
+  std::optional<double> scale;
+  bool is_causal;
+};
+
+struct Inputs : Operands, Options {};
+
+struct Gradients {
+  Maybe grad_output, grad_weights;
+};
+
+struct Weights {
+  In weights;
+};
+
+struct BackwardInputs : Gradients, Operands, Weights, Options {
+  std::array<bool, 4> output_mask;
+};
+
+template <class Int>
+AttentionSizes<Int> check_inputs(const Check<Int>& check, const Operands& in) {
+  return check_attention(check, in.query, in.key, in.value, in.mask, true);
+}
+
+template <class Int>
+AttentionSizes<Int> check(const Inputs& in) {
+  return check_inputs(Check<Int>(kName, in.query, "query"), in);
+}
+
+template <class Int>
+AttentionSizes<Int> check_backward(const BackwardInputs& in) {
+  const Check<Int> check(kBackwardName, in.query, "query");
+  const auto s = check_inputs(check, in);
+  check_attention_backward(check, s, in.grad_output, in.grad_weights, in.weights);
+  return s;
+}
 
 // An argument as the kernels see it: see Matrices.
 struct Argument {
@@ -26,56 +68,55 @@ struct Argument {
   std::vector<int64_t> offset;
   int64_t rows = 0, columns = 0;
 
-  Argument() = default;
-  Argument(const Tensor& t, const Sizes64& s) : tensor(t) {
-    const int64_t dim = t.dim();
-    auto stride = [&](int64_t i) { return i < 0 || t.size(i) == 1 ? 0 : t.stride(i); };
-    columns = stride(dim - 1);
-    rows = stride(dim - 2);
-    offset = {0};
-    const auto& batch = s.batch.sizes();
-    for (size_t d = 0; d < batch.size(); ++d) {
-      const int64_t step = stride(dim - 2 - int64_t(batch.size()) + int64_t(d));
-      std::vector<int64_t> wider;
-      wider.reserve(offset.size() * batch[d]);
-      for (const int64_t start : offset)
-        for (int64_t i = 0; i < batch[d]; ++i) wider.push_back(start + i * step);
-      offset = std::move(wider);
-    }
+  Argument(const Sizes& s, Maybe t) {
+    if (!t.has_value()) return;
+    tensor = *t;
+    auto stride = [&](int64_t from_end) {
+      const int64_t d = t->dim() - from_end;
+      return d < 0 || t->size(d) == 1 ? 0 : t->stride(d);
+    };
+    columns = stride(1);
+    rows = stride(2);
+    offset = s.batch.offsets_in(*t);
   }
-  Argument(const OptionalTensor& t, const Sizes64& s)
-      : Argument(t.has_value() ? Argument(*t, s) : Argument()) {}
 
-  Matrices view() const {
-    return {tensor.defined() ? tensor.const_data_ptr() : nullptr, offset.data(), rows, columns};
-  }
+  Matrices view() const { return {const_data(tensor), offset.data(), rows, columns}; }
 };
 
 // A mask as the kernels take it: bytes or query's dtype, its last dimension contiguous or one
 // element for all. What was expanded stays small.
-Tensor usable_mask(Tensor mask) {
-  const int64_t dim = mask.dim();
-  const bool converts = mask.scalar_type() != at::kBool && !mask.is_floating_point();
-  const bool apart = dim > 0 && mask.size(-1) > 1 && mask.stride(-1) > 1;
-  if (!converts && !apart) return mask;
+OptionalTensor strided_mask(OptionalTensor mask) {
+  if (!mask.has_value()) return mask;
+  const int64_t dim = mask->dim();
+  const bool converts = mask->scalar_type() != at::kBool && !mask->is_floating_point();
+  const bool strided = dim > 0 && mask->size(-1) > 1 && mask->stride(-1) > 1;
+  if (!converts && !strided) return mask;
   for (int64_t d = 0; d < dim; ++d)
-    if (mask.stride(d) == 0 && mask.size(d) > 1) mask = mask.narrow(d, 0, 1);
-  if (converts) mask = mask.ne(0);
-  return mask.contiguous();
+    if (mask->stride(d) == 0 && mask->size(d) > 1) mask = mask->narrow(d, 0, 1);
+  return bool_or_floating(*mask).contiguous();
 }
 
-Argument mask_argument(const OptionalTensor& mask, const Sizes64& s) {
-  return mask.has_value() ? Argument(usable_mask(*mask), s) : Argument();
-}
+// The arguments as the kernels take them, alive as long as this.
+struct Call {
+  const Argument query, key, value, mask;
+  const Shape shape;
 
-Shape shape_of(const Sizes64& s, const Argument& mask, std::optional<double> scale,
-               bool is_causal) {
-  const MaskKind kind = !mask.tensor.defined()                   ? MaskKind::None
-                        : mask.tensor.scalar_type() == at::kBool ? MaskKind::Allowed
-                                                                 : MaskKind::Added;
-  return {s.batch.total(), s.Tq, s.Tk, s.D, s.Dv, scale.value_or(1 / std::sqrt(double(s.D))),
-          is_causal,       kind};
-}
+  Call(const Sizes& s, const Operands& in, const Options& options)
+      : query(s, in.query),
+        key(s, in.key),
+        value(s, in.value),
+        mask(s, strided_mask(in.mask)),
+        shape{.N = s.batch.total(),
+              .Tq = s.Tq,
+              .Tk = s.Tk,
+              .D = s.width,
+              .Dv = s.Dv,
+              .scale = options.scale.value_or(1 / std::sqrt(double(s.width))),
+              .causal = options.is_causal,
+              .mask = !in.mask.has_value()                     ? MaskKind::None
+                      : mask.tensor.scalar_type() == at::kBool ? MaskKind::Allowed
+                                                               : MaskKind::Added} {}
+};
 
 // Estimates in microseconds of one core; they only steer the choices below. Waking a thread costs
 // about a hundred.
@@ -99,165 +140,94 @@ int64_t groups_for(const Shape& s, int64_t tasks) {
 // Packing the keys costs about as much as a few rows of scores.
 constexpr int64_t kRowsWorthPacking = 8;
 
-// ---- forward
-// ---------------------------------------------------------------------------------------
-
-using Outputs = std::tuple<Tensor, Tensor>;
-
 template <class Int>
-Outputs allocate(const Tensor& query, const Sizes<Int>& s) {
-  return {s.batch.empty(query, s.Tq, s.Dv), s.batch.empty(query, s.Tq, s.Tk)};
+Tensors<2> allocate(const Inputs& in, const AttentionSizes<Int>& s) {
+  return {s.batch.empty(in.query, s.Tq, s.Dv), s.batch.empty(in.query, s.Tq, s.Tk)};
 }
 
-Outputs attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                      const OptionalTensor& mask, std::optional<double> scale, bool is_causal) {
-  const Sizes64 s = check_attention<int64_t>(query, key, value, mask);
-  Outputs out = allocate(query, s);
-  auto& [output, weights] = out;
+Tensors<2> forward_cpu(const Inputs& in) {
+  const Sizes s = check<int64_t>(in);
+  Tensors<2> out = allocate(in, s);
+  const auto& [output, weights] = out;
   if (weights.numel() == 0) {
     output.zero_();
     return out;
   }
-  const Argument q(query, s), k(key, s), v(value, s), m = mask_argument(mask, s);
-  const Shape shape = shape_of(s, m, scale, is_causal);
-  const int wanted = threads_for(shape, 1);
-  const bool pack = s.Tq >= kRowsWorthPacking || k.columns != 1;
-  const Plan plan = {pack, groups_for(shape, wanted == 1 ? 1 : wanted * kTasksPerThread), 0};
-  Forward arguments = {q.view(),     k.view(),      v.view(), m.view(),
-                       data(output), data(weights), nullptr};
-  const auto& kernel = SEQMEM_CHOOSE(forward_kernel);
-  const Storage storage = storage_of(query);
-  run_team(
-      wanted,
-      [&](int threads) {
-        arguments.workspace =
-            Workspace::get(kernel.workspace(storage, shape, plan, arguments, threads));
-      },
-      [&](int thread, int threads, SpinBarrier& barrier) {
-        kernel.run(storage, shape, plan, arguments, thread, threads, barrier);
-      });
+  const Call call(s, in, in);
+  const int threads = threads_for(call.shape, 1);
+  const Plan plan = {.pack = s.Tq >= kRowsWorthPacking || call.key.columns != 1,
+                     .groups = groups_for(call.shape, threads == 1 ? 1 : threads * kTasksPerThread),
+                     .next = 0};
+  const Forward arguments = {.query = call.query.view(),
+                             .key = call.key.view(),
+                             .value = call.value.view(),
+                             .mask = call.mask.view(),
+                             .output = data(output),
+                             .weights = data(weights),
+                             .workspace = nullptr};
+  launch(SEQMEM_CHOOSE(forward_kernel), threads, arguments, storage_of(in.query), call.shape, plan);
   return out;
 }
 
-Outputs attention_meta(const Tensor& query, const Tensor& key, const Tensor& value,
-                       const OptionalTensor& mask, std::optional<double>, bool) {
-  return allocate(query, check_attention<c10::SymInt>(query, key, value, mask));
-}
+Tensors<2> forward_meta(const Inputs& in) { return allocate(in, check<c10::SymInt>(in)); }
 
-void check_attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
-                        const OptionalTensor& mask, std::optional<double>, bool) {
-  check_attention<c10::SymInt>(query, key, value, mask);
-}
-
-// ---- backward
-// --------------------------------------------------------------------------------------
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Sizes64 backward_sizes(const Tensor& query, const Tensor& value, const Tensor& weights) {
-  Sizes64 s;
-  s.batch.widen(Check<int64_t>(kName, query, "query"), "weights", weights);
-  s.Tq = weights.size(-2);
-  s.Tk = weights.size(-1);
-  s.D = query.size(-1);
-  s.Dv = value.size(-1);
-  return s;
-}
-
-// The parts of a batch whose sums are kept apart; the same at any number of threads.
+// The parts of a batch that are summed separately; the same at any number of threads.
 constexpr int64_t kBackwardTasks = 16;
 
-Gradients attention_backward_cpu(const OptionalTensor& grad_output,
-                                 const OptionalTensor& grad_weights, const Tensor& query,
-                                 const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                                 const Tensor& weights, std::optional<double> scale, bool is_causal,
-                                 std::array<bool, 4> output_mask) {
-  const Sizes64 s = backward_sizes(query, value, weights);
-  const Argument q(query, s), k(key, s), v(value, s),
-      m = mask_argument(mask, s), g_output(grad_output, s), g_weights(grad_weights, s);
-  const Operand saved(weights);
-  const Shape shape = shape_of(s, m, scale, is_causal);
+Tensors<4> backward_cpu(const BackwardInputs& in) {
+  const Sizes s = check_backward<int64_t>(in);
+  const Call call(s, in, in);
+  const Argument grad_output(s, in.grad_output), grad_weights(s, in.grad_weights);
+  const Operand weights(in.weights);
   auto make = [&](bool wanted, int64_t rows, int64_t columns) {
-    return wanted ? s.batch.empty(query, rows, columns) : Tensor();
+    return wanted ? s.batch.empty(in.query, rows, columns) : Tensor();
   };
-  Tensor grad_query = make(output_mask[0], s.Tq, s.D), grad_key = make(output_mask[1], s.Tk, s.D),
-         grad_value = make(output_mask[2], s.Tk, s.Dv),
-         grad_mask = make(output_mask[3] && shape.mask == MaskKind::Added, s.Tq, s.Tk);
-  if (weights.numel() > 0) {
-    const int wanted = threads_for(shape, 2.5);
-    const Plan plan = {true, groups_for(shape, kBackwardTasks), 0};
-    Backward arguments = {g_output.view(), g_weights.view(), q.view(),        k.view(),
-                          v.view(),        m.view(),         saved.data(),    data(grad_query),
-                          data(grad_key),  data(grad_value), data(grad_mask), nullptr};
-    const auto& kernel = SEQMEM_CHOOSE(backward_kernel);
-    const Storage storage = storage_of(query);
-    run_team(
-        wanted,
-        [&](int threads) {
-          arguments.workspace =
-              Workspace::get(kernel.workspace(storage, shape, plan, arguments, threads));
-        },
-        [&](int thread, int threads, SpinBarrier& barrier) {
-          kernel.run(storage, shape, plan, arguments, thread, threads, barrier);
-        });
+  const auto [of_query, of_key, of_value, of_mask] = in.output_mask;
+  const Tensor query = make(of_query, s.Tq, s.width), key = make(of_key, s.Tk, s.width),
+               value = make(of_value, s.Tk, s.Dv),
+               mask = make(of_mask && call.shape.mask == MaskKind::Added, s.Tq, s.Tk);
+  if (in.weights.numel() > 0) {
+    const Plan plan = {.pack = true, .groups = groups_for(call.shape, kBackwardTasks), .next = 0};
+    const Backward arguments = {.grad_output = grad_output.view(),
+                                .grad_weights = grad_weights.view(),
+                                .query = call.query.view(),
+                                .key = call.key.view(),
+                                .value = call.value.view(),
+                                .mask = call.mask.view(),
+                                .weights = weights.data(),
+                                .grad_query = data(query),
+                                .grad_key = data(key),
+                                .grad_value = data(value),
+                                .grad_mask = data(mask),
+                                .workspace = nullptr};
+    launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 2.5), arguments,
+           storage_of(in.query), call.shape, plan);
   } else {  // no queries or no keys
-    for (const Tensor& grad : {grad_query, grad_key, grad_value, grad_mask})
+    for (const Tensor& grad : {query, key, value, mask})
       if (grad.defined()) grad.zero_();
   }
-  auto finish = [&](const Tensor& grad, const OptionalTensor& like) {
-    if (!grad.defined()) return empty_like_of<int64_t>(query, {0});
-    return at::sum_to(grad, like->sizes());
-  };
-  return {finish(grad_query, query), finish(grad_key, key), finish(grad_value, value),
-          finish(grad_mask, mask)};
+  const auto options = in.query.options();
+  return {summed_gradient(query, in.query, options), summed_gradient(key, in.key, options),
+          summed_gradient(value, in.value, options), summed_gradient(mask, in.mask, options)};
 }
 
-Gradients attention_backward_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& query,
-                                  const Tensor& key, const Tensor& value,
-                                  const OptionalTensor& mask, const Tensor&, std::optional<double>,
-                                  bool, std::array<bool, 4> output_mask) {
-  auto make = [&](bool wanted, const OptionalTensor& like) {
-    return wanted ? at::empty_symint(like->sym_sizes(), query.options())
-                  : empty_like_of<c10::SymInt>(query, {c10::SymInt(0)});
-  };
-  return {make(output_mask[0], query), make(output_mask[1], key), make(output_mask[2], value),
-          make(output_mask[3] && mask.has_value() && mask->is_floating_point(), mask)};
+Tensors<4> backward_meta(const BackwardInputs& in) {
+  check_backward<c10::SymInt>(in);
+  return gradients_like(in.output_mask, in.query, in.key, in.value, differentiable(in.mask));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_ATTENTION_ARGUMENTS \
-  "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool is_causal)"
-  m.def("attention" SEQMEM_ATTENTION_ARGUMENTS " -> (Tensor output, Tensor weights)", tags);
-  m.def("check_attention" SEQMEM_ATTENTION_ARGUMENTS " -> ()", tags);
-  m.def(
-      "attention_backward(Tensor? grad_output, Tensor? grad_weights, Tensor query, Tensor key, "
-      "Tensor value, Tensor? mask, Tensor weights, float? scale, bool is_causal, "
-      "bool[4] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-      "Tensor grad_mask)",
-      tags);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CPU, m) {
-  m.impl("attention", attention_cpu);
-  m.impl("attention_backward", attention_backward_cpu);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, Meta, m) {
-  m.impl("attention", attention_meta);
-  m.impl("attention_backward", attention_backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CompositeExplicitAutograd, m) {
-  m.impl("check_attention", check_attention_op);
-  m.impl("attention", Unsupported<kName, &check_attention_op, Outputs>::call);
-}
-
-// Nested tensors are the one kind that the key above leaves out.
-TORCH_LIBRARY_IMPL(seqmem, NestedTensorCPU, m) {
-  m.impl("attention", Unsupported<kName, &check_attention_op, Outputs>::call);
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
+      m,
+      "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool is_causal)"
+      " -> (Tensor output, Tensor weights)");
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
+      m,
+      "(Tensor? grad_output, Tensor? grad_weights, Tensor query, Tensor key, Tensor value, "
+      "Tensor? mask, Tensor weights, float? scale, bool is_causal, bool[4] output_mask)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
 }
 
 }  // namespace seqmem::attention

@@ -194,6 +194,9 @@ def additive_attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::additive_attention_backward` on GPU."""
+    torch.ops.seqmem.check_additive_attention_backward(
+        grad_output, grad_weights, query, key, value, score_weight, mask, weights, output_mask
+    )
     of_query, of_key, of_value, of_score_weight, of_mask = output_mask
     call = _Call(query, key, value, mask)
     dtype = query.dtype
@@ -221,7 +224,9 @@ def additive_attention_backward(
             grads["key"].sum_to_size(key.shape) if of_key else none,
             grads["value"] if of_value else none,
             grads["score_weight"].to(dtype) if of_score_weight else none,
-            scores.sum_to_size(mask.shape).to(dtype) if of_mask and mask is not None else none,
+            scores.sum_to_size(mask.shape).to(dtype)
+            if of_mask and mask is not None and mask.is_floating_point()
+            else none,
         )
 
 

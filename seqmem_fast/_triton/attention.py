@@ -156,6 +156,9 @@ def attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::attention_backward` on GPU: one kernel by rows, one by columns."""
+    torch.ops.seqmem.check_attention_backward(
+        grad_output, grad_weights, query, key, value, mask, weights, scale, is_causal, output_mask
+    )
     call = _Call(query, key, value, mask, scale)
     of_mask = output_mask[3] and mask is not None and mask.is_floating_point()
     wanted = (*output_mask[:3], of_mask)
