@@ -43,7 +43,11 @@ std::string cpu_capability() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = SEQMEM_STRING(SEQMEM_VERSION);
+#if defined(__clang__)
+  info["compiler"] = __VERSION__;  // "Clang 14.0.6", with the vendor's name before it
+#else
   info["compiler"] = "gcc " __VERSION__;
+#endif
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["torch"] = TORCH_VERSION;
   info["isas"] = compiled_isas();

@@ -153,19 +153,14 @@ template <class C>
 SEQMEM_INLINE void store_sums4(C* out, const Vec<C> (&s)[4]) {
   if constexpr (std::is_same_v<C, float>) {
     constexpr int L = kLanes<float>;
-    IntVec<float> low, high, low_pair, high_pair;
-    SEQMEM_UNROLL
-    for (int i = 0; i < L; ++i) {
-      const int block = i / 4 * 4, j = i % 4;
-      low[i] = block + j / 2 + j % 2 * L;
-      high[i] = low[i] + 2;
-      low_pair[i] = block + j % 2 + j / 2 * L;
-      high_pair[i] = low_pair[i] + 2;
-    }
-    const Vec<float> a = __builtin_shuffle(s[0], s[1], low) + __builtin_shuffle(s[0], s[1], high);
-    const Vec<float> b = __builtin_shuffle(s[2], s[3], low) + __builtin_shuffle(s[2], s[3], high);
+    const auto add_pairs = [](Vec<float> x, Vec<float> y) __attribute__((always_inline)) {
+      return shuffle(x, y, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * L; }) +
+             shuffle(x, y, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * L + 2; });
+    };
+    const Vec<float> a = add_pairs(s[0], s[1]), b = add_pairs(s[2], s[3]);
     const Vec<float> blocks =
-        __builtin_shuffle(a, b, low_pair) + __builtin_shuffle(a, b, high_pair);
+        shuffle(a, b, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * L; }) +
+        shuffle(a, b, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * L + 2; });
     float lanes[L];
     store(lanes, blocks);
     for (int j = 0; j < 4; ++j) {
@@ -236,19 +231,13 @@ SEQMEM_INLINE Share share(int64_t n, int thread, int threads) {
 template <class C>
 SEQMEM_INLINE void transpose(Vec<C> (&x)[kLanes<C>]) {
   constexpr int L = kLanes<C>;
-  IntVec<C> low, high;
-  SEQMEM_UNROLL
-  for (int i = 0; i < L; ++i) {
-    low[i] = i / 2 + (i % 2) * L;
-    high[i] = L / 2 + i / 2 + (i % 2) * L;
-  }
   SEQMEM_UNROLL
   for (int round = 1; round < L; round *= 2) {
     Vec<C> y[L];
     SEQMEM_UNROLL
     for (int i = 0; i < L / 2; ++i) {
-      y[2 * i] = __builtin_shuffle(x[i], x[i + L / 2], low);
-      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + L / 2], high);
+      y[2 * i] = shuffle(x[i], x[i + L / 2], [](int j) { return j / 2 + j % 2 * L; });
+      y[2 * i + 1] = shuffle(x[i], x[i + L / 2], [](int j) { return L / 2 + j / 2 + j % 2 * L; });
     }
     SEQMEM_UNROLL
     for (int i = 0; i < L; ++i) x[i] = y[i];

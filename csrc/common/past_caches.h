@@ -10,7 +10,10 @@ namespace {
 // p is aligned to the vector.
 template <class S>
 SEQMEM_INLINE void store_past_caches(S* p, Vec<compute_t<S>> v) {
-#if SEQMEM_VEC_BYTES == 64
+#if defined(__clang__)
+  if constexpr (std::is_same_v<S, compute_t<S>>)
+    return __builtin_nontemporal_store(v, reinterpret_cast<Vec<S>*>(p));
+#elif SEQMEM_VEC_BYTES == 64
   if constexpr (std::is_same_v<S, float>) return __builtin_ia32_movntps512(p, v);
   if constexpr (std::is_same_v<S, double>) return __builtin_ia32_movntpd512(p, v);
 #elif SEQMEM_VEC_BYTES == 32

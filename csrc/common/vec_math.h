@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define SEQMEM_VEC_BYTES 64
@@ -57,11 +58,25 @@ inline constexpr int kLanes = SEQMEM_VEC_BYTES / sizeof(C);
 
 #define SEQMEM_INLINE inline __attribute__((always_inline))
 // Loops over a tile must vanish, or its accumulators live in memory instead of registers.
+#if defined(__clang__)
+#define SEQMEM_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define SEQMEM_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 template <class C>
 SEQMEM_INLINE Vec<C> splat(C x) {
   return x - Vec<C>{};
+}
+
+// The vector whose lane i is lane index(i) of a followed by b. `index` captures nothing.
+template <class V, class F, int... I>
+SEQMEM_INLINE V shuffle_lanes(V a, V b, F index, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, index(I)...);
+}
+template <class V, class F>
+SEQMEM_INLINE V shuffle(V a, V b, F index) {
+  return shuffle_lanes(a, b, index, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
 }
 
 // ---- 16-bit conversions: round to nearest even, NaN stays NaN ----
@@ -164,16 +179,14 @@ SEQMEM_INLINE Vec<compute_t<S>> rounded_to(Vec<compute_t<S>> v) {
 }
 
 // Combines a vector's upper half with its lower one, in registers, until one lane is left.
-template <class C, class F>
+template <class C, int half = kLanes<C> / 2, class F>
 SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
-  SEQMEM_UNROLL
-  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
-    IntVec<C> upper{};
-    SEQMEM_UNROLL
-    for (int i = 0; i < half; ++i) upper[i] = half + i;
-    v = combine(v, __builtin_shuffle(v, upper));
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    const Vec<C> upper = shuffle(v, v, [](int i) { return i < half ? half + i : 0; });
+    return fold<C, half / 2>(combine(v, upper), combine);
   }
-  return v[0];
 }
 
 template <class C>

@@ -188,13 +188,11 @@ SEQMEM_INLINE IntVec<C> allowed_lanes(const uint8_t* p, int n, bool preceded = f
     return (IntVec<float>)__builtin_convertvector(__builtin_convertvector(bytes, HalfVec),
                                                   UintVec) != 0;
 #else
-    const Bytes interleave = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const Shorts shorts = (Shorts)__builtin_shuffle(bytes, Bytes{}, interleave);
+    const Shorts shorts = (Shorts)shuffle(bytes, Bytes{}, [](int i) { return i / 2 + i % 2 * 16; });
 #if SEQMEM_VEC_BYTES == 32
     return (IntVec<float>)__builtin_convertvector(shorts, UintVec) != 0;
 #else
-    return (IntVec<float>)__builtin_shuffle(shorts, Shorts{}, Shorts{0, 8, 1, 9, 2, 10, 3, 11}) !=
-           0;
+    return (IntVec<float>)shuffle(shorts, Shorts{}, [](int i) { return i / 2 + i % 2 * 8; }) != 0;
 #endif
 #endif
   }

@@ -81,16 +81,14 @@ SEQMEM_INLINE void log_of_positive(const Vec<C> (&x)[K], Vec<C> (&out)[K]) {
 }
 
 // Folds a vector's upper half onto its lower one, again and again, in registers.
-template <class C, class F>
+template <class C, int half = kLanes<C> / 2, class F>
 SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
-  SEQMEM_UNROLL
-  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
-    IntVec<C> upper{};
-    SEQMEM_UNROLL
-    for (int i = 0; i < half; ++i) upper[i] = half + i;
-    v = combine(v, __builtin_shuffle(v, upper));
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    const Vec<C> upper = shuffle(v, v, [](int i) { return i < half ? half + i : 0; });
+    return fold<C, half / 2>(combine(v, upper), combine);
   }
-  return v[0];
 }
 
 template <class C>
