@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,32 +92,104 @@ class NoTorch(build_ext):
         )
 
 
-def use_cuda() -> bool:
-    """CUDA sources are built if torch is a CUDA build and nvcc is here; FORCE_CUDA overrides.
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, and with it the toolkit that torch will build against."""
+    from torch.utils import cpp_extension
 
-    Never decided by ``torch.cuda.is_available()``: machines that build often have no GPU.
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    home = Path(cpp_extension.CUDA_HOME)
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists():
+        return None
+    # The nvcc on PATH may be a script somewhere else that calls the toolkit's own.
+    top = re.search(r"TOP=(.+)", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull))
+    if top is not None and not (home / "include" / "cuda_runtime_api.h").exists():
+        cpp_extension.CUDA_HOME = os.path.realpath(top[1])
+        nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    return nvcc
+
+
+def output_of(*command: str | Path) -> str:
+    """What a command prints, on either stream; nothing if it cannot be run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return result.stdout + result.stderr
+
+
+def missing_for_cuda(nvcc: Path | None) -> str | None:
+    """What to install before the CUDA sources can be built, or None."""
+    import torch
+
+    wanted = torch.version.cuda
+    if wanted is None:
+        return f"a CUDA build of torch, and torch {torch.__version__} is none: install one"
+    toolkit = f"install the CUDA toolkit {wanted} and point CUDA_HOME at it"
+    if nvcc is None:
+        return f"nvcc: {toolkit}"
+    release = re.search(r"release (\d+)[.\d]*", output_of(nvcc, "--version"))
+    if release is None:
+        return f"an nvcc that works, and {nvcc} does not tell its version: {toolkit}"
+    if release[1] != wanted.split(".")[0]:
+        return f"nvcc of CUDA {wanted}, as torch has, and {nvcc} is of {release[0]}: {toolkit}"
+    return None
+
+
+def choose_archs(nvcc: Path) -> None:
+    """Set TORCH_CUDA_ARCH_LIST where neither the builder nor a GPU says what to compile for.
+
+    Then it is what torch itself was built for, so far as this nvcc can, and PTX of the newest.
     """
     import torch
     from torch.utils import cpp_extension
 
+    arch = r"compute_(\d+)"
+    known = set(re.findall(arch, output_of(nvcc, "--list-gpu-arch")))
+    unset = os.environ.get("TORCH_CUDA_ARCH_LIST") in (None, "", "native")
+    if unset and torch.cuda.device_count() == 0:
+        # Not torch.cuda.get_arch_list(), which is empty without a GPU.
+        of_torch = re.findall(r"sm_(\d+)(\d)([af]?)", torch._C._cuda_getArchFlags() or "")
+        archs = [
+            f"{major}.{minor}{kind}" for major, minor, kind in of_torch if major + minor in known
+        ]
+        if not archs:
+            fail(f"{nvcc} compiles for none of the GPUs that torch was built for: set FORCE_CUDA=0")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except ValueError as error:
+        fail(f"TORCH_CUDA_ARCH_LIST: {error}")
+    if unknown := set(re.findall(arch, " ".join(flags))) - known:
+        fail(
+            f"{nvcc} cannot compile for compute_{', compute_'.join(sorted(unknown))}: "
+            "set TORCH_CUDA_ARCH_LIST to some of what `nvcc --list-gpu-arch` prints"
+        )
+
+
+def use_cuda() -> bool:
+    """CUDA sources are built if torch is a CUDA build and its nvcc is here; FORCE_CUDA overrides.
+
+    Never decided by ``torch.cuda.is_available()``: machines that build often have no GPU.
+    """
     forced = os.environ.get("FORCE_CUDA", "")
     if forced not in ("", "0", "1"):
         fail(f"FORCE_CUDA must be 0 or 1, got {forced!r}")
     if forced == "0":
         return False
-    home = cpp_extension.CUDA_HOME
-    has_nvcc = home is not None and (Path(home) / "bin" / "nvcc").exists()
-    if forced == "1" and torch.version.cuda is None:
-        fail(
-            f"FORCE_CUDA=1 needs a CUDA build of torch, and torch {torch.__version__} is none: "
-            "install one, or unset FORCE_CUDA"
-        )
-    if forced == "1" and not has_nvcc:
-        fail(
-            "FORCE_CUDA=1 needs nvcc: install the CUDA toolkit that matches torch "
-            f"(CUDA {torch.version.cuda}) and point CUDA_HOME at it, or unset FORCE_CUDA"
-        )
-    return torch.version.cuda is not None and has_nvcc
+    nvcc = find_nvcc()
+    missing = missing_for_cuda(nvcc)
+    if missing is not None and forced == "1":
+        fail(f"FORCE_CUDA=1 needs {missing}, or unset FORCE_CUDA")
+    if nvcc is None or missing is not None:
+        import torch
+
+        if nvcc is not None and torch.version.cuda is not None:
+            print(f"seqmem_fast: built without CUDA C++, which needs {missing}", file=sys.stderr)
+        return False
+    choose_archs(nvcc)
+    return True
 
 
 def check_tools() -> None:
@@ -136,9 +212,15 @@ def check_tools() -> None:
             f"no C++ compiler found ({compiler!r} is not on PATH): install one "
             "(on Debian or Ubuntu: apt install g++), or point CXX at it"
         )
-    words = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    if "clang" in words:
-        fail(f"the kernels are written for GCC and {compiler!r} is Clang: set CXX=g++")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "openmp.cpp"
+        program.write_text("#include <omp.h>\nint main() { return omp_get_num_procs() < 1; }\n")
+        options = ["-fopenmp", str(program), "-o", str(program.with_suffix(""))]
+        if subprocess.run([*command, *options], capture_output=True).returncode != 0:
+            fail(
+                f"{compiler!r} cannot build a program that uses OpenMP: install what it lacks "
+                "(for Clang on Debian or Ubuntu: apt install libomp-dev), or set CXX=g++"
+            )
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         fail(
             "the headers of this Python are missing (Python.h): install them "
@@ -148,6 +230,49 @@ def check_tools() -> None:
     os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
     if shutil.which("ninja") is None:
         fail(f"ninja is missing: run `pip install ninja`, then `{INSTALL}`")
+
+
+def kernel_objects(folder: Path, kinds: list[str]) -> dict[Path, tuple[str, Path]]:
+    """The object files of the CPU kernels: each with its ISA and source, large sources first."""
+    kernels = [Path(file).resolve() for file in sources("cpu/*_kernel.cpp")]
+    kernels.sort(key=lambda file: file.stat().st_size, reverse=True)
+    below = Path("csrc", "cpu")
+    return {
+        folder / isa / below / f"{kernel.stem}.o": (isa, kernel)
+        for kernel in kernels
+        for isa in kinds
+    }
+
+
+@contextlib.contextmanager
+def one_ninja_file(kernels: dict[Path, tuple[str, Path]]) -> Iterator[None]:
+    """Put the kernels at the head of the ninja file that torch writes for the other sources.
+
+    So all objects share one pool of jobs, and the ones that take longest start first.
+    """
+    from torch.utils import cpp_extension
+
+    def escape(path: Path) -> str:
+        return str(path).replace(" ", "$ ")
+
+    edges = ""
+    for target, (isa, source) in kernels.items():
+        flags = " ".join([f"-DSEQMEM_ISA={isa}", *ISA_FLAGS[isa]])
+        edges += f"\nbuild {escape(target)}: compile {escape(source)}\n"
+        edges += f"  post_cflags = $post_cflags {flags}\n"
+    run_ninja = cpp_extension._run_ninja_build
+
+    def add_and_run(build_directory: str, verbose: bool, error_prefix: str) -> None:
+        file = Path(build_directory) / "build.ninja"
+        head, first, others = file.read_text().partition("\nbuild ")
+        file.write_text(head + edges + first + others)
+        run_ninja(build_directory, verbose, error_prefix)
+
+    cpp_extension._run_ninja_build = add_and_run
+    try:
+        yield
+    finally:
+        cpp_extension._run_ninja_build = run_ninja
 
 
 def make_build_ext() -> type[build_ext]:
@@ -200,10 +325,10 @@ def make_build_ext() -> type[build_ext]:
                 flags["cxx"] += SANITIZE_FLAGS
                 ext.extra_link_args += ["-fsanitize=address,undefined"]
             flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds]
-            # A list of its own: torch's wrapper appends to the one that it is given.
-            objects = [obj for isa in kinds for obj in self.compile_kernels(ext, isa)]
-            ext.extra_objects = [*ext.extra_objects, *objects]
-            super().build_extension(ext)
+            kernels = kernel_objects(Path(self.build_temp).resolve(), kinds)
+            ext.extra_objects = [*ext.extra_objects, *map(str, kernels)]
+            with one_ninja_file(kernels):
+                super().build_extension(ext)
 
         def wanted_isas(self) -> list[str]:
             if self.isas is not None:
@@ -212,19 +337,6 @@ def make_build_ext() -> type[build_ext]:
                     fail(f"--isas takes some of {', '.join(isas())}, got {', '.join(unknown)}")
                 return [isa for isa in isas() if isa in named]
             return isas_of_this_machine() if self.sanitize else isas()
-
-        def compile_kernels(self, ext: Extension, isa: str) -> list[str]:
-            kernels = sources("cpu/*_kernel.cpp")
-            if not kernels:
-                return []
-            cxx = [*ext.extra_compile_args["cxx"], f"-DSEQMEM_ISA={isa}", *ISA_FLAGS[isa]]
-            return self.compiler.compile(
-                kernels,
-                output_dir=str(Path(self.build_temp) / isa),
-                include_dirs=ext.include_dirs,
-                extra_postargs={**ext.extra_compile_args, "cxx": cxx},
-                depends=ext.depends,
-            )
 
     return BuildPerIsa.with_options(use_ninja=True)
 
@@ -246,7 +358,7 @@ def extension() -> Extension:
         flags = {"cxx": [*cxx, "-DSEQMEM_WITH_CUDA"], "nvcc": ["-O3", "-DSEQMEM_WITH_CUDA"]}
         return cpp_extension.CUDAExtension(
             "seqmem_fast._C",
-            files + sources("cuda/*.cpp", "cuda/*.cu"),
+            sources("cuda/*.cu", "cuda/*.cpp") + files,
             extra_compile_args=flags,
             **arguments,
         )

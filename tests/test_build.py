@@ -67,6 +67,90 @@ def test_capability_selects_the_isa(capability: str, isa: str) -> None:
     assert result.stdout.strip() == isa, result.stderr
 
 
+# A torch that looks like a CUDA build, and a toolkit in CUDA_HOME whose nvcc only answers
+# questions. `with CUDA` is printed where setup.py decides for the CUDA sources.
+CUDA_TORCH = (
+    "import os, torch; torch.version.cuda = '13.0'; "
+    "torch._C._cuda_getArchFlags = lambda: 'sm_70 sm_90 sm_100'; "
+    "from torch.utils import cpp_extension; cpp_extension.CUDA_HOME = os.environ['CUDA_HOME']"
+)
+NVCC = """#!/bin/sh
+case $1 in
+--version) test -n "$NVCC_RELEASE" && echo "Cuda compilation tools, release $NVCC_RELEASE" ;;
+--list-gpu-arch) printf 'compute_%s\\n' 80 90 100 120 ;;
+--dryrun) echo "#$ TOP=$REAL_TOOLKIT" >&2 ;;
+esac
+"""
+
+
+def cuda_toolkit(folder: Path) -> dict[str, str]:
+    """The environment of a machine that has it and no GPU."""
+    for name in ("bin", "include"):
+        (folder / name).mkdir(parents=True)
+    (folder / "bin" / "nvcc").write_text(NVCC)
+    (folder / "bin" / "nvcc").chmod(0o755)
+    (folder / "include" / "cuda_runtime_api.h").touch()
+    return {
+        "CUDA_HOME": str(folder),
+        "CUDA_VISIBLE_DEVICES": "",
+        "FORCE_CUDA": "",
+        "NVCC_RELEASE": "13.0",
+        "REAL_TOOLKIT": str(folder),
+        "TORCH_CUDA_ARCH_LIST": "",
+    }
+
+
+# What is asked of setup.py where torch is a CUDA build: whether the CUDA sources are built, for
+# which architectures, and a line that is printed.
+DECISIONS = {
+    "default archs": ({}, True, "9.0;10.0+PTX", ""),
+    "archs named": ({"TORCH_CUDA_ARCH_LIST": "8.0;12.0"}, True, "8.0;12.0", ""),
+    "without cuda": ({"FORCE_CUDA": "0"}, False, "", ""),
+    "with cuda": ({"FORCE_CUDA": "1"}, True, "9.0;10.0+PTX", ""),
+    "newer minor": ({"NVCC_RELEASE": "13.2"}, True, "9.0;10.0+PTX", ""),
+    "another major": (
+        {"NVCC_RELEASE": "12.8"},
+        False,
+        "",
+        "seqmem_fast: built without CUDA C++, which needs nvcc of CUDA 13.0, as torch has, and ",
+    ),
+    "no nvcc": ({"CUDA_HOME": "/nonexistent"}, False, "", ""),
+}
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_cuda_sources_are_built_where_they_can_be(case: str, tmp_path: Path) -> None:
+    asked, with_cuda, archs, line = DECISIONS[case]
+    program = (
+        f"import runpy, sys; {CUDA_TORCH}\n"
+        "make = cpp_extension.CUDAExtension\n"
+        "cpp_extension.CUDAExtension = lambda *a, **k: print('with CUDA') or make(*a, **k)\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+        "print('archs', os.environ['TORCH_CUDA_ARCH_LIST'])"
+    )
+    result = python("-c", program, **{**cuda_toolkit(tmp_path / "toolkit"), **asked})
+    assert result.returncode == 0, result.stderr
+    assert ("with CUDA" in result.stdout) == with_cuda
+    assert result.stdout.splitlines()[-1] == f"archs {archs}".strip() or archs == ""
+    warnings = [text for text in result.stderr.splitlines() if text.startswith("seqmem_fast:")]
+    assert [text[: len(line)] for text in warnings] == [line] * bool(line)
+
+
+def test_cuda_toolkit_behind_a_script_named_nvcc(tmp_path: Path) -> None:
+    env = cuda_toolkit(tmp_path / "toolkit")
+    elsewhere = cuda_toolkit(tmp_path / "local")["CUDA_HOME"]
+    (tmp_path / "local" / "include" / "cuda_runtime_api.h").unlink()
+    program = (
+        f"import runpy, sys; {CUDA_TORCH}\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+        "print(cpp_extension.CUDA_HOME)"
+    )
+    result = python("-c", program, **{**env, "CUDA_HOME": elsewhere})
+    assert result.stdout.splitlines()[-1] == env["REAL_TOOLKIT"], result.stderr
+
+
 # What stands before setup.py runs, what is asked of it, and the sentence that must come of it.
 REFUSALS = {
     "no torch": ("sys.modules['torch'] = None", {}, "building needs PyTorch 2.11 or newer"),
@@ -81,11 +165,11 @@ REFUSALS = {
         "setuptools 65.5.0 is too old",
     ),
     "no compiler": ("", {"CXX": "no-such-compiler"}, "no C++ compiler found"),
-    "clang": (
+    "no OpenMP": (
         "import subprocess; run = subprocess.run; "
-        "subprocess.run = lambda command, **rest: run(['echo', 'Debian clang version 14'], **rest)",
-        {},
-        "the kernels are written for GCC",
+        "subprocess.run = lambda command, **rest: run(['false'], **rest)",
+        {"FORCE_CUDA": "0"},
+        "cannot build a program that uses OpenMP",
     ),
     "no Python.h": (
         "import sysconfig; sysconfig.get_path = lambda name: '/nonexistent'",
@@ -104,10 +188,34 @@ REFUSALS = {
         "FORCE_CUDA=1 needs a CUDA build of torch",
     ),
     "cuda without nvcc": (
-        "import torch; torch.version.cuda = '13.0'; "
-        "from torch.utils import cpp_extension; cpp_extension.CUDA_HOME = None",
+        f"{CUDA_TORCH}; cpp_extension.CUDA_HOME = None",
         {"FORCE_CUDA": "1"},
-        "FORCE_CUDA=1 needs nvcc",
+        "FORCE_CUDA=1 needs nvcc: install the CUDA toolkit 13.0",
+    ),
+    "nvcc of another cuda": (
+        CUDA_TORCH,
+        {"FORCE_CUDA": "1", "NVCC_RELEASE": "12.8"},
+        "FORCE_CUDA=1 needs nvcc of CUDA 13.0, as torch has",
+    ),
+    "nvcc that does not run": (
+        CUDA_TORCH,
+        {"FORCE_CUDA": "1", "NVCC_RELEASE": ""},
+        "FORCE_CUDA=1 needs an nvcc that works",
+    ),
+    "arch that is none": (
+        CUDA_TORCH,
+        {"TORCH_CUDA_ARCH_LIST": "1.0"},
+        "TORCH_CUDA_ARCH_LIST: Unknown CUDA arch (1.0)",
+    ),
+    "arch unknown to nvcc": (
+        CUDA_TORCH,
+        {"TORCH_CUDA_ARCH_LIST": "7.0;9.0"},
+        "cannot compile for compute_70: set TORCH_CUDA_ARCH_LIST",
+    ),
+    "no arch in common": (
+        f"{CUDA_TORCH}; torch._C._cuda_getArchFlags = lambda: 'sm_50'",
+        {},
+        "compiles for none of the GPUs that torch was built for",
     ),
     "odd FORCE_CUDA": ("", {"FORCE_CUDA": "yes"}, "FORCE_CUDA must be 0 or 1, got 'yes'"),
 }
@@ -118,13 +226,15 @@ def test_a_build_that_cannot_work_says_what_to_do(case: str, tmp_path: Path) -> 
     before, env, sentence = REFUSALS[case]
     program = (
         f"import runpy, sys; {before or 'pass'}\n"
-        f"sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}]\n"
+        f"sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}, "
+        f"'--build-temp', {str(tmp_path / 'temp')!r}]\n"
         "runpy.run_path('setup.py', run_name='__main__')"
     )
-    result = python("-c", program, **env)
+    result = python("-c", program, **{**cuda_toolkit(tmp_path / "toolkit"), **env})
     assert result.returncode != 0
-    assert f"seqmem_fast: {sentence}" in result.stderr
+    assert "seqmem_fast: " in result.stderr and sentence in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "temp").exists(), "something was compiled before"
 
 
 def unbuilt_package(folder: Path) -> str:
