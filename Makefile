@@ -90,7 +90,9 @@ $(DONE)/bench: $(DONE)/torch requirements/common.txt requirements/bench.txt
 	$(PIP) install -r requirements/bench.txt
 	@touch $@
 
-# Editable: a change in Python needs no new build, one in C++ rebuilds what it touches.
+# Editable: a change in Python needs no new build, one in C++ rebuilds what it touches. setup.py is
+# asked first for what it has to say about CUDA: pip shows nothing of a build that succeeds.
 $(DONE)/build: $(DONE)/torch setup.py pyproject.toml $(CPP)
+	@$(BIN)/python setup.py --version > /dev/null
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,47 @@ def test_no_function_is_shared_between_isas() -> None:
             assert names, f"{file} defines nothing"
             for name in names:
                 assert owner.setdefault(name, isa) == isa, f"{name} in {owner[name]} and {isa}"
+
+
+KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*_kernel.cpp"))
+BASELINE = ("-std=c++20", "-fopenmp", "-Wno-unknown-pragmas", "-DSEQMEM_ISA=baseline", "-Icsrc")
+
+
+def compile_kernels(*command: str) -> None:
+    """Run the command on each kernel source for the baseline, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(
+                subprocess.run,
+                [word.format(stem=kernel.stem) for word in (*command, *BASELINE, str(kernel))],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            for kernel in KERNELS
+        ]
+    for run in runs:
+        assert run.result().returncode == 0, run.result().stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs Clang")
+def test_kernels_are_understood_by_clang() -> None:
+    compile_kernels("clang++", "-fsyntax-only", "-Wall", "-Wextra", "-Werror")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="needs a cross compiler")
+def test_kernels_compile_and_link_for_aarch64(tmp_path: Path) -> None:
+    """Neither x86 instructions nor intrinsics in the baseline's path; -O0 for the sake of time."""
+    compiler = "aarch64-linux-gnu-g++"
+    compile_kernels(compiler, "-O0", "-fPIC", "-c", "-o", f"{tmp_path}/{{stem}}.o")
+    objects = sorted(map(str, tmp_path.glob("*.o")))
+    assert len(objects) == len(KERNELS)
+    library = str(tmp_path / "kernels.so")
+    subprocess.run(
+        [compiler, "-shared", "-Wl,--no-undefined", "-fopenmp", *objects, "-o", library], check=True
+    )
 
 
 def sdist(folder: Path) -> Path:
