@@ -86,6 +86,12 @@ class OpSuite:
         floats, call = split(self.case(name, tiny=True))
         assert torch.autograd.gradgradcheck(call, floats, fast_mode=True)
 
+    def test_third_derivative(self) -> None:
+        """By the first tensor."""
+        case = self.case(self.names[0], tiny=True)
+        for a, b in zip(derivatives(case.op, case), derivatives(case.reference, case), strict=True):
+            torch.testing.assert_close(a, b)
+
     @pytest.mark.sanitize
     def test_partial_gradients(self, name: str) -> None:
         """Each input alone asks for its gradient, from each output alone."""
@@ -200,14 +206,7 @@ class OpSuite:
     def test_same_bits_at_any_thread_count(
         self, name: str, dtype: torch.dtype, restored_threads: None
     ) -> None:
-        case = self.case(name, dtype)
-        runs = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            runs.append(values_and_gradients(case.op, case.tensors))
-        for run in runs[1:]:
-            for a, b in zip(run, runs[0], strict=True):
-                assert torch.equal(a, b)
+        check_same_bits_at_any_thread_count(self.case(name, dtype))
 
     def test_tensors_changed_before_backward(self, name: str) -> None:
         """As with torch's own ops: an error, unless the gradients do not depend on the tensor."""
@@ -274,18 +273,21 @@ class OpSuite:
                 assert torch.equal(a.grad, b.grad.float())
 
     def test_func_transforms(self, name: str) -> None:
+        """torch.func beside autograd through the op itself: its kernels, forward and backward."""
         case = self.case(name, tiny=True)
         first, rest = case.tensors[0], case.tensors[1:]
 
-        def loss(op: Function) -> Callable[[Tensor], Tensor]:
-            return lambda x: sum((o.sin().sum() for o in op(x, *rest)), x.new_zeros(()))
+        def loss(x: Tensor) -> Tensor:
+            return sum((o.sin().sum() for o in case.op(x, *rest)), x.new_zeros(()))
 
         leaf = first.clone().requires_grad_()
-        (expected,) = torch.autograd.grad(loss(case.reference)(leaf), leaf)
-        torch.testing.assert_close(torch.func.grad(loss(case.op))(first), expected)
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(torch.func.grad(loss)(first), expected)
+        output = case.op(leaf, *rest)[0]
+        rows = [torch.autograd.grad(o, leaf, retain_graph=True)[0] for o in output.flatten()]
         jacobian = torch.func.jacrev(lambda x: case.op(x, *rest)[0])(first)
-        eager = torch.autograd.functional.jacobian(lambda x: case.reference(x, *rest)[0], first)
-        torch.testing.assert_close(jacobian, eager)
+        expected = torch.stack(rows).view(*output.shape, *first.shape)
+        torch.testing.assert_close(jacobian, expected)
         many = torch.stack((first, 2 * first))
         mapped = torch.vmap(lambda x: case.op(x, *rest))(many)
         for k in range(2):
@@ -305,6 +307,28 @@ def check_against_float64(case: Case, name: str = "") -> None:
         assert a.dtype == dtype and a.shape == b.shape
         bound = tolerance.bound(k < outputs, error(e, b))
         assert error(a, b) <= bound, f"{name} value {k}: error {error(a, b):.2e} over {bound:.2e}"
+
+
+def check_same_bits_at_any_thread_count(case: Case) -> None:
+    """For tests with the fixture `restored_threads`."""
+    runs = []
+    for threads in (1, 2, 3, 4, 2):
+        torch.set_num_threads(threads)
+        runs.append(values_and_gradients(case.op, case.tensors))
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def derivatives(op: Function, case: Case) -> list[Tensor]:
+    """The first three by the first tensor, each of a power of the one before."""
+    x = case.tensors[0].clone().requires_grad_()
+    results, value = [], op(x, *case.tensors[1:])[0].pow(3).sum()
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        results.append(grad)
+        value = grad.pow(2).sum()
+    return results
 
 
 def all_nan(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -405,7 +429,8 @@ def check_nothing_left_over(case: Case, larger: Case) -> None:
     """Scratch memory full of NaN, as calls with NaN leave it, does not show in the next one."""
     clean = values_and_gradients(case.op, case.tensors)
     for spoilt in (larger, case):
-        values_and_gradients(spoilt.op, all_nan(spoilt.tensors))
+        left = values_and_gradients(spoilt.op, all_nan(spoilt.tensors))
+        assert all(t.isnan().any() for t in left)
     again = values_and_gradients(case.op, case.tensors)
     for found, wanted in zip(again, clean, strict=True):
         assert found.isfinite().all() and torch.equal(found, wanted)

@@ -16,9 +16,9 @@ from op_suite import (
     OpSuite,
     check_against_float64,
     check_nothing_left_over,
+    check_same_bits_at_any_thread_count,
     compare,
     error,
-    values_and_gradients,
 )
 from peak_memory import growth_mib
 from torch import Tensor
@@ -219,13 +219,7 @@ def test_masked_scores_cost_no_denormals() -> None:
 def test_large_same_bits_at_any_thread_count(
     sizes: tuple[int, ...], dtype: torch.dtype, restored_threads: None
 ) -> None:
-    case = plain_case(*sizes, dtype=dtype)
-    runs = []
-    for threads in (1, 2, 3, 4, 2):
-        torch.set_num_threads(threads)
-        runs.append(values_and_gradients(case.op, case.tensors))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_same_bits_at_any_thread_count(plain_case(*sizes, dtype=dtype))
 
 
 def test_extreme_projections_saturate() -> None:

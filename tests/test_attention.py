@@ -16,9 +16,9 @@ from op_suite import (
     OpSuite,
     check_against_float64,
     check_nothing_left_over,
+    check_same_bits_at_any_thread_count,
     compare,
     error,
-    values_and_gradients,
 )
 from torch import Tensor
 
@@ -128,12 +128,7 @@ def test_large_same_bits_at_any_thread_count(
 ) -> None:
     for name in ("masked", "causal"):
         case = plain_case(*sizes, dtype, name)
-        runs = []
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            runs.append(values_and_gradients(case.op, case.tensors))
-        for run in runs[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+        check_same_bits_at_any_thread_count(case)
 
 
 LEFT_OVER = [

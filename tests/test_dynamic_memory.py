@@ -16,8 +16,8 @@ from op_suite import (
     Function,
     OpSuite,
     check_against_float64,
+    check_same_bits_at_any_thread_count,
     differentiable,
-    values_and_gradients,
 )
 from torch import Tensor
 
@@ -124,13 +124,7 @@ def test_any_configuration(sizes: tuple[int, int, int, int], hops: int, name: st
 def test_large_same_bits_at_any_thread_count(
     name: str, dtype: torch.dtype, restored_threads: None
 ) -> None:
-    case = plain_case((37, 200, 64, 64), dtype, name)
-    runs = []
-    for threads in (1, 2, 3, 4, 2):
-        torch.set_num_threads(threads)
-        runs.append(values_and_gradients(case.op, case.tensors))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_same_bits_at_any_thread_count(plain_case((37, 200, 64, 64), dtype, name))
 
 
 @pytest.mark.parametrize("name", ["shared", "per_sample_masked"])
@@ -219,22 +213,6 @@ def test_saturated_networks_are_exact() -> None:
     for k, bias in ((3, [-1e30, -90.0, -30.0, 0.0] * 2), (5, [1e30, 30.0, -1e4, 0.0] * 2)):
         tensors[k] = torch.tensor(bias)
     check_against_float64(Case(case.op, case.reference, tuple(tensors), (), ()))
-
-
-def test_third_derivative() -> None:
-    case = plain_case((2, 3, 2, 2), torch.float64, hops=2)
-
-    def grads(op: Function) -> list[Tensor]:
-        x = case.tensors[0].clone().requires_grad_()
-        results, value = [], op(x, *case.tensors[1:])[0].pow(3).sum()
-        for _ in range(3):
-            (grad,) = torch.autograd.grad(value, x, create_graph=True)
-            results.append(grad)
-            value = grad.pow(2).sum()
-        return results
-
-    for a, b in zip(grads(case.op), grads(case.reference), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # ---- wrong arguments

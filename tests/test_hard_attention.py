@@ -13,8 +13,8 @@ from op_suite import (
     OpSuite,
     cast,
     check_against_float64,
+    check_same_bits_at_any_thread_count,
     differentiable,
-    values_and_gradients,
 )
 from torch import Tensor
 from torch.distributions import Categorical
@@ -244,17 +244,8 @@ def test_rows_that_are_no_distribution(actions: int) -> None:
 
 @pytest.mark.isa
 def test_many_rows_same_bits_at_any_thread_count(restored_threads: None) -> None:
-    case = loss_case("rows", 20_000, 10, torch.float32)
-    sampled = sample_case(20_000, 10, torch.float32)
-    runs = []
-    for threads in (1, 2, 3, 4):
-        torch.set_num_threads(threads)
-        runs.append(
-            values_and_gradients(case.op, case.tensors)
-            + values_and_gradients(sampled.op, sampled.tensors)
-        )
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_same_bits_at_any_thread_count(loss_case("rows", 20_000, 10, torch.float32))
+    check_same_bits_at_any_thread_count(sample_case(20_000, 10, torch.float32))
 
 
 def test_loss_from_log_probabilities() -> None:

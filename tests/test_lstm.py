@@ -12,6 +12,8 @@ from op_suite import (
     Function,
     OpSuite,
     check_against_float64,
+    check_nothing_left_over,
+    check_same_bits_at_any_thread_count,
     compare,
     error,
     values_and_gradients,
@@ -175,13 +177,7 @@ def test_long_sequence(dtype: torch.dtype) -> None:
 def test_large_same_bits_at_any_thread_count(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, restored_threads: None
 ) -> None:
-    case = plain_case(*sizes, dtype)
-    runs = []
-    for threads in (1, 2, 3, 4, 2):
-        torch.set_num_threads(threads)
-        runs.append(values_and_gradients(case.op, case.tensors))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_same_bits_at_any_thread_count(plain_case(*sizes, dtype))
 
 
 @pytest.mark.sanitize
@@ -265,22 +261,6 @@ def test_small_values_keep_their_relative_accuracy() -> None:
     assert float(((g - exact) / exact).abs().max()) < 2e-6
 
 
-def test_third_derivative() -> None:
-    case = plain_case(2, 2, 2, 3, torch.float64)
-
-    def grads(op: Function) -> list[Tensor]:
-        x = case.tensors[0].clone().requires_grad_()
-        results, value = [], op(x, *case.tensors[1:])[0].pow(3).sum()
-        for _ in range(3):
-            (grad,) = torch.autograd.grad(value, x, create_graph=True)
-            results.append(grad)
-            value = grad.pow(2).sum()
-        return results
-
-    for a, b in zip(grads(case.op), grads(case.reference), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_gradient_penalty_reaches_every_weight() -> None:
     """As in WGAN-GP: a loss on the input's gradient, differentiated by the weights."""
     case = plain_case(3, 2, 3, 4, torch.float64)
@@ -345,21 +325,19 @@ def test_more_than_2_31_elements() -> None:
 
 
 @pytest.mark.parametrize("rows", [13, 19])
-def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(rows: int) -> None:
-    """Its rows lie in the lanes; shared out, a thread may be left with fewer than a vector."""
+def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(
+    rows: int, restored_threads: None
+) -> None:
+    """Its rows fill the lanes of vectors; a thread's share may be less than one vector."""
     torch.manual_seed(rows)
     cell = LSTMCell(300, 301)
     x, h, c = torch.randn(rows, 300), torch.randn(rows, 301), torch.randn(rows, 301)
     h[3] = float("nan")
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with torch.no_grad():
-                found.append(torch.cat(cell(x, (h, c)), 1))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            found.append(torch.cat(cell(x, (h, c)), 1))
     others = torch.arange(rows) != 3
     assert found[0][3].isnan().all() and found[0][others].isfinite().all()
     assert all(torch.equal(one[others], found[0][others]) for one in found[1:])
@@ -370,56 +348,44 @@ def test_a_batch_over_unpacked_weights_has_the_same_bits_on_any_threads(rows: in
     assert (found[0][others] - expected).norm() / expected.norm() < 1e-5
 
 
+def untraced_case(name: str, dtype: torch.dtype, *sizes: int) -> Case:
+    """Of ops.lstm, which keeps other tensors for the backward pass than lstm_trace."""
+    samples = reference.sample_inputs(dtype=dtype, sizes=sizes)  # type: ignore[arg-type]
+    x, state, *weights = next(s for s in samples if s.name == name).args
+
+    def call(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+        output, (hy, cy) = ops.lstm(x, (h, c), *weights)
+        return output, hy, cy
+
+    return Case(call, call, (x, *state, *weights), (), ())
+
+
 @pytest.mark.isa
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("sizes", "projected"),
+    ("name", "sizes"),
     [
-        ((3, 3, 5, 7, 7), False),
-        ((70, 1, 5, 7, 7), False),
-        ((100, 1, 64, 64, 64), False),
-        ((9, 20, 5, 7, 3), True),
-        ((1, 9, 5, 7, 7), False),
-        ((1, 1, 5, 7, 7), False),
+        ("plain", (3, 3, 5, 7)),
+        ("plain", (70, 1, 5, 7)),
+        ("plain", (100, 1, 64, 64)),
+        ("projected", (9, 20, 5, 7)),
+        ("plain", (1, 9, 5, 7)),
+        ("plain", (1, 1, 5, 7)),
     ],
     ids=str,
 )
 def test_nothing_is_left_over_from_an_earlier_call(
-    sizes: tuple[int, int, int, int, int],
-    projected: bool,
+    name: str,
+    sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     threads: int,
     restored_threads: None,
 ) -> None:
-    """Scratch memory full of NaN, as a call with NaN leaves it, does not show in the next one."""
-    time, batch, width, hidden, out = sizes
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    tensors = [random(time, batch, width), random(batch, out), random(batch, hidden)]
-    tensors += [random(4 * hidden, width), random(4 * hidden, out)]
-    tensors += [random(4 * hidden), random(4 * hidden)]
-    if projected:
-        tensors.append(random(out, hidden))
-
-    def run(tensors: list[Tensor]) -> list[Tensor]:
-        x, h, c, *weights = leaves = [t.clone().requires_grad_() for t in tensors]
-        output, (hy, cy) = ops.lstm(x, (h, c), *weights)
-        seeds = (torch.ones_like(output), torch.ones_like(hy), torch.ones_like(cy))
-        found = torch.autograd.grad((output, hy, cy), leaves, seeds)
-        return [t.detach() for t in (output, hy, cy, *found)]
-
     torch.set_num_threads(threads)
-    clean = run(tensors)
-    spoilt = run([torch.full_like(t, torch.nan) for t in tensors])
-    again = run(tensors)
-    assert all(t.isnan().any() for t in spoilt)
-    for expected, found in zip(clean, again, strict=True):
-        assert expected.isfinite().all()
-        assert torch.equal(expected, found)
+    time, batch, width, hidden = sizes
+    larger = (time, batch + 3, width + 40, hidden + 40)
+    check_nothing_left_over(untraced_case(name, dtype, *sizes), untraced_case(name, dtype, *larger))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -262,22 +262,6 @@ def test_empty_weightings_stay_empty() -> None:
     assert all(torch.isfinite(v).all() for v in values)
 
 
-def test_third_derivative() -> None:
-    case = case_of(sample_of("plain", torch.float64, TINY))
-
-    def grads(op: Function) -> list[Tensor]:
-        x = case.tensors[0].clone().requires_grad_()
-        results, value = [], op(x, *case.tensors[1:])[0].pow(3).sum()
-        for _ in range(3):
-            (grad,) = torch.autograd.grad(value, x, create_graph=True)
-            results.append(grad)
-            value = grad.pow(2).sum()
-        return results
-
-    for a, b in zip(grads(case.op), grads(case.reference), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_long_sequences_train_in_little_memory() -> None:
     """Between checkpoints memories are computed again: what is kept grows slower than T N M."""
     time, batch, slots, width = 1000, 2, 128, 20

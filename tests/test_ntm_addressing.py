@@ -15,6 +15,7 @@ from op_suite import (
     Case,
     OpSuite,
     check_against_float64,
+    check_same_bits_at_any_thread_count,
     error,
     values_and_gradients,
 )
@@ -124,13 +125,7 @@ def test_heads_equal_calls_one_by_one() -> None:
 def test_large_same_bits_at_any_thread_count(
     name: str, dtype: torch.dtype, restored_threads: None
 ) -> None:
-    case = make(name, dtype, (7, 400, 65, 2, 5))
-    runs = []
-    for threads in (1, 2, 3, 4, 2):
-        torch.set_num_threads(threads)
-        runs.append(values_and_gradients(case.op, case.tensors))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    check_same_bits_at_any_thread_count(make(name, dtype, (7, 400, 65, 2, 5)))
 
 
 # ---- what the equations say, against the paper's own words in numpy
