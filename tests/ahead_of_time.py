@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,36 +21,39 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
-def compiled(
-    kernel: Any,
-    target: str,
-    storage: str,
-    warps: int,
-    constants: dict[str, Any],
-    pointers: dict[str, str],
-    aligned: Sequence[str] = (),
-) -> Any:
-    """The kernel for one target: pointers to `storage` unless named, 32-bit integers elsewhere.
+class Kernel(NamedTuple):
+    """How a kernel is launched on a usual shape, for compiling it ahead of time."""
 
-    aligned: the integers that 16 divides, as launches with well-shaped tensors have them.
-    """
+    module: str  # of seqmem_fast._triton
+    name: str
+    storage: str
+    warps: int
+    constants: dict[str, Any]
+    pointers: dict[str, str] = {}  # noqa: RUF012  (those of another type than the storage)
+    aligned: Sequence[str] = ()  # integers that 16 divides where tensors are well shaped
+    targets: Sequence[str] = ("sm_90", "gfx942")
+    label: str = ""  # in the report, where the storage does not tell launches apart
+
+
+def compiled(function: Any, target: str, kernel: Kernel) -> Any:
+    """For one target: pointers to the storage unless named, 32-bit integers elsewhere."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     signature, values, attributes = {}, {}, {}
-    for k, parameter in enumerate(kernel.params):
+    for k, parameter in enumerate(function.params):
         name = parameter.name
-        if name in constants:
-            signature[name], values[(k,)] = "constexpr", constants[name]
+        if name in kernel.constants:
+            signature[name], values[(k,)] = "constexpr", kernel.constants[name]
         elif name.endswith("_ptr"):
-            signature[name] = pointers.get(name, f"*{storage}")
+            signature[name] = kernel.pointers.get(name, f"*{kernel.storage}")
             attributes[(k,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-            if name in aligned:
+            if name in kernel.aligned:
                 attributes[(k,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "num_stages": 1}
+    source = ASTSource(function, signature, values, attributes)
+    options = {"num_warps": kernel.warps, "num_stages": 1}
     return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 

@@ -1,25 +1,18 @@
-"""The LSTM on GPU: its Triton kernels interpreted, compiled ahead of time, and run where one is.
-
-The interpreter's tests are in triton_lstm_interpreted.py and run in a process of their own.
-"""
+"""The LSTM on GPU: the choice of its kernels, and all of it run where a GPU is."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import TARGETS, report, resources
 from torch import Tensor, nn
 
 import seqmem_fast as sf
 from seqmem_fast.reference import lstm as reference
 
-HERE = Path(__file__).parent
 # cuBLAS asks for this under deterministic algorithms, which every test runs with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -27,16 +20,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture
 def triton() -> Any:
     return pytest.importorskip("triton")
-
-
-@pytest.mark.slow
-def test_in_the_interpreter(triton: Any) -> None:
-    file = HERE / "triton_lstm_interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_the_route_follows_from_the_shape(triton: Any) -> None:
@@ -69,95 +52,6 @@ def test_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = _triton._on_first_call("seqmem::lstm", "lstm", "lstm")
     with pytest.raises(RuntimeError, match=r"pip install seqmem_fast\[triton\]"):
         kernel()
-
-
-@pytest.mark.parametrize("op", ["lstm", "lstm_backward", "lstm_cell", "lstm_cell_backward"])
-def test_every_op_has_a_cuda_kernel(op: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"seqmem::{op}", "CUDA")
-
-
-# ---- ahead of time ------------------------------------------------------------------------------
-
-STEP = {"BLOCK_B": 4, "BLOCK_H": 128}
-# label: storage, padded H, tensor cores, precision, warps: as on_chip_plan chooses them
-ON_CHIP = {
-    "fp32 H 64": ("fp32", 64, False, "ieee", 8),
-    "fp32 H 64 TF32": ("fp32", 64, True, "tf32", 8),
-    "bf16 H 64": ("bf16", 64, False, "ieee", 8),
-    "bf16 H 64 dot": ("bf16", 64, True, "ieee", 4),
-    "bf16 H 128 dot": ("bf16", 128, True, "ieee", 8),
-}
-
-
-def compiled(kernel: Any, storage: str, target: str, warps: int, **constants: Any) -> Any:
-    """The kernel with every optional argument given but offsets_ptr, for one target."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    fixed = {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
-    if constants.get("DOT") is False:
-        fixed["w_ptr"] = "*fp32"
-    signature, values, attributes = {}, {}, {}
-    for k, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if name in constants or name == "offsets_ptr":
-            signature[name], values[(k,)] = "constexpr", constants.get(name)
-        elif name.endswith("_ptr"):
-            signature[name] = fixed.get(name, f"*{storage}")
-            attributes[(k,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if name in ("H", "width"):
-                attributes[(k,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "num_stages": 1}
-    return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_on_chip_kernels_compile(
-    triton: Any, target: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from seqmem_fast._triton import lstm_on_chip
-
-    rows = {}
-    for label, (storage, block_h, dot, precision, warps) in ON_CHIP.items():
-        if target == "gfx942" and (precision == "tf32" or block_h == 128):
-            continue  # on_chip_plan asks for neither there
-        for way in ("forward", "backward"):
-            kernel = compiled(
-                getattr(lstm_on_chip, f"lstm_{way}_on_chip"),
-                storage,
-                target,
-                warps,
-                BLOCK_B=16 if dot else 1,
-                BLOCK_H=block_h,
-                DOT=dot,
-                PRECISION=precision,
-            )
-            rows[f"{way} {label}"] = resources(kernel, target)
-    report(capsys, target, rows)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_step_kernels_compile(triton: Any, target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import triton.language as tl
-
-    from seqmem_fast._triton import lstm_step
-
-    rows = {}
-    for storage, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
-        for name, constants in (
-            ("lstm_forward_step", {"PROJECTED": False, "ACC": acc}),
-            ("lstm_backward_step", {"PROJECTED": False, "ACC": acc}),
-            ("lstm_gather_grad_projected", {"ACC": acc}),
-            ("lstm_store_projected", {}),
-            ("lstm_entering_state", {}),
-        ):
-            kernel = compiled(getattr(lstm_step, name), storage, target, 4, **STEP, **constants)
-            rows[f"{name} {storage}"] = resources(kernel, target)
-    report(capsys, target, rows)
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------

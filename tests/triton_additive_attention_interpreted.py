@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import Kernel
 from torch import Tensor
 
 import seqmem_fast
@@ -95,3 +96,14 @@ def test_nothing_to_do() -> None:
     assert not grads[0].any() and not grads[3].any()
     with pytest.raises(ValueError, match="expected key of shape"):
         launchers.additive_attention(q, k[..., 1:], v, w, None)
+
+
+def kernels() -> list[Kernel]:
+    file = "additive_attention"
+    rows = ("q_t", "k_t", "own_t", "other_t", "width", "keys")
+    wide = {"scores_ptr": "*fp32", "grad_scores_ptr": "*fp32", "grad_v_ptr": "*fp32"}
+    scores = {"m_j": 1, "BM": 16, "BN": 64}
+    return [
+        Kernel(file, "additive_scores", "bf16", 4, scores, {"mask_ptr": "*u8", **wide}, rows),
+        Kernel(file, "additive_backward", "bf16", 4, {"BM": 16, "BA": 32}, wide, rows),
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import Kernel
 from torch import Tensor
 
 import seqmem_fast
@@ -112,3 +113,21 @@ def test_nothing_to_do() -> None:
     assert not grads[0].any()
     with pytest.raises(ValueError, match="expected key of shape"):
         launchers.attention(q, k[..., 1:], v, None, None, False)
+
+
+def kernels() -> list[Kernel]:
+    file = "attention_kernels"
+    rows = ("q_t", "k_t", "v_t", "m_i", "g_i", "keys", "width", "value_width")
+    found = []
+    for storage, (block_m, block_n, warps) in {"bf16": (64, 64, 4), "fp32": (32, 32, 8)}.items():
+        tile = {"BM": block_m, "BN": block_n, "BD": 64, "BV": 64, "m_j": 1, "g_j": 1}
+        names: dict[str, dict[str, Any]] = {
+            "attention_forward": {"CAUSAL": False, "ONE_BLOCK": False},
+            "attention_backward_rows": {"grad_scores_ptr": None},
+            "attention_backward_columns": {"CAUSAL": False},
+        }
+        for name, options in names.items():
+            pointers = {"mask_ptr": "*u8", "delta_ptr": "*fp32"}
+            constants = {**tile, **options}
+            found.append(Kernel(file, name, storage, warps, constants, pointers, rows))
+    return found

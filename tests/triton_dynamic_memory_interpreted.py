@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import Kernel
 from torch import Tensor
 
 import seqmem_fast
@@ -132,3 +133,14 @@ def test_no_hops_no_rows() -> None:
     assert not grads[1].any() and grads[1].shape == (9, 6)
     with pytest.raises(ValueError, match="expected memory"):
         launchers.dynamic_memory(args[0], args[1][0], *args[2:], None, None, 2, True, True)
+
+
+def kernels() -> list[Kernel]:
+    file, shape = "dynamic_memory_kernels", {"BN": 64, "BD": 64}
+    fp32 = "z scores saved maps dz du de ds grad".split()
+    pointers = {"mask_ptr": "*u8", **{f"{name}_ptr": "*fp32" for name in fp32}}
+    names = ("forward", "final", "backward", "shared_grad")
+    return [
+        Kernel(file, f"dynamic_memory_{name}", "bf16", 8, shape, pointers, ("width",))
+        for name in names
+    ]

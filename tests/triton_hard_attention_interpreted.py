@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ahead_of_time import Kernel
 
 import seqmem_fast
 from seqmem_fast._triton import hard_attention as launchers
@@ -70,3 +71,10 @@ def test_rows_and_checks() -> None:
     assert launchers.categorical_sample(logits[:0], uniform[:0])[0].shape == (0,)
     with pytest.raises(ValueError, match="expected uniform of shape"):
         launchers.categorical_sample(logits, uniform[:2])
+
+
+def kernels() -> list[Kernel]:
+    file, shape = "hard_attention", {"BLOCK": 256}
+    wide = {"uniform_ptr": "*fp32", "by_log_prob_ptr": "*fp32", "by_entropy_ptr": "*fp32"}
+    names = ("hard_attention_forward", "hard_attention_backward")
+    return [Kernel(file, k, "bf16", 1, shape, {"action_ptr": "*i64", **wide}) for k in names]

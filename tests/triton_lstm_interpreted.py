@@ -1,4 +1,4 @@
-"""The Triton LSTM on CPU tensors; run by test_triton_lstm.py in a process of its own.
+"""The Triton LSTM on CPU tensors; run by test_triton_ops.py in a process of its own.
 
 Triton must see TRITON_INTERPRET=1 before it is first imported, so this is no file for the main run.
 """
@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from ahead_of_time import TARGETS, Kernel
 from torch import Tensor
 
 import seqmem_fast
@@ -223,3 +224,39 @@ def test_gate_maths(dtype: torch.dtype, bound: float) -> None:
     _apply[(1,)](edge, sigmoid, tanh, N=4)
     assert torch.equal(sigmoid[1:], torch.tensor([1, 0, 0.5], dtype=dtype)) and sigmoid[0].isnan()
     assert torch.equal(tanh[1:], torch.tensor([1, -1, 0], dtype=dtype)) and tanh[0].isnan()
+
+
+# label: storage, padded H, tensor cores, precision, warps: as on_chip_plan chooses them
+ON_CHIP = {
+    "fp32 H 64": ("fp32", 64, False, "ieee", 8),
+    "fp32 H 64 TF32": ("fp32", 64, True, "tf32", 8),
+    "bf16 H 64": ("bf16", 64, False, "ieee", 8),
+    "bf16 H 64 dot": ("bf16", 64, True, "ieee", 4),
+    "bf16 H 128 dot": ("bf16", 128, True, "ieee", 8),
+}
+
+
+def kernels() -> list[Kernel]:
+    """With every optional argument given but offsets_ptr."""
+    given = {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
+    aligned = ("H", "width")
+    found = []
+    for storage, acc in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
+        step = {"offsets_ptr": None, "BLOCK_B": 4, "BLOCK_H": 128, "PROJECTED": False, "ACC": acc}
+        for name in (
+            "forward_step", "backward_step", "gather_grad_projected", "store_projected",
+            "entering_state",
+        ):  # fmt: skip
+            kernel = Kernel("lstm_step", f"lstm_{name}", storage, 4, step, given, aligned, TARGETS)
+            found.append(kernel)
+    for label, (storage, block_h, dot, precision, warps) in ON_CHIP.items():
+        # on_chip_plan asks AMD's GPUs for neither TF32 nor 128 units.
+        everywhere = precision != "tf32" and block_h != 128
+        targets = [t for t in TARGETS if everywhere or t != "gfx942"]
+        tile = {"BLOCK_B": 16 if dot else 1, "BLOCK_H": block_h, "DOT": dot}
+        constants = {"offsets_ptr": None, "PRECISION": precision, **tile}
+        pointers = given if dot else {**given, "w_ptr": "*fp32"}
+        for name in ("lstm_forward_on_chip", "lstm_backward_on_chip"):
+            kernel = Kernel("lstm_on_chip", name, storage, warps, constants, pointers, aligned)
+            found.append(kernel._replace(targets=targets, label=label))
+    return found

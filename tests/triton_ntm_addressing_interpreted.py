@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import Kernel
 from torch import Tensor
 
 import seqmem_fast
@@ -102,3 +103,13 @@ def test_no_rows_and_checks() -> None:
     assert launchers.ntm_write(*empty).shape == (0, 9, 5)
     with pytest.raises(ValueError, match="expected weights of shape"):
         launchers.ntm_write(memory, weights[:, 1:], erase, add)
+
+
+def kernels() -> list[Kernel]:
+    """N = 128, M = 64: the most that stays on chip."""
+    shape = {"BN": 128, "BW": 64, "BS": 4}
+    names = ("ntm_address", "ntm_address_backward", "ntm_write_heads", "ntm_write_heads_backward")
+    return [
+        Kernel("ntm_addressing_kernels", name, "bf16", 8, shape, {}, ("slots", "width"))
+        for name in names
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import Kernel
 from torch import Tensor
 
 import seqmem_fast
@@ -123,3 +124,13 @@ def test_kept_or_not_rows_and_checks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(none[1:6], first, strict=True))
     with pytest.raises(ValueError, match="expected memory of shape"):
         call(sample, x, first._replace(memory=first.memory[:1]), True, True)
+
+
+def kernels() -> list[Kernel]:
+    """The copy task's: N = 128, M = 20, C = 100, an LSTM; float32."""
+    shape = {"BN": 128, "BW": 32, "BS": 4, "BC": 128, "BK": 32}
+    options = {"LAYERS": 1, "LSTM": True, "SQUASH": True}
+    pointers = {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
+    file, constants = "ntm_kernels", {**shape, **options}
+    names = ("ntm_forward", "ntm_backward")
+    return [Kernel(file, name, "fp32", 8, constants, pointers, ("slots",)) for name in names]
