@@ -69,6 +69,11 @@ def message_of(target: Target, bad: Bad, call: Callable[[], Any]) -> str:
     return message.split("\n")[0]
 
 
+EXOTIC: dict[str, Callable[[Tensor], Tensor]] = {
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "mkldnn": Tensor.to_mkldnn,
+    "nested": lambda t: torch.nested.nested_tensor([t[0], t[0]]),
+}
 ROWS_FOR: dict[str, Callable[[Target, Bad], bool]] = {  # the tests that leave some rows out
     "test_refused_on_meta": lambda target, bad: not bad.needs_values,
     "test_refused_compiled": lambda target, bad: (
@@ -134,22 +139,15 @@ class HostileSuite:
                     target.call(**{**given, name: on_meta(value)})
 
     @pytest.mark.sanitize
-    @pytest.mark.parametrize("layout", ["quantized", "mkldnn", "nested"])
+    @pytest.mark.parametrize("layout", EXOTIC)
     def test_exotic_layouts_are_refused(self, target: Target, layout: str) -> None:
         given = target.arguments()
         for name, value in given.items():
             if not (isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1):
                 continue
-            if layout == "quantized":
-                value = torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
-            elif layout == "mkldnn":
-                value = value.to_mkldnn()
-            else:
-                value = torch.nested.nested_tensor([value[0], value[0]])
-            with pytest.raises(
-                TypeError, match=f"seqmem::{target.op}: expected {name} to be a dense"
-            ):
-                target.call(**{**given, name: value})
+            says = f"seqmem::{target.op}: expected {name} to be a dense"
+            with pytest.raises(TypeError, match=says):
+                target.call(**{**given, name: EXOTIC[layout](value)})
 
 
 def check_refused_by_module(call: Callable[[], Any], error: type[Exception], says: str) -> None:

@@ -146,10 +146,11 @@ class OpSuite:
         clean = case.op(*case.tensors)
         row, spoiled = 1, []
         for tensor, dim in zip(case.tensors, case.batch_in, strict=True):
-            if tensor is not None and dim is not None and tensor.is_floating_point():
-                tensor = tensor.clone()
-                tensor.select(dim, row).fill_(bad)
-            spoiled.append(tensor)
+            if tensor is None or dim is None or not tensor.is_floating_point():
+                spoiled.append(tensor)
+            else:
+                spoiled.append(tensor.clone())
+                spoiled[-1].select(dim, row).fill_(bad)
         tensors = differentiable(spoiled)
         outputs = case.op(*tensors)
         assert any(not torch.isfinite(o).all() for o in outputs)

@@ -197,8 +197,7 @@ def test_steps(
     for ours, right in zip(
         (rows[0], h, c, z, rows[1]), (output, hy, cy, gates, cells), strict=True
     ):
-        right = right if right.dim() == 2 else right.flatten(0, 1)
-        assert_near(ours, right, dtype)
+        assert_near(ours, right if right.dim() == 2 else right.flatten(0, 1), dtype)
 
     seeds = [torch.randn_like(a).to(dtype) for a in (output, hy, cy, gates, cells)]
     flat = [a if a.dim() == 2 else a.flatten(0, 1) for a in seeds]

@@ -22,6 +22,7 @@ def test_the_capability_asked_for_is_in_use() -> None:
     assert _C.cpu_capability() == (ISA_OF[asked] if asked in ISA_OF else available[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ISA_OF)
 def test_under_capability(capability: str) -> None:
     if ISA_OF[capability] not in available_isas(_C.build_info()["isas"]):

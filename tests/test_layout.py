@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "seqmem_fast"
 
-OPS = {path.stem for path in (CSRC / "ops").glob("*.cpp")}
-# A file whose name goes on after another's stem is a part of that op: ntm_addressing of ntm.
-STEMS = sorted(op for op in OPS if not any(op.startswith(f"{other}_") for other in OPS))
+STEMS = sorted(path.stem for path in (CSRC / "ops").glob("*.cpp"))
 ROOMS = [
     "csrc/ops/{}.cpp",
     "csrc/autograd/{}.cpp",
@@ -26,7 +24,7 @@ ROOMS = [
     "seqmem_fast/reference/{}.py",
     "seqmem_fast/nn/{}.py",
     "tests/test_{}.py",
-    "benchmarks/bench_{}.py",
+    "tests/triton_{}_interpreted.py",
 ]
 SHARED = {"__init__", "common"}  # the files of a room that belong to no single op
 
@@ -43,10 +41,19 @@ MAY_IMPORT = {
 ANY_OP = {("nn", "nn"), ("nn", "ops"), ("tasks", "nn"), ("tasks", "ops"), ("tasks", "tasks")}
 
 
+def stems_of(name: str) -> list[str]:
+    """The stems that a name starts with, the shortest one first."""
+    return [s for s in sorted(STEMS, key=len) if name == s or name.startswith(f"{s}_")]
+
+
 def stem_of(name: str) -> str | None:
     """The op that a file belongs to: the longest stem that its name starts with."""
-    fitting = [stem for stem in STEMS if name == stem or name.startswith(f"{stem}_")]
-    return max(fitting, key=len, default=None)
+    return next(reversed(stems_of(name)), None)
+
+
+def family_of(name: str) -> str | None:
+    """The op that may use the file besides: ntm of ntm_addressing, which it builds on."""
+    return next(iter(stems_of(name)), None)
 
 
 def test_there_is_an_op() -> None:
@@ -57,6 +64,11 @@ def test_there_is_an_op() -> None:
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_op_has_every_room(stem: str, room: str) -> None:
     assert (ROOT / room.format(stem)).is_file()
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_family_has_a_benchmark(stem: str) -> None:
+    assert (ROOT / f"benchmarks/bench_{family_of(stem)}.py").is_file()
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -94,12 +106,12 @@ def imports(path: Path) -> Iterator[str]:
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def room_and_stem(dotted: list[str]) -> tuple[str, str | None]:
+def room_and_family(dotted: list[str]) -> tuple[str, str | None]:
     """Where in the package a dotted name leads: ('ops', 'lstm'); the top is ''."""
     inside = dotted[1:]
     if not inside or not (PACKAGE / inside[0]).is_dir():
         return "", None
-    return inside[0], stem_of(inside[1]) if len(inside) > 1 else None
+    return inside[0], family_of(inside[1]) if len(inside) > 1 else None
 
 
 def test_relative_imports_are_resolved() -> None:
@@ -108,17 +120,17 @@ def test_relative_imports_are_resolved() -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_python_imports_obey_the_rule(path: Path) -> None:
-    room, stem = room_and_stem(list(path.relative_to(ROOT).with_suffix("").parts))
+    room, family = room_and_family(list(path.relative_to(ROOT).with_suffix("").parts))
     for name in imports(path):
         assert name.split(".")[0] not in ("tests", "benchmarks"), f"{path.name} imports {name}"
         if room not in MAY_IMPORT or not name.startswith("seqmem_fast."):
             continue
-        target, target_stem = room_and_stem(name.split("."))
+        target, other = room_and_family(name.split("."))
         if not target:
             continue
         assert target in MAY_IMPORT[room], f"{room}/{path.name} imports {name}"
-        one_op = stem is not None and target_stem is not None and (room, target) not in ANY_OP
-        assert not one_op or stem == target_stem, f"{room}/{path.name} imports another op: {name}"
+        one_op = family is not None and other is not None and (room, target) not in ANY_OP
+        assert not one_op or family == other, f"{room}/{path.name} imports another op: {name}"
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -168,7 +180,7 @@ def test_ops_include_common_and_their_own_kernels(path: Path) -> None:
         if name.startswith("<"):
             continue
         room, _, file = name.partition("/")
-        own = room != "autograd" and stem_of(Path(file).stem) == stem_of(path.stem)
+        own = room != "autograd" and family_of(Path(file).stem) == family_of(path.stem)
         assert room == "common" or own, f"{path.name} includes {name}"
 
 
@@ -185,7 +197,7 @@ def test_cpu_kernels_hold_no_tensors(path: Path) -> None:
             assert name.startswith("<ATen/cpu/vec/"), f"{path.name} includes {name}"
         elif not name.startswith("<"):
             room, _, file = name.partition("/")
-            own = room == "cpu" and stem_of(Path(file).stem) == stem_of(path.stem)
+            own = room == "cpu" and family_of(Path(file).stem) == family_of(path.stem)
             assert room == "common" or own, f"{path.name} includes {name}"
     assert not re.search(r"\bTORCH_LIBRARY|\bat::Tensor\b", path.read_text())
 

@@ -72,8 +72,8 @@ SIZES: list[Sizes] = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(sizes: Sizes, dtype: torch.dtype) -> None:
     for name in ("content", "addressing", "read", "write"):
-        name += "_heads" * (sizes[3] > 1)
-        check_against_float64(make(name, dtype, sizes), name)
+        case = make(name + "_heads" * (sizes[3] > 1), dtype, sizes)
+        check_against_float64(case, name)
 
 
 @pytest.mark.sanitize

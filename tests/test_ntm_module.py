@@ -46,7 +46,7 @@ def make(**options: Any) -> NTM:
     ntm = NTM(**SIZES, **options)
     with torch.no_grad():  # off the initial values, at which much is zero or alike
         for parameter in ntm.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return ntm
 
 

@@ -78,6 +78,7 @@ def test_every_op_has_a_cuda_kernel(name: str) -> None:
 # ---- ahead of time ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile(op: str, target: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,10 +144,10 @@ def _control(
         return state.hidden, state.cell, below
     hiddens, cells = [], []
     pairs = zip(layers, state.hidden.unbind(), state.cell.unbind(), strict=True)
-    for k, ((weight, bias), h, c) in enumerate(pairs):
+    for k, ((weight, bias), h, before) in enumerate(pairs):
         z = torch.addmm(bias if k else projected, torch.cat((below, h), -1), weight)
         i, f, g, o = z.chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        c = torch.sigmoid(f) * before + torch.sigmoid(i) * torch.tanh(g)
         below = torch.sigmoid(o) * torch.tanh(c)
         hiddens.append(below)
         cells.append(c)

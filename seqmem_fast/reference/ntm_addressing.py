@@ -80,9 +80,9 @@ def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Te
     """Equations 3 and 4: weights [B, N], erase and add [B, M] -> the new memory [B, N, M]."""
     if weights.dim() < memory.dim():
         weights, erase, add = weights.unsqueeze(-2), erase.unsqueeze(-2), add.unsqueeze(-2)
-    heads = zip(weights.unbind(-2), erase.unbind(-2), add.unbind(-2), strict=True)
-    for w, e, a in heads:
-        w, e, a = w.unsqueeze(-1), e.unsqueeze(-2), a.unsqueeze(-2)  # [B, N, 1], [B, 1, M] twice
+    rows = weights.unsqueeze(-1).unbind(-3), erase.unsqueeze(-2).unbind(-3)
+    for w, e, a in zip(*rows, add.unsqueeze(-2).unbind(-3), strict=True):
+        # w [B, N, 1], e and a [B, 1, M]
         memory = torch.addcmul(torch.addcmul(memory, memory, w * e, value=-1), w, a)
     return memory
 
