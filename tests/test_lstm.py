@@ -251,6 +251,24 @@ def test_saturated_gates_are_finite_and_exact() -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 16), (40, 3)])  # dots, transposed, packed
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 2.0**126), (torch.float64, 1e308)])
+def test_closed_gates_let_nothing_of_the_largest_cell_through(
+    dtype: torch.dtype, size: float, T: int, B: int
+) -> None:
+    H = 20
+    x = torch.zeros(T, B, 3, dtype=dtype)
+    hx = (torch.zeros(B, H, dtype=dtype), torch.full((B, H), size, dtype=dtype))
+    weights = torch.zeros(4 * H, 3, dtype=dtype), torch.zeros(4 * H, H, dtype=dtype)
+    for forget, expected in ((-1000.0, 0.0), (1000.0, size)):
+        bias = torch.tensor([-1000.0, forget, 1.0, 1000.0], dtype=dtype).repeat_interleave(H)
+        _, (_, c), gates, _ = ops.lstm_trace(x, hx, *weights, bias)
+        assert c.eq(expected).all()
+        i, f, _, o = gates.chunk(4, dim=-1)
+        assert i.eq(0).all() and f.eq(forget > 0).all() and o.eq(1).all()
+
+
+@pytest.mark.isa
 def test_small_values_keep_their_relative_accuracy() -> None:
     """tanh near zero: no cancellation (2 sigmoid(2x) - 1 would lose digits)."""
     x = torch.logspace(-6, 0, 200).reshape(1, 1, -1).transpose(1, 2)

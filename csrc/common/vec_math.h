@@ -57,7 +57,7 @@ template <class C>
 inline constexpr int kLanes = SEQMEM_VEC_BYTES / sizeof(C);
 
 #define SEQMEM_INLINE inline __attribute__((always_inline))
-// Loops over a tile must vanish, or its accumulators live in memory instead of registers.
+// Loops over a tile must be unrolled, or its accumulators are kept in memory instead of registers.
 #if defined(__clang__)
 #define SEQMEM_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -206,12 +206,15 @@ SEQMEM_INLINE C largest(Vec<C> v) {
 // e^r - 1 by its Taylor polynomial, whose first dropped term is below half an ulp. NaN passes
 // through: the clamps compare false.
 
+// `limit`: e^-limit and e^limit are normal numbers. `largest`: 1 / e^largest is still one.
+// `infinite`: its 2^n is infinite and its e^r - 1 positive.
 template <class C>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float magic = 0x1.8p23f, ln2_hi = 0x1.62e4p-1f, ln2_lo = 0x1.7f7d1cp-20f;
   static constexpr float log2e = 0x1.715476p+0f, limit = 87.0f;
+  static constexpr float largest = 87.33f, infinite = 89.0f;
   static constexpr int mantissa = 23, bias = 127, degree = 7;
 };
 template <>
@@ -219,6 +222,7 @@ struct ExpConstants<double> {
   static constexpr double magic = 0x1.8p52, ln2_hi = 0x1.62e42feep-1,
                           ln2_lo = 0x1.a39ef35793c76p-33;
   static constexpr double log2e = 0x1.71547652b82fep+0, limit = 708.0;
+  static constexpr double largest = 708.39, infinite = 710.0;
   static constexpr int mantissa = 52, bias = 1023, degree = 13;
 };
 
@@ -241,7 +245,7 @@ constexpr C inverse_factorial(int k) {
   return static_cast<C>(1 / f);
 }
 
-// N at once, step by step: one polynomial alone would wait for its own multiplications.
+// N vectors at once, step by step: a single polynomial would wait for its own multiplications.
 template <int N, class C>
 SEQMEM_INLINE void exp_parts(const Vec<C> (&x)[N], ExpParts<C> (&out)[N]) {
   using K = ExpConstants<C>;
@@ -280,10 +284,13 @@ SEQMEM_INLINE void exp_of_negative(Vec<C> (&x)[N]) {
     x[i] = x[i] < -limit ? Vec<C>{} : e[i].power + e[i].power * e[i].fraction;
 }
 
-// sigmoid(x) = 1 / (1 + e^-x), from the parts of e^-x.
+// sigmoid(x) = 1 / (1 + e^-x), from the parts of e^-x: exactly 0 where it underflows, so that a
+// closed gate lets nothing of the largest cell through.
 template <class C>
 SEQMEM_INLINE Vec<C> sigmoid_argument(Vec<C> x) {
-  return clamp<C>(-x, ExpConstants<C>::limit);
+  using K = ExpConstants<C>;
+  const Vec<C> y = -x < -K::limit ? splat<C>(-K::limit) : -x;
+  return y > K::largest ? splat<C>(K::infinite) : y;
 }
 template <class C>
 SEQMEM_INLINE Vec<C> sigmoid_of(const ExpParts<C>& e) {
