@@ -7,7 +7,7 @@
 namespace seqmem::lstm {
 namespace {
 
-// The rows of one thread, and where they lie.
+// The rows of one thread, and their positions in memory.
 struct Walk {
   const Shape& s;
   int64_t row_begin, row_step;
@@ -18,27 +18,28 @@ struct Walk {
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t row(int64_t j) const { return row_begin + j * row_step; }
   int64_t index(int64_t t, int64_t r) const { return s.step_row[t] + s.order[r] * s.row_stride; }
-  // How many of this thread's rows are alive at time t.
-  int64_t alive(int64_t t) const {
+  // How many of this thread's rows are active at time t.
+  int64_t active(int64_t t) const {
     const int64_t n = s.active[t] - row_begin;
     return n <= 0 ? 0 : ceil_div(n, row_step);
   }
 };
 
-// to[0..padded-1] = from[0..width-1], then zeros; all zeros where from is null.
+// to[0..padded(n)-1] = from[0..n-1], then zeros; all zeros where from is null.
 template <class S>
-SEQMEM_INLINE void copy_padded(compute_t<S>* to, const S* from, int64_t width, int64_t padded) {
+SEQMEM_INLINE void load_row_or_zero(compute_t<S>* to, const S* from, int64_t n) {
   using C = compute_t<S>;
-  for (int64_t i = 0; i < padded; i += kLanes<C>)
-    store(to + i, from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(width - i)));
+  for (int64_t i = 0; i < n; i += kLanes<C>)
+    store(to + i, from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(n - i)));
 }
 
-template <class X>
-SEQMEM_INLINE const X* at_row(const X* base, int64_t offset) {
-  return base == nullptr ? nullptr : base + offset;
+// Row r of an optional tensor, or null.
+template <class S>
+SEQMEM_INLINE const S* optional_row(const void* base, int64_t r, int64_t width) {
+  return base == nullptr ? nullptr : static_cast<const S*>(base) + r * width;
 }
 
-// The i-th of n places, from the other end at every second step: a pass over weights that are too
+// The i-th of n blocks, from the other end at every second step: a pass over weights that are too
 // large for a cache then begins with those that the step before left in it.
 SEQMEM_INLINE int64_t zigzag(int64_t step, int64_t i, int64_t n) {
   return step & 1 ? n - 1 - i : i;

@@ -1,8 +1,8 @@
 // The LSTM's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
 // One layer, one direction. Rows are kept in `order` (longest sequence first), so that the rows
-// alive at a step are always the first `active[t]` of them. Element (t, row r) of every sequence
-// tensor lies at row index step_row[t] + order[r] * row_stride: that covers time-major,
+// active at a step are always the first `active[t]` of them. Element (t, row r) of every sequence
+// tensor is at row index step_row[t] + order[r] * row_stride: that covers time-major,
 // batch-first and packed layouts alike.
 #pragma once
 
@@ -42,12 +42,12 @@ struct Forward {
   const void* bias_ih;    // [4H]
   const void* bias_hh;    // [4H]
   const void* weight_hr;  // [P, H]
-  void* output;           // [rows, P], zero where no row is alive
+  void* output;           // [rows, P], zero where no row is active
   void* hy;               // [B, P], or null
   void* cy;               // [B, H], or null
   void* gates;            // [rows, 4H], or null
   void* cells;            // [rows, H], or null
-  void* workspace;        // forward_workspace() bytes, 64-byte aligned
+  void* workspace;        // workspace() bytes, 64-byte aligned
 };
 
 struct Backward {
@@ -66,7 +66,7 @@ struct Backward {
   const void* output;
   const void* gates;
   const void* cells;
-  void* grad_input;      // [rows, I], zero where no row is alive; or null
+  void* grad_input;      // [rows, I], zero where no row is active; or null
   void* grad_hx;         // [B, P], or null
   void* grad_cx;         // [B, H], or null
   void* grad_weight_ih;  // [4H, I], or null; null together with the next
