@@ -10,7 +10,7 @@ namespace {
 template <class C>
 inline constexpr int kTileRows = SEQMEM_VEC_BYTES == 64 ? 6 : 3;
 
-// Hides from the compiler what an accumulator starts as: knowing that it is zero, GCC peels the
+// Hides an accumulator's first value from the compiler: if GCC knows that it is zero, it peels the
 // first step off a product's loop and then runs out of registers inside it.
 template <class V>
 SEQMEM_INLINE void opaque([[maybe_unused]] V& v) {
@@ -21,8 +21,8 @@ SEQMEM_INLINE void opaque([[maybe_unused]] V& v) {
 #endif
 }
 
-// Vectors that start at zero, one by one: GCC clears a whole array with a string instruction, which
-// takes as long as fifty multiplications to get under way.
+// Sets vectors to zero one by one: GCC would clear the array with a string instruction, which takes
+// as long as fifty multiplications to start.
 template <int K, class V>
 SEQMEM_INLINE void start_sums(V (&x)[K]) {
   SEQMEM_UNROLL
@@ -38,7 +38,8 @@ SEQMEM_INLINE void start_sums(V (&x)[R][K]) {
 }
 
 // acc[r][v] += sum_k a[r][k * a_step] * b[v * b_vec + k * b_step], k = 0..K-1 in this order.
-// Tall tiles keep b's vectors in registers and have no room for all rows' broadcasts at once.
+// Tall tiles keep b's vectors in registers, which leaves none for the broadcasts of all rows at
+// once.
 template <int R, int NV, class C>
 SEQMEM_INLINE void tile_multiply(int64_t K, const C* const* a, int64_t a_step, const C* b,
                                  int64_t b_vec, int64_t b_step, Vec<C> (&acc)[R][NV]) {
@@ -120,7 +121,7 @@ SEQMEM_INLINE void panels_multiply(int64_t K, const C* const* a, const C* b, int
   }
 }
 
-// acc[r][w] += lanes of sum_k a[r][k] * b[w][k]: both operands contiguous in k, nothing is packed.
+// acc[r][w] += lanes of sum_k a[r][k] * b[w][k]: both operands are contiguous in k, not packed.
 template <int R, int W, class C, class S>
 SEQMEM_INLINE void tile_dot(int64_t K, const C* const* a, const S* const* b, Vec<C> (&acc)[R][W]) {
   constexpr int L = kLanes<C>;
@@ -188,8 +189,8 @@ SEQMEM_INLINE void for_panels(int64_t begin, int64_t end, F&& f) {
   for_count<3>(end - begin, [&](auto count) { f(count, begin); });
 }
 
-// Calls f(constant, start) for blocks of at most R rows that cover 0..n-1, as even as they can
-// be: 16 rows by 3 are 3+3+3+3+2+2, since a tile of one row runs at half speed.
+// Calls f(constant, start) for blocks of at most R rows that cover 0..n-1, as even as possible: 16
+// rows by 3 are 3+3+3+3+2+2, because a tile of one row runs at half speed.
 template <class C, int R = kTileRows<C>, class F>
 SEQMEM_INLINE void for_row_blocks(int64_t n, F&& f) {
   int64_t blocks = (n + R - 1) / R;
@@ -219,7 +220,7 @@ void matrix_multiply(int64_t rows, int64_t K, int64_t width, const C* a, int64_t
   });
 }
 
-// Splits 0..n-1 among threads as evenly as can be.
+// One thread's part of 0..n-1, split as evenly as possible.
 struct Share {
   int64_t begin, end;
 };

@@ -27,7 +27,7 @@ class KeptBlocks {
     const int64_t bytes = c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
     if (bytes < least) return at::empty(sizes, options);
     const Pages block = pool().take(bytes);
-    return at::for_blob(block.at, sizes)
+    return at::for_blob(block.data, sizes)
         .deleter([block](void*) { pool().give(block); })
         .options(options)
         .allocator(c10::GetDefaultCPUAllocator())
@@ -69,7 +69,7 @@ class KeptBlocks {
     free_.push_back(block);
     kept_ += block.bytes;
     while (kept_ > kKept) {
-      std::free(free_.front().at);
+      std::free(free_.front().data);
       kept_ -= free_.front().bytes;
       free_.erase(free_.begin());
     }

@@ -1,5 +1,5 @@
-// Whole pages from the system, huge ones for a large block: fresh memory costs a page fault for
-// each, about a microsecond.
+// Whole pages from the system. A large block gets huge ones, because fresh memory costs a page
+// fault per page, about a microsecond each.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -10,13 +10,13 @@
 
 namespace seqmem {
 
-// To be given back by std::free.
+// Free `data` with std::free.
 struct Pages {
-  void* at;
+  void* data;
   int64_t bytes;
 };
 
-// At least `bytes`, aligned to a page, of undefined content; `purpose` is what the error names.
+// At least `bytes` of undefined content, aligned to a page. `purpose` ends the error message.
 inline Pages take_pages(int64_t bytes, const char* purpose) {
   constexpr int64_t kPage = 4096, kHugePage = 2 << 20;
   const int64_t unit = bytes >= kHugePage ? kHugePage : kPage;

@@ -1,5 +1,6 @@
-// Stores of results so large that they leave the caches before anybody reads them: written past
-// them, a line need not be fetched before it is overwritten. For sources compiled once per ISA.
+// Stores that bypass the caches, for results so large that they would leave the caches before they
+// are read: a line then need not be fetched before it is overwritten. For sources compiled once per
+// ISA.
 #pragma once
 
 #include "vec_math.h"
@@ -7,7 +8,7 @@
 namespace seqmem {
 namespace {
 
-// p is aligned to the vector.
+// p is aligned to a vector.
 template <class S>
 SEQMEM_INLINE void store_past_caches(S* p, Vec<compute_t<S>> v) {
 #if defined(__clang__)
@@ -23,7 +24,7 @@ SEQMEM_INLINE void store_past_caches(S* p, Vec<compute_t<S>> v) {
   store(p, v);
 }
 
-// Makes them visible to other threads.
+// Makes these stores visible to other threads.
 SEQMEM_INLINE void settle_stores() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();

@@ -29,7 +29,7 @@ class Workspace {
     data_ = nullptr;
     size_ = 0;
     const Pages fresh = take_pages(bytes, " of workspace");
-    data_ = static_cast<char*>(fresh.at);
+    data_ = static_cast<char*>(fresh.data);
     size_ = fresh.bytes;
     return data_;
   }
