@@ -136,7 +136,7 @@ LEFT_OVER = [
     (2, 50, 5, 6, 3),
     (2, 49, 33, 9, 32),
     (3, 203, 171, 42, 27),  # several threads
-    (3, 840, 840, 5, 3),  # weights in memory that is used again
+    (3, 840, 840, 5, 3),  # weights in reused memory
 ]
 
 
@@ -175,7 +175,7 @@ MASKS: dict[str, Callable[[], Tensor]] = {
 
 
 def test_large_results_are_tensors_like_any_other() -> None:
-    """They lie in memory that is used again, once nobody has them any more."""
+    """They are stored in memory that is reused once nobody holds them any more."""
     query, key, value = (torch.randn(8, 512, 8) for _ in range(3))
     _, weights = ops.attention(query, key, value)
     seen = weights.clone()
@@ -290,7 +290,7 @@ def test_empty(shape: tuple[int, int, int, int, int]) -> None:
     assert keys or not output.any()
 
 
-def test_the_lesson_s_example() -> None:
+def test_the_usual_example() -> None:
     """Shapes and sums that the example prints."""
     query, key, value = (torch.randn(2, 4, 8) for _ in range(3))
     output, weights = ops.attention(query, key, value)

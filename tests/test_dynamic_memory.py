@@ -128,13 +128,13 @@ def test_large_same_bits_at_any_thread_count(
 
 
 @pytest.mark.parametrize("name", ["shared", "per_sample_masked"])
-@pytest.mark.parametrize("shape", ["all", "slots", "rows", "turned", "columns"])
+@pytest.mark.parametrize("shape", ["all", "slots", "rows", "transposed", "columns"])
 def test_gradients_of_the_memory_by_any_strides(name: str, shape: str) -> None:
     """Expanded or transposed, as sums and permutations after the op make them."""
     case = plain_case((5, 12, 8, 8), torch.float64, name)
 
     def loss(final: Tensor) -> Tensor:
-        if shape == "turned":
+        if shape == "transposed":
             weight = torch.arange(8.0)[:, None, None] + torch.arange(12.0)[:, None]
             return (final.permute(2, 1, 0).contiguous() * weight).sum()
         if shape == "all":

@@ -1,4 +1,4 @@
-"""DynamicMemory and EpisodicMemory: the seed's behaviour, call forms, hostile calls, training."""
+"""DynamicMemory and EpisodicMemory: the plain formula, call forms, hostile calls, training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import seqmem_fast as sf
 
 
 class SeedMemory(nn.Module):
-    """What the lesson's class computes, for equal widths of memory and query."""
+    """What the plain formula gives, for equal widths of memory and query."""
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class SeedMemory(nn.Module):
         return memory, history
 
 
-def test_the_seeds_example() -> None:
+def test_the_usual_example() -> None:
     module = sf.DynamicMemory(memory_size=8, memory_dim=16, hidden_dim=32)
     final, history = module(torch.randn(4, 32), num_hops=3)
     assert final.shape == (4, 8, 16)

@@ -1,4 +1,4 @@
-"""HardAttention and its training step: the seed's behaviour, baselines, learning, hostile calls."""
+"""HardAttention and its training step: the plain loop, baselines, learning, hostile calls."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributions import Categorical
 import seqmem_fast as sf
 
 
-def seeds_loss(model: nn.Module, states: list[Tensor], rewards: Any, actions: Any) -> Tensor:
-    """What the lesson's loop sums, for given actions: one call of the model per state."""
+def plain_loss(model: nn.Module, states: list[Tensor], rewards: Any, actions: Any) -> Tensor:
+    """What a plain REINFORCE loop sums, for given actions: one call of the model per state."""
     terms = []
     for state, reward, action in zip(states, rewards, actions, strict=True):
         policy = Categorical(torch.softmax(model(state), -1))
@@ -23,7 +23,7 @@ def seeds_loss(model: nn.Module, states: list[Tensor], rewards: Any, actions: An
     return torch.stack(terms).sum()
 
 
-def test_the_seeds_example() -> None:
+def test_the_usual_example() -> None:
     model = sf.HardAttention(input_dim=64, hidden_dim=32, num_locations=10)
     assert set(model.state_dict()) == {
         f"policy_net.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
@@ -45,7 +45,7 @@ def test_select_action() -> None:
 
 
 @pytest.mark.parametrize("as_list", [True, False])
-def test_a_step_is_the_seeds_step(as_list: bool) -> None:
+def test_a_step_is_the_plain_loops(as_list: bool) -> None:
     """Same loss and same new weights, for the same actions."""
     model, other = sf.HardAttention(6, 5, 4), sf.HardAttention(6, 5, 4)
     other.load_state_dict(model.state_dict())
@@ -60,7 +60,7 @@ def test_a_step_is_the_seeds_step(as_list: bool) -> None:
         generator=generator,
     )
     actions, _ = other.select_action(batch, generator=generator.manual_seed(7))
-    expected = seeds_loss(other, states, rewards, actions)
+    expected = plain_loss(other, states, rewards, actions)
     expected.backward()
     torch.optim.SGD(other.parameters(), 0.1).step()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -69,7 +69,7 @@ def test_a_step_is_the_seeds_step(as_list: bool) -> None:
 
 
 def test_baselines() -> None:
-    """A step with a baseline is the seed's with the rewards lowered by it."""
+    """A step with a baseline is the plain loop's with the rewards lowered by it."""
     states, rewards = torch.randn(20, 6), torch.randn(20)
     average = sf.MovingAverageBaseline(0.5)
     average.update(torch.tensor([2.0]))
@@ -82,7 +82,7 @@ def test_baselines() -> None:
         model = sf.HardAttention(6, 5, 4)
         generator = torch.Generator().manual_seed(7)
         actions, _ = model.select_action(states, generator=generator)
-        expected = seeds_loss(model, list(states), rewards - value, actions)
+        expected = plain_loss(model, list(states), rewards - value, actions)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         loss = sf.reinforce_train_step(
             model, optimizer, states, rewards, baseline=baseline, generator=generator.manual_seed(7)

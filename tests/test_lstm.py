@@ -312,15 +312,15 @@ def test_arguments_that_depend_on_each_other() -> None:
 def test_weights_of_mixed_strides_and_a_transposed_input() -> None:
     case = plain_case(3, 2, 4, 5, torch.float32)
     x, h, c, w_ih, w_hh, *rest = case.tensors
-    turned = (
+    transposed = (
         x.transpose(0, 1).contiguous().transpose(0, 1),
         h.t().contiguous().t(),
         c[:, :1].expand_as(c),
         w_ih.t().contiguous().t(),
         w_hh.flip(1).flip(1),
     )
-    plain = tuple(t.contiguous() for t in turned)
-    compare(case.op, case.op, (*turned, *rest), (*plain, *rest))
+    plain = tuple(t.contiguous() for t in transposed)
+    compare(case.op, case.op, (*transposed, *rest), (*plain, *rest))
 
 
 @pytest.mark.slow

@@ -250,20 +250,20 @@ def test_space_of_configurations(config: dict[str, Any]) -> None:
     reset = torch.rand(time, batch) < config["reset"]
     lengths = None if config["lengths"] is None else torch.tensor(config["lengths"]).long()
 
-    def turned(t: Tensor) -> Tensor:
+    def transposed(t: Tensor) -> Tensor:
         return t.transpose(0, 1) if options["batch_first"] else t
 
     leaves = [t.requires_grad_() for t in (x, *(hx or ()))]
     output, (h_n, c_n) = ours(
-        turned(x),
+        transposed(x),
         None if hx is None else tuple(hx),
         lengths=lengths,
-        reset=turned(reset) if config["reset"] else None,
+        reset=transposed(reset) if config["reset"] else None,
     )
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     whole = torch.full((batch,), time) if lengths is None else lengths
     expected = segments_reference(exact, doubles[0], tuple(doubles[1:]) or None, whole, reset)
-    found = (turned(output), h_n, c_n)
+    found = (transposed(output), h_n, c_n)
     bounds = TOLERANCES[dtype]
     if bounds.eager:  # a stack rounds to 16 bits between layers, so its errors grow with depth
         bounds = bounds._replace(output=0.03, gradient=0.06)

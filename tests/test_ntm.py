@@ -108,7 +108,7 @@ class TestNtmSequence(OpSuite):
         tensors, options = raw_arguments(sample_of(name, torch.float64))
         forward, backward = torch.ops.seqmem.ntm.default, torch.ops.seqmem.ntm_backward.default
         *outputs, saved, checkpoints = forward(*tensors, *options, True, True)
-        # The room beyond the slots and in rows that have ended holds nothing of meaning.
+        # The elements beyond the slots and of rows that have ended have no meaning.
         saved, checkpoints = (torch.nan_to_num(t) for t in (saved, checkpoints))
         grads = [torch.ones_like(t) for t in outputs]
         features, trace = outputs[0], outputs[-1]
@@ -263,7 +263,7 @@ def test_empty_weightings_stay_empty() -> None:
 
 
 def test_long_sequences_train_in_little_memory() -> None:
-    """Between checkpoints memories are computed again: what is kept grows slower than T N M."""
+    """Between checkpoints memories are recomputed: what is kept grows slower than T N M."""
     time, batch, slots, width = 1000, 2, 128, 20
     args = sample_of("plain", torch.float32, (time, batch, 2, 8, slots, width)).args
     input, state, controller, *head = args

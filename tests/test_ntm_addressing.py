@@ -253,7 +253,7 @@ def test_values_far_beyond_the_papers_ranges() -> None:
         assert error(ours[0], exact) <= 100 * TOLERANCES[torch.float32].output
 
 
-def test_the_seeds_example() -> None:
+def test_the_usual_example() -> None:
     """Write a vector into slot 5 of an empty memory, find it by its content, read it."""
     vector = torch.tensor([1.0, 2, 3, 4, 5])
     slot = torch.zeros(10)

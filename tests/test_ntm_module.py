@@ -377,7 +377,7 @@ def test_from_pytorch_ntm(layers: int, pairs: int) -> None:
 # ---- the memory alone
 
 
-def test_the_seeds_example() -> None:
+def test_the_usual_example() -> None:
     """Numbers and arrays as its text has them."""
     memory = NTMMemory(memory_size=10, memory_dim=5)
     write_weights = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
