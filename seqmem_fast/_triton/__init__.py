@@ -11,39 +11,19 @@ from typing import Any
 
 import torch
 
-# Module of this package -> its launchers, each named as its op.
-_LAUNCHERS = {
-    "additive_attention": ("additive_attention", "additive_attention_backward"),
-    "attention": ("attention", "attention_backward"),
-    "dynamic_memory": ("dynamic_memory", "dynamic_memory_backward"),
-    "hard_attention": (
-        "categorical_sample",
-        "categorical_sample_backward",
-        "reinforce_loss",
-        "reinforce_loss_backward",
-    ),
-    "lstm": ("lstm_cell", "lstm_cell_backward", "lstm", "lstm_backward"),
-    "ntm": ("ntm", "ntm_backward"),
-    "ntm_addressing": (
-        "ntm_addressing",
-        "ntm_addressing_backward",
-        "ntm_content_addressing",
-        "ntm_content_addressing_backward",
-        "ntm_read",
-        "ntm_read_backward",
-        "ntm_write",
-        "ntm_write_backward",
-    ),
-}
+from ..ops.common import STEMS
 
 
 def register() -> None:
-    """Register every launcher whose op has no CUDA kernel from the compiled module yet."""
-    for module, names in _LAUNCHERS.items():
-        for name in names:
-            op = f"seqmem::{name}"
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
-                torch.library.impl(op, "cuda", _on_first_call(op, module, name))
+    """Register a launcher for every op that has no CUDA kernel from the compiled module.
+
+    The launcher of ``seqmem::<name>`` is the function of that name in the module of the op's stem.
+    """
+    for name, stem in STEMS.items():
+        op = f"seqmem::{name}"
+        if name.startswith("check_") or torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+            continue
+        torch.library.impl(op, "cuda", _on_first_call(op, stem, name))
 
 
 def _on_first_call(op: str, module: str, name: str) -> Callable[..., Any]:

@@ -10,18 +10,13 @@ Translate, arXiv 1409.0473, 2014 (appendix A.1.2), where q_i = W s_{i-1} and k_j
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from ..reference import additive_attention as reference
-from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+from .common import differentiate_through, fall_back
 
-_op = torch.ops.seqmem.additive_attention.default
-_try_op = try_while_tracing(_op)
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_op = fall_back("additive_attention", reference.additive_attention)
+differentiate_through("additive_attention", reference.additive_attention, gradients=2)
 
 
 def additive_attention(
@@ -61,30 +56,5 @@ def additive_attention(
             came.
         TypeError: a dtype, device or layout does not fit.
     """
-    if _transform_active():
-        return reference.additive_attention(query, key, value, score_weight, mask)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_op)
     output, weights = _op(query, key, value, score_weight, mask)
     return output, weights
-
-
-def _vjp(
-    grad_output: Tensor | None,
-    grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_weight: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    wanted: list[bool],
-) -> Gradients:
-    """What the backward op computes; it goes from the inputs, and needs no weights for that."""
-    inputs = (query, key, value, score_weight, mask)
-    return reference_vjp(reference.additive_attention, inputs, (grad_output, grad_weights), wanted)
-
-
-differentiate("seqmem::additive_attention_backward", _vjp)

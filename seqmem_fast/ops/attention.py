@@ -10,21 +10,30 @@ Paper: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, 2017.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention as reference
-from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+from .common import differentiate_through, fall_back, transform_active
 
-_attention = torch.ops.seqmem.attention.default
-_check = torch.ops.seqmem.check_attention.default
-_try_attention = try_while_tracing(_attention)
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    return reference.attention(query, key, value, mask, scale=scale, is_causal=is_causal)
+
+
+_attention = fall_back("attention", _plain)
+_check = fall_back("check_attention", _plain)
+differentiate_through("attention", _plain, gradients=2)
 
 
 @overload
@@ -98,25 +107,11 @@ def attention(
             came.
         TypeError: a dtype, device or layout does not fit.
     """
-    if _transform_active():
-        return reference.attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            return_weights=return_weights,
-        )
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_attention)
-    if not return_weights:
+    if not return_weights and not transform_active():
         _check(query, key, value, mask, scale, is_causal)
         return _without_weights(query, key, value, mask, scale, is_causal), None
     output, weights = _attention(query, key, value, mask, scale, is_causal)
-    return output, weights
+    return output, weights if return_weights else None
 
 
 def _without_weights(
@@ -163,15 +158,3 @@ def _four(t: Tensor, batch: torch.Size) -> Tensor:
     if len(batch) > 2:
         return t.flatten(0, -4)
     return t if len(batch) == 2 else t.view(*batch, *(1,) * (2 - len(batch)), *t.shape[-2:])
-
-
-def _vjp(*args: Any) -> Gradients:
-    grad_output, grad_weights, query, key, value, mask, _, scale, is_causal, wanted = args
-
-    def function(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None) -> tuple[Tensor, ...]:
-        return reference.attention(q, k, v, m, scale=scale, is_causal=is_causal)
-
-    return reference_vjp(function, (query, key, value, mask), (grad_output, grad_weights), wanted)
-
-
-differentiate("seqmem::attention_backward", _vjp)

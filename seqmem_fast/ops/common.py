@@ -1,34 +1,120 @@
-"""What the ops' wrappers share: second derivatives, and refusals while torch.compile traces.
+"""What the ops' public functions share: how they call their op, and its second derivative.
 
-Second derivatives: a backward op's own derivative is autograd through the same formula in plain
-PyTorch, registered by :func:`differentiate`.
+:func:`fall_back` gives the op as a public function calls it. torch.func transforms (grad, vmap,
+jacrev, ...) cannot see into C++ functions: inside one, plain PyTorch runs instead. While Dynamo
+traces, it would wrap what an op's check raises into its own error type: the op therefore runs once
+by itself on the tracer's fake tensors, and where it refuses them, an exception of both types is
+raised, which Dynamo hands on as it is.
 
-Refusals: Dynamo would wrap what an op's check raises into its own error type. So, while it traces,
-an op's wrapper first runs the op by itself on the tracer's fake tensors, and where that refuses
-raises an exception of both types, which Dynamo hands on as it is.
+:func:`differentiate_through` makes a backward op differentiable: its derivative is autograd through
+the same formula in plain PyTorch.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 Gradients = tuple[Tensor | None, ...]
+Result = TypeVar("Result")
+
+dynamo_traces = torch.compiler.is_dynamo_compiling
+overridden = torch.overrides.has_torch_function_variadic
+transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# Every op, backward ops included -> the stem of its files, by which its GPU launcher is found.
+STEMS: dict[str, str] = {}
+
+
+def fall_back(name: str, plain: Callable[..., Result]) -> Callable[..., Result]:
+    """The op ``seqmem::<name>``, to be called with all its arguments by position.
+
+    Args:
+        name: of an op whose files have the stem of the module that defines ``plain``.
+        plain: called in place of the op inside a ``torch.func`` transform; takes what the op takes
+            and returns what the op returns.
+    """
+    op = _find(name, plain)
+    eager = op._op  # without OpOverload's Python frame
+
+    def call(*arguments: Any) -> Result:
+        if transform_active():
+            return plain(*arguments)
+        if dynamo_traces():
+            from torch._dynamo.comptime import comptime
+
+            traced = op
+            comptime(_refuse_early)  # reads `traced` and `arguments` by name
+            result: Result = traced(*arguments)
+        else:
+            result = eager(*arguments)
+        return result
+
+    return call
+
+
+def differentiate_through(
+    name: str,
+    plain: Callable[..., Any],
+    *,
+    gradients: int,
+    wanted: Sequence[int] | None = None,
+) -> None:
+    """Make ``seqmem::<name>_backward`` differentiable.
+
+    Args:
+        name: of the forward op.
+        plain: the forward in plain PyTorch. Its arguments are those of the backward op that have
+            the same names, its results are what the op's incoming gradients belong to.
+        gradients: how many incoming gradients come first among the backward op's arguments.
+        wanted: for each outgoing gradient, its entry of ``output_mask``; one after the other where
+            None.
+    """
+    schema = _find(f"{name}_backward", plain)._schema
+    names = [argument.name for argument in schema.arguments]
+    takes = [p for p in inspect.signature(plain).parameters if p in names]
+    leaves = [takes.index(result.name.removeprefix("grad_")) for result in schema.returns]
+
+    def vjp(*arguments: Any) -> Gradients:
+        given = dict(zip(names, arguments, strict=True))
+        values = [given[p] for p in takes]
+        mask = given.get("output_mask", [True] * len(leaves))
+
+        def function(*tensors: Tensor) -> Sequence[Tensor]:
+            for k, tensor in zip(leaves, tensors, strict=True):
+                values[k] = tensor
+            results = plain(*values)
+            return (results,) if isinstance(results, Tensor) else results
+
+        asked = mask if wanted is None else [mask[k] for k in wanted]
+        inputs = [values[k] for k in leaves]
+        return reference_vjp(function, inputs, arguments[:gradients], asked)
+
+    differentiate(f"{name}_backward", vjp)
 
 
 def differentiate(backward_op: str, vjp: Callable[..., Gradients]) -> None:
-    """Make a backward op differentiable.
+    """Make a backward op differentiable through a vector-Jacobian product of its own.
 
     Args:
-        backward_op: its qualified name, ``"seqmem::lstm_backward"``.
+        backward_op: its name, ``"lstm_backward"``.
         vjp: takes the backward op's arguments and returns what it returns (the elements, if that is
             one list), in differentiable PyTorch; None in the places that the op leaves empty.
     """
-    torch.library.register_autograd(backward_op, _derivative(vjp), setup_context=_save)
+    op = _find(backward_op, vjp)
+    torch.library.register_autograd(op, _derivative(vjp), setup_context=_save)
+
+
+def _find(name: str, function: Callable[..., Any]) -> OpOverload:
+    """The op, whose stem is noted: that of the module that defines ``function``."""
+    STEMS.setdefault(name, function.__module__.rpartition(".")[2])
+    op: OpOverload = getattr(torch.ops.seqmem, name).default
+    return op
 
 
 def reference_vjp(
@@ -37,7 +123,7 @@ def reference_vjp(
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> Gradients:
-    """The vector-Jacobian product of a reference, differentiable itself; for ``differentiate``.
+    """The vector-Jacobian product of a reference, differentiable itself.
 
     Args:
         function: called with ``inputs``; returns the op's outputs.
@@ -84,7 +170,7 @@ def _is_tensor_list(argument: Any) -> bool:
 
 
 def _flattened(arguments: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
-    """Lists of tensors, the arguments with a size, spread out among the others."""
+    """The arguments in one list: those with a size are lists, whose elements are put in place."""
     pairs = zip(arguments, sizes, strict=True)
     return [a for item, size in pairs for a in ([item] if size is None else item)]
 
@@ -100,9 +186,9 @@ def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., tuple[Any, ...]]
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if len(grads) == 1 and isinstance(grads[0], list):  # the op returns one list of tensors
             (grads,) = grads
-        again = torch.is_grad_enabled()
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # A view apart of each tensor: one argument may have been computed from another.
+            # Each tensor as a view of its own: one argument may have been computed from another.
             args = [
                 constant if tensor is None else tensor.view_as(tensor)
                 for tensor, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
@@ -119,7 +205,11 @@ def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., tuple[Any, ...]]
             if pairs:
                 outputs, seeds = zip(*pairs, strict=True)
                 values = torch.autograd.grad(
-                    outputs, [args[k] for k in wanted], seeds, create_graph=again, allow_unused=True
+                    outputs,
+                    [args[k] for k in wanted],
+                    seeds,
+                    create_graph=create_graph,
+                    allow_unused=True,
                 )
                 for k, value in zip(wanted, values, strict=True):
                     found[k] = value
@@ -128,35 +218,21 @@ def _derivative(vjp: Callable[..., Gradients]) -> Callable[..., tuple[Any, ...]]
     return backward
 
 
-def try_while_tracing(op: OpOverload, **locals_named: str) -> Callable[[Any], None]:
-    """For ``comptime``: run ``op`` on the local variables of the function being traced.
-
-    Args:
-        op: a local variable named as each of its arguments must hold that argument.
-        locals_named: argument="local", where the names differ.
-    """
-    names = [locals_named.get(argument.name, argument.name) for argument in op._schema.arguments]
-
-    def run(context: Any) -> None:
-        values: list[Any] = []
-        for name in names:
-            local = context.get_local(name)
-            constant = local.is_python_constant()
-            values.append(local.as_python_constant() if constant else _fake(local.as_proxy()))
-        try:
-            with torch.no_grad():
-                op(*values)
-        except (ValueError, TypeError) as error:
-            raise _refusal(error) from None
-
-    return run
+def _refuse_early(context: Any) -> None:
+    """For ``comptime`` in `fall_back`: run the op on the fake tensors that are being traced."""
+    op = context.get_local("traced").as_python_constant()
+    try:
+        with torch.no_grad():
+            op(*_fake(context.get_local("arguments").as_proxy()))
+    except (ValueError, TypeError) as error:
+        raise _refusal(error) from None
 
 
 def _fake(proxy: Any) -> Any:
-    """The fake tensor of a traced variable, or those of a list of them."""
+    """The fake tensor of a traced variable; those of a list of them; a constant as it is."""
     if isinstance(proxy, list | tuple):
         return [_fake(one) for one in proxy]
-    return proxy.node.meta["example_value"]
+    return proxy.node.meta["example_value"] if isinstance(proxy, torch.fx.Proxy) else proxy
 
 
 def _refusal(error: Exception) -> Exception:

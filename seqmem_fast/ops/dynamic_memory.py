@@ -17,19 +17,44 @@ et al., End-To-End Memory Networks, arXiv 1503.08895, 2015.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from ..reference import dynamic_memory as reference
-from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+from .common import differentiate_through, fall_back
 
-_dynamic_memory = torch.ops.seqmem.dynamic_memory.default
-_try = try_while_tracing(_dynamic_memory)
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+def _plain(*arguments: Any) -> tuple[Tensor | None, Tensor, None]:
+    score_query, mask, num_hops, return_memory = arguments[6:10]
+    final, attention = reference.dynamic_memory(
+        *arguments[:6], num_hops, score_query=score_query, mask=mask, return_memory=return_memory
+    )
+    return final, attention, None
+
+
+def _of_saved(
+    query: Tensor,
+    memory: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    write_weight: Tensor,
+    write_bias: Tensor,
+    score_query: Tensor | None,
+    mask: Tensor | None,
+    attention: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """With as many hops as the attention that the backward op is given."""
+    weights = gate_weight, gate_bias, write_weight, write_bias
+    final, recomputed, _ = _plain(
+        query, memory, *weights, score_query, mask, attention.size(0), True
+    )
+    return cast(Tensor, final), recomputed
+
+
+_dynamic_memory = fall_back("dynamic_memory", _plain)
+_WANTED = (0, 1, 2, 2, 2, 2, 3)  # all weights and biases share one entry of output_mask
+differentiate_through("dynamic_memory", _of_saved, gradients=2, wanted=_WANTED)
 
 
 def dynamic_memory(
@@ -72,24 +97,6 @@ def dynamic_memory(
             expected and what came.
         TypeError: a dtype, device or layout does not fit.
     """
-    if _transform_active():
-        return reference.dynamic_memory(
-            query,
-            memory,
-            gate_weight,
-            gate_bias,
-            write_weight,
-            write_bias,
-            num_hops,
-            score_query=score_query,
-            mask=mask,
-            return_memory=return_memory,
-        )
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        save = False  # noqa: F841 (read by name, as all the arguments are)
-        comptime(_try)
     final, attention, _ = _dynamic_memory(
         query,
         memory,
@@ -104,20 +111,3 @@ def dynamic_memory(
         False,
     )
     return (final if return_memory else None), attention
-
-
-def _vjp(*args: Any) -> Gradients:
-    grad_final, grad_attention, *rest = args
-    *inputs, mask, attention, _, wanted = rest
-
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        arguments: list[Any] = [*tensors[:-1], attention.size(0)]
-        final, weights = reference.dynamic_memory(*arguments, score_query=tensors[-1], mask=mask)
-        return cast(Tensor, final), weights
-
-    query, memory, weights, score = wanted
-    asked = (query, memory, weights, weights, weights, weights, score)
-    return reference_vjp(function, inputs, (grad_final, grad_attention), asked)
-
-
-differentiate("seqmem::dynamic_memory_backward", _vjp)

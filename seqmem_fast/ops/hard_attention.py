@@ -24,22 +24,33 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..reference import hard_attention as reference
-from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+from .common import differentiate_through, fall_back
 
-_categorical_sample = torch.ops.seqmem.categorical_sample.default
-_reinforce_loss = torch.ops.seqmem.reinforce_loss.default
-_try_sample = try_while_tracing(_categorical_sample)
-_try_loss = try_while_tracing(_reinforce_loss, reduction="code", baseline="constant")
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _REDUCTIONS = ("none", "mean", "sum")
+
+
+def _plain_loss(
+    logits: Tensor,
+    action: Tensor,
+    returns: Tensor,
+    baseline: Tensor | None,
+    entropy_weight: float,
+    reduction: int,
+) -> Tensor:
+    kind, weight = _REDUCTIONS[reduction], entropy_weight
+    return reference.reinforce_loss(
+        logits, action, returns, baseline, entropy_weight=weight, reduction=kind
+    )
+
+
+_categorical_sample = fall_back("categorical_sample", reference.sample_at)
+_reinforce_loss = fall_back("reinforce_loss", _plain_loss)
+differentiate_through("categorical_sample", reference.policy, gradients=2)
+differentiate_through("reinforce_loss", _plain_loss, gradients=1)
 
 
 def categorical_sample(
@@ -62,8 +73,6 @@ def categorical_sample(
             f"seqmem::categorical_sample: expected logits to be a tensor, got "
             f"{type(logits).__name__}"
         )
-    if _transform_active():
-        return reference.categorical_sample(logits, generator=generator)
     with torch.no_grad():
         uniform = reference.draw_uniform(logits, generator)
     return sample_at(logits, uniform)
@@ -76,14 +85,7 @@ def sample_at(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits: [..., K].
         uniform: [...], in [0, 1); float64 beside logits of float64, else float32.
     """
-    if _transform_active():
-        return reference.sample_at(logits, uniform)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_sample)
-    action, log_prob, entropy = _categorical_sample(logits, uniform)
-    return action, log_prob, entropy
+    return _categorical_sample(logits, uniform)
 
 
 def reinforce_loss(
@@ -119,25 +121,12 @@ def reinforce_loss(
         )
     if action is None:
         _check_log_prob(logits, returns, baseline, entropy_weight)
-    if action is None or _transform_active():
-        return reference.reinforce_loss(
-            logits,
-            action,
-            returns,
-            baseline,
-            entropy_weight=entropy_weight,
-            reduction=reduction,
-        )
+        return reference.reinforce_loss(logits, None, returns, baseline, reduction=reduction)
     code = _REDUCTIONS.index(reduction)
     constant = baseline
     if constant is not None and not isinstance(constant, Tensor):
         constant = torch.full((), constant, dtype=logits.dtype, device=logits.device)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_loss)
-    loss: Tensor = _reinforce_loss(logits, action, returns, constant, entropy_weight, code)
-    return loss
+    return _reinforce_loss(logits, action, returns, constant, entropy_weight, code)
 
 
 def _check_log_prob(
@@ -163,24 +152,3 @@ def _check_log_prob(
             raise ValueError(
                 f"{op}: expected {name} of shape {list(log_prob.shape)}, got {list(value.shape)}"
             )
-
-
-def _sample_vjp(*args: Any) -> Gradients:
-    grad_log_prob, grad_entropy, logits, action = args
-    return reference_vjp(
-        lambda z: reference.policy(z, action), (logits,), (grad_log_prob, grad_entropy), (True,)
-    )
-
-
-def _loss_vjp(*args: Any) -> Gradients:
-    grad_loss, logits, action, returns, baseline, weight, code = args
-
-    def function(z: Tensor) -> tuple[Tensor]:
-        options = {"entropy_weight": weight, "reduction": _REDUCTIONS[code]}
-        return (reference.reinforce_loss(z, action, returns, baseline, **options),)
-
-    return reference_vjp(function, (logits,), (grad_loss,), (True,))
-
-
-differentiate("seqmem::categorical_sample_backward", _sample_vjp)
-differentiate("seqmem::reinforce_loss_backward", _loss_vjp)

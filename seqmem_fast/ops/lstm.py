@@ -25,7 +25,6 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,17 +32,52 @@ from torch import Tensor
 
 from .. import _C
 from ..reference import lstm as reference
-from .common import Gradients, differentiate, try_while_tracing
+from .common import (
+    Gradients,
+    differentiate,
+    dynamo_traces,
+    fall_back,
+    overridden,
+    transform_active,
+)
 
 State = tuple[Tensor, Tensor]
+# weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# lengths, reset, batch_sizes, batch_first, reverse
+Options = tuple[Tensor | None, Tensor | None, Tensor | None, bool, bool]
 
-_lstm_cell = torch.ops.seqmem.lstm_cell.default
-_lstm = torch.ops.seqmem.lstm.default
-_try_lstm_cell = try_while_tracing(_lstm_cell, hx="h", cx="c")
-_try_lstm = try_while_tracing(_lstm, hx="h", cx="c")
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_overridden = torch.overrides.has_torch_function_variadic
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+def _plain_cell(
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, None]:
+    *weights, _ = rest
+    return *reference.lstm_cell(input, _state(hx, cx), *weights), None
+
+
+def _plain(
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *weights, lengths, reset, batch_sizes, batch_first, reverse, _ = rest
+    output, (hy, cy), gates, cells = reference.lstm_trace(
+        input,
+        _state(hx, cx),
+        *weights,
+        lengths=lengths,
+        reset=reset,
+        batch_sizes=batch_sizes,
+        batch_first=batch_first,
+        reverse=reverse,
+    )
+    return output, hy, cy, gates, cells
+
+
+def _state(hx: Tensor | None, cx: Tensor | None) -> State | None:
+    return None if hx is None or cx is None else (hx, cx)
+
+
+_lstm_cell = fall_back("lstm_cell", _plain_cell)
+_lstm = fall_back("lstm", _plain)
 
 
 def lstm_cell(
@@ -66,15 +100,12 @@ def lstm_cell(
     Returns:
         (hy, cy), both [B, H].
     """
-    if _transform_active():
-        return reference.lstm_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     h, c = (None, None) if hx is None else hx
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        return_gates = False  # noqa: F841 (read by name, as all the arguments are)
-        comptime(_try_lstm_cell)
-    elif not _overridden(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    if not (
+        transform_active()
+        or dynamo_traces()
+        or overridden(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    ):
         return _C.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
     hy, cy, _ = _lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, False)
     return hy, cy
@@ -120,36 +151,9 @@ def lstm(
     Returns:
         output (laid out as input, width P) and (hy, cy), of shapes [B, P] and [B, H].
     """
-    if _transform_active():
-        return reference.lstm(
-            input,
-            hx,
-            weight_ih,
-            weight_hh,
-            bias_ih,
-            bias_hh,
-            weight_hr,
-            lengths=lengths,
-            reset=reset,
-            batch_sizes=batch_sizes,
-            batch_first=batch_first,
-            reverse=reverse,
-        )
-    output, hy, cy, _, _ = _run(
-        input,
-        hx,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        weight_hr,
-        lengths,
-        reset,
-        batch_sizes,
-        batch_first,
-        reverse,
-        False,
-    )
+    weights = weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    options = lengths, reset, batch_sizes, batch_first, reverse
+    output, hy, cy, _, _ = _run(input, hx, weights, options, False)
     return output, (hy, cy)
 
 
@@ -175,36 +179,9 @@ def lstm_trace(
         [T, B, H] (every c_t), the last two laid out as input; all of them differentiable. Beyond
         ``lengths`` gates and cells are zero.
     """
-    if _transform_active():
-        return reference.lstm_trace(
-            input,
-            hx,
-            weight_ih,
-            weight_hh,
-            bias_ih,
-            bias_hh,
-            weight_hr,
-            lengths=lengths,
-            reset=reset,
-            batch_sizes=batch_sizes,
-            batch_first=batch_first,
-            reverse=reverse,
-        )
-    output, hy, cy, gates, cells = _run(
-        input,
-        hx,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        weight_hr,
-        lengths,
-        reset,
-        batch_sizes,
-        batch_first,
-        reverse,
-        True,
-    )
+    weights = weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    options = lengths, reset, batch_sizes, batch_first, reverse
+    output, hy, cy, gates, cells = _run(input, hx, weights, options, True)
     return output, (hy, cy), gates, cells
 
 
@@ -226,9 +203,9 @@ def lone_layer(
     """
     h, c = (None, None) if hx is None else hx
     if not (
-        _transform_active()
-        or _dynamo_traces()
-        or _overridden(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        transform_active()
+        or dynamo_traces()
+        or overridden(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     ):
         return _C.lstm_layer(
             input,
@@ -243,60 +220,22 @@ def lone_layer(
             reset,
             batch_first,
         )
-    output, (hy, cy) = lstm(
-        input,
-        None if hx is None else (hx[0].squeeze(0), hx[1].squeeze(0)),
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        weight_hr,
-        lengths=lengths,
-        reset=reset,
-        batch_first=batch_first,
-    )
+    weights = weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    state = None if hx is None else (hx[0].squeeze(0), hx[1].squeeze(0))
+    options = lengths, reset, None, batch_first, False
+    output, hy, cy, _, _ = _run(input, state, weights, options, False)
     return output, (hy.unsqueeze(0), cy.unsqueeze(0))
 
 
 def _run(
-    input: Tensor,
-    hx: State | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    reverse: bool,
-    return_gates: bool,
+    input: Tensor, hx: State | None, weights: Weights, options: Options, return_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op, where no transform is active; a compiler gets the op's own refusals."""
+    """The op on a state that may be missing."""
+    batch_sizes = options[2]
     if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
-        hx = _zeros(input, weight_hh, weight_hr, int(batch_sizes[0]))
+        hx = _zeros(input, weights[1], weights[4], int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_lstm)  # reads the locals by name
-    return _lstm(
-        input,
-        h,
-        c,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        weight_hr,
-        lengths,
-        reset,
-        batch_sizes,
-        batch_first,
-        reverse,
-        return_gates,
-    )
+    return _lstm(input, h, c, *weights, *options, return_gates)
 
 
 def _zeros(input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, batch: int) -> State:
@@ -325,5 +264,5 @@ def _masked(grads: Gradients, hx: Tensor | None, has_bias: bool, wanted: list[bo
     return tuple(grad if keep else None for grad, keep in zip(grads, kept, strict=False))
 
 
-differentiate("seqmem::lstm_cell_backward", _cell_vjp)
-differentiate("seqmem::lstm_backward", _lstm_vjp)
+differentiate("lstm_cell_backward", _cell_vjp)
+differentiate("lstm_backward", _lstm_vjp)

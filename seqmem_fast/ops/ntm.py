@@ -36,21 +36,40 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..reference import ntm as reference
 from ..reference.ntm_addressing import NTMState
-from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+from .common import Gradients, differentiate, fall_back, reference_vjp
 
-_ntm = torch.ops.seqmem.ntm.default
-_try_ntm = try_while_tracing(_ntm)
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _STATE = len(NTMState._fields)
+
+
+def _plain(*arguments: Any) -> tuple[Tensor, ...]:
+    """The op by the reference; what only the backward needs is left out."""
+    input, *state, controller, head_weight, head_bias, initial, lengths, reset = arguments[:12]
+    heads, shift_range, lstm, squash = arguments[12:16]
+    features, final, weightings = reference.ntm_trace(
+        input,
+        NTMState(*state),
+        controller,
+        head_weight,
+        head_bias,
+        heads=heads,
+        shift_range=shift_range,
+        squash=squash,
+        controller_type="lstm" if lstm else "feedforward",
+        initial=NTMState(*initial) if initial else None,
+        lengths=lengths,
+        reset=reset,
+    )
+    return features, *final, weightings
+
+
+_ntm = fall_back("ntm", _plain)
 
 
 def ntm(
@@ -168,82 +187,32 @@ def _sequence(
             "seqmem::ntm: expected controller_type 'lstm' or 'feedforward', "
             f"got {controller_type!r}"
         )
-    if _transform_active():
-        return reference.ntm_trace(
-            input,
-            state,
-            controller,
-            head_weight,
-            head_bias,
-            heads=heads,
-            shift_range=shift_range,
-            squash=squash,
-            controller_type=controller_type,
-            initial=first,
-            lengths=lengths,
-            reset=reset,
-        )
-    hidden, cell, memory, weightings, reads = state
-    controller = list(controller)
     initial = [] if first is None else list(first)
-    lstm, save = controller_type == "lstm", False
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_ntm)
-    features, hidden, cell, memory, weightings, reads, every, _, _ = _ntm(
-        input,
-        hidden,
-        cell,
-        memory,
-        weightings,
-        reads,
-        controller,
-        head_weight,
-        head_bias,
-        initial,
-        lengths,
-        reset,
-        heads,
-        shift_range,
-        lstm,
-        squash,
-        trace,
-        save,
+    lstm = controller_type == "lstm"
+    options = lengths, reset, heads, shift_range, lstm, squash, trace, False
+    features, *rest = _ntm(
+        input, *state, list(controller), head_weight, head_bias, initial, *options
     )
-    return features, NTMState(hidden, cell, memory, weightings, reads), every
+    return features, NTMState(*rest[:_STATE]), rest[_STATE]
 
 
 def _vjp(*arguments: Any) -> Gradients:
     """ntm_backward by the reference; what the forward saved is computed again."""
     grads, rest = arguments[:7], arguments[7:]
     input, *state, controller, head_weight, head_bias, initial, lengths, reset = rest[:12]
-    heads, shift_range, lstm, squash, (wants_input, wants_state, wants_weights, wants_initial) = (
-        rest[16:]
-    )
-    leaves = [input, *state, head_weight, head_bias, *initial, *controller]
-    wanted = [wants_input, *[wants_state] * _STATE, wants_weights, wants_weights]
-    wanted += [wants_initial] * len(initial) + [wants_weights] * len(controller)
-    last = 8 + len(initial)
+    options = lengths, reset, *rest[16:20]
+    of_input, of_state, of_weights, of_initial = rest[20]
+    inputs = [input, *state, head_weight, head_bias, *initial, *controller]
+    wanted = [of_input, *[of_state] * _STATE, of_weights, of_weights]
+    wanted += [of_initial] * len(initial) + [of_weights] * len(controller)
 
-    def function(*values: Tensor | None) -> tuple[Tensor, ...]:
-        tensors: list[Any] = list(values)
-        features, final, weightings = reference.ntm_trace(
-            tensors[0],
-            NTMState(*tensors[1:6]),
-            tensors[last:],
-            *tensors[6:8],
-            heads=heads,
-            shift_range=shift_range,
-            squash=squash,
-            controller_type="lstm" if lstm else "feedforward",
-            initial=NTMState(*tensors[8:last]) if initial else None,
-            lengths=lengths,
-            reset=reset,
-        )
-        return features, *final, weightings
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        input, *rest = tensors
+        state, (weight, bias), rest = rest[:_STATE], rest[_STATE : _STATE + 2], rest[_STATE + 2 :]
+        first, layers = rest[: len(initial)], rest[len(initial) :]
+        return _plain(input, *state, layers, weight, bias, first, *options)
 
-    return reference_vjp(function, leaves, grads, wanted)
+    return reference_vjp(function, inputs, grads, wanted)
 
 
-differentiate("seqmem::ntm_backward", _vjp)
+differentiate("ntm_backward", _vjp)

@@ -32,25 +32,33 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..reference import ntm_addressing as reference
-from .common import Gradients, differentiate, reference_vjp, try_while_tracing
+from .common import differentiate_through, fall_back
 
-_content_addressing = torch.ops.seqmem.ntm_content_addressing.default
-_addressing = torch.ops.seqmem.ntm_addressing.default
-_read = torch.ops.seqmem.ntm_read.default
-_write = torch.ops.seqmem.ntm_write.default
-_try_content_addressing = try_while_tracing(_content_addressing)
-_try_addressing = try_while_tracing(_addressing)
-_try_read = try_while_tracing(_read)
-_try_write = try_while_tracing(_write)
-_dynamo_traces = torch.compiler.is_dynamo_compiling
-_transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+def _declared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op named as this reference, which runs in the arithmetic of the kernels."""
+
+    @functools.wraps(function)
+    def plain(*tensors: Tensor) -> Tensor:
+        dtype = tensors[0].dtype
+        if dtype.itemsize > 2:
+            return function(*tensors)
+        return function(*(t.float() for t in tensors)).to(dtype)
+
+    differentiate_through(function.__name__, plain, gradients=1)
+    return fall_back(function.__name__, plain)
+
+
+_content_addressing = _declared(reference.ntm_content_addressing)
+_addressing = _declared(reference.ntm_addressing)
+_read = _declared(reference.ntm_read)
+_write = _declared(reference.ntm_write)
 
 
 def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
@@ -64,12 +72,6 @@ def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     Returns:
         weights [B, N], each row positive with sum 1.
     """
-    if _transform_active():
-        return _plain(reference.ntm_content_addressing, memory, key, beta)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_content_addressing)
     return _content_addressing(memory, key, beta)
 
 
@@ -97,12 +99,6 @@ def ntm_addressing(
     Returns:
         weights [B, N].
     """
-    if _transform_active():
-        return _plain(reference.ntm_addressing, memory, key, beta, gate, shift, gamma, prev_weights)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_addressing)
     return _addressing(memory, key, beta, gate, shift, gamma, prev_weights)
 
 
@@ -116,12 +112,6 @@ def ntm_read(memory: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [B, M].
     """
-    if _transform_active():
-        return _plain(reference.ntm_read, memory, weights)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_read)
     return _read(memory, weights)
 
 
@@ -139,37 +129,4 @@ def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Te
     Returns:
         the new memory [B, N, M].
     """
-    if _transform_active():
-        return _plain(reference.ntm_write, memory, weights, erase, add)
-    if _dynamo_traces():
-        from torch._dynamo.comptime import comptime
-
-        comptime(_try_write)
     return _write(memory, weights, erase, add)
-
-
-def _plain(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The reference in the arithmetic of the kernels."""
-    dtype = tensors[0].dtype
-    if dtype.itemsize > 2:
-        return function(*tensors)
-    return function(*(t.float() for t in tensors)).to(dtype)
-
-
-def _vjp(function: Callable[..., Tensor]) -> Callable[..., Gradients]:
-    """Of a backward op called with (gradient, tensors..., which gradients are asked for)."""
-
-    def vjp(grad: Tensor, *arguments: Any) -> Gradients:
-        tensors: Sequence[Tensor] = arguments[:-1]
-        return reference_vjp(lambda *t: (_plain(function, *t),), tensors, (grad,), arguments[-1])
-
-    return vjp
-
-
-for _function in (
-    reference.ntm_content_addressing,
-    reference.ntm_addressing,
-    reference.ntm_read,
-    reference.ntm_write,
-):
-    differentiate(f"seqmem::{_function.__name__}_backward", _vjp(_function))
