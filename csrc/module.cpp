@@ -11,6 +11,9 @@
 #define SEQMEM_STRING_(x) #x
 #define SEQMEM_STRING(x) SEQMEM_STRING_(x)
 
+namespace seqmem::attention {
+void bind(pybind11::module_& m);
+}
 namespace seqmem::lstm {
 void bind(pybind11::module_& m);
 }
@@ -66,5 +69,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of seqmem_fast; its ops are reached as torch.ops.seqmem.*";
   m.def("build_info", &build_info, "What this module was built from, and for which processors.");
   m.def("cpu_capability", &cpu_capability, "The ISA whose kernels run: baseline, avx2 or avx512.");
+  seqmem::attention::bind(m);
   seqmem::lstm::bind(m);
 }

@@ -4,6 +4,19 @@ from torch import Tensor
 
 def build_info() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
+def attention_module(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    batch_first: bool,
+    need_weights: bool,
+    average: bool,
+) -> tuple[Tensor, Tensor | None] | None: ...
 def lstm_cell(
     input: Tensor,
     hx: Tensor | None,
