@@ -24,6 +24,7 @@ lint: $(DONE)/test
 	$(BIN)/mypy
 
 format: $(DONE)/test
+	$(BIN)/python tests/exports.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)

@@ -6,49 +6,23 @@ from seqmem_fast._load import _C
 
 from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
-from .nn import (
-    LSTM,
-    NTM,
-    AdditiveAttention,
-    Attention,
-    DynamicMemory,
-    EpisodicMemory,
-    HardAttention,
-    LSTMCell,
-    LSTMGates,
-    MovingAverageBaseline,
-    NTMMemory,
-    discounted_returns,
-    reinforce_train_step,
-)
+from .nn import *  # noqa: F403
 from .ops import NTMState
 
 if TYPE_CHECKING:
     from . import plot as plot
 
 __all__ = [
-    "LSTM",
-    "NTM",
-    "AdditiveAttention",
-    "Attention",
-    "DynamicMemory",
-    "EpisodicMemory",
-    "HardAttention",
-    "LSTMCell",
-    "LSTMGates",
-    "MovingAverageBaseline",
-    "NTMMemory",
     "NTMState",
     "__version__",
     "accelerate",
-    "discounted_returns",
     "nn",
     "ops",
     "reference",
-    "reinforce_train_step",
     "restore",
     "tasks",
 ]
+__all__ += nn.__all__
 
 __version__: str = _C.build_info()["version"]
 

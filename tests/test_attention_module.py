@@ -123,17 +123,73 @@ def test_unbatched() -> None:
     assert ours(*args)[0].shape == (QUERIES, WIDTH)
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_a_row_without_keys_is_uniform(need_weights: bool) -> None:
+def test_a_row_without_keys_is_uniform_where_weights_are_wanted() -> None:
     _, ours = pair({})
     everything = torch.ones(BATCH, KEYS, dtype=torch.bool)
     args = inputs({})
-    output, weights = ours(*args, key_padding_mask=everything, need_weights=need_weights)
+    output, weights = ours(*args, key_padding_mask=everything)
     _, _, v = args
     value = ours.in_proj_weight[2 * WIDTH :] @ v.mean(0).T
     torch.testing.assert_close(output, ours.out_proj(value.T).expand_as(output))
-    if need_weights:
-        torch.testing.assert_close(weights, torch.full_like(weights, 1 / KEYS))
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / KEYS))
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf", "mixed"])
+def test_a_row_without_keys_is_zero_where_no_weights_are_wanted(kind: str) -> None:
+    theirs, ours = pair({})
+    nn.init.normal_(ours.out_proj.bias)
+    theirs.load_state_dict(ours.state_dict())
+    args = inputs({})
+    empty = padding | torch.tensor([[False], [True], [False]])
+    masks: dict[str, Any] = {"key_padding_mask": empty}
+    if kind == "-inf":
+        masks = {"key_padding_mask": torch.zeros(BATCH, KEYS).masked_fill(empty, -torch.inf)}
+    elif kind == "mixed":
+        masks["attn_mask"] = bias
+    output, _ = ours(*args, **masks, need_weights=False)
+    torch.testing.assert_close(output, theirs(*args, **masks, need_weights=False)[0])
+    torch.testing.assert_close(output[:, 1], ours.out_proj.bias.expand_as(output[:, 1]))
+
+
+@pytest.mark.parametrize("call", ["plain", "two_masks", "no_weights", "no_weights_masked"])
+def test_the_output_is_contiguous_in_either_layout(call: str) -> None:
+    for options in ({}, {"batch_first": True}, {"add_zero_attn": True}):
+        output, _ = pair(options)[1](*inputs(options), **CALLS[call])
+        assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("call", ["plain", "no_weights"])
+def test_the_compiled_call_is_the_general_one(call: str, batch_first: bool) -> None:
+    """A hook on out_proj, which must run, sends the call the general way."""
+    _, ours = pair({"batch_first": batch_first})
+    q, k, v = inputs({"batch_first": batch_first})
+    for args in ([q, k, v], [q, q, q], [k, v, v]):
+        usual = run(ours, args, CALLS[call])
+        seen: list[Any] = []
+        handle = ours.out_proj.register_forward_hook(lambda *given, seen=seen: seen.append(given))
+        agree(usual, run(ours, args, CALLS[call]))
+        handle.remove()
+        assert len(seen) == 1
+
+
+def test_the_compiled_call_refuses_as_the_general_one() -> None:
+    _, ours = pair({})
+    q, k, v = inputs({})
+    for wrong in ((q, k[:-1], v), (q, k[:, :1], v[:, :1]), (q[..., :4], k, v), (q[0, 0], k, v)):
+        with pytest.raises(ValueError, match=r"^seqmem::attention: expected"):
+            ours(*wrong)
+
+
+def test_torchs_other_names() -> None:
+    theirs, ours = pair({"batch_first": True})
+    for module in (theirs, ours):
+        torch.manual_seed(5)
+        module._reset_parameters()
+    assert torch.equal(theirs.in_proj_weight, ours.in_proj_weight)
+    x, square = inputs({"batch_first": True})[0], causal[:, :QUERIES]
+    merged = [module.merge_masks(square, padding[:, :QUERIES], x) for module in (ours, theirs)]
+    assert torch.equal(merged[0][0], merged[1][0]) and merged[0][1] == merged[1][1]
 
 
 def test_compiles_into_one_graph() -> None:

@@ -237,7 +237,7 @@ def test_module_refuses(name: str) -> None:
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (4, -1, 2), (4, 3, 0)], ids=str)
 def test_sizes_are_positive(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="DynamicMemory: expected"):
+    with pytest.raises(ValueError, match="seqmem::dynamic_memory: expected"):
         sf.DynamicMemory(*sizes)
-    with pytest.raises(TypeError, match="EpisodicMemory: expected hidden_dim to be an int"):
+    with pytest.raises(TypeError, match="seqmem::dynamic_memory: expected hidden_dim to be an int"):
         sf.EpisodicMemory(3, 2.0)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from exports import ROOMS as EXPORTING
+from exports import exports
+
+from seqmem_fast.ops import common as op_common
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -75,6 +81,32 @@ def test_every_family_has_a_benchmark(stem: str) -> None:
 def test_every_op_has_a_cpu_kernel(stem: str) -> None:
     kernels = (CSRC / "cpu").glob("*_kernel.cpp")
     assert any(stem_of(path.stem) == stem for path in kernels)
+
+
+def test_every_op_has_a_stem_with_its_launchers() -> None:
+    """A GPU launcher is the function named as its op in the module of the op's stem."""
+    found = torch._C._dispatch_get_all_op_names()
+    ops = [name.removeprefix("seqmem::") for name in found if name.startswith("seqmem::")]
+    for op in sorted(op for op in ops if not op.startswith("check_")):
+        assert op in op_common.STEMS, f"no ops/<stem>.py declares {op}"
+        tree = ast.parse((PACKAGE / "_triton" / f"{op_common.STEMS[op]}.py").read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert op in functions, f"no launcher {op} in _triton/{op_common.STEMS[op]}.py"
+
+
+@pytest.mark.parametrize("room", EXPORTING)
+def test_packages_export_the_public_names_of_their_modules(room: str) -> None:
+    package = importlib.import_module(f"seqmem_fast.{room}")
+    names = [name for some in exports(room).values() for name in some]
+    assert sorted(package.__all__) == sorted(names), "run `make format`"
+    assert all(hasattr(package, name) for name in names)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_public_names(stem: str) -> None:
+    for room in ("ops", "nn"):
+        assert any(stem_of(module) == stem for module in exports(room)), f"{room}/{stem}.py"
+    assert stem in exports("reference")[""]
 
 
 def test_every_file_in_a_room_belongs_to_an_op() -> None:

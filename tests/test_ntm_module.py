@@ -183,6 +183,32 @@ def test_the_state_is_a_pytree_and_detaches() -> None:
     assert ntm.initial_hidden.grad is None
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("init", ["learned", "constant"])
+def test_an_initial_state_may_be_changed_in_place(init: str, batch: int | None) -> None:
+    ntm = NTM(**SIZES, memory_init=init)
+    before = copy.deepcopy(ntm.state_dict())
+    state = ntm.init_state(batch)
+    with torch.no_grad():
+        for tensor in state:
+            tensor[..., 0, :] = 7
+        if batch:
+            state.memory[0] = 8
+    assert all(
+        torch.equal(a, b) for a, b in zip(ntm.state_dict().values(), before.values(), strict=True)
+    )
+    if batch:
+        assert torch.equal(state.memory[1, 1:], ntm.initial_memory[1:])
+
+
+def test_a_state_detaches() -> None:
+    state = NTM(**SIZES).init_state(2)
+    assert state.hidden.requires_grad
+    bare = state.detach()
+    assert isinstance(bare, NTMState) and not any(t.requires_grad for t in bare)
+    assert all(torch.equal(a, b) for a, b in zip(state, bare, strict=True))
+
+
 def test_a_new_layer_breaks_the_symmetry_of_its_slots() -> None:
     ntm = NTM(**SIZES)
     _, state, weightings = ntm(torch.randn(10, 2, 4), return_weightings=True)
@@ -260,7 +286,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_constructor_refuses(name: str) -> None:
-    with pytest.raises(ValueError, match=f"NTM: expected {name}"):
+    with pytest.raises(ValueError, match=f"seqmem::ntm: expected {name}"):
         NTM(**{**SIZES, **REFUSED[name]})
 
 

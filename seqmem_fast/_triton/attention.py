@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference.common import MASKED
 from . import attention_kernels as kernels
 from .common import as_bytes, product_precision, strides, two_leading, wide
 
@@ -238,7 +239,7 @@ def _plain(call: _Call, is_causal: bool) -> tuple[Tensor, Tensor]:
     query, key = (t.to(wide(dtype)) for t in (call.query, call.key))
     scores = (query * call.scale) @ key.mT  # [Z0, Z1, Tq, Tk]
     if call.mask is not None and call.mask.dtype == torch.uint8:
-        scores.masked_fill_(call.mask == 0, -1e9)
+        scores.masked_fill_(call.mask == 0, MASKED)
     elif call.mask is not None:
         scores += call.mask
     if is_causal:

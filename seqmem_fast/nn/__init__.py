@@ -1,5 +1,6 @@
 """Modules with the constructors, parameters and call forms of their torch.nn namesakes."""
 
+# Written by `make format`:
 from .additive_attention import AdditiveAttention
 from .attention import Attention
 from .dynamic_memory import DynamicMemory, EpisodicMemory
@@ -28,3 +29,4 @@ __all__ = [
     "discounted_returns",
     "reinforce_train_step",
 ]
+# End of what `make format` writes.

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 
+__all__ = ["AdditiveAttention"]
+
 
 class AdditiveAttention(nn.Module):
     r"""Bahdanau's attention: scores by a small network, softmax over the keys.

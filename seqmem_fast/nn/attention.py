@@ -6,13 +6,17 @@ Constructor, call form, attributes, parameter names and initialisation are those
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _C, ops
+from ..ops.common import MASKED, dynamo_traces, overridden, transform_active
+
+__all__ = ["Attention"]
 
 
 class Attention(nn.Module):
@@ -37,16 +41,18 @@ class Attention(nn.Module):
       (added to the scores).
     - attn_mask: [Tq, Tk] or [B * H, Tq, Tk], likewise.
     - need_weights: False returns None instead of weights and calls
-      ``F.scaled_dot_product_attention``.
+      ``F.scaled_dot_product_attention``, which never holds them.
     - average_attn_weights: weights are the heads' mean [B, Tq, Tk]; False gives each head's,
       [B, H, Tq, Tk]. Unbatched weights have no B. Both are differentiable.
     - is_causal: a hint that attn_mask, which must be given, is the causal one: query i sees keys
       0..i alone. Half of the work is then left out.
     - returns output, laid out as query.
 
-    A query whose every key is left out by bool masks attends to all alike, where
-    ``torch.nn.MultiheadAttention`` gives NaN. Errors are a ValueError for shapes and values, a
-    TypeError for dtypes and devices. Equation and paper: :mod:`seqmem_fast.ops.attention`.
+    A query whose every key is left out gets zeros (and then out_proj) where no weights are wanted,
+    as in ``torch.nn.MultiheadAttention``. With weights, which torch makes NaN there, it attends to
+    all keys alike if bool masks left them out; -inf in a floating mask gives NaN as in torch.
+    Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equation and
+    paper: :mod:`seqmem_fast.ops.attention`.
 
     Parameters: in_proj_weight [3E, E] (rows of query, key, value), or, where kdim or vdim differs
     from E, q_proj_weight [E, E], k_proj_weight [E, kdim] and v_proj_weight [E, vdim];
@@ -141,6 +147,10 @@ class Attention(nn.Module):
             if bias is not None:
                 nn.init.xavier_normal_(bias)
 
+    # The names that torch.nn.MultiheadAttention has beside forward.
+    _reset_parameters = reset_parameters
+    merge_masks = nn.MultiheadAttention.merge_masks
+
     def forward(
         self,
         query: Tensor,
@@ -152,29 +162,62 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        unmasked = key_padding_mask is None and attn_mask is None and not is_causal
+        if unmasked and self._is_usual(query, key, value):
+            done = _C.attention_module(
+                query,
+                key,
+                value,
+                cast(Tensor, self.in_proj_weight),
+                self.in_proj_bias,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                self.num_heads,
+                self.batch_first,
+                need_weights,
+                average_attn_weights,
+            )
+            if done is not None:
+                return done
         batched = query.dim() == 3
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        batch = 0 if self.batch_first or not batched else 1  # the batch's dimension
         if not batched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not self.batch_first:
-            same = key is value, query is key
-            query = query.transpose(0, 1)
-            key = query if same[1] else key.transpose(0, 1)
-            value = key if same[0] else value.transpose(0, 1)
-        q, k, v = self._project(query, key, value)  # [B, T, E]
+        q, k, v = self._project(query, key, value)  # [B, T, E], or [T, B, E]
+        if batch == 1:
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         causal = is_causal and key_padding_mask is None and not self._extends
         extra = None if causal else attn_mask
-        mask = self._mask(key_padding_mask, extra, query.size(0), q.dtype)
+        mask = self._mask(key_padding_mask, extra, q, need_weights)
         k, v, mask = self._extend(k, v, mask)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        output, weights = self._attend(q, k, v, mask, causal, need_weights)
-        output = self.out_proj(output.transpose(1, 2).flatten(2))  # [B, Tq, E]
+        output, weights = self._attend(q, k, v, mask, causal, need_weights)  # [B, H, Tq, E / H]
+        output = output.transpose(1, 2) if batch == 0 else output.permute(2, 0, 1, 3)
+        output = self.out_proj(output.flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
             return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+        return output, weights
+
+    def _is_usual(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the compiled module may run the whole call at once."""
+        projection = self.out_proj
+        return not (
+            not self._qkv_same_embed_dim
+            or self._extends
+            or (self.training and self.dropout)
+            or transform_active()
+            or dynamo_traces()
+            or overridden(query, key, value, self.in_proj_weight, projection.weight)
+            or type(projection).forward is not nn.Linear.forward
+            or projection._forward_hooks
+            or projection._forward_pre_hooks
+            or projection._backward_hooks
+            or projection._backward_pre_hooks
+        )
 
     @property
     def _extends(self) -> bool:
@@ -192,12 +235,15 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, H, Tq, E/H], k and v [B, H, Tk, E/H] -> [B, H, Tq, E/H], [B, H, Tq, Tk]."""
         drop = self.dropout if self.training else 0.0
+        if not need_weights:
+            attended = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=causal)
+            return attended, None
         if drop == 0:
-            return ops.attention(q, k, v, mask, is_causal=causal, return_weights=need_weights)
+            return ops.attention(q, k, v, mask, is_causal=causal)
         # Values of no features: the weights alone, which dropout thins before they meet the values.
         _, weights = ops.attention(q, k, v[..., :0], mask, is_causal=causal)
         weights = F.dropout(weights, drop)
-        return weights @ v, weights if need_weights else None
+        return weights @ v, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         bias = self.in_proj_bias
@@ -218,20 +264,21 @@ class Attention(nn.Module):
         return tuple(map(F.linear, (query, key, value), weight.chunk(3), cast(Any, parts)))
 
     def _mask(
-        self, padding: Tensor | None, extra: Tensor | None, batch: int, dtype: torch.dtype
+        self, padding: Tensor | None, extra: Tensor | None, query: Tensor, need_weights: bool
     ) -> Tensor | None:
         """One mask that broadcasts to [B, H, Tq, Tk]: bool (true: kept) or floating (added)."""
         if padding is not None:
             padding = padding[:, None, None, :]
         if extra is not None and extra.dim() == 3:
-            extra = extra.unflatten(0, (batch, self.num_heads))
+            extra = extra.unflatten(0, (query.size(0), self.num_heads))
         masks = [mask for mask in (padding, extra) if mask is not None]
         if all(mask.dtype == torch.bool for mask in masks):
             masks = [~mask for mask in masks]
             return masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None
-        lowest = max(-1e9, torch.finfo(dtype).min)
+        dtype = query.dtype
+        left_out = max(MASKED, torch.finfo(dtype).min) if need_weights else -math.inf
         added = [
-            torch.zeros((), dtype=dtype, device=mask.device).masked_fill(mask, lowest)
+            torch.zeros((), dtype=dtype, device=mask.device).masked_fill(mask, left_out)
             if mask.dtype == torch.bool
             else mask.to(dtype)
             for mask in masks

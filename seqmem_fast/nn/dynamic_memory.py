@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 
+__all__ = ["DynamicMemory", "EpisodicMemory"]
+
 
 class _Networks(nn.Module):
     """The update gate and the write network, and the projection of the query for the scores."""
@@ -70,7 +72,7 @@ class DynamicMemory(_Networks):
 
     - query: [B, h], or [h] for a single one.
     - num_hops: K >= 0.
-    - return_memory: whether the final memory is wanted; without it no memory is ever written.
+    - return_memory: whether the final memory is wanted; without it no memory is written.
     - returns the final memory [B, N, m] (or None) and the attention of each hop, a list of K
       tensors [B, N]; without B for a single query.
 
@@ -86,8 +88,7 @@ class DynamicMemory(_Networks):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_sizes("DynamicMemory", memory_size=memory_size, memory_dim=memory_dim)
-        _check_sizes("DynamicMemory", hidden_dim=hidden_dim)
+        _check_sizes(memory_size=memory_size, memory_dim=memory_dim, hidden_dim=hidden_dim)
         super().__init__(memory_dim, hidden_dim, device, dtype)
         self.memory_size = memory_size
         self.memory = nn.Parameter(torch.randn(memory_size, memory_dim, device=device, dtype=dtype))
@@ -118,9 +119,12 @@ class EpisodicMemory(_Networks):
         c_{k+1} &= \\operatorname{GRU}(e_k, c_k)
 
     The memory begins as the encoded facts, the state c as the question; gate g and write w see
-    [e_k, c_k] as in :class:`DynamicMemory`. Each episode so asks with what the one before found:
-    the dynamic memory network of Kumar et al. 2015 (arXiv 1506.07285), the stories and the
-    several hops over them of Sukhbaatar et al. 2015 (arXiv 1503.08895).
+    [e_k, c_k] as in :class:`DynamicMemory`. Each episode thus asks with what the one before found.
+    Since the state changes between the hops, each hop is a call of the op by itself, and all but
+    the last write their memory [B, N, m] out.
+
+    Papers: the dynamic memory network is that of Kumar et al. 2015 (arXiv 1506.07285), the stories
+    and the several hops over them are those of Sukhbaatar et al. 2015 (arXiv 1503.08895).
 
     Letters: B batch, N facts (the most of any sample), m = ``memory_dim``, h = ``hidden_dim``,
     f = ``fact_dim`` (m where not given), K hops.
@@ -151,8 +155,7 @@ class EpisodicMemory(_Networks):
         dtype: torch.dtype | None = None,
     ) -> None:
         fact_dim = memory_dim if fact_dim is None else fact_dim
-        _check_sizes("EpisodicMemory", memory_dim=memory_dim, hidden_dim=hidden_dim)
-        _check_sizes("EpisodicMemory", fact_dim=fact_dim)
+        _check_sizes(memory_dim=memory_dim, hidden_dim=hidden_dim, fact_dim=fact_dim)
         super().__init__(memory_dim, hidden_dim, device, dtype)
         self.fact_dim = fact_dim
         self._add_projection(device, dtype)
@@ -204,12 +207,12 @@ class EpisodicMemory(_Networks):
 _op = "seqmem::dynamic_memory"
 
 
-def _check_sizes(module: str, **sizes: object) -> None:
+def _check_sizes(**sizes: object) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{module}: expected {name} to be an int, got {type(size).__name__}")
+            raise TypeError(f"{_op}: expected {name} to be an int, got {type(size).__name__}")
         if size <= 0:
-            raise ValueError(f"{module}: expected {name} > 0, got {size}")
+            raise ValueError(f"{_op}: expected {name} > 0, got {size}")
 
 
 def _check_width(name: str, value: object, width: int, form: str, dims: tuple[int, ...]) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 
+__all__ = ["HardAttention", "MovingAverageBaseline", "discounted_returns", "reinforce_train_step"]
+
 
 class HardAttention(nn.Module):
     """A policy that looks at one of several locations.
@@ -32,9 +34,9 @@ class HardAttention(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool):
                 kind = type(size).__name__
-                raise TypeError(f"HardAttention: expected {name} to be an int, got {kind}")
+                raise TypeError(f"seqmem::hard_attention: expected {name} to be an int, got {kind}")
             if size <= 0:
-                raise ValueError(f"HardAttention: expected {name} > 0, got {size}")
+                raise ValueError(f"seqmem::hard_attention: expected {name} > 0, got {size}")
         super().__init__()
         self.num_locations = num_locations
         self.policy_net = nn.Sequential(
@@ -67,7 +69,7 @@ class MovingAverageBaseline:
 
     def __init__(self, momentum: float = 0.9) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f"MovingAverageBaseline: expected 0 <= momentum < 1, got {momentum}")
+            raise ValueError(f"seqmem::hard_attention: expected 0 <= momentum < 1, got {momentum}")
         self.momentum = momentum
         self.value: float | None = None  # None before the first step
 
@@ -119,8 +121,8 @@ def reinforce_train_step(
     returns = torch.as_tensor(rewards, dtype=logits.dtype, device=logits.device)
     if returns.shape != logits.shape[:-1]:
         raise ValueError(
-            f"reinforce_train_step: expected rewards of shape {list(logits.shape[:-1])}, one for "
-            f"each state, got {list(returns.shape)}"
+            "seqmem::reinforce_train_step: expected rewards of shape "
+            f"{list(logits.shape[:-1])}, one for each state, got {list(returns.shape)}"
         )
     with torch.no_grad():
         action, _, _ = ops.categorical_sample(logits, generator=generator)
@@ -156,15 +158,17 @@ def discounted_returns(
     r = torch.as_tensor(rewards)
     r = r if r.is_floating_point() else r.to(torch.get_default_dtype())
     if not 0 <= gamma <= 1:
-        raise ValueError(f"discounted_returns: expected 0 <= gamma <= 1, got {gamma}")
+        raise ValueError(f"seqmem::discounted_returns: expected 0 <= gamma <= 1, got {gamma}")
     if r.dim() == 0:
-        raise ValueError("discounted_returns: expected rewards of shape [T, ...], got []")
+        raise ValueError("seqmem::discounted_returns: expected rewards of shape [T, ...], got []")
     if ends is not None:
         if ends.dtype != torch.bool:
-            raise TypeError(f"discounted_returns: expected ends of dtype bool, got {ends.dtype}")
+            raise TypeError(
+                f"seqmem::discounted_returns: expected ends of dtype bool, got {ends.dtype}"
+            )
         if ends.shape != r.shape:
             raise ValueError(
-                f"discounted_returns: expected ends of shape {list(r.shape)}, "
+                f"seqmem::discounted_returns: expected ends of shape {list(r.shape)}, "
                 f"got {list(ends.shape)}"
             )
     if r.size(0) == 0:
@@ -181,14 +185,14 @@ def _stacked(states: Tensor | Sequence[Tensor]) -> Tensor:
         return states
     if not isinstance(states, Sequence) or not all(isinstance(s, Tensor) for s in states):
         raise TypeError(
-            "reinforce_train_step: expected states to be a tensor or a sequence of tensors, "
-            f"got {type(states).__name__}"
+            "seqmem::reinforce_train_step: expected states to be a tensor or a sequence of "
+            f"tensors, got {type(states).__name__}"
         )
     if not states:
-        raise ValueError("reinforce_train_step: expected at least one state, got none")
+        raise ValueError("seqmem::reinforce_train_step: expected at least one state, got none")
     shapes = {tuple(s.shape) for s in states}
     if len(shapes) > 1:
         raise ValueError(
-            f"reinforce_train_step: expected states of one shape, got {sorted(shapes)}"
+            f"seqmem::reinforce_train_step: expected states of one shape, got {sorted(shapes)}"
         )
     return torch.stack(tuple(states))

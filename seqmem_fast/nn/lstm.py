@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import ops
 from ..ops.lstm import lone_layer
 
+__all__ = ["LSTM", "LSTMCell", "LSTMGates"]
+
 State = tuple[Tensor, Tensor]
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import NTMState
 
+__all__ = ["NTM"]
+
 _ACTIVATIONS = {None: None, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 _MEMORY = 1e-6  # Collier & Beel's constant
 _FOCUS = 4.0  # a new head holds e^4 times as much weight on its first slot as on all others
@@ -105,13 +107,15 @@ class NTM(nn.Module):
             ("num_layers", num_layers),
         ):
             if value < 1:
-                raise ValueError(f"NTM: expected {name} > 0, got {value}")
+                raise ValueError(f"seqmem::ntm: expected {name} > 0, got {value}")
         if not heads or set(heads) - set("wr"):
-            raise ValueError(f'NTM: expected heads as a string of "w" and "r", got {heads!r}')
+            raise ValueError(
+                f'seqmem::ntm: expected heads as a string of "w" and "r", got {heads!r}'
+            )
         if not 0 <= shift_range <= memory_size // 2:
             raise ValueError(
-                f"NTM: expected shift_range in 0..{memory_size // 2} for {memory_size} slots, "
-                f"got {shift_range}"
+                f"seqmem::ntm: expected shift_range in 0..{memory_size // 2} for {memory_size} "
+                f"slots, got {shift_range}"
             )
         _one_of("controller", controller, ("lstm", "feedforward"))
         _one_of("memory_init", memory_init, ("constant", "learned", "random"))
@@ -194,8 +198,8 @@ class NTM(nn.Module):
         with torch.no_grad():
             for name in ntm._controller_names:
                 getattr(ntm, name).copy_(getattr(lstm, name))
-            ntm.head_weight.copy_(torch.cat([_turned(h.weight, width, taps) for h in layers]))
-            ntm.head_bias.copy_(torch.cat([_turned(h.bias, width, taps) for h in layers]))
+            ntm.head_weight.copy_(torch.cat([_flipped_taps(h.weight, width, taps) for h in layers]))
+            ntm.head_bias.copy_(torch.cat([_flipped_taps(h.bias, width, taps) for h in layers]))
             ntm.output.load_state_dict(inner.fc.state_dict())
             ntm.initial_hidden.copy_(inner.controller.lstm_h_bias[:, 0])
             ntm.initial_cell.copy_(inner.controller.lstm_c_bias[:, 0])
@@ -231,7 +235,14 @@ class NTM(nn.Module):
         nn.init.normal_(self.initial_reads, std=0.01)
 
     def init_state(self, batch_size: int | None = None) -> NTMState:
-        """What a sequence starts with, for a batch, or unbatched; differentiable."""
+        """What a sequence starts with, for a batch, or unbatched; differentiable.
+
+        The tensors are copies, which may be changed in place.
+        """
+        return NTMState(*(t.clone() for t in self._initial_state(batch_size)))
+
+    def _initial_state(self, batch_size: int | None = None) -> NTMState:
+        """The same without copies: views of the parameters and buffers."""
         weightings = self.initial_weightings
         if self.weightings_init == "learned":
             weightings = torch.softmax(weightings, -1)
@@ -284,9 +295,9 @@ class NTM(nn.Module):
             "controller_type": self.controller,
             "lengths": lengths,
             "reset": reset,
-            "initial": None if reset is None else self.init_state(),
+            "initial": None if reset is None else self._initial_state(),
         }
-        state = self.init_state(input.size(1)) if state is None else NTMState(*state)
+        state = self._initial_state(input.size(1)) if state is None else NTMState(*state)
         controller = [getattr(self, name) for name in self._controller_names]
         operands = (input, state, controller, self.head_weight, self.head_bias)
         weightings: Tensor | None = None
@@ -343,10 +354,10 @@ class NTM(nn.Module):
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"NTM: expected {name} as one of {list(allowed)}, got {value!r}")
+        raise ValueError(f"seqmem::ntm: expected {name} as one of {list(allowed)}, got {value!r}")
 
 
-def _turned(rows: Tensor, width: int, taps: int) -> Tensor:
+def _flipped_taps(rows: Tensor, width: int, taps: int) -> Tensor:
     """Head parameters whose first shift tap moves up, as ours, whose first moves down."""
     before, shift, after = rows.split([width + 2, taps, rows.size(0) - width - 2 - taps])
     return torch.cat((before, shift.flip(0), after))

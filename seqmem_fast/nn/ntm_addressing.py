@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 
+__all__ = ["NTMMemory"]
+
 
 class NTMMemory(nn.Module):
     """An NTM's memory by itself: addressed, read and written from outside.

@@ -1,13 +1,13 @@
 """Public differentiable functions over ``torch.ops.seqmem``."""
 
-from ..reference.ntm_addressing import NTMState
+# Written by `make format`:
 from .additive_attention import additive_attention
 from .attention import attention
 from .dynamic_memory import dynamic_memory
 from .hard_attention import categorical_sample, reinforce_loss
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm, ntm_trace
-from .ntm_addressing import ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
+from .ntm_addressing import NTMState, ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
 __all__ = [
     "NTMState",
@@ -26,3 +26,4 @@ __all__ = [
     "ntm_write",
     "reinforce_loss",
 ]
+# End of what `make format` writes.

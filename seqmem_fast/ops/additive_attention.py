@@ -15,6 +15,8 @@ from torch import Tensor
 from ..reference import additive_attention as reference
 from .common import differentiate_through, fall_back
 
+__all__ = ["additive_attention"]
+
 _op = fall_back("additive_attention", reference.additive_attention)
 differentiate_through("additive_attention", reference.additive_attention, gradients=2)
 

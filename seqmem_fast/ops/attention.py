@@ -19,6 +19,8 @@ from torch import Tensor
 from ..reference import attention as reference
 from .common import differentiate_through, fall_back, transform_active
 
+__all__ = ["attention"]
+
 
 def _plain(
     query: Tensor,

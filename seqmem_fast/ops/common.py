@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from ..reference.common import MASKED as MASKED
+
 Gradients = tuple[Tensor | None, ...]
 Result = TypeVar("Result")
 

@@ -24,12 +24,14 @@ from torch import Tensor
 from ..reference import dynamic_memory as reference
 from .common import differentiate_through, fall_back
 
+__all__ = ["dynamic_memory"]
+
+_OPTIONS = ("score_query", "mask", "num_hops", "return_memory")
+
 
 def _plain(*arguments: Any) -> tuple[Tensor | None, Tensor, None]:
-    score_query, mask, num_hops, return_memory = arguments[6:10]
-    final, attention = reference.dynamic_memory(
-        *arguments[:6], num_hops, score_query=score_query, mask=mask, return_memory=return_memory
-    )
+    operands, options = arguments[:6], dict(zip(_OPTIONS, arguments[6:10], strict=True))
+    final, attention = reference.dynamic_memory(*operands, **options)
     return final, attention, None
 
 

@@ -30,6 +30,8 @@ from torch import Tensor
 from ..reference import hard_attention as reference
 from .common import differentiate_through, fall_back
 
+__all__ = ["categorical_sample", "reinforce_loss"]
+
 _REDUCTIONS = ("none", "mean", "sum")
 
 

@@ -41,6 +41,8 @@ from .common import (
     transform_active,
 )
 
+__all__ = ["lstm", "lstm_cell", "lstm_trace"]
+
 State = tuple[Tensor, Tensor]
 # weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]

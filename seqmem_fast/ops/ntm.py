@@ -45,6 +45,8 @@ from ..reference import ntm as reference
 from ..reference.ntm_addressing import NTMState
 from .common import Gradients, differentiate, fall_back, reference_vjp
 
+__all__ = ["ntm", "ntm_trace"]
+
 _STATE = len(NTMState._fields)
 
 

@@ -38,7 +38,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..reference import ntm_addressing as reference
+from ..reference.ntm_addressing import NTMState
 from .common import differentiate_through, fall_back
+
+__all__ = ["NTMState", "ntm_addressing", "ntm_content_addressing", "ntm_read", "ntm_write"]
 
 
 def _declared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+# Written by `make format`:
 from . import (
     additive_attention,
     attention,
@@ -22,6 +23,7 @@ __all__ = [
     "ntm",
     "ntm_addressing",
 ]
+# End of what `make format` writes.
 
 
 def __getattr__(name: str) -> Any:

@@ -19,9 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Sample
-
-MASKED = -1e9  # the score of a masked entry; a row without any other is uniform
+from .common import Sample, attend, masked
 
 
 def additive_attention(
@@ -35,16 +33,7 @@ def additive_attention(
     broadcasts to [..., Tq, Tk] -> output [..., Tq, Dv], weights [..., Tq, Tk]; leading dimensions
     broadcast."""
     hidden = torch.tanh(query.unsqueeze(-2) + key.unsqueeze(-3))  # [..., Tq, Tk, A]
-    scores = hidden @ score_weight
-    if mask is not None and mask.is_floating_point():
-        scores = scores + mask
-    elif mask is not None:
-        lowest = max(MASKED, torch.finfo(scores.dtype).min)
-        scores = torch.where(mask == 0, lowest, scores)
-    weights = torch.softmax(scores, -1)
-    batch = torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
-    weights = weights.expand(*batch, -1, -1)
-    return weights @ value, weights
+    return attend(torch.softmax(masked(hidden @ score_weight, mask), -1), value)
 
 
 def sample_inputs(

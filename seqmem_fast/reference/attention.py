@@ -21,9 +21,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .common import Sample
-
-MASKED = -1e9  # the score of a masked entry
+from .common import Sample, attend, masked
 
 
 @overload
@@ -66,18 +64,11 @@ def attention(
     -> output [..., Tq, Dv], weights [..., Tq, Tk]; all leading dimensions broadcast."""
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
-    scores = query @ key.transpose(-2, -1) * scale
-    if mask is not None:
-        if mask.is_floating_point():
-            scores = scores + mask
-        else:
-            lowest = max(MASKED, torch.finfo(scores.dtype).min)
-            scores = torch.where(mask == 0, lowest, scores)
+    scores = masked(query @ key.transpose(-2, -1) * scale, mask)
     if is_causal:  # keys after a query take no part at all
         scores = scores.masked_fill(_ahead(scores), -math.inf)
-    weights = torch.softmax(scores, -1)
-    weights = weights.expand(*torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2]), -1, -1)
-    return weights @ value, weights if return_weights else None
+    output, weights = attend(torch.softmax(scores, -1), value)
+    return output, weights if return_weights else None
 
 
 def _ahead(scores: Tensor) -> Tensor:

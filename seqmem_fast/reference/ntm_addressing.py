@@ -44,6 +44,10 @@ class NTMState(NamedTuple):
     weightings: Tensor  # [B, Hd, N]: of all heads, in the order in which they act
     reads: Tensor  # [B, R, M]: of the heads that read, likewise
 
+    def detach(self) -> NTMState:
+        """The same values without their history: later gradients end here."""
+        return NTMState(*(t.detach() for t in self))
+
 
 def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     """Equations 5 and 6: memory [B, N, M], key [B, M], beta [B] -> weights [B, N]."""
