@@ -210,76 +210,63 @@ def additive_attention_backward(
         if mask is not None and not mask.is_floating_point():
             scores = scores.masked_fill(mask == 0, 0)
         scores = scores.contiguous()
-        grads: dict[str, Tensor] = {}
+        grad_query, grad_key, grad_value, grad_v = none, none, none, none
         if of_query or of_score_weight:
-            grads |= _by_rows(call, scores, score_weight, of_query, of_score_weight)
+            sides = call.query, call.key
+            grad_query, grad_v = _sums(
+                call, *sides, scores, score_weight, of_query, of_score_weight
+            )
         if of_key:
-            grads |= _by_columns(call, scores, score_weight)
-        if of_value:
-            grads["value"] = torch.zeros_like(value)
-            if grad_output is not None:
-                grads["value"] = (weights.mT @ grad_output).sum_to_size(value.shape)
+            operands = call, call.key, call.query, scores.mT, score_weight
+            grad_key, _ = _sums(*operands, True, False)
+        if of_value and grad_output is not None:
+            grad_value = (weights.mT @ grad_output).sum_to_size(value.shape)
+        elif of_value:
+            grad_value = torch.zeros_like(value)
         return (
-            grads["query"].sum_to_size(query.shape) if of_query else none,
-            grads["key"].sum_to_size(key.shape) if of_key else none,
-            grads["value"] if of_value else none,
-            grads["score_weight"].to(dtype) if of_score_weight else none,
-            scores.sum_to_size(mask.shape).to(dtype)
-            if of_mask and mask is not None and mask.is_floating_point()
-            else none,
+            grad_query.sum_to_size(query.shape) if of_query else none,
+            grad_key.sum_to_size(key.shape) if of_key else none,
+            grad_value,
+            grad_v.to(dtype) if of_score_weight else none,
+            scores.sum_to_size(mask.shape).to(dtype) if of_mask and mask is not None else none,
         )
 
 
-def _by_rows(
-    call: _Call, scores: Tensor, score_weight: Tensor, of_query: bool, of_score_weight: bool
-) -> dict[str, Tensor]:
-    """Gradients of the queries and of the score weight."""
-    blocks = triton.cdiv(call.queries, _BACKWARD[0])
-    grad = score_weight.new_empty(*call.lead, call.queries, call.width) if of_query else None
-    parts = scores.new_empty(call.batch * blocks, call.width) if of_score_weight else None
-    _launch_backward(call, call.query, call.key, scores, score_weight, grad, parts, (call.keys, 1))
-    found = {} if grad is None else {"query": grad}
-    return found if parts is None else {**found, "score_weight": parts.sum(0)}
-
-
-def _by_columns(call: _Call, scores: Tensor, score_weight: Tensor) -> dict[str, Tensor]:
-    grad = score_weight.new_empty(*call.lead, call.keys, call.width)
-    _launch_backward(call, call.key, call.query, scores, score_weight, grad, None, (1, call.keys))
-    return {"key": grad}
-
-
-def _launch_backward(
+def _sums(
     call: _Call,
     own: Tensor,
     other: Tensor,
     scores: Tensor,
     score_weight: Tensor,
-    grad_own: Tensor | None,
-    grad_v: Tensor | None,
-    score_strides: tuple[int, int],
-) -> None:
+    of_own: bool,
+    of_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `own` and of the score weight; scores [..., own, others] are dense or a .mT."""
     block_m, block_a = _BACKWARD
-    blocks = triton.cdiv(own.shape[2], block_m)
-    if call.batch * blocks == 0 or call.width == 0:
-        return
-    additive_backward[(call.batch * blocks, triton.cdiv(call.width, block_a))](
-        own_ptr=own,
-        other_ptr=other,
-        v_ptr=score_weight.contiguous(),
-        grad_scores_ptr=scores,
-        grad_own_ptr=grad_own,
-        grad_v_ptr=grad_v,
-        own=own.shape[2],
-        others=other.shape[2],
-        width=call.width,
-        heads=call.heads,
-        blocks=blocks,
-        s_own=score_strides[0],
-        s_other=score_strides[1],
-        ACC=accumulator(own.dtype),
-        BM=block_m,
-        BA=block_a,
-        num_warps=4,
-        **strides("own", own, "0", "1", "t"),
-        **strides("other", other, "0", "1", "t"),
-    )
+    rows, others = own.shape[2], other.shape[2]
+    blocks = triton.cdiv(rows, block_m)
+    grad_own = score_weight.new_empty(*call.lead, rows, call.width)
+    grad_v = scores.new_empty(call.batch * blocks, call.width)
+    if grad_v.numel() > 0:
+        additive_backward[(call.batch * blocks, triton.cdiv(call.width, block_a))](
+            own_ptr=own,
+            other_ptr=other,
+            v_ptr=score_weight.contiguous(),
+            grad_scores_ptr=scores,
+            grad_own_ptr=grad_own if of_own else None,
+            grad_v_ptr=grad_v if of_v else None,
+            own=rows,
+            others=others,
+            width=call.width,
+            heads=call.heads,
+            blocks=blocks,
+            s_own=scores.stride(-2),
+            s_other=scores.stride(-1),
+            ACC=accumulator(own.dtype),
+            BM=block_m,
+            BA=block_a,
+            num_warps=4,
+            **strides("own", own, "0", "1", "t"),
+            **strides("other", other, "0", "1", "t"),
+        )
+    return grad_own, grad_v.sum(0) if of_v else grad_v
