@@ -1,5 +1,5 @@
-// nn.Attention's usual call as one plain Python function: ten ops called from Python take longer
-// than the arithmetic of a small call.
+// The usual call of the module Attention as one plain Python function: ten ops called from Python
+// take longer than the arithmetic of a small call.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/csrc/Exceptions.h>
@@ -41,9 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> projected(const Tensor& query, const Tensor& 
   return {project(query, 0), project(key, 1), project(value, 2)};
 }
 
-bool fits(const Tensor& t, const Tensor& like, const Tensor& weight) {
-  return t.dim() == 3 && t.size(2) == weight.size(1) && t.scalar_type() == like.scalar_type() &&
-         t.device() == like.device() && t.layout() == at::kStrided;
+bool fits(const Tensor& t, const Tensor& weight) {
+  return t.dim() == 3 && t.size(2) == weight.size(1) && t.scalar_type() == weight.scalar_type() &&
+         t.device() == weight.device() && t.layout() == at::kStrided;
 }
 
 // Self- or cross-attention of a batch without masks; nothing for any other call, whose errors and
@@ -53,9 +53,8 @@ std::optional<std::tuple<Tensor, OptionalTensor>> module(
     const OptionalTensor& in_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
     int64_t heads, bool batch_first, bool need_weights, bool average) {
   const int batch = batch_first ? 0 : 1;
-  if (!fits(query, in_weight, in_weight) || !fits(key, in_weight, in_weight) ||
-      !fits(value, in_weight, in_weight) || key.size(batch) != query.size(batch) ||
-      key.sizes() != value.sizes())
+  if (!fits(query, in_weight) || !fits(key, in_weight) || !fits(value, in_weight) ||
+      key.size(batch) != query.size(batch) || key.sizes() != value.sizes())
     return std::nullopt;
   // As torch's own fast path: without gradients, nothing inside needs to be followed.
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard;

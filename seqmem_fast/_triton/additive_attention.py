@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .common import accumulator, as_bytes, masked_scores, strides, tanh, two_leading, wide
 
-# Sizes that change from call to call: specialising on them would only compile the same code again.
+# Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "own", "others", "heads", "blocks", "width_blocks")
 
 # Rows and columns of a block, for four warps; the second kernel's are rows and features.

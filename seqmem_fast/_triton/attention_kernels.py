@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .common import masked_scores, softmax_step, softmax_weights, unmasked
 
-# Sizes that change from call to call: specialising on them would only compile the same code again.
+# Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("scale", "queries", "blocks", "heads")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 def tf32_allowed() -> bool:
     """Whether torch may round float32 products to TF32.
 
-    Reads what either of torch's two settings left; the older flag raises if both were used.
+    Reads the result of torch's two settings; the older flag raises if both were used.
     """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
@@ -158,7 +158,7 @@ def lstm_point_backward(i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o):
 # ---- scores of keys, their softmax over blocks of keys, and its gradient -------------------------
 #
 # Rows are queries [BM], columns keys [BN]. A bool or integer mask comes as uint8 (0 = masked, the
-# score becomes -1e9, so that a row with no key left is uniform), a floating one is added. What is
+# score becomes -1e9, a row without any other key is uniform), a floating one is added. What is
 # no key of its row at all (past the last key, or after the query where causal) scores -inf.
 
 

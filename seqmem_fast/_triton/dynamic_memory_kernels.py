@@ -1,7 +1,7 @@
 """Dynamic memory kernels: all hops of a batch row in one program, forward and backward.
 
 A program keeps A and B (the memory after k hops is A * M_0 + B) and both gate matrices' products in
-registers; what it reads again in each hop is the row's memory, from cache, and the two matrices.
+registers; what it reloads in each hop is the row's memory, from cache, and the two matrices.
 Scores, maximum, sum and the read go over the slots once; the attention is written in a second,
 light pass over scores. Formulas of the backward: csrc/autograd/dynamic_memory.cpp. Sums over the
 batch (weights, a shared memory) are left to matrix products over what the kernel writes.
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .common import sigmoid, tanh
 
-# Sizes that change from call to call: specialising on them would only compile the same code again.
+# Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("batch", "slots", "hops")
 
 

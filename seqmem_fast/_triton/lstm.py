@@ -117,7 +117,7 @@ class Grads(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Where step t of batch element b lies in the flattened [rows, width] tensors."""
+    """Where step t of batch element b is stored in the flattened [rows, width] tensors."""
 
     steps: int
     batch: int

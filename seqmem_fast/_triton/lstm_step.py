@@ -9,7 +9,7 @@ B * H * 28 bytes in float32 without gates, 2.3 us for B = 4096, H = 64 at 3.2 TB
 the launch does. Backward: reads 4 gates, c, c_{t-1}, dh, dc, writes 4 dz and dc, 13 elements for
 about 30 flops.
 
-Row addressing: step t of batch element b lies at row `start(t) + b * b_stride` of every
+Row addressing: step t of batch element b is stored at row `start(t) + b * b_stride` of every
 [rows, width] tensor. Time-major [T, B]: start t * B, stride 1; batch-major [B, T]: t and T;
 packed: offsets[t] and 1. `length` is T where no lengths are given, and a step is active where
 t < length[b].
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .common import lstm_point, lstm_point_backward
 
-# Sizes that change from call to call: specialising on them would only compile the same code again.
+# Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = (
     "t",
     "row0",

@@ -502,6 +502,6 @@ class _Backward:
         first = pick(self.state).reshape(1, self.size.batch, -1).to(self.dtype)
         entering = torch.cat((first, values.to(self.dtype)))[: self.size.steps]
         if self.reset is not None:
-            again = pick(self.initial).flatten().to(self.dtype)
-            entering = torch.where(self.reset[..., None], again, entering)
+            fresh = pick(self.initial).flatten().to(self.dtype)
+            entering = torch.where(self.reset[..., None], fresh, entering)
         return entering

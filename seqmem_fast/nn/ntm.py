@@ -41,7 +41,7 @@ class NTM(nn.Module):
         memory_init: what a sequence starts with: "constant" (1e-6, which Collier & Beel found to
             train fastest), "learned", or "random" (drawn once, kept as a buffer).
         weightings_init: "learned" (the softmax of a parameter, which begins focused on the first
-            slot; equal weights on equal slots would stay equal for ever) or "zeros".
+            slot; equal weights on equal slots would always stay equal) or "zeros".
         reads_init: "learned" or "random" (drawn once, kept as a buffer).
         output_activation: None, "sigmoid", "tanh" or "relu", on the output.
         device, dtype: of the parameters.

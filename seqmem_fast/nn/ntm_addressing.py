@@ -67,7 +67,7 @@ class NTMMemory(nn.Module):
         self.memory = ops.ntm_write(self.memory, *vectors)
 
     def reset(self) -> None:
-        """Zeros again, with no history."""
+        """Back to zeros, with no history."""
         self.memory = torch.zeros_like(self.memory.detach())
 
     def detach(self) -> None:

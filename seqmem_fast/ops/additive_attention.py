@@ -30,8 +30,8 @@ def additive_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention by e_ij = score_weight . tanh(query_i + key_j), with its weights.
 
-    Memory grows with Tq * Tk, forward and backward: the backward computes tanh again. The equation
-    and the paper are in the module's docstring.
+    Memory grows with Tq * Tk, forward and backward: the backward recomputes tanh. The equation and
+    the paper are in the module's docstring.
 
     Args:
         query: [..., Tq, A], projected already.

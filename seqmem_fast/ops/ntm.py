@@ -24,9 +24,9 @@ Paper: Graves, Wayne & Danihelka, Neural Turing Machines, arXiv 1410.5401, 2014.
 Common to both functions. Every floating tensor is float32, float64, bfloat16 or float16 (the 16-bit
 types are computed with in float32), all of one dtype and one device (under ``torch.autocast`` they
 are cast), and is differentiable, any number of times: the first derivative has its own kernel,
-higher ones run in plain PyTorch. Strides are free. For the backward only every so manieth memory is
-kept, about the square root of T of them; those between are computed again. Inside a ``torch.func``
-transform (grad, vmap, jacrev, ...) the whole call runs in plain PyTorch: right, but slow.
+higher ones run in plain PyTorch. Strides are free. For the backward about the square root of T of
+the memories are kept; the others are recomputed. Inside a ``torch.func`` transform (grad, vmap,
+jacrev, ...) the whole call runs in plain PyTorch: right, but slow.
 
 Raises:
     ValueError: a shape or value does not fit; the message names the argument, what was expected
@@ -93,7 +93,7 @@ def ntm(
 
     Args:
         input: [T, B, I].
-        state: what the step before left: hidden and cell [L, B, C] ([0, B, C] for "feedforward"),
+        state: that after the step before: hidden and cell [L, B, C] ([0, B, C] for "feedforward"),
             memory [B, N, M], weightings [B, Hd, N] of all heads, reads [B, R, M].
         controller: per layer weight_ih, weight_hh, bias_ih, bias_hh (gates i, f, g, o) for "lstm":
             [4C, I + R * M] in the first layer and [4C, C] in the others, [4C, C], [4C], [4C];
@@ -199,7 +199,7 @@ def _sequence(
 
 
 def _vjp(*arguments: Any) -> Gradients:
-    """ntm_backward by the reference; what the forward saved is computed again."""
+    """ntm_backward by the reference; what the forward saved is recomputed."""
     grads, rest = arguments[:7], arguments[7:]
     input, *state, controller, head_weight, head_bias, initial, lengths, reset = rest[:12]
     options = lengths, reset, *rest[16:20]

@@ -277,7 +277,7 @@ class _Layout:
             sizes = batch_sizes.to(input.device)
             column = torch.arange(int(batch_sizes[0]), device=input.device)
             self.valid = column < sizes[:, None]
-            rows = (sizes.cumsum(0) - sizes)[:, None] + column  # where (t, b) lies in packed data
+            rows = (sizes.cumsum(0) - sizes)[:, None] + column  # where (t, b) is in packed data
             self.rows = torch.where(self.valid, rows, 0)
             self.steps, self.columns = self.valid.nonzero(as_tuple=True)
         time = len(batch_sizes) if batch_sizes is not None else input.size(1 if batch_first else 0)

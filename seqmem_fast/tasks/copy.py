@@ -1,4 +1,4 @@
-"""Copy (NTM paper, arXiv 1410.5401, section 4.1): say again what was shown."""
+"""Copy (NTM paper, arXiv 1410.5401, section 4.1): repeat what was shown."""
 
 from __future__ import annotations
 

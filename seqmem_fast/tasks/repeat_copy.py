@@ -1,4 +1,4 @@
-"""Repeat copy (NTM paper, arXiv 1410.5401, section 4.2): say it again so many times, then stop."""
+"""Repeat copy (NTM paper, arXiv 1410.5401, section 4.2): say it as often as told, then stop."""
 
 from __future__ import annotations
 
