@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 
 from seqmem_fast.reference import lstm as reference
 
+pytestmark = pytest.mark.slow  # the sources are compiled first
 ROOT = Path(__file__).parents[1]
 KERNEL = ROOT / "csrc" / "cuda" / "lstm_kernel.cu"
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"
@@ -29,7 +30,6 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, t
 SIZES = [(5, torch.float32), *((8, dtype) for dtype in TOLERANCES)]  # single units, vectors
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_compiles_without_spills(

@@ -74,6 +74,7 @@ def test_stories_become_numbers(babi: ModuleType) -> None:
     assert " ".join(told) == story.facts[1]
 
 
+@pytest.mark.slow
 def test_a_short_training_learns_the_first_task(
     babi: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], restored_threads: Any
 ) -> None:

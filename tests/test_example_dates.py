@@ -61,6 +61,7 @@ def test_padding_changes_nothing(dates: ModuleType) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, dates.LENGTH))
 
 
+@pytest.mark.slow
 def test_a_short_training_learns_and_draws(
     dates: ModuleType,
     tmp_path: Path,

@@ -45,6 +45,7 @@ def test_the_glimpse_at_the_right_place_is_the_digit(example: ModuleType) -> Non
     assert (others > 0).all()  # there is clutter
 
 
+@pytest.mark.slow
 def test_a_short_training_beats_random_glimpses(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
