@@ -233,6 +233,7 @@ class OpSuite:
                     assert torch.equal(a, b)
         assert noticed
 
+    @pytest.mark.slow
     def test_opcheck(self, name: str) -> None:
         for op, args in self.raw_calls(name):
             torch.library.opcheck(op, args)
