@@ -83,10 +83,10 @@ SEQMEM_INLINE void tile_multiply_into(bool adds, int64_t K, const C* const* a, i
                                       const C* b, int64_t b_vec, int64_t b_step, C* out,
                                       int64_t out_stride) {
   Vec<C> acc[R][NV];
-  SEQMEM_UNROLL
+  start_sums(acc);
+  if (adds) SEQMEM_UNROLL
   for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-  for (int v = 0; v < NV; ++v)
-    acc[r][v] = adds ? load(out + r * out_stride + v * kLanes<C>) : Vec<C>{};
+  for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * out_stride + v * kLanes<C>);
   tile_multiply<R, NV, C>(K, a, a_step, b, b_vec, b_step, acc);
   SEQMEM_UNROLL
   for (int r = 0; r < R; ++r) SEQMEM_UNROLL

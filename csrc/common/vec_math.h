@@ -178,25 +178,21 @@ SEQMEM_INLINE Vec<compute_t<S>> rounded_to(Vec<compute_t<S>> v) {
   }
 }
 
-// Combines a vector's upper half with its lower one, in registers, until one lane is left.
-template <class C, int half = kLanes<C> / 2, class F>
-SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
-  if constexpr (half == 0) {
-    return v[0];
-  } else {
-    const Vec<C> upper = shuffle(v, v, [](int i) { return i < half ? half + i : 0; });
-    return fold<C, half / 2>(combine(v, upper), combine);
-  }
-}
-
+// Plain loops: GCC makes cheaper shuffles of them than those that would be written here.
 template <class C>
 SEQMEM_INLINE C sum(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+  C lanes[kLanes<C>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes<C> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 template <class C>
 SEQMEM_INLINE C largest(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return b > a ? b : a; });
+  C top = v[0];
+  for (int i = 1; i < kLanes<C>; ++i) top = v[i] > top ? v[i] : top;
+  return top;
 }
 
 // ---- exp, sigmoid, tanh ----

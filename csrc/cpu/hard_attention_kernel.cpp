@@ -1,5 +1,8 @@
-// Hard attention: sampling by the inverse of the cumulative distribution, log-probability and
-// entropy of a row in one go, and their gradient.
+// Hard attention. For each row of K logits, which stays in L1:
+//   pass 1  x = logits - highest
+//   pass 2  e = e^x, with total = sum e and the sum of e x, which gives the entropy H
+//   forward   the action at which the cumulative sum of e passes uniform * total; log_prob and H
+//   backward  grad_logits = by_log_prob (onehot - p) - by_entropy p (log p + H), p = e / total
 #include "hard_attention_kernel.h"
 
 #include "../common/gemm.h"
@@ -52,8 +55,8 @@ class Run {
     e[a.action[row]] -= sums.total;  // softmax - onehot, both times the total
     auto gradient = [&](int64_t i) {
       const Vec<C> v = load(x + i);
-      // p (log p + H), which is 0 where p is: there x may be -inf. p is nowhere read from e,
-      // which has lost the action's.
+      // p (log p + H), which is 0 where p is: there x may be -inf. p is computed again, for e no
+      // longer holds the action's.
       const Vec<C> log_p = v - sums.log_total;
       Vec<C> p = exponential(v) * inverse;
       p = p * (p == C(0) ? Vec<C>{} : log_p + sums.entropy);
@@ -111,8 +114,8 @@ class Run {
     return {total, log_total, log_total - sum<C>(moments) / total};
   }
 
-  // The first action at which the cumulative sum passes `target`; where rounding lets none do, the
-  // last that has any probability. Never one without, and 0 in a row of NaN.
+  // The first action at which the cumulative sum passes `target`; if by rounding none does, the
+  // last whose probability is not zero. Never one of probability zero; 0 in a row of NaN.
   int64_t choose(C target) const {
     C before = 0;
     int64_t last = 0;

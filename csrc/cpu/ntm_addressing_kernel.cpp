@@ -1,4 +1,12 @@
-// Content addressing and the four stages of addressing, forward and backward, in one pass each.
+// The NTM's addressing, forward and backward. For each batch row and head, memory [N, M] in L2 and
+// arrays of N slots in L1:
+//   pass 1  dots[N] = memory key, and for the first head the slots' norms
+//   pass 2  content = softmax(beta dots / (norm |key| + eps)); the result where taps = 0
+//   pass 3  ring = gate content + (1 - gate) prev_weights, both ends repeated
+//   pass 4  shifted[i] = sum_j shift[j] ring[i + reach - j], around the ring
+//   pass 5  weights = shifted^gamma / sum
+// The backward recomputes passes 1 to 5, then goes back through them, from the gradient of the
+// weights to those of dots and norms, and with these once over the memory (Rows::spread).
 #include "ntm_addressing_rows.h"
 
 namespace seqmem::ntm_addressing {
@@ -7,8 +15,8 @@ namespace {
 constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
 constexpr float kTiny = 0x1p-100f;
 
-// One thread's run over batch rows. Arrays of slots have room for whole vectors and hold zeros
-// beyond the last slot.
+// One thread's run over batch rows. Arrays of slots are padded to whole vectors, with zeros beyond
+// the last slot.
 template <class S>
 class Addresser {
   using C = compute_t<S>;
@@ -178,7 +186,7 @@ class Addresser {
     close(ring);
   }
 
-  // Repeats the ends of what lies at ring + reach: slot N is slot 0. Behind them come zeros.
+  // Repeats both ends of what is stored at ring + reach: slot N is slot 0. Zeros follow.
   SEQMEM_INLINE void close(C* around) const {
     C* slot = around + reach;
     for (int64_t i = 0; i < reach; ++i) around[i] = slot[s.N - reach + i];
@@ -213,8 +221,8 @@ class Addresser {
     const C unit = empty ? C(1) : top;
     // One division for all; two steps, since the inverse of the smallest numbers is infinite.
     const C lift = unit < kTiny ? 1 / kTiny : C(1), over = C(1) / (unit * lift);
-    // Logarithms and powers each in a pass of their own: a vector's way through both is longer
-    // than what a core looks ahead.
+    // Logarithms and powers in two passes: both for one vector are longer than the instructions
+    // that a core reorders.
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> y[K], z[K];

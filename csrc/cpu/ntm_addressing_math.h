@@ -15,23 +15,6 @@ SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   for (; v < n; ++v) f(std::integral_constant<int, 1>{}, v);
 }
 
-// e^x for x that is not large, and a true zero where it would be denormal: those are slow to
-// compute with.
-template <int K, class C>
-SEQMEM_INLINE void exp_of_negative(Vec<C> (&x)[K]) {
-  constexpr C limit = -ExpConstants<C>::limit;
-  Vec<C> clamped[K];
-  ExpParts<C> e[K];
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) clamped[i] = x[i] < limit ? splat(limit) : x[i];
-  exp_parts<K, C>(clamped, e);
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const Vec<C> value = e[i].power + e[i].power * e[i].fraction;
-    x[i] = x[i] < limit ? Vec<C>{} : value;
-  }
-}
-
 template <class C>
 struct LogConstants;
 template <>

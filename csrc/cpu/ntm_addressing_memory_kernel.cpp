@@ -1,4 +1,9 @@
-// Reading and writing the memory, forward and backward.
+// Reading and writing the memory [N, M] of a batch row, which stays in L2, forward and backward:
+//   read            reads = sum_i w_i memory_i, a pass over the memory for each head
+//   read_backward   grad_memory_i = sum_h w_hi grad_h;  grad_w_hi = memory_i . grad_h
+//   write           memory_i = memory_i (1 - w_i erase) + w_i add, head after head
+//   write_backward  writes again, keeping the memory that each head found, then goes back through
+//                   the heads: grad_w, grad_erase, grad_add, and grad_memory in place
 #include "ntm_addressing_rows.h"
 
 namespace seqmem::ntm_addressing {
@@ -14,10 +19,10 @@ class Memory {
   const Shape& s;
   const Rows<C> rows;
   Staged<S> memory, grad;
-  C* earlier;      // [H - 1] whole memories, each with room: as every head but the first found it
-  C* spare;        // a whole memory with room
-  C *w, *grad_w;   // [N]
-  C *erase, *add;  // [H, M], padded
+  C* earlier;                // [H - 1] padded memories: as every head but the first found it
+  C* spare;                  // a padded memory
+  C *w, *grad_w;             // [N]
+  C *erase, *add;            // [H, M], padded
   C *grad_erase, *grad_add;  // [M], padded
 
  public:

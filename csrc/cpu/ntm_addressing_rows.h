@@ -1,8 +1,8 @@
 // Passes over one batch row's memory [N, M], whose slots need not be whole vectors.
 //
-// A slot's last vector reaches into the next slot. What is loaded there is masked off where sums
-// over a slot would see it, and put back where it is stored. The last slots, whose last vector
-// would leave the array, are worked on in a copy that has room.
+// A slot's last vector reaches into the next slot. Those lanes are masked where a sum over the slot
+// would include them, and stored as they were. The last slots, whose last vector would go beyond
+// the array, are copied to a padded array.
 #pragma once
 
 #include <initializer_list>
@@ -27,7 +27,7 @@ SEQMEM_INLINE void load_row(const S* from, compute_t<S>* to, int64_t n) {
   for (int64_t i = 0; i < n; i += L) store(to + i, load_n(from + i, static_cast<int>(n - i)));
 }
 
-// Slots of one or two arrays that lie in memory alike: `at` is read, `out` written.
+// Slots of one or two arrays of the same layout: `at` is read, `out` written.
 template <class C>
 struct Slots {
   int64_t first, count;
@@ -51,12 +51,11 @@ class Rows {
     for (int i = 0; i < L; ++i) last_[i] = (vectors - 1) * L + i < M ? -1 : 0;
   }
 
-  // Values of a copy with room for the slots that need it, or for all of them.
+  // Values of a padded copy of the last slots, or of all of them.
   int64_t far_size() const { return (N - near) * M + L; }
   int64_t whole_size() const { return N * M + L; }
 
-  // Where the slots lie, and where those from `near` on: in a copy, or behind the others if the
-  // array has room.
+  // The slots, and those from `near` on: in a copy, or behind the others if the array is padded.
   struct Array {
     C* at;
     C* far;
@@ -213,7 +212,7 @@ class Rows {
     });
   }
 
-  // Fills the copy with room, before reading; brings it back, after writing.
+  // Fills the padded copy, before reading; copies it back, after writing.
   SEQMEM_INLINE void begin(const Array& array) const {
     __builtin_memcpy(array.far, array.at + near * M, (N - near) * M * sizeof(C));
   }
@@ -290,8 +289,8 @@ class Rows {
   }
 };
 
-// Memory as the passes want it: float and double where they lie, with a copy of the last slots;
-// 16-bit values as a copy of all, in the arithmetic's type.
+// Memory as the passes read it: float and double in place, with a copy of the last slots; 16-bit
+// values as a copy of all, in the arithmetic's type.
 template <class S>
 class Staged {
  public:

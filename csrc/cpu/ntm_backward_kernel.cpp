@@ -1,13 +1,21 @@
-// NTM backward over a whole sequence.
-//
-// Time runs backwards in chunks of segments. Within a segment every thread first computes the
-// memories of its rows again from the segment's checkpoint, then goes back through its steps; the
-// gradients of pre-activations stay in the chunk's buffers, from which all threads together form
-// the weights' gradients.
+// NTM backward over a whole sequence. Every thread takes its own batch rows back through time, a
+// few of them at once, in chunks of segments:
+//   once     weights packed into panels [outputs][4 L inputs], so that dx = dz W runs over panels
+//   for each chunk of steps, for each of its segments, last first:
+//     pass 1  the memories of the segment's steps are recomputed from its checkpoint
+//     (ntm_recompute.h) for each step, last first:
+//       pass 2  the heads in reverse: from the gradients of reads, weightings and memory
+//       [M][stride],
+//               which stay in L2, to those of the heads' values dp[P] (ntm_memory_backward.h)
+//       pass 3  doutput[C] = dp head_weight + grad_features
+//       pass 4  the controller's layers in reverse: doutput -> dz (gates) -> gradients of the
+//       operand
+//   then  pass 5  dz and operands of the chunk -> weights' gradients, by all threads at once
+//                 (ntm_weight_gradients.h)
 #include "ntm_carry.h"
 #include "ntm_memory_backward.h"
 #include "ntm_recompute.h"
-#include "ntm_weights.h"
+#include "ntm_weight_gradients.h"
 
 namespace seqmem::ntm {
 namespace {
@@ -21,12 +29,12 @@ class BackwardRun {
   const Backward& a;
   const int thread, threads;
   SpinBarrier& barrier;
-  const Layout<C> at;
+  const Layout<C> layout;
   const Slots<C> slots;
   const SlotsBackward<C> back;
-  const HeadLayout layout;
+  const HeadLayout head_layout;
   const int64_t rows;  // that go through time together
-  const Left<C> left;
+  const Saved<C> saved;
   const Carries<C> carries;
   WeightGradients<C> weights;
 
@@ -35,9 +43,9 @@ class BackwardRun {
   C *initial_memory, *initial_norm, *initial_weights;
   Carry<C>*carry, *to_initial;  // [B]
   // This thread's own.
-  HeadRoom<C> room;
+  typename Slots<C>::Scratch scratch;
   HeadValues<C> values;
-  Recompute<C> again;
+  Recompute<C> recompute;
   C *dtop, *dx, *line, *dread;
   int64_t* row;
   const C** operand;
@@ -50,21 +58,21 @@ class BackwardRun {
         thread(thread),
         threads(threads),
         barrier(barrier),
-        at(s),
+        layout(s),
         slots(s),
         back(slots),
-        layout(s.M, s.taps),
-        rows(rows_together<C>(s, ceil_div(s.B, threads))),
-        left(s, a, at),
-        carries(s, at, slots),
-        weights(s, a, at, thread, threads),
+        head_layout(s.M, s.taps),
+        rows(rows_at_once<C>(s, ceil_div(s.B, threads))),
+        saved(s, a, layout),
+        carries(s, layout, slots),
+        weights(s, a, layout, thread, threads),
         values(s),
-        again(s, left, at, slots, rows) {}
+        recompute(s, saved, layout, slots, rows) {}
 
   // Places all buffers; returns the bytes used. Called with a null base to size them.
   int64_t place(char* base) {
     Carver take(base);
-    panels = take.array<C>(panel_at(s.layers));
+    panels = take.array<C>(panel_offset(s.layers));
     panels_head = take.array<C>(ceil_div(s.C, W) * W * s.P);
     weights.place(take);
     initial_memory = take.array<C>(s.reset ? s.M * slots.stride : 0);
@@ -72,24 +80,19 @@ class BackwardRun {
     initial_weights = take.array<C>(s.reset ? s.heads * slots.stride : 0);
     carry = carries.place(take, s.B);
     to_initial = carries.place(take, initial_wanted() ? s.B : 0);
-    for (int i = 0; i < threads; ++i) {
-      HeadRoom<C> own;
-      HeadValues<C> own_values(s);
-      own.place(take, slots);
-      own_values.place(take);
-      again.place(take, i == thread);
-      C* own_line = take.array<C>(max(at.Cs, max(at.operand(0), at.operand(1))));
-      C* own_dtop = take.array<C>(rows * at.Cs);
-      C* own_dx = take.array<C>(rows * max(at.operand(0), at.operand(1)));
-      C* own_dread = take.array<C>(Layout<C>::room(at.R));
-      int64_t* own_row = take.array<int64_t>(rows);
-      const C** own_operand = take.array<const C*>(rows);
-      C** own_result = take.array<C*>(rows);
-      if (i != thread) continue;
-      room = own, values.use(own_values), line = own_line, dtop = own_dtop, dx = own_dx;
-      dread = own_dread, row = own_row, operand = own_operand, result = own_result;
-    }
-    again.reset_to(initial_memory, initial_norm, initial_weights);
+    take.per_thread(thread, threads, [&] {
+      scratch.place(take, slots);
+      values.place(take);
+      recompute.place(take);
+      line = take.array<C>(max(layout.C_pad, max(layout.operand(0), layout.operand(1))));
+      dtop = take.array<C>(rows * layout.C_pad);
+      dx = take.array<C>(rows * max(layout.operand(0), layout.operand(1)));
+      dread = take.array<C>(Layout<C>::padded_width(layout.R));
+      row = take.array<int64_t>(rows);
+      operand = take.array<const C*>(rows);
+      result = take.array<C*>(rows);
+    });
+    recompute.reset_to(initial_memory, initial_norm, initial_weights);
     return take.used();
   }
 
@@ -98,7 +101,7 @@ class BackwardRun {
     values.prepare();
     const Share mine = share(s.B, thread, threads);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
-      carries.begin(a.grad_final, b, carry[b]);
+      carries.load(a.grad_final, b, carry[b]);
       if (initial_wanted()) carries.clear(to_initial[b]);
     }
     barrier.wait();
@@ -113,47 +116,48 @@ class BackwardRun {
       barrier.wait();
     }
     for (int64_t b = mine.begin; b < mine.end && a.grad_state.memory != nullptr; ++b)
-      carries.put(carry[b], a.grad_state, b, s.B);
+      carries.store(carry[b], a.grad_state, b, s.B);
     barrier.wait();
     if (weights.wanted) weights.store();
     if (thread == 0 && a.grad_initial.memory != nullptr)
-      carries.put_initial(to_initial, s.reset == nullptr ? 0 : s.B, a.grad_initial);
+      carries.store_initial(to_initial, s.reset == nullptr ? 0 : s.B, a.grad_initial);
   }
 
  private:
   bool initial_wanted() const { return s.reset != nullptr && a.grad_initial.memory != nullptr; }
 
-  int64_t panel_size(int64_t l) const { return ceil_div(at.K(l), W) * W * at.gates(); }
-  int64_t panel_at(int64_t l) const { return at.layer(l, panel_size(0), panel_size(1)); }
+  int64_t panel_size(int64_t l) const { return ceil_div(layout.K(l), W) * W * layout.gates(); }
+  int64_t panel_offset(int64_t l) const { return layout.layer(l, panel_size(0), panel_size(1)); }
 
   // ---- before the last step
 
   void pack() {
     for (int64_t l = 0; l < s.layers; ++l) {
-      const Share mine = share(at.gates(), thread, threads);
+      const Share mine = share(layout.gates(), thread, threads);
       for (int64_t j = mine.begin; j < mine.end; ++j) {
-        zero(line, at.operand(l));
-        copy(given(a.controller[at.weight_ih(l)], j * at.below(l)), line + at.at_below(l),
-             at.below(l));
+        zero(line, layout.operand(l));
+        copy(given(a.controller[layout.weight_ih(l)], j * layout.below(l)),
+             line + layout.below_offset(l), layout.below(l));
         if (s.lstm)
-          copy(given(a.controller[at.weight_hh(l)], j * s.C), line + at.at_hidden(l), s.C);
-        pack_line(panels + panel_at(l), at.gates(), j, at.K(l));
+          copy(given(a.controller[layout.weight_hh(l)], j * s.C), line + layout.hidden_offset(l),
+               s.C);
+        pack_line(panels + panel_offset(l), layout.gates(), j, layout.K(l));
       }
     }
     const Share mine = share(s.P, thread, threads);
     for (int64_t j = mine.begin; j < mine.end; ++j) {
-      zero(line, at.Cs);
+      zero(line, layout.C_pad);
       copy(given(a.head_weight, j * s.C), line, s.C);
       pack_line(panels_head, s.P, j, s.C);
     }
     if (weights.wanted) weights.clear();
     if (s.reset == nullptr || thread != 0) return;
-    slots.enter(given(a.initial.memory, 0), initial_memory);
+    slots.load_memory(given(a.initial.memory, 0), initial_memory);
     slots.norms(initial_memory, initial_norm);
     for (int64_t h = 0; h < s.heads; ++h)
-      slots.enter_weights(given(a.initial.weightings, h * s.N), initial_weights + h * slots.stride);
+      slots.load_weights(given(a.initial.weightings, h * s.N), initial_weights + h * slots.stride);
   }
-  static const C* given(const void* p, int64_t offset) { return Left<C>::in(p, offset); }
+  static const C* given(const void* p, int64_t offset) { return Saved<C>::in(p, offset); }
 
   // panels[p][j][4 vectors] = line
   void pack_line(C* to, int64_t depth, int64_t j, int64_t width) {
@@ -167,7 +171,7 @@ class BackwardRun {
   void run_rows(int64_t first, int64_t end, int64_t begin, int64_t stop) {
     for (int64_t t0 = (end - 1) / s.segment * s.segment; t0 >= first; t0 -= s.segment) {
       const int64_t t1 = min(t0 + s.segment, end);
-      for (int64_t b = begin; b < stop; ++b) again.run(t0, t1, b, b - begin);
+      for (int64_t b = begin; b < stop; ++b) recompute.run(t0, t1, b, b - begin);
       for (int64_t t = t1 - 1; t >= t0; --t) step(t, begin, stop);
     }
   }
@@ -175,7 +179,7 @@ class BackwardRun {
   void step(int64_t t, int64_t begin, int64_t stop) {
     int64_t n = 0;
     for (int64_t b = begin; b < stop; ++b) {
-      if (at.alive(t, b)) {
+      if (layout.active(t, b)) {
         row[n++] = b;
       } else {
         if (a.grad_input != nullptr) zero(grad_input(t, b), s.I);
@@ -184,18 +188,18 @@ class BackwardRun {
     }
     if (n == 0) return;
     for (int64_t j = 0; j < n; ++j) {
-      heads(t, row[j], again.at_step(row[j] - begin, t));
+      heads(t, row[j], recompute.steps_of(row[j] - begin, t));
       operand[j] = weights.dp_of(t, row[j]);
-      result[j] = dtop + j * at.Cs;
+      result[j] = dtop + j * layout.C_pad;
     }
-    multiply<C>(n, operand, s.P, panels_head, at.units, nullptr, result);
+    multiply<C>(n, operand, s.P, panels_head, layout.units, nullptr, result);
     for (int64_t j = 0; j < n; ++j) {
-      add_grad_features(t, row[j], 0, s.C, dtop + j * at.Cs);
-      if (weights.wanted) weights.keep_top(t, row[j], left.features(t, row[j]));
+      add_grad_features(t, row[j], 0, s.C, dtop + j * layout.C_pad);
+      if (weights.wanted) weights.keep_top(t, row[j], saved.features(t, row[j]));
     }
     for (int64_t l = s.layers - 1; l >= 0; --l) layer(t, l, n);
     for (int64_t j = 0; j < n; ++j) {
-      if (!at.reset(t, row[j])) continue;
+      if (!layout.reset(t, row[j])) continue;
       if (initial_wanted()) carries.add(carry[row[j]], to_initial[row[j]]);
       carries.clear(carry[row[j]]);
     }
@@ -222,60 +226,65 @@ class BackwardRun {
 
   // The heads of row b in reverse: from the carried gradients to dp and those of the step before.
   // What a head passes on to the memory waits for the head before it, to go there together.
-  void heads(int64_t t, int64_t b, Seen<C>* step) {
+  void heads(int64_t t, int64_t b, HeadStep<C>* step) {
     const Carry<C>& c = carry[b];
-    copy(c.reads, dread, at.R);
-    add_grad_features(t, b, s.C, at.R, dread);
+    copy(c.reads, dread, layout.R);
+    add_grad_features(t, b, s.C, layout.R, dread);
     C* dp = weights.dp_of(t, b);
     typename SlotsBackward<C>::Passing passing{};
     bool passing_writes = false;
     int64_t read = s.reads, from = s.P;
     for (int64_t h = s.heads - 1; h >= 0; --h) {
-      const Seen<C>& one = step[h];
+      const HeadStep<C>& one = step[h];
       const bool is_write = s.kinds[h] == 'w';
-      from -= layout.size(is_write, s.M);
+      from -= head_layout.size(is_write, s.M);
       C *part = dp + from, *dw = c.weights + h * slots.stride;
       if (a.grad_trace != nullptr) {
         const C* g = given(a.grad_trace, ((t * s.B + b) * s.heads + h) * s.N);
         for (int64_t i = 0; i < s.N; ++i) dw[i] += g[i];
       }
       if (is_write) {
-        const typename SlotsBackward<C>::Written to = {
-            one.memory, one.weights, &one.head, dw, part + layout.erase, part + layout.add};
+        const typename SlotsBackward<C>::Written to = {one.memory,
+                                                       one.weights,
+                                                       &one.head,
+                                                       dw,
+                                                       part + head_layout.erase,
+                                                       part + head_layout.add};
         if (passing.memory == nullptr) {
           back.write_weights(to, c.memory);
         } else if (passing_writes) {
-          back.template pass_to_write<true>(passing, to, c.memory, room.scratch);
+          back.template pass_to_write<true>(passing, to, c.memory, scratch);
         } else {
-          back.template pass_to_write<false>(passing, to, c.memory, room.scratch);
+          back.template pass_to_write<false>(passing, to, c.memory, scratch);
         }
       } else {
         if (passing.memory != nullptr) pass(passing, passing_writes, c.memory);
         back.read_weights(one.memory, dread + --read * s.M, dw);
       }
       HeadGradients<C> d{};
-      d.shift = part + layout.shift;
+      d.shift = part + head_layout.shift;
       if (s.taps == 3) {
-        back.template address<3>(one.dots, one.norm, one.head, one.before, one.weights, dw,
-                                 room.scratch, dw, d);
+        back.template address<3>(one.dots, one.norm, one.head, one.before, one.weights, dw, scratch,
+                                 dw, d);
       } else {
-        back.template address<0>(one.dots, one.norm, one.head, one.before, one.weights, dw,
-                                 room.scratch, dw, d);
+        back.template address<0>(one.dots, one.norm, one.head, one.before, one.weights, dw, scratch,
+                                 dw, d);
       }
-      part[layout.beta] = d.beta, part[layout.gate] = d.gate, part[layout.gamma] = d.gamma;
+      part[head_layout.beta] = d.beta, part[head_layout.gate] = d.gate,
+      part[head_layout.gamma] = d.gamma;
       passing_writes = is_write;
       passing = {one.memory, one.weights, is_write ? one.head.erase : dread + read * s.M,
                  &one.head,  d.key_norm,  part};
     }
     if (passing.memory != nullptr) pass(passing, passing_writes, c.memory);
-    values.back(left.values(t, b), dp);
+    values.back(saved.values(t, b), dp);
   }
 
   void pass(const typename SlotsBackward<C>::Passing& from, bool writes, C* dmemory) const {
     if (writes) {
-      back.template pass<true>(from, dmemory, room.scratch);
+      back.template pass<true>(from, dmemory, scratch);
     } else {
-      back.template pass<false>(from, dmemory, room.scratch);
+      back.template pass<false>(from, dmemory, scratch);
     }
   }
 
@@ -283,33 +292,34 @@ class BackwardRun {
   void layer(int64_t t, int64_t l, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
       const int64_t b = row[j];
-      s.lstm ? lstm_gates(t, l, b, dtop + j * at.Cs) : dense_gates(t, l, b, dtop + j * at.Cs);
+      s.lstm ? lstm_gates(t, l, b, dtop + j * layout.C_pad)
+             : dense_gates(t, l, b, dtop + j * layout.C_pad);
       operand[j] = weights.dz_of(l, t, b);
-      result[j] = dx + j * at.operand(l);
+      result[j] = dx + j * layout.operand(l);
       if (weights.wanted)
-        weights.keep_operand(l, t, b, s.lstm ? left.hidden_before(l, t, b) : nullptr,
-                             l > 0 ? left.output(l - 1, t, b) : left.input(t, b),
-                             left.reads_before(t, b));
+        weights.keep_operand(l, t, b, s.lstm ? saved.hidden_before(l, t, b) : nullptr,
+                             l > 0 ? saved.output(l - 1, t, b) : saved.input(t, b),
+                             saved.reads_before(t, b));
     }
-    multiply<C>(n, operand, at.gates(), panels + panel_at(l), ceil_div(at.K(l), L), nullptr,
-                result);
+    multiply<C>(n, operand, layout.gates(), panels + panel_offset(l), ceil_div(layout.K(l), L),
+                nullptr, result);
     for (int64_t j = 0; j < n; ++j) {
       const int64_t b = row[j];
-      const C* from = dx + j * at.operand(l);
+      const C* from = dx + j * layout.operand(l);
       if (l == 0) {
         if (a.grad_input != nullptr) copy(from, grad_input(t, b), s.I);
-        copy(from + s.I, carry[b].reads, at.R);
+        copy(from + s.I, carry[b].reads, layout.R);
       } else {
-        copy(from + at.at_below(l), dtop + j * at.Cs, s.C);
+        copy(from + layout.below_offset(l), dtop + j * layout.C_pad, s.C);
       }
-      if (s.lstm) copy(from + at.at_hidden(l), carry[b].hidden + l * at.Cs, s.C);
+      if (s.lstm) copy(from + layout.hidden_offset(l), carry[b].hidden + l * layout.C_pad, s.C);
     }
   }
 
   void lstm_gates(int64_t t, int64_t l, int64_t b, const C* dh) {
-    const C *gates = left.gates(l, t, b), *before = left.cell_before(l, t, b);
-    C *to = weights.dz_of(l, t, b), *dc = carry[b].cell + l * at.Cs;
-    const C* carried = carry[b].hidden + l * at.Cs;
+    const C *gates = saved.gates(l, t, b), *before = saved.cell_before(l, t, b);
+    C *to = weights.dz_of(l, t, b), *dc = carry[b].cell + l * layout.C_pad;
+    const C* carried = carry[b].hidden + l * layout.C_pad;
     auto one = [&](int64_t u, int n, Vec<C> squashed) {
       const Vec<C> i = load_n(gates + u, n), f = load_n(gates + s.C + u, n);
       const Vec<C> g = load_n(gates + 2 * s.C + u, n), o = load_n(gates + 3 * s.C + u, n);
@@ -338,7 +348,7 @@ class BackwardRun {
   }
 
   void dense_gates(int64_t t, int64_t l, int64_t b, const C* dh) {
-    const C* y = left.output(l, t, b);
+    const C* y = saved.output(l, t, b);
     C* to = weights.dz_of(l, t, b);
     for (int64_t u = 0; u < s.C; ++u) to[u] = dh[u] * (C(1) - y[u] * y[u]);
   }

@@ -17,27 +17,32 @@ struct Carry {
 template <class C>
 class Carries {
   const Shape& s;
-  const Layout<C>& at;
+  const Layout<C>& layout;
   const Slots<C>& slots;
   const int64_t matrix, layers;
 
  public:
-  Carries(const Shape& s, const Layout<C>& at, const Slots<C>& slots)
-      : s(s), at(at), slots(slots), matrix(s.M * slots.stride), layers(s.lstm ? s.layers : 0) {}
+  Carries(const Shape& s, const Layout<C>& layout, const Slots<C>& slots)
+      : s(s),
+        layout(layout),
+        slots(slots),
+        matrix(s.M * slots.stride),
+        layers(s.lstm ? s.layers : 0) {}
 
   Carry<C>* place(Carver& take, int64_t n) const {
     auto out = take.array<Carry<C>>(n);
     for (int64_t b = 0; b < n; ++b) {
-      const Carry<C> one = {take.array<C>(layers * at.Cs), take.array<C>(layers * at.Cs),
-                            take.array<C>(matrix), take.array<C>(s.heads * slots.stride),
-                            take.array<C>(Layout<C>::room(at.R))};
+      const Carry<C> one = {take.array<C>(layers * layout.C_pad),
+                            take.array<C>(layers * layout.C_pad), take.array<C>(matrix),
+                            take.array<C>(s.heads * slots.stride),
+                            take.array<C>(Layout<C>::padded_width(layout.R))};
       if (out != nullptr) out[b] = one;
     }
     return out;
   }
 
-  // Row b of gradients of a final state, whose parts may be missing.
-  void begin(const State<const void*>& from, int64_t b, const Carry<C>& to) const {
+  // From row b of a final state's gradients, of which any may be absent.
+  void load(const State<const void*>& from, int64_t b, const Carry<C>& to) const {
     auto given = [&](const void* part, int64_t offset, C* x, int64_t n) {
       if (part == nullptr) {
         zero(x, n);
@@ -46,27 +51,27 @@ class Carries {
       }
     };
     for (int64_t l = 0; l < layers; ++l) {
-      given(from.hidden, (l * s.B + b) * s.C, to.hidden + l * at.Cs, s.C);
-      given(from.cell, (l * s.B + b) * s.C, to.cell + l * at.Cs, s.C);
+      given(from.hidden, (l * s.B + b) * s.C, to.hidden + l * layout.C_pad, s.C);
+      given(from.cell, (l * s.B + b) * s.C, to.cell + l * layout.C_pad, s.C);
     }
-    given(from.reads, b * at.R, to.reads, at.R);
+    given(from.reads, b * layout.R, to.reads, layout.R);
     zero(to.weights, s.heads * slots.stride);
     if (from.weightings != nullptr) {
       const C* weights = static_cast<const C*>(from.weightings) + b * s.heads * s.N;
       for (int64_t h = 0; h < s.heads; ++h)
-        slots.enter_weights(weights + h * s.N, to.weights + h * slots.stride);
+        slots.load_weights(weights + h * s.N, to.weights + h * slots.stride);
     }
     zero(to.memory, matrix);
     if (from.memory != nullptr)
-      slots.enter(static_cast<const C*>(from.memory) + b * s.N * s.M, to.memory);
+      slots.load_memory(static_cast<const C*>(from.memory) + b * s.N * s.M, to.memory);
   }
 
   void clear(const Carry<C>& c) const {
-    zero(c.hidden, layers * at.Cs);
-    zero(c.cell, layers * at.Cs);
+    zero(c.hidden, layers * layout.C_pad);
+    zero(c.cell, layers * layout.C_pad);
     zero(c.memory, matrix);
     zero(c.weights, s.heads * slots.stride);
-    zero(c.reads, at.R);
+    zero(c.reads, layout.R);
   }
 
   void add(const Carry<C>& from, const Carry<C>& to) const {
@@ -74,42 +79,42 @@ class Carries {
       for (int64_t i = 0; i < n; ++i) y[i] += x[i];
     };
     for (int64_t l = 0; l < layers; ++l) {
-      plus(from.hidden + l * at.Cs, to.hidden + l * at.Cs, s.C);
-      plus(from.cell + l * at.Cs, to.cell + l * at.Cs, s.C);
+      plus(from.hidden + l * layout.C_pad, to.hidden + l * layout.C_pad, s.C);
+      plus(from.cell + l * layout.C_pad, to.cell + l * layout.C_pad, s.C);
     }
     for (int64_t m = 0; m < s.M; ++m)
       plus(from.memory + m * slots.stride, to.memory + m * slots.stride, s.N);
     for (int64_t h = 0; h < s.heads; ++h)
       plus(from.weights + h * slots.stride, to.weights + h * slots.stride, s.N);
-    plus(from.reads, to.reads, at.R);
+    plus(from.reads, to.reads, layout.R);
   }
 
-  // Becomes row b of a state of `rows` rows.
-  void put(const Carry<C>& from, const State<void*>& state, int64_t b, int64_t rows) const {
+  // To row b of a state of `rows` rows.
+  void store(const Carry<C>& from, const State<void*>& state, int64_t b, int64_t rows) const {
     for (int64_t l = 0; l < layers; ++l) {
       const int64_t row = (l * rows + b) * s.C;
-      copy<C>(from.hidden + l * at.Cs, static_cast<C*>(state.hidden) + row, s.C);
-      copy<C>(from.cell + l * at.Cs, static_cast<C*>(state.cell) + row, s.C);
+      copy<C>(from.hidden + l * layout.C_pad, static_cast<C*>(state.hidden) + row, s.C);
+      copy<C>(from.cell + l * layout.C_pad, static_cast<C*>(state.cell) + row, s.C);
     }
-    slots.leave(from.memory, static_cast<C*>(state.memory) + b * s.N * s.M);
+    slots.store_memory(from.memory, static_cast<C*>(state.memory) + b * s.N * s.M);
     for (int64_t h = 0; h < s.heads; ++h)
       copy<C>(from.weights + h * slots.stride,
               static_cast<C*>(state.weightings) + (b * s.heads + h) * s.N, s.N);
-    copy<C>(from.reads, static_cast<C*>(state.reads) + b * at.R, at.R);
+    copy<C>(from.reads, static_cast<C*>(state.reads) + b * layout.R, layout.R);
   }
 
-  // The sum of all rows' shares, which it adds up in the first one.
-  void put_initial(const Carry<C>* shares, int64_t n, const State<void*>& to) const {
+  // To the initial state: the sum of all rows' shares, formed in the first one.
+  void store_initial(const Carry<C>* shares, int64_t n, const State<void*>& to) const {
     if (n == 0) {
       zero(static_cast<C*>(to.hidden), layers * s.C);
       zero(static_cast<C*>(to.cell), layers * s.C);
       zero(static_cast<C*>(to.memory), s.N * s.M);
       zero(static_cast<C*>(to.weightings), s.heads * s.N);
-      zero(static_cast<C*>(to.reads), at.R);
+      zero(static_cast<C*>(to.reads), layout.R);
       return;
     }
     for (int64_t b = 1; b < n; ++b) add(shares[b], shares[0]);
-    put(shares[0], to, 0, 1);
+    store(shares[0], to, 0, 1);
   }
 };
 

@@ -1,4 +1,5 @@
-// What the forward and backward of the whole-sequence NTM share: where things lie, and products.
+// What the forward and backward of the whole-sequence NTM share: the layout of buffers, and
+// products.
 #pragma once
 
 #include "ntm_memory.h"
@@ -9,8 +10,8 @@ namespace {
 // Widths and offsets that follow from a shape.
 //
 // A layer's operand is [x | reads | h] for the first and [h | output of the layer below] for the
-// others, h only for an LSTM: what is written by whole vectors spills over onto what is written
-// later, or onto the room at the end.
+// others, h only for an LSTM. A part that is written by whole vectors may overwrite the beginning
+// of the next part, which is written later, or the padding at the end.
 template <class C>
 class Layout {
  public:
@@ -18,23 +19,27 @@ class Layout {
   static constexpr int W = 4 * L;  // a panel's width
 
   const Shape& s;
-  const int64_t R, Cs, Ps;  // values read; C and P with room for whole vectors
-  const int64_t units;      // vectors of units
+  const int64_t R, C_pad, P_pad;  // values read; padded widths of C and P
+  const int64_t units;            // vectors of units
 
   explicit Layout(const Shape& s)
-      : s(s), R(s.reads * s.M), Cs(room(s.C)), Ps(room(s.P)), units(ceil_div(s.C, L)) {}
+      : s(s),
+        R(s.reads * s.M),
+        C_pad(padded_width(s.C)),
+        P_pad(padded_width(s.P)),
+        units(ceil_div(s.C, L)) {}
 
-  // With room for a vector past the end, and no multiple of 64, which would thrash the cache.
-  static int64_t room(int64_t n) { return slot_stride(n + L); }
+  // Padded by at least a vector, and no multiple of 64, whose rows would share cache sets.
+  static int64_t padded_width(int64_t n) { return slot_stride(n + L); }
 
   int64_t below(int64_t l) const { return l == 0 ? s.I + R : s.C; }
   int64_t recurrent() const { return s.lstm ? s.C : 0; }
   int64_t K(int64_t l) const { return below(l) + recurrent(); }
-  int64_t at_below(int64_t l) const { return l == 0 ? 0 : recurrent(); }
-  int64_t at_hidden(int64_t l) const { return l == 0 ? below(0) : 0; }
-  int64_t operand(int64_t l) const { return room(K(l)); }  // an operand's stride
+  int64_t below_offset(int64_t l) const { return l == 0 ? 0 : recurrent(); }
+  int64_t hidden_offset(int64_t l) const { return l == 0 ? below(0) : 0; }
+  int64_t operand(int64_t l) const { return padded_width(K(l)); }  // its stride
   int64_t gates() const { return (s.lstm ? 4 : 1) * s.C; }
-  int64_t gates_stride() const { return room(gates()); }
+  int64_t gates_stride() const { return padded_width(gates()); }
 
   // Positions within a record of `saved`.
   int64_t record_gates(int64_t l) const { return l * 5 * s.C; }
@@ -51,34 +56,9 @@ class Layout {
     return l == 0 ? 0 : first + (l - 1) * other;
   }
 
-  bool alive(int64_t t, int64_t b) const { return s.lengths == nullptr || t < s.lengths[b]; }
+  bool active(int64_t t, int64_t b) const { return s.lengths == nullptr || t < s.lengths[b]; }
   bool reset(int64_t t, int64_t b) const { return s.reset != nullptr && s.reset[t * s.B + b]; }
 };
-
-// Calls f(constant NV, first vector): panels of four vectors, the last one of what is left.
-template <class F>
-SEQMEM_INLINE void for_panels(int64_t vectors, F&& f) {
-  int64_t v = 0;
-  for (; v + 4 <= vectors; v += 4) f(std::integral_constant<int, 4>{}, v);
-  switch (vectors - v) {
-    case 1: f(std::integral_constant<int, 1>{}, v); break;
-    case 2: f(std::integral_constant<int, 2>{}, v); break;
-    case 3: f(std::integral_constant<int, 3>{}, v); break;
-  }
-}
-
-// to[k * step + lane] = from[lane * K + k]: so many rows of a weight, side by side.
-template <class C>
-void pack_rows(const C* from, int64_t K, int64_t rows, C* to, int64_t step) {
-  constexpr int L = kLanes<C>;
-  for (int64_t k = 0; k < K; k += L) {
-    Vec<C> square[L] = {};
-    const int n = static_cast<int>(min<int64_t>(L, K - k));
-    for (int64_t l = 0; l < rows; ++l) square[l] = load_n(from + l * K + k, n);
-    transpose<C>(square);
-    for (int i = 0; i < n; ++i) store(to + (k + i) * step, square[i]);
-  }
-}
 
 // panels[p][k][4 vectors] of a weight [width, K]: its rows become lanes.
 template <class C>
@@ -87,7 +67,8 @@ void pack_panel(const C* weight, int64_t K, int64_t width, int64_t p, C* panels)
   for (int64_t v = 0; v < 4; ++v) {
     const int64_t row = p * W + v * L;
     if (row < width)
-      pack_rows(weight + row * K, K, min<int64_t>(L, width - row), panels + p * K * W + v * L, W);
+      pack_transposed(panels + p * K * W + v * L, W, weight + row * K, K,
+                      min<int64_t>(L, width - row), K);
   }
 }
 
@@ -95,8 +76,8 @@ void pack_panel(const C* weight, int64_t K, int64_t width, int64_t p, C* panels)
 template <class C, int NV>
 inline constexpr int kTileRowsBy = kTileRows<C> * 4 / NV < 8 ? kTileRows<C> * 4 / NV : 8;
 
-// Calls f(first, count) for pieces of a product's depth: those of a panel that several blocks of
-// rows pass over stay in the first cache.
+// Calls f(first, count) for pieces of a product's depth, so short that a panel's piece stays in the
+// L1 cache while several blocks of rows use it.
 template <class F>
 SEQMEM_INLINE void for_depths(int64_t K, int64_t rows, F&& f) {
   constexpr int64_t kDeep = 160, kPiece = 128;
@@ -124,9 +105,8 @@ void multiply(int64_t n, const C* const* a, int64_t K, const C* panels, int64_t 
       for (int i = 0; i < 8; ++i) store(out[0] + (done + i) * L, acc[0][i / 4][i % 4]);
     }
   }
-  for_panels(vectors - done, [&](auto columns, int64_t first) {
+  for_panels(done, vectors, [&](auto columns, int64_t v) {
     constexpr int NV = decltype(columns)::value;
-    const int64_t v = done + first;
     for_depths(K, n, [&](int64_t k, int64_t depth) {
       for_row_blocks<C, kTileRowsBy<C, NV>>(n, [&](auto block, int64_t r0) {
         constexpr int R = decltype(block)::value;
@@ -157,36 +137,20 @@ SEQMEM_INLINE void zero(C* to, int64_t n) {
   if (n > 0) __builtin_memset(to, 0, n * sizeof(C));
 }
 
-// Of n rows, those that go through time together: few enough that what they carry stays near the
-// core, more the larger the weights, since each pass over those that leave its cache should serve
-// many rows; in groups of much the same size, of whole tiles.
+// How many of n rows go through time at once: few, so that what they carry stays in the L2 cache,
+// but more where the weights are too large for it, so that each pass over the weights serves many
+// rows. The groups are of nearly the same size, in whole tiles.
 template <class C>
-int64_t rows_together(const Shape& s, int64_t n) {
+int64_t rows_at_once(const Shape& s, int64_t n) {
   constexpr int64_t kCache = 400 << 10;
-  const Layout<C> at(s);
+  const Layout<C> layout(s);
   int64_t weights = s.P * s.C;
-  for (int64_t l = 0; l < s.layers; ++l) weights += at.gates() * at.K(l);
+  for (int64_t l = 0; l < s.layers; ++l) weights += layout.gates() * layout.K(l);
   constexpr int64_t tile = kTileRows<C>;
   const int64_t most = max<int64_t>(3, ceil_div(weights * sizeof(C), kCache));  // tiles
   const int64_t groups = max<int64_t>(1, ceil_div(n, most * tile));
   return max<int64_t>(1, min(n, ceil_div(ceil_div(n, groups), tile) * tile));
 }
-
-// The arrays of one addressing and its heads' parameters, for one thread.
-template <class C>
-struct HeadRoom {
-  typename Slots<C>::Scratch scratch;
-
-  void place(Carver& take, const Slots<C>& slots) {
-    scratch.content = take.array<C>(slots.stride);
-    scratch.ring = take.array<C>(slots.ring_size());
-    scratch.ring_back = take.array<C>(slots.ring_size());
-    scratch.shifted = take.array<C>(slots.stride);
-    scratch.similar = take.array<C>(slots.stride);
-    scratch.inverse = take.array<C>(slots.stride);
-    scratch.grad = take.array<C>(slots.stride);
-  }
-};
 
 // The entry points of one kernel in both precisions.
 template <template <class> class Run, class Arguments>

@@ -1,5 +1,17 @@
-// NTM forward over a whole sequence. Every thread runs its own batch rows through time, some of
-// them together, and meets the others only once the weights are packed.
+// NTM forward over a whole sequence. The threads pack the weights together; then each runs its own
+// batch rows through time, a few of them at once:
+//   once     controller weights packed into panels [K][4 L]: 4 gates of L units, or 4 L outputs;
+//   the
+//            heads' weight likewise [C][4 L]; memories transposed to [M][stride], slots in lanes
+//   for each step, for the rows that are active:
+//     pass 1  controller: z = W operand + bias, gates, new cell and hidden state, layer by layer; a
+//             panel is read once for all the rows, from L1 or L2
+//     pass 2  p[P] = head_weight output + head_bias, then the activations of all heads' values
+//     pass 3  each head in order: similarity of the memory [M][stride] to the key, weighting
+//             (content, gate, shift, sharpen), then read or write; a write also gives the new norms
+//             and the next head's similarity. The memory of a row stays in L2.
+//     pass 4  outputs to features; where a backward follows, the gates and p are saved, and the
+//             memory at the beginning of each segment
 #include "ntm_common.h"
 #include "ntm_kernel.h"
 
@@ -15,18 +27,18 @@ class ForwardRun {
   const Forward& a;
   const int thread, threads;
   SpinBarrier& barrier;
-  const Layout<C> at;
+  const Layout<C> layout;
   const Slots<C> slots;
-  const HeadLayout layout;
+  const HeadLayout head_layout;
   const int64_t head_panels, dense_panels;
 
   // Shared by all threads.
   C *panels, *bias, *panels_head, *bias_head;
   C *x, *cell, *top, *p, *memory, *norm, *weights;
   C *initial_memory, *initial_norm;
-  int64_t* turn;  // [B]: which of a row's two operands is read in this step
+  int64_t* buffer_index;  // [B]: which of a row's two operands is read in this step
   // This thread's own.
-  HeadRoom<C> room;
+  typename Slots<C>::Scratch scratch;
   HeadValues<C> values;
   Head<C>* head;
   C *dots, *read;
@@ -41,9 +53,9 @@ class ForwardRun {
         thread(thread),
         threads(threads),
         barrier(barrier),
-        at(s),
+        layout(s),
         slots(s),
-        layout(s.M, s.taps),
+        head_layout(s.M, s.taps),
         head_panels(ceil_div(s.P, W)),
         dense_panels(ceil_div(s.C, W)),
         values(s) {}
@@ -51,35 +63,30 @@ class ForwardRun {
   // Places all buffers; returns the bytes used. Called with a null base to size them.
   int64_t place(char* base) {
     Carver take(base);
-    panels = take.array<C>(panel_at(s.layers));
+    panels = take.array<C>(panel_offset(s.layers));
     bias = take.array<C>(s.layers * bias_size());
     panels_head = take.array<C>(head_panels * s.C * W);
     bias_head = take.array<C>(head_panels * W);
-    x = take.array<C>(operand_at(s.layers));
-    cell = take.array<C>(s.lstm ? s.layers * s.B * at.Cs : 0);
-    top = take.array<C>(s.B * at.Cs);
-    p = take.array<C>(s.B * at.Ps);
+    x = take.array<C>(operand_offset(s.layers));
+    cell = take.array<C>(s.lstm ? s.layers * s.B * layout.C_pad : 0);
+    top = take.array<C>(s.B * layout.C_pad);
+    p = take.array<C>(s.B * layout.P_pad);
     memory = take.array<C>(s.B * s.M * slots.stride);
     norm = take.array<C>(s.B * slots.stride);
     weights = take.array<C>(s.B * s.heads * slots.stride);
     initial_memory = take.array<C>(s.reset ? s.M * slots.stride : 0);
     initial_norm = take.array<C>(s.reset ? slots.stride : 0);
-    turn = take.array<int64_t>(s.B);
-    for (int i = 0; i < threads; ++i) {
-      HeadRoom<C> own;
-      HeadValues<C> own_values(s);
-      own.place(take, slots);
-      own_values.place(take);
-      Head<C>* own_head = take.array<Head<C>>(s.heads);
-      C* own_dots = take.array<C>(slots.stride);
-      C* own_read = take.array<C>(Layout<C>::room(s.M));
-      int64_t* own_row = take.array<int64_t>(s.B);
-      const C** own_operand = take.array<const C*>(s.B);
-      C** own_result = take.array<C*>(s.B);
-      if (i != thread) continue;
-      room = own, values.use(own_values), head = own_head, dots = own_dots, read = own_read;
-      row = own_row, operand = own_operand, result = own_result;
-    }
+    buffer_index = take.array<int64_t>(s.B);
+    take.per_thread(thread, threads, [&] {
+      scratch.place(take, slots);
+      values.place(take);
+      head = take.array<Head<C>>(s.heads);
+      dots = take.array<C>(slots.stride);
+      read = take.array<C>(Layout<C>::padded_width(s.M));
+      row = take.array<int64_t>(s.B);
+      operand = take.array<const C*>(s.B);
+      result = take.array<C*>(s.B);
+    });
     return take.used();
   }
 
@@ -87,29 +94,31 @@ class ForwardRun {
     pack();
     values.prepare();
     const Share mine = share(s.B, thread, threads);
-    for (int64_t b = mine.begin; b < mine.end; ++b) enter(b, a.state, b, s.B);
+    for (int64_t b = mine.begin; b < mine.end; ++b) load_state(b, a.state, b, s.B);
     barrier.wait();
-    const int64_t together = rows_together<C>(s, mine.end - mine.begin);
-    for (int64_t b = mine.begin; b < mine.end; b += together) {
-      const int64_t end = min(b + together, mine.end);
+    const int64_t at_once = rows_at_once<C>(s, mine.end - mine.begin);
+    for (int64_t b = mine.begin; b < mine.end; b += at_once) {
+      const int64_t end = min(b + at_once, mine.end);
       for (int64_t t = 0; t < s.T; ++t) step(t, b, end);
     }
-    for (int64_t b = mine.begin; b < mine.end; ++b) leave(b);
+    for (int64_t b = mine.begin; b < mine.end; ++b) store_state(b);
   }
 
  private:
-  int64_t bias_size() const { return max(at.units, dense_panels) * W; }
-  int64_t panel_count() const { return s.lstm ? at.units : dense_panels; }
-  int64_t panel_at(int64_t l) const {
-    return at.layer(l, panel_count() * at.K(0) * W, s.layers > 1 ? panel_count() * at.K(1) * W : 0);
+  int64_t bias_size() const { return max(layout.units, dense_panels) * W; }
+  int64_t panel_count() const { return s.lstm ? layout.units : dense_panels; }
+  int64_t panel_offset(int64_t l) const {
+    return layout.layer(l, panel_count() * layout.K(0) * W,
+                        s.layers > 1 ? panel_count() * layout.K(1) * W : 0);
   }
-  int64_t operand_at(int64_t l) const {
-    return at.layer(l, 2 * s.B * at.operand(0), s.layers > 1 ? 2 * s.B * at.operand(1) : 0);
+  int64_t operand_offset(int64_t l) const {
+    return layout.layer(l, 2 * s.B * layout.operand(0),
+                        s.layers > 1 ? 2 * s.B * layout.operand(1) : 0);
   }
   C* operand_of(int64_t l, int64_t b, int64_t which) const {
-    return x + operand_at(l) + (which * s.B + b) * at.operand(l);
+    return x + operand_offset(l) + (which * s.B + b) * layout.operand(l);
   }
-  C* cell_of(int64_t l, int64_t b) const { return cell + (l * s.B + b) * at.Cs; }
+  C* cell_of(int64_t l, int64_t b) const { return cell + (l * s.B + b) * layout.C_pad; }
   C* memory_of(int64_t b) const { return memory + b * s.M * slots.stride; }
   C* norm_of(int64_t b) const { return norm + b * slots.stride; }
   C* weights_of(int64_t b, int64_t h) const { return weights + (b * s.heads + h) * slots.stride; }
@@ -117,7 +126,7 @@ class ForwardRun {
     return static_cast<C*>(a.saved) + (t * s.B + b) * s.record();
   }
   C* features_of(int64_t t, int64_t b) const {
-    return static_cast<C*>(a.features) + (t * s.B + b) * (s.C + at.R);
+    return static_cast<C*>(a.features) + (t * s.B + b) * (s.C + layout.R);
   }
   C* trace_of(int64_t t, int64_t b) const {
     return static_cast<C*>(a.trace) + (t * s.B + b) * s.heads * s.N;
@@ -138,69 +147,72 @@ class ForwardRun {
       for (int64_t j = i * W; j < (i + 1) * W; ++j) bias_head[j] = j < s.P ? given_bias[j] : C(0);
     }
     if (s.reset != nullptr && thread == 0) {
-      slots.enter(static_cast<const C*>(a.initial.memory), initial_memory);
+      slots.load_memory(static_cast<const C*>(a.initial.memory), initial_memory);
       slots.norms(initial_memory, initial_norm);
     }
   }
 
   // One vector of units x 4 gates, so that a tile's accumulators hold i, f, g, o of the same units.
   void pack_gates(int64_t l, int64_t u) {
-    C* panel = panels + panel_at(l) + u * at.K(l) * W;
-    const int64_t lanes = min<int64_t>(L, s.C - u * L), below = at.below(l);
+    C* panel = panels + panel_offset(l) + u * layout.K(l) * W;
+    const int64_t lanes = min<int64_t>(L, s.C - u * L), below = layout.below(l);
     for (int g = 0; g < 4; ++g) {
       const int64_t from = g * s.C + u * L;
-      const C* ih = given(at.weight_ih(l)) + from * below;
-      const C* hh = given(at.weight_hh(l)) + from * s.C;
-      pack_rows(ih, below, lanes, panel + at.at_below(l) * W + g * L, W);
-      pack_rows(hh, s.C, lanes, panel + at.at_hidden(l) * W + g * L, W);
+      const C* ih = given(layout.weight_ih(l)) + from * below;
+      const C* hh = given(layout.weight_hh(l)) + from * s.C;
+      pack_transposed(panel + layout.below_offset(l) * W + g * L, W, ih, below, lanes, below);
+      pack_transposed(panel + layout.hidden_offset(l) * W + g * L, W, hh, s.C, lanes, s.C);
       const int n = static_cast<int>(lanes);
       store(bias + l * bias_size() + u * W + g * L,
-            load_n(given(at.bias(l)) + from, n) + load_n(given(at.bias(l) + 1) + from, n));
+            load_n(given(layout.bias(l)) + from, n) + load_n(given(layout.bias(l) + 1) + from, n));
     }
   }
 
   void pack_dense(int64_t l, int64_t u) {
-    pack_panel(given(at.weight_ih(l)), at.K(l), s.C, u, panels + panel_at(l));
+    pack_panel(given(layout.weight_ih(l)), layout.K(l), s.C, u, panels + panel_offset(l));
     for (int64_t j = u * W; j < (u + 1) * W; ++j)
-      bias[l * bias_size() + j] = j < s.C ? given(at.bias(l))[j] : C(0);
+      bias[l * bias_size() + j] = j < s.C ? given(layout.bias(l))[j] : C(0);
   }
 
   // Row b's state becomes row `from` of a state of `rows` rows.
-  void enter(int64_t b, const State<const void*>& state, int64_t from, int64_t rows) {
-    turn[b] = 0;
+  void load_state(int64_t b, const State<const void*>& state, int64_t from, int64_t rows) {
+    buffer_index[b] = 0;
     if (s.lstm) {
       for (int64_t l = 0; l < s.layers; ++l) {
         const int64_t row = (l * rows + from) * s.C;
-        copy(static_cast<const C*>(state.hidden) + row, operand_of(l, b, 0) + at.at_hidden(l), s.C);
+        copy(static_cast<const C*>(state.hidden) + row,
+             operand_of(l, b, 0) + layout.hidden_offset(l), s.C);
         copy(static_cast<const C*>(state.cell) + row, cell_of(l, b), s.C);
       }
     }
-    copy(static_cast<const C*>(state.reads) + from * at.R, operand_of(0, b, 0) + s.I, at.R);
+    copy(static_cast<const C*>(state.reads) + from * layout.R, operand_of(0, b, 0) + s.I, layout.R);
     for (int64_t h = 0; h < s.heads; ++h)
-      slots.enter_weights(static_cast<const C*>(state.weightings) + (from * s.heads + h) * s.N,
-                          weights_of(b, h));
+      slots.load_weights(static_cast<const C*>(state.weightings) + (from * s.heads + h) * s.N,
+                         weights_of(b, h));
     if (&state == &a.initial) {
       copy(initial_memory, memory_of(b), s.M * slots.stride);
       copy(initial_norm, norm_of(b), slots.stride);
     } else {
-      slots.enter(static_cast<const C*>(state.memory) + from * s.N * s.M, memory_of(b));
+      slots.load_memory(static_cast<const C*>(state.memory) + from * s.N * s.M, memory_of(b));
       slots.norms(memory_of(b), norm_of(b));
     }
   }
 
-  void leave(int64_t b) {
+  void store_state(int64_t b) {
     const State<void*>& to = a.final;
     if (s.lstm) {
       for (int64_t l = 0; l < s.layers; ++l) {
         const int64_t row = (l * s.B + b) * s.C;
-        copy<C>(operand_of(l, b, turn[b]) + at.at_hidden(l), static_cast<C*>(to.hidden) + row, s.C);
+        copy<C>(operand_of(l, b, buffer_index[b]) + layout.hidden_offset(l),
+                static_cast<C*>(to.hidden) + row, s.C);
         copy<C>(cell_of(l, b), static_cast<C*>(to.cell) + row, s.C);
       }
     }
-    copy<C>(operand_of(0, b, turn[b]) + s.I, static_cast<C*>(to.reads) + b * at.R, at.R);
+    copy<C>(operand_of(0, b, buffer_index[b]) + s.I, static_cast<C*>(to.reads) + b * layout.R,
+            layout.R);
     for (int64_t h = 0; h < s.heads; ++h)
       copy<C>(weights_of(b, h), static_cast<C*>(to.weightings) + (b * s.heads + h) * s.N, s.N);
-    slots.leave(memory_of(b), static_cast<C*>(to.memory) + b * s.N * s.M);
+    slots.store_memory(memory_of(b), static_cast<C*>(to.memory) + b * s.N * s.M);
   }
 
   // ---- one step
@@ -208,8 +220,8 @@ class ForwardRun {
   void step(int64_t t, int64_t begin, int64_t end) {
     int64_t n = 0;
     for (int64_t b = begin; b < end; ++b) {
-      if (!at.alive(t, b)) {
-        zero(features_of(t, b), s.C + at.R);
+      if (!layout.active(t, b)) {
+        zero(features_of(t, b), s.C + layout.R);
         if (a.trace != nullptr) zero(trace_of(t, b), s.heads * s.N);
         continue;
       }
@@ -218,14 +230,15 @@ class ForwardRun {
         copy(memory_of(b),
              static_cast<C*>(a.checkpoints) + (t / s.segment * s.B + b) * s.M * slots.stride,
              s.M * slots.stride);
-      if (at.reset(t, b)) enter(b, a.initial, 0, 1);
-      copy(static_cast<const C*>(a.input) + (t * s.B + b) * s.I, operand_of(0, b, turn[b]), s.I);
+      if (layout.reset(t, b)) load_state(b, a.initial, 0, 1);
+      copy(static_cast<const C*>(a.input) + (t * s.B + b) * s.I, operand_of(0, b, buffer_index[b]),
+           s.I);
     }
     if (n == 0) return;
     for (int64_t l = 0; l < s.layers; ++l) s.lstm ? run_lstm(t, l, n) : run_dense(t, l, n);
     for (int64_t j = 0; j < n; ++j) {
-      operand[j] = top + row[j] * at.Cs;
-      result[j] = p + row[j] * at.Ps;
+      operand[j] = top + row[j] * layout.C_pad;
+      result[j] = p + row[j] * layout.P_pad;
     }
     multiply<C>(n, operand, s.C, panels_head, ceil_div(s.P, L), bias_head, result);
     values.activate(n, result);
@@ -233,12 +246,12 @@ class ForwardRun {
   }
 
   void run_lstm(int64_t t, int64_t l, int64_t n) {
-    const int64_t K = at.K(l);
-    const C *panel = panels + panel_at(l), *start = bias + l * bias_size();
-    for (int64_t j = 0; j < n; ++j) operand[j] = operand_of(l, row[j], turn[row[j]]);
+    const int64_t K = layout.K(l);
+    const C *panel = panels + panel_offset(l), *start = bias + l * bias_size();
+    for (int64_t j = 0; j < n; ++j) operand[j] = operand_of(l, row[j], buffer_index[row[j]]);
     int64_t u = 0;
     if (n == 1) {
-      for (; u + 2 <= at.units; u += 2) {
+      for (; u + 2 <= layout.units; u += 2) {
         Vec<C> acc[1][2][4];
         SEQMEM_UNROLL
         for (int i = 0; i < 8; ++i) acc[0][i / 4][i % 4] = load(start + u * W + i * L);
@@ -250,7 +263,7 @@ class ForwardRun {
         }
       }
     }
-    for (; u < at.units; ++u) {
+    for (; u < layout.units; ++u) {
       for_row_blocks<C>(n, [&](auto block, int64_t first) {
         constexpr int R = decltype(block)::value;
         Vec<C> acc[R][4];
@@ -282,9 +295,8 @@ class ForwardRun {
       store(c, now);
       argument[r] = tanh_argument<C>(now);
       if (a.saved == nullptr) continue;
-      C* record = saved_of(t, b) + at.record_gates(l) + u * L;
-      // Five streams a row are more than the hardware looks ahead in, and a store waits for its
-      // line.
+      C* record = saved_of(t, b) + layout.record_gates(l) + u * L;
+      // Five streams a row are more than the hardware prefetches, and a store waits for its line.
       SEQMEM_UNROLL
       for (int k = 0; k < 5; ++k) __builtin_prefetch(record + k * s.C + 2 * L, 1);
       store_n(record, i, n);
@@ -293,13 +305,13 @@ class ForwardRun {
       store_n(record + 3 * s.C, out[r], n);
       store_n(record + 4 * s.C, now, n);
     }
-    // All rows at once: one polynomial alone would wait for itself.
+    // All rows at once: a single polynomial would wait for its own results.
     ExpParts<C> e[R];
     exp_parts<R, C>(argument, e);
     for (int r = 0; r < R; ++r) {
       const int64_t b = row[first + r];
       const Vec<C> h = out[r] * tanh_of<C>(e[r]);
-      store(operand_of(l, b, turn[b] ^ 1) + at.at_hidden(l) + u * L, h);
+      store(operand_of(l, b, buffer_index[b] ^ 1) + layout.hidden_offset(l) + u * L, h);
       emit(t, l, b, u, h, n);
     }
   }
@@ -307,40 +319,40 @@ class ForwardRun {
   // A vector of layer l's output goes to the layer above, or to the heads.
   SEQMEM_INLINE void emit(int64_t t, int64_t l, int64_t b, int64_t u, Vec<C> h, int n) {
     if (l + 1 == s.layers) {
-      store(top + b * at.Cs + u * L, h);
+      store(top + b * layout.C_pad + u * L, h);
     } else {
-      store(operand_of(l + 1, b, turn[b]) + at.at_below(l + 1) + u * L, h);
-      if (a.saved != nullptr) store_n(saved_of(t, b) + at.record_output(l) + u * L, h, n);
+      store(operand_of(l + 1, b, buffer_index[b]) + layout.below_offset(l + 1) + u * L, h);
+      if (a.saved != nullptr) store_n(saved_of(t, b) + layout.record_output(l) + u * L, h, n);
     }
   }
 
   void run_dense(int64_t t, int64_t l, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
-      operand[j] = operand_of(l, row[j], turn[row[j]]);
-      result[j] = top + row[j] * at.Cs;
+      operand[j] = operand_of(l, row[j], buffer_index[row[j]]);
+      result[j] = top + row[j] * layout.C_pad;
     }
-    multiply<C>(n, operand, at.K(l), panels + panel_at(l), at.units, bias + l * bias_size(),
-                result);
+    multiply<C>(n, operand, layout.K(l), panels + panel_offset(l), layout.units,
+                bias + l * bias_size(), result);
     for (int64_t j = 0; j < n; ++j)
-      for (int64_t u = 0; u < at.units; ++u)
+      for (int64_t u = 0; u < layout.units; ++u)
         emit(t, l, row[j], u, tanh<C>(load(result[j] + u * L)),
              static_cast<int>(min<int64_t>(L, s.C - u * L)));
   }
 
   // The heads of row b, in their order.
   void act(int64_t t, int64_t b) {
-    const C* activated = p + b * at.Ps;
+    const C* activated = p + b * layout.P_pad;
     for (int64_t h = 0, from = 0; h < s.heads; ++h) {
       const bool writes = s.kinds[h] == 'w';
-      head[h] = head_of(activated + from, layout, s.M);
-      from += layout.size(writes, s.M);
+      head[h] = head_of(activated + from, head_layout, s.M);
+      from += head_layout.size(writes, s.M);
     }
-    C* reads = operand_of(0, b, turn[b] ^ 1) + s.I;
+    C* reads = operand_of(0, b, buffer_index[b] ^ 1) + s.I;
     bool have_dots = false;
     for (int64_t h = 0; h < s.heads; ++h) {
       if (!have_dots) slots.similarity(memory_of(b), head[h].key, dots);
       C* w = weights_of(b, h);
-      slots.address(dots, norm_of(b), head[h], w, room.scratch, w);
+      slots.address(dots, norm_of(b), head[h], w, scratch, w);
       have_dots = false;
       if (s.kinds[h] == 'w') {
         have_dots = h + 1 < s.heads;
@@ -352,11 +364,11 @@ class ForwardRun {
         reads += s.M;
       }
     }
-    turn[b] ^= 1;
+    buffer_index[b] ^= 1;
     C* features = features_of(t, b);
-    copy<C>(top + b * at.Cs, features, s.C);
-    copy<C>(operand_of(0, b, turn[b]) + s.I, features + s.C, at.R);
-    if (a.saved != nullptr) copy(activated, saved_of(t, b) + at.record_p(), s.P);
+    copy<C>(top + b * layout.C_pad, features, s.C);
+    copy<C>(operand_of(0, b, buffer_index[b]) + s.I, features + s.C, layout.R);
+    if (a.saved != nullptr) copy(activated, saved_of(t, b) + layout.record_p(), s.P);
     if (a.trace == nullptr) return;
     for (int64_t h = 0; h < s.heads; ++h) copy<C>(weights_of(b, h), trace_of(t, b) + h * s.N, s.N);
   }

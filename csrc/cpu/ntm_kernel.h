@@ -1,7 +1,8 @@
 // CPU kernels of the whole-sequence NTM: plain loops over raw pointers, compiled once per ISA.
 //
 // Arithmetic and storage are float or double; the op converts 16-bit tensors. A memory matrix is
-// kept slots last, [M][stride], so that slots lie in SIMD lanes and nothing is summed per slot.
+// stored transposed, [M][stride]: slots are SIMD lanes, so that no sum is over the lanes of a
+// vector.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +12,15 @@
 
 namespace seqmem::ntm {
 
-// Room for N slots: whole vectors of every ISA, and no power of two, which would thrash the cache.
+// The stride of a row of N slots: whole vectors of every ISA, and no power of two, whose rows would
+// share cache sets.
 template <class Int>
 Int slot_stride(const Int& N) {
   return ((N + 15) / 16 / 2 * 2 + 1) * 16;
 }
 
-// Checkpoints are at least this many steps apart, and about sqrt(T).
+// The forward keeps the memory that enters each segment of about sqrt(T) steps, at least so many;
+// the backward recomputes the memories in between.
 constexpr int64_t kShortestSegment = 8;
 
 struct Shape {
@@ -31,8 +34,8 @@ struct Shape {
   int64_t segment;         // steps between two checkpoints
 
   int64_t stride() const { return slot_stride(N); }
-  // What a step of a row leaves for the backward: per layer of an LSTM the gates i, f, g, o and
-  // the cell [5C]; the outputs of all layers but the last [layers - 1, C]; head values [P].
+  // What is saved of a step of a row for the backward: per layer of an LSTM the gates i, f, g, o
+  // and the cell [5C]; the outputs of all layers but the last [layers - 1, C]; head values [P].
   int64_t record() const { return (lstm ? layers * 5 * C : 0) + (layers - 1) * C + P; }
 };
 

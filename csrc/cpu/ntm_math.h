@@ -9,9 +9,10 @@
 namespace seqmem::ntm {
 namespace {
 
-// Calls f(constant K, first vector) for 0..n-1, some vectors at once as long as they last: the
-// polynomials of one vector alone would wait for themselves, those of many do not fit registers
-// beside what the passes here hold (so two, where ntm_addressing::for_vectors takes four).
+// Calls f(constant K, first vector) for 0..n-1, K vectors at once and the last ones singly: the
+// polynomial of a single vector waits for its own results, and those of many do not fit the
+// registers beside what the passes here hold (so two, where ntm_addressing::for_vectors takes
+// four).
 template <class F>
 SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   int64_t v = 0;
@@ -20,7 +21,6 @@ SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   for (; v < n; ++v) f(std::integral_constant<int, 1>{}, v);
 }
 
-using ntm_addressing::exp_of_negative;
 using ntm_addressing::largest;
 using ntm_addressing::log_of_positive;
 using ntm_addressing::square_root;
@@ -35,14 +35,14 @@ SEQMEM_INLINE Vec<C> square_root(Vec<C> x) {
   return y;
 }
 
-// One head's values after their activation, as they lie in p; gamma is 1 + what lies there.
+// One head's values after their activation, pointing into p; gamma is 1 + the value in p.
 template <class C>
 struct Head {
   const C *key, *shift, *erase, *add;
   C beta, gate, gamma, key_norm;
 };
 
-// Where a head's values lie in its part of p: key M, beta, gate, shift, gamma, and erase M, add M.
+// Offsets of a head's values in its part of p: key M, beta, gate, shift, gamma, and erase M, add M.
 struct HeadLayout {
   int64_t beta, gate, shift, gamma, erase, add;
   SEQMEM_INLINE HeadLayout(int64_t M, int64_t taps)
@@ -56,16 +56,21 @@ struct HeadLayout {
 };
 
 template <class C>
-SEQMEM_INLINE Head<C> head_of(const C* values, const HeadLayout& at, int64_t M) {
+SEQMEM_INLINE Head<C> head_of(const C* values, const HeadLayout& layout, int64_t M) {
   constexpr int L = kLanes<C>;
   Vec<C> squares{};
   for (int64_t m = 0; m < M; m += L) {
     const Vec<C> k = load_n(values + m, static_cast<int>(M - m));
     squares += k * k;
   }
-  return {
-      values,          values + at.shift, values + at.erase,       values + at.add,
-      values[at.beta], values[at.gate],   C(1) + values[at.gamma], square_root(total<C>(squares))};
+  return {values,
+          values + layout.shift,
+          values + layout.erase,
+          values + layout.add,
+          values[layout.beta],
+          values[layout.gate],
+          C(1) + values[layout.gamma],
+          square_root(total<C>(squares))};
 }
 
 // Activates whole rows of p in their place. tanh and sigmoid are one function of all lanes,
@@ -78,29 +83,24 @@ class HeadValues {
   static constexpr int64_t kSideBySide = 16;
 
   const Shape& s;
-  const HeadLayout at;
+  const HeadLayout layout;
   const int64_t rows, lanes;  // side by side; lanes for their heads
-  C *scale, *less;            // [P], with room for whole vectors
+  C *scale, *less;            // [P_pad]
   C *soft, *taps;             // [2][lanes], [taps][lanes]
 
  public:
   explicit HeadValues(const Shape& s)
       : s(s),
-        at(s.M, s.taps),
+        layout(s.M, s.taps),
         rows(max<int64_t>(1, kSideBySide / max<int64_t>(s.heads, 1))),
         lanes(ceil_div(rows * s.heads, L) * L) {}
 
   void place(Carver& take) {
-    const int64_t room = ceil_div(s.P, L) * L;
-    scale = take.array<C>(room);
-    less = take.array<C>(room);
+    const int64_t P_pad = padded<C>(s.P);
+    scale = take.array<C>(P_pad);
+    less = take.array<C>(P_pad);
     soft = take.array<C>(2 * lanes);
     taps = take.array<C>(s.taps * lanes);
-  }
-
-  // Takes the arrays of another one of the same shape.
-  void use(const HeadValues& other) {
-    scale = other.scale, less = other.less, soft = other.soft, taps = other.taps;
   }
 
   void prepare() {
@@ -115,20 +115,20 @@ class HeadValues {
         }
       };
       squashed(0);
-      scale[from + at.gate] = 1;
+      scale[from + layout.gate] = 1;
       if (!writes) return;
-      for (int64_t m = 0; m < s.M; ++m) scale[from + at.erase + m] = 1;
-      squashed(at.add);
+      for (int64_t m = 0; m < s.M; ++m) scale[from + layout.erase + m] = 1;
+      squashed(layout.add);
     });
   }
 
-  // n rows, each with room for whole vectors.
+  // n rows, each padded to whole vectors.
   void activate(int64_t n, C* const* p) const {
     for (int64_t r = 0; r < n; ++r) squash(p[r]);
     for (int64_t r = 0; r < n; r += rows) finish(min(rows, n - r), p + r);
   }
 
-  // From gradients of a row's activated values to those of p, in their place; room as above.
+  // From gradients of a row's activated values to those of p, in place; padded as above.
   void back(const C* values, C* grad) const {
     for (int64_t i = 0; i < s.P; i += L) {
       const Vec<C> y = load_n(values + i, static_cast<int>(min<int64_t>(L, s.P - i)));
@@ -138,15 +138,16 @@ class HeadValues {
     }
     each_head([&](int64_t from, bool) {
       // d softplus x / dx = 1 - e^-softplus x
-      const C activated[L < 2 ? 2 : L] = {-values[from + at.beta], -values[from + at.gamma]};
+      const C activated[L < 2 ? 2 : L] = {-values[from + layout.beta],
+                                          -values[from + layout.gamma]};
       const Vec<C> argument[1] = {clamp<C>(load(activated), ExpConstants<C>::limit)};
       ExpParts<C> e[1];
       exp_parts<1, C>(argument, e);
       const Vec<C> slope = -(e[0].power * e[0].fraction + (e[0].power - C(1)));
-      grad[from + at.beta] *= slope[0];
-      grad[from + at.gamma] *= slope[1];
-      const C* share = values + from + at.shift;
-      C *d = grad + from + at.shift, inside = 0;
+      grad[from + layout.beta] *= slope[0];
+      grad[from + layout.gamma] *= slope[1];
+      const C* share = values + from + layout.shift;
+      C *d = grad + from + layout.shift, inside = 0;
       for (int64_t j = 0; j < s.taps; ++j) inside += share[j] * d[j];
       for (int64_t j = 0; j < s.taps; ++j) d[j] = share[j] * (d[j] - inside);
     });
@@ -158,7 +159,7 @@ class HeadValues {
     for (int64_t h = 0, from = 0; h < s.heads; ++h) {
       const bool writes = s.kinds[h] == 'w';
       f(from, writes);
-      from += at.size(writes, s.M);
+      from += layout.size(writes, s.M);
     }
   }
 
@@ -190,9 +191,9 @@ class HeadValues {
     for (int64_t r = 0; r < n; ++r) {
       each_head([&](int64_t from, bool) {
         const C* x = p[r] + from;
-        soft[count] = x[at.beta];
-        soft[lanes + count] = x[at.gamma];
-        for (int64_t j = 0; j < s.taps; ++j) taps[j * lanes + count] = x[at.shift + j];
+        soft[count] = x[layout.beta];
+        soft[lanes + count] = x[layout.gamma];
+        for (int64_t j = 0; j < s.taps; ++j) taps[j * lanes + count] = x[layout.shift + j];
         ++count;
       });
     }
@@ -204,20 +205,20 @@ class HeadValues {
     for (int64_t r = 0; r < n; ++r) {
       each_head([&](int64_t from, bool) {
         C* x = p[r] + from;
-        x[at.beta] = soft[count];
-        x[at.gamma] = soft[lanes + count];
-        for (int64_t j = 0; j < s.taps; ++j) x[at.shift + j] = taps[j * lanes + count];
+        x[layout.beta] = soft[count];
+        x[layout.gamma] = soft[lanes + count];
+        for (int64_t j = 0; j < s.taps; ++j) x[layout.shift + j] = taps[j * lanes + count];
         ++count;
       });
     }
   }
 
   // max(x, 0) + log(1 + e^-|x|) of a vector of betas and one of gammas.
-  SEQMEM_INLINE void softplus(C* at_beta) const {
+  SEQMEM_INLINE void softplus(C* betas) const {
     Vec<C> x[2], e[2], u[2], logs[2];
     SEQMEM_UNROLL
     for (int i = 0; i < 2; ++i) {
-      x[i] = load(at_beta + i * lanes);
+      x[i] = load(betas + i * lanes);
       e[i] = x[i] < C(0) ? x[i] : -x[i];
     }
     exp_of_negative<2, C>(e);
@@ -227,7 +228,7 @@ class HeadValues {
     SEQMEM_UNROLL
     for (int i = 0; i < 2; ++i) {
       const Vec<C> lost = e[i] - (u[i] - C(1));
-      store(at_beta + i * lanes, (x[i] < C(0) ? Vec<C>{} : x[i]) + (logs[i] + lost / u[i]));
+      store(betas + i * lanes, (x[i] < C(0) ? Vec<C>{} : x[i]) + (logs[i] + lost / u[i]));
     }
   }
 

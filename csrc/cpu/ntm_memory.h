@@ -23,7 +23,7 @@ class Slots {
   }
 
   int64_t reach() const { return taps / 2; }
-  // Room for a weighting with its two ends repeated.
+  // Values of a weighting with both ends repeated.
   int64_t ring_size() const { return stride + 2 * reach() + L; }
 
   SEQMEM_INLINE Vec<C> only_slots(int64_t v, Vec<C> x) const {
@@ -32,7 +32,7 @@ class Slots {
 
   // ---- between [N, M] and [M][stride], squares of vectors at a time
 
-  void enter(const C* from, C* to) const {
+  void load_memory(const C* from, C* to) const {
     for (int64_t v = 0; v < vectors; ++v) {
       const int rows = static_cast<int>(min<int64_t>(L, N - v * L));
       for (int64_t m = 0; m < M; m += L) {
@@ -45,7 +45,7 @@ class Slots {
     }
   }
 
-  void leave(const C* from, C* to) const {
+  void store_memory(const C* from, C* to) const {
     for (int64_t v = 0; v < vectors; ++v) {
       const int rows = static_cast<int>(min<int64_t>(L, N - v * L));
       for (int64_t m = 0; m < M; m += L) {
@@ -58,8 +58,8 @@ class Slots {
     }
   }
 
-  // A weighting [N] to one with room and zeros, and back.
-  void enter_weights(const C* from, C* to) const {
+  // A weighting [N] to a padded one.
+  void load_weights(const C* from, C* to) const {
     for (int64_t v = 0; v < vectors; ++v)
       store(to + v * L, load_n(from + v * L, static_cast<int>(min<int64_t>(L, N - v * L))));
   }
@@ -142,11 +142,21 @@ class Slots {
   // Scratch of one addressing; all [stride], rings have their own size.
   struct Scratch {
     C *content, *ring, *ring_back, *shifted, *similar, *inverse, *grad;
+
+    void place(Carver& take, const Slots& slots) {
+      content = take.array<C>(slots.stride);
+      ring = take.array<C>(slots.ring_size());
+      ring_back = take.array<C>(slots.ring_size());
+      shifted = take.array<C>(slots.stride);
+      similar = take.array<C>(slots.stride);
+      inverse = take.array<C>(slots.stride);
+      grad = take.array<C>(slots.stride);
+    }
   };
 
-  // content = e^(beta K), K = dots / (norm |key| + eps), relative to the largest only where that is
-  // far from 1; returns what makes it a softmax by multiplication. With `keep`, K and 1 / (...)
-  // stay.
+  // content = e^(beta K), K = dots / (norm |key| + eps); the largest is subtracted first only where
+  // it is far from zero. Returns the factor that makes content a softmax. With `keep`, K and 1 /
+  // (...) are stored.
   template <bool keep>
   SEQMEM_INLINE C content(const C* dots, const C* norm, const Head<C>& head,
                           const Scratch& t) const {
@@ -159,12 +169,12 @@ class Slots {
         Vec<C> e[K];
         SEQMEM_UNROLL
         for (int i = 0; i < K; ++i) {
-          const int64_t at = (v + i) * L;
-          const Vec<C> inverse = C(1) / (load(norm + at) * head.key_norm + C(kEpsilon));
-          const Vec<C> similar = load(dots + at) * inverse;
+          const int64_t offset = (v + i) * L;
+          const Vec<C> inverse = C(1) / (load(norm + offset) * head.key_norm + C(kEpsilon));
+          const Vec<C> similar = load(dots + offset) * inverse;
           if (keep) {
-            store(t.similar + at, similar);
-            store(t.inverse + at, inverse);
+            store(t.similar + offset, similar);
+            store(t.inverse + offset, inverse);
           }
           Vec<C> z = similar * head.beta;
           if (v + i + 1 == vectors) z = last ? z : nothing;
@@ -194,8 +204,8 @@ class Slots {
     close(t.ring);
   }
 
-  // Repeats the ends of what lies at ring + reach(): slot N is slot 0. Behind them come zeros, for
-  // the lanes beyond the last slot, whose factors are zero but must meet numbers.
+  // Repeats both ends of what is stored at ring + reach(): slot N is slot 0. Zeros follow, for the
+  // lanes beyond the last slot, whose factors are zero but must not be multiplied by NaN.
   SEQMEM_INLINE void close(C* ring) const {
     const int64_t r = reach();
     for (int64_t i = 0; i < r; ++i) ring[i] = ring[N + i];
@@ -225,8 +235,8 @@ class Slots {
     const C top = largest<C>(most), unit = top > C(0) ? top : C(1);
     const C lift = unit < kTiny ? 1 / kTiny : C(1), inverse = C(1) / (unit * lift);
     const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
-    // Logarithms and powers each in a pass of their own: a vector's way through both is longer
-    // than what a core looks ahead.
+    // Logarithms and powers in two passes: both for one vector are longer than the instructions
+    // that a core reorders.
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> x[K], y[K];

@@ -27,8 +27,9 @@ class SlotsBackward {
  public:
   explicit SlotsBackward(const Slots<C>& slots) : slots(slots) {}
 
-  // From dw to the gradients of D (left in t.shifted), of the norms over the norms (in t.grad), of
-  // the weighting before, and of the head's parameters. `before_grad` may be `dw`.
+  // From dw to the gradient of D (in t.shifted), the gradient of each slot's norm divided by that
+  // norm (in t.grad), and the gradients of the weighting before and of the head's parameters.
+  // `before_grad` may be `dw`.
   template <int Taps>
   void address(const C* dots, const C* norm, const Head<C>& head, const C* before, const C* w,
                const C* dw, const Scratch& t, C* before_grad, HeadGradients<C>& d) const {
@@ -99,7 +100,7 @@ class SlotsBackward {
     add_key_norm(from);
   }
 
-  // pass() and then, in the same go, write_weights() of the head before.
+  // pass() and write_weights() of the head before, in one pass over the memory.
   template <bool writes>
   void pass_to_write(const Passing& from, const Written& to, C* dmemory, const Scratch& t) const {
     int64_t m = 0;

@@ -1,4 +1,5 @@
-// What the forward of the whole-sequence NTM left for its backward, and what came before a step.
+// What the forward of the whole-sequence NTM has saved for its backward, and what came before a
+// step.
 #pragma once
 
 #include "ntm_common.h"
@@ -7,27 +8,27 @@ namespace seqmem::ntm {
 namespace {
 
 template <class C>
-class Left {
+class Saved {
   const Shape& s;
   const Backward& a;
-  const Layout<C>& at;
+  const Layout<C>& layout;
 
  public:
-  Left(const Shape& s, const Backward& a, const Layout<C>& at) : s(s), a(a), at(at) {}
+  Saved(const Shape& s, const Backward& a, const Layout<C>& layout) : s(s), a(a), layout(layout) {}
 
   static const C* in(const void* p, int64_t offset) { return static_cast<const C*>(p) + offset; }
 
   const C* input(int64_t t, int64_t b) const { return in(a.input, (t * s.B + b) * s.I); }
   const C* record(int64_t t, int64_t b) const { return in(a.saved, (t * s.B + b) * s.record()); }
   const C* gates(int64_t l, int64_t t, int64_t b) const {
-    return record(t, b) + at.record_gates(l);
+    return record(t, b) + layout.record_gates(l);
   }
-  const C* values(int64_t t, int64_t b) const { return record(t, b) + at.record_p(); }
+  const C* values(int64_t t, int64_t b) const { return record(t, b) + layout.record_p(); }
   const C* features(int64_t t, int64_t b) const {
-    return in(a.features, (t * s.B + b) * (s.C + at.R));
+    return in(a.features, (t * s.B + b) * (s.C + layout.R));
   }
   const C* output(int64_t l, int64_t t, int64_t b) const {
-    return l + 1 == s.layers ? features(t, b) : record(t, b) + at.record_output(l);
+    return l + 1 == s.layers ? features(t, b) : record(t, b) + layout.record_output(l);
   }
   const C* checkpoint(int64_t t, int64_t b) const {
     return in(a.checkpoints, (t / s.segment * s.B + b) * s.M * s.stride());
@@ -38,18 +39,18 @@ class Left {
   }
 
   const C* hidden_before(int64_t l, int64_t t, int64_t b) const {
-    if (at.reset(t, b)) return in(a.initial.hidden, l * s.C);
+    if (layout.reset(t, b)) return in(a.initial.hidden, l * s.C);
     return t == 0 ? in(a.state.hidden, (l * s.B + b) * s.C) : output(l, t - 1, b);
   }
   const C* cell_before(int64_t l, int64_t t, int64_t b) const {
-    if (at.reset(t, b)) return in(a.initial.cell, l * s.C);
+    if (layout.reset(t, b)) return in(a.initial.cell, l * s.C);
     return t == 0 ? in(a.state.cell, (l * s.B + b) * s.C) : gates(l, t - 1, b) + 4 * s.C;
   }
   const C* reads_before(int64_t t, int64_t b) const {
-    if (at.reset(t, b)) return in(a.initial.reads, 0);
-    return t == 0 ? in(a.state.reads, b * at.R) : features(t - 1, b) + s.C;
+    if (layout.reset(t, b)) return in(a.initial.reads, 0);
+    return t == 0 ? in(a.state.reads, b * layout.R) : features(t - 1, b) + s.C;
   }
-  // Whatever reset says.
+  // Those of the step before, also where `reset` replaces them.
   const C* weightings_before(int64_t t, int64_t b) const {
     return t == 0 ? in(a.state.weightings, b * s.heads * s.N) : weightings(t - 1, b);
   }
