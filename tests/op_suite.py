@@ -238,6 +238,23 @@ class OpSuite:
         for op, args in self.raw_calls(name):
             torch.library.opcheck(op, args)
 
+    @pytest.mark.sanitize
+    def test_wrong_arguments_of_a_backward_are_refused(self, name: str) -> None:
+        """Exported programs and compiled graphs call it too: wrong memory must stay untouched."""
+        for op, args in self.raw_calls(name):
+            if not op._schema.name.endswith("_backward"):
+                continue
+            check = getattr(torch.ops.seqmem, f"check_{op._schema.name.split('::')[1]}").default
+            for k, right in enumerate(args):
+                if not isinstance(right, Tensor):
+                    continue
+                wider = torch.cat([right] * 3, -1) if right.dim() else right.expand(3)
+                for wrong in (right.cfloat(), wider):
+                    for call in (op, check):
+                        with pytest.raises((ValueError, TypeError)) as caught:
+                            call(*args[:k], wrong, *args[k + 1 :])
+                        assert str(caught.value).startswith(f"{op._schema.name}: expected")
+
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compile(self, name: str, dynamic: bool) -> None:
         case = self.case(name)

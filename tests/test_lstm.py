@@ -124,6 +124,15 @@ class TestLstmCell(OpSuite):
             (torch.ops.seqmem.lstm_cell_backward.default, backward),
         ]
 
+    def test_autocast(self, name: str) -> None:
+        """On CPU the state stays float32, as torch's cell keeps it, and so does the arithmetic."""
+        case = self.case(name, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = case.op(*case.tensors)
+        for a, b in zip(outputs, case.op(*case.tensors), strict=True):
+            assert a.dtype == torch.float32
+            assert torch.equal(a, b)
+
 
 def plain_case(
     time: int, batch: int, width: int, hidden: int, dtype: torch.dtype, **kwargs: Any

@@ -34,7 +34,16 @@ packed = {"input": z(7, WIDTH)}
 
 COMMON = [
     Bad("weight_ih 1-D", {"weight_ih": z(4 * HIDDEN)}, ValueError, "weight_ih"),
-    Bad("weight_ih width", {"weight_ih": z(4 * HIDDEN, 4)}, ValueError, r"\[24, 5\].*\[24, 4\]"),
+    # The commonest mistakes are in the input, and the message speaks of it.
+    Bad(
+        "weight_ih width", {"weight_ih": z(4 * HIDDEN, 4)}, ValueError, r"input of shape \[..., 4\]"
+    ),
+    Bad(
+        "weight_ih double",
+        {"weight_ih": z(24, 5).double()},
+        TypeError,
+        "input of weight_ih's dtype",
+    ),
     Bad("weight_ih rows", {"weight_ih": z(20, WIDTH)}, ValueError, "weight"),
     Bad("weight_hh width", {"weight_hh": z(4 * HIDDEN, 5)}, ValueError, "weight_hh"),
     Bad("weight_hh no multiple of 4", {"weight_hh": z(23, 6)}, ValueError, "weight"),
@@ -47,7 +56,7 @@ COMMON = [
     Bad(
         "bias_hh 2-D", {"bias_hh": z(24, 1)}, ValueError, r"bias_hh of shape \[24\], got \[24, 1\]"
     ),
-    Bad("weight dtype", {"weight_ih": z(24, 5).double()}, TypeError, "weight_ih"),
+    Bad("weight dtype", {"weight_hh": z(24, 6).double()}, TypeError, "weight_hh"),
     Bad("hx dtype", {"hx": z(3, 6).bfloat16()}, TypeError, "hx"),
     Bad("bias dtype", {"bias_hh": z(24).half()}, TypeError, "bias_hh"),
     Bad("cx integer", {"cx": z(3, 6).long()}, TypeError, "cx"),

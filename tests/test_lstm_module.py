@@ -550,6 +550,42 @@ def test_export_module(strict: bool) -> None:
         torch.testing.assert_close(loaded(x), ours(x))
 
 
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cell_has_torchs_dtypes_under_autocast(
+    dtype: torch.dtype, state: torch.dtype | None
+) -> None:
+    theirs = nn.LSTMCell(3, 4)
+    ours = sf.LSTMCell.from_torch(theirs)
+    x = torch.randn(2, 3, dtype=dtype)
+    hx = None if state is None else (torch.randn(2, 4, dtype=state), torch.randn(2, 4, dtype=state))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, right = ours(x, hx), theirs(x, hx)
+    for a, b in zip(found, right, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_cell_trains_where_its_state_is_changed_in_place(batch: int) -> None:
+    theirs = nn.LSTMCell(3, 4).double()
+    ours = sf.LSTMCell.from_torch(theirs)
+    steps, keep = torch.randn(3, batch, 3).double(), (torch.arange(batch) % 2)[:, None].double()
+    grads = []
+    for cell in (theirs, ours):
+        h = c = torch.zeros(batch, 4).double()
+        for x in steps:
+            h, c = cell(x, (h, c))
+            h *= keep
+            c *= keep
+        total = (h + c.square()).sum()
+        first = torch.autograd.grad(total, list(cell.parameters()), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), list(cell.parameters()))
+        grads.append([*first, *second])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_autocast_module() -> None:
     theirs, ours = pair({"num_layers": 2})
     x, hx = torch.randn(5, 3, 4), state_for(ours, 3)

@@ -73,11 +73,19 @@ auto run_backward(const Handle& op, const Args&... args) -> decltype(op.call(arg
   return op.call(args...);
 }
 
-// Which of a forward's arguments are tensors that were given: one bit for each, by position.
+// Which of a forward's tensors are given, and which of the flags after them are true: one bit for
+// each argument, by position.
 template <class... Args>
 int64_t present(const Args&... args) {
+  auto is = [](const auto& argument) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(argument)>, bool>) {
+      return argument;
+    } else {
+      return tensor_of(argument) != nullptr;
+    }
+  };
   int64_t bits = 0, bit = 1;
-  ((bits |= tensor_of(args) != nullptr ? bit : 0, bit <<= 1), ...);
+  ((bits |= is(args) ? bit : 0, bit <<= 1), ...);
   return bits;
 }
 

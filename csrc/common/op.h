@@ -68,8 +68,8 @@ struct Op<name, Out(Args...)> {
     const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
     m.def((name + schema).c_str(), tags);
     m.def((check + schema.substr(0, schema.find(" -> ")) + " -> ()").c_str(), tags);
-    m.impl(name, torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(as_struct<cpu>)));
-    m.impl(name, torch::dispatch(c10::DispatchKey::Meta, TORCH_FN(as_struct<meta>)));
+    implement<cpu>(m, c10::DispatchKey::CPU);
+    implement<meta>(m, c10::DispatchKey::Meta);
     using c10::DispatchKey::CompositeExplicitAutograd;
     const auto check_only = TORCH_FN(without_result<check_inputs>);
     const auto refuse = TORCH_FN(unsupported<check_inputs>);
@@ -79,11 +79,18 @@ struct Op<name, Out(Args...)> {
     m.impl(name, torch::dispatch(c10::DispatchKey::NestedTensorCPU, refuse));
   }
 
- private:
+  // The op for one more key, as CUDA.
+  template <auto f>
+  static void implement(torch::Library& m, c10::DispatchKey key) {
+    m.impl(name, torch::dispatch(key, TORCH_FN(as_struct<f>)));
+  }
+
   template <auto f>
   static Out as_struct(Args... args) {
     return f({args...});
   }
+
+ private:
   template <auto check_inputs>
   static void without_result(Args... args) {
     check_inputs({args...});

@@ -1,20 +1,22 @@
 // The LSTM's CUDA kernels: all of one step but its matrix products, over raw pointers.
 //
-// A cell is a sequence of one step. Step t of batch row b lies at row `row + b * row_stride` of the
-// [rows, width] tensors; `row` is given per step, which covers time-major, batch-major and packed
-// layouts alike. All pointers are device memory that must live until the stream has passed; those
-// marked optional may be null. Any alignment works, 16 bytes with a hidden size divisible by 4 is
-// fast.
+// A cell is a sequence of one step. Step t of batch row b is stored at row `row + b * row_stride`
+// of the [rows, width] tensors; `row` is given per step, which covers time-major, batch-major and
+// packed layouts alike. All pointers are device memory that must live until the stream has passed;
+// those marked optional may be null. Any alignment works, 16 bytes with a hidden size divisible by
+// 4 is fast.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "../common/storage.h"
+
 namespace seqmem::cuda {
 
-// Storage type S of every void pointer; arithmetic is float, or double for Double.
-enum class Storage { Float, Double, BFloat16, Half };
+// Of every void pointer, whose type is S; arithmetic is float, or double for Double.
+using seqmem::Storage;
 
 struct Step {
   int64_t batch, hidden;

@@ -1,7 +1,6 @@
 // LSTM ops: schemas, the CPU and Meta keys. Arguments are described in seqmem_fast/ops/lstm.py.
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
@@ -12,35 +11,34 @@
 #include "../common/kept_blocks.h"
 #include "../common/operand.h"
 #include "../common/team.h"
-#include "../common/workspace.h"
 #include "../cpu/lstm_kernel.h"
 #include "lstm_check.h"
 
 namespace seqmem::lstm {
 
-void check_lengths(const Tensor& lengths, int64_t T) {
+void check_lengths(const char* op, const Tensor& lengths, int64_t T) {
   const Tensor values = lengths.cpu().to(at::kLong).contiguous();
   const int64_t* length = values.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < values.numel(); ++b)
-    TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= T, "seqmem::lstm: expected lengths in 0..", T,
+    TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= T, op, ": expected lengths in 0..", T,
                       ", got ", length[b], " for batch row ", b);
 }
 
-void check_batch_sizes(const Tensor& batch_sizes, int64_t rows) {
-  TORCH_CHECK_TYPE(batch_sizes.is_cpu(), "seqmem::lstm: expected batch_sizes on the cpu, got ",
+void check_batch_sizes(const char* op, const Tensor& batch_sizes, int64_t rows) {
+  TORCH_CHECK_TYPE(batch_sizes.is_cpu(), op, ": expected batch_sizes on the cpu, got ",
                    batch_sizes.device());
   const Tensor values = batch_sizes.contiguous();
   const int64_t* size = values.const_data_ptr<int64_t>();
   int64_t total = 0;
   for (int64_t t = 0; t < batch_sizes.numel(); ++t) {
-    TORCH_CHECK_VALUE(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]),
-                      "seqmem::lstm: expected batch_sizes that are positive and never grow, got ",
-                      size[t], " at step ", t);
-    TORCH_CHECK_VALUE(size[t] <= rows - total, "seqmem::lstm: expected batch_sizes with sum ", rows,
+    TORCH_CHECK_VALUE(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]), op,
+                      ": expected batch_sizes that are positive and never grow, got ", size[t],
+                      " at step ", t);
+    TORCH_CHECK_VALUE(size[t] <= rows - total, op, ": expected batch_sizes with sum ", rows,
                       " (the rows of input), got more");
     total += size[t];
   }
-  TORCH_CHECK_VALUE(total == rows, "seqmem::lstm: expected batch_sizes with sum ", rows,
+  TORCH_CHECK_VALUE(total == rows, op, ": expected batch_sizes with sum ", rows,
                     " (the rows of input), got ", total);
 }
 
@@ -48,15 +46,12 @@ namespace {
 
 using Sizes64 = Sizes<int64_t>;
 
-constexpr char kName[] = "seqmem::lstm", kCellName[] = "seqmem::lstm_cell";
-
-// Where the rows lie and which are alive when: see Shape.
+// Where the rows are stored and which are active when: see Shape.
 struct Rows {
   c10::SmallVector<int64_t, 8> step_row, order, active;
   int64_t row_stride = 1;
 
-  Rows(const Sizes64& s, const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
-       bool batch_first)
+  Rows(const Sizes64& s, Maybe lengths, Maybe batch_sizes, bool batch_first)
       : step_row(s.T), order(s.B), active(s.T + 1, s.B) {
     active[s.T] = 0;
     std::iota(order.begin(), order.end(), 0);
@@ -73,10 +68,10 @@ struct Rows {
       const int64_t* length = values.const_data_ptr<int64_t>();
       std::stable_sort(order.begin(), order.end(),
                        [&](int64_t a, int64_t b) { return length[a] > length[b]; });
-      int64_t alive = s.B;
+      int64_t rows = s.B;
       for (int64_t t = 0; t < s.T; ++t) {
-        while (alive > 0 && length[order[alive - 1]] <= t) --alive;
-        active[t] = alive;
+        while (rows > 0 && length[order[rows - 1]] <= t) --rows;
+        active[t] = rows;
       }
     }
   }
@@ -84,26 +79,25 @@ struct Rows {
 
 struct Call {
   Rows rows;
-  Shape shape;
   Tensor reset;  // keeps a contiguous copy alive
+  Shape shape;
 
-  Call(const Sizes64& s, const OptionalTensor& lengths, const OptionalTensor& reset_mask,
-       const OptionalTensor& batch_sizes, bool batch_first, bool projected, bool reverse)
-      : rows(s, lengths, batch_sizes, batch_first) {
-    if (reset_mask.has_value()) reset = reset_mask->contiguous();
-    shape = {s.T,
-             s.B,
-             s.I,
-             s.H,
-             s.P,
-             projected,
-             reverse,
-             rows.row_stride,
-             rows.step_row.data(),
-             rows.order.data(),
-             rows.active.data(),
-             reset.defined() ? reset.const_data_ptr<bool>() : nullptr};
-  }
+  Call(const Sizes64& s, const Layout& layout, bool batch_first, bool reverse)
+      : rows(s, layout.lengths, layout.batch_sizes, batch_first),
+        reset(layout.reset.has_value() ? layout.reset->contiguous() : Tensor()),
+        shape{.T = s.T,
+              .B = s.B,
+              .I = s.I,
+              .H = s.H,
+              .P = s.P,
+              .projected = layout.weight_hr.has_value(),
+              .reverse = reverse,
+              .row_stride = rows.row_stride,
+              .step_row = rows.step_row.data(),
+              .order = rows.order.data(),
+              .active = rows.active.data(),
+              .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr} {}
+  explicit Call(const Sizes64& s) : Call(s, {{}, {}, {}, {}}, false, false) {}
 };
 
 struct Schedule {
@@ -139,8 +133,8 @@ Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t re
   return {{rows, true, 1}, rows ? by_rows : by_units};
 }
 
-// Packing pays once a few steps read the weights, for packed ones stream best, or one step many
-// times; measured, the widths matter little.
+// Packing pays when several steps, or many rows of one step, reuse the weights; widths hardly
+// matter, measured.
 bool worth_packing(const Sizes64& s) { return s.T > 1 ? s.T * (s.B + 8) > 60 : s.B >= 100; }
 
 // In the backward packing is a plain copy, but the products run slower without it.
@@ -179,91 +173,65 @@ class RowsGradient {
   OptionalTensor tensor_;
 };
 
-template <class Kernel, class Arguments>
-void launch(const Kernel& kernel, Storage storage, const Shape& shape, const Schedule& schedule,
-            Arguments& arguments) {
-  run_team(
-      schedule.threads,
-      [&](int threads) {
-        arguments.workspace =
-            Workspace::get(kernel.workspace(storage, shape, schedule.plan, arguments, threads));
-      },
-      [&](int thread, int threads, SpinBarrier& barrier) {
-        kernel.run(storage, shape, schedule.plan, arguments, thread, threads, barrier);
-      });
-}
-
-void run_forward(const Call& call, const Sizes64& s, const Tensor& like, Forward& arguments) {
+void run_forward(const Call& call, const Sizes64& s, const Tensor& like, const Forward& arguments) {
   Schedule schedule = share_out(s, like.element_size(), call.shape.projected, s.P);
   schedule.plan.pack = worth_packing(s);
   schedule.plan.chunk = std::max<int64_t>(1, 128 / std::max<int64_t>(s.B, 1));
-  launch(SEQMEM_CHOOSE(forward_kernel), storage_of(like), call.shape, schedule, arguments);
+  launch(SEQMEM_CHOOSE(forward_kernel), schedule.threads, arguments, storage_of(like), call.shape,
+         schedule.plan);
 }
 
-void run_backward(const Call& call, const Sizes64& s, const Tensor& like, Backward& arguments) {
+void run_backward(const Call& call, const Sizes64& s, const Tensor& like,
+                  const Backward& arguments) {
   Schedule schedule = share_out(s, like.element_size(), call.shape.projected, s.P);
   schedule.plan.pack = s.T * s.B > kRowsWorthPacking;
   schedule.plan.chunk = std::max<int64_t>(1, 256 / std::max<int64_t>(s.B, 1));
-  launch(SEQMEM_CHOOSE(backward_kernel), storage_of(like), call.shape, schedule, arguments);
+  launch(SEQMEM_CHOOSE(backward_kernel), schedule.threads, arguments, storage_of(like), call.shape,
+         schedule.plan);
 }
 
-// ---- one cell
-// ---------------------------------------------------------------------------------------
-
-using CellOutputs = std::tuple<Tensor, Tensor, Tensor>;
+void* data_if(bool wanted, const Tensor& t) { return wanted ? data(t) : nullptr; }
 
 template <class Int>
-CellOutputs allocate_cell(const Tensor& input, const Sizes<Int>& s, bool return_gates) {
+Tensors<3> allocate_cell(const Tensor& input, const Sizes<Int>& s, bool return_gates) {
   return {empty_like_of<Int>(input, {s.B, s.H}), empty_like_of<Int>(input, {s.B, s.H}),
           return_gates ? empty_like_of<Int>(input, {s.B, s.H * 4})
                        : empty_like_of<Int>(input, {Int(0)})};
 }
 
-CellOutputs lstm_cell_cpu(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                          const Tensor& weight_ih, const Tensor& weight_hh,
-                          const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                          bool return_gates) {
-  const Sizes64 s = check_lstm_cell<int64_t>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-  CellOutputs out = allocate_cell(input, s, return_gates);
-  auto& [hy, cy, gates] = out;
-  const Call call(s, {}, {}, {}, false, false, false);
-  const Operand x(input), h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh), b_ih(bias_ih),
-      b_hh(bias_hh);
-  Forward arguments = {x.data(),    h0.data(),   c0.data(),   w_ih.data(),
-                       w_hh.data(), b_ih.data(), b_hh.data(), nullptr,
-                       data(hy),    nullptr,     nullptr,     return_gates ? data(gates) : nullptr,
-                       data(cy),    nullptr};
-  run_forward(call, s, input, arguments);
+Tensors<3> cell_cpu(const CellInputs& in) {
+  const Sizes64 s = check_cell<int64_t>(in);
+  Tensors<3> out = allocate_cell(in.input, s, in.return_gates);
+  const auto& [hy, cy, gates] = out;
+  const Call call(s);
+  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
+      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  run_forward(call, s, in.input,
+              {.input = input.data(),
+               .hx = hx.data(),
+               .cx = cx.data(),
+               .weight_ih = weight_ih.data(),
+               .weight_hh = weight_hh.data(),
+               .bias_ih = bias_ih.data(),
+               .bias_hh = bias_hh.data(),
+               .weight_hr = nullptr,
+               .output = data(hy),
+               .hy = nullptr,
+               .cy = nullptr,
+               .gates = data_if(in.return_gates, gates),
+               .cells = data(cy),
+               .workspace = nullptr});
   return out;
 }
 
-CellOutputs lstm_cell_meta(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                           const Tensor& weight_ih, const Tensor& weight_hh,
-                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                           bool return_gates) {
-  return allocate_cell(
-      input, check_lstm_cell<c10::SymInt>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh),
-      return_gates);
-}
-
-void check_lstm_cell_op(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                        const Tensor& weight_ih, const Tensor& weight_hh,
-                        const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool) {
-  check_lstm_cell<c10::SymInt>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
-}
-
-using CellGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class Int>
-Sizes<Int> cell_sizes(const Tensor& input, const Tensor& weight_hh) {
-  const Int H = Check<Int>::size(weight_hh, 1);
-  return {1, Check<Int>::size(input, 0), Check<Int>::size(input, 1), H, H, 0};
+Tensors<3> cell_meta(const CellInputs& in) {
+  return allocate_cell(in.input, check_cell<c10::SymInt>(in), in.return_gates);
 }
 
 // Gradients for: input; hx and cx; weights and bias. What is not asked for stays empty.
 template <class Int>
-CellGradients allocate_cell_gradients(const Tensor& input, const Sizes<Int>& s, bool has_bias,
-                                      std::array<bool, 3> mask) {
+Tensors<6> allocate_cell_gradients(const Tensor& input, const Sizes<Int>& s, bool has_bias,
+                                   std::array<bool, 3> mask) {
   auto make = [&](bool wanted, std::initializer_list<Int> sizes) {
     return wanted ? empty_like_of<Int>(input, sizes) : empty_like_of<Int>(input, {Int(0)});
   };
@@ -272,66 +240,52 @@ CellGradients allocate_cell_gradients(const Tensor& input, const Sizes<Int>& s, 
           make(mask[2], {s.H * 4, s.H}), make(mask[2] && has_bias, {s.H * 4})};
 }
 
-CellGradients lstm_cell_backward_cpu(const OptionalTensor& grad_hy, const OptionalTensor& grad_cy,
-                                     const OptionalTensor& grad_gates, const Tensor& input,
-                                     const OptionalTensor& hx, const OptionalTensor& cx,
-                                     const Tensor& weight_ih, const Tensor& weight_hh,
-                                     const Tensor& gates, const Tensor& cy, bool has_bias,
-                                     std::array<bool, 3> output_mask) {
-  const Sizes64 s = cell_sizes<int64_t>(input, weight_hh);
-  CellGradients out = allocate_cell_gradients(input, s, has_bias, output_mask);
-  auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = out;
-  const Call call(s, {}, {}, {}, false, false, false);
-  const RowsGradient g_hy(grad_hy, s.H);
-  const Operand g_cy(grad_cy), g_gates(grad_gates), x(input), h0(hx), c0(cx), w_ih(weight_ih),
-      w_hh(weight_hh), saved_gates(gates), saved_cy(cy);
-  auto wanted = [&](bool is, const Tensor& t) { return is ? data(t) : nullptr; };
-  Backward arguments = {g_hy.data(),
-                        g_hy.step(),
-                        nullptr,
-                        g_cy.data(),
-                        g_gates.data(),
-                        nullptr,
-                        x.data(),
-                        h0.data(),
-                        c0.data(),
-                        w_ih.data(),
-                        w_hh.data(),
-                        nullptr,
-                        nullptr,
-                        saved_gates.data(),
-                        saved_cy.data(),
-                        wanted(output_mask[0], grad_input),
-                        wanted(output_mask[1], grad_hx),
-                        wanted(output_mask[1], grad_cx),
-                        wanted(output_mask[2], grad_weight_ih),
-                        wanted(output_mask[2], grad_weight_hh),
-                        wanted(output_mask[2] && has_bias, grad_bias),
-                        nullptr,
-                        nullptr};
-  run_backward(call, s, input, arguments);
+Tensors<6> cell_backward_cpu(const CellBackwardInputs& in) {
+  const Sizes64 s = check_cell_backward<int64_t>(in);
+  const auto [of_input, of_state, of_weights] = in.output_mask;
+  Tensors<6> out = allocate_cell_gradients(in.input, s, in.has_bias, in.output_mask);
+  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = out;
+  const Call call(s);
+  const RowsGradient grad_hy(in.grad_hy, s.H);
+  const Operand grad_cy(in.grad_cy), grad_gates(in.grad_gates), input(in.input), hx(in.hx),
+      cx(in.cx), weight_ih(in.weight_ih), weight_hh(in.weight_hh), gates(in.gates), cy(in.cy);
+  run_backward(call, s, in.input,
+               {.grad_output = grad_hy.data(),
+                .grad_output_step = grad_hy.step(),
+                .grad_hy = nullptr,
+                .grad_cy = grad_cy.data(),
+                .grad_gates = grad_gates.data(),
+                .grad_cells = nullptr,
+                .input = input.data(),
+                .hx = hx.data(),
+                .cx = cx.data(),
+                .weight_ih = weight_ih.data(),
+                .weight_hh = weight_hh.data(),
+                .weight_hr = nullptr,
+                .output = nullptr,
+                .gates = gates.data(),
+                .cells = cy.data(),
+                .grad_input = data_if(of_input, grad_input),
+                .grad_hx = data_if(of_state, grad_hx),
+                .grad_cx = data_if(of_state, grad_cx),
+                .grad_weight_ih = data_if(of_weights, grad_weight_ih),
+                .grad_weight_hh = data_if(of_weights, grad_weight_hh),
+                .grad_bias = data_if(of_weights && in.has_bias, grad_bias),
+                .grad_weight_hr = nullptr,
+                .workspace = nullptr});
   return out;
 }
 
-CellGradients lstm_cell_backward_meta(const OptionalTensor&, const OptionalTensor&,
-                                      const OptionalTensor&, const Tensor& input,
-                                      const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                      const Tensor& weight_hh, const Tensor&, const Tensor&,
-                                      bool has_bias, std::array<bool, 3> output_mask) {
-  return allocate_cell_gradients(input, cell_sizes<c10::SymInt>(input, weight_hh), has_bias,
-                                 output_mask);
+Tensors<6> cell_backward_meta(const CellBackwardInputs& in) {
+  return allocate_cell_gradients(in.input, check_cell_backward<c10::SymInt>(in), in.has_bias,
+                                 in.output_mask);
 }
 
-// ---- a whole sequence
-// -------------------------------------------------------------------------------
-
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class Int>
-Outputs allocate(const Tensor& input, const Sizes<Int>& s, bool packed, bool batch_first,
-                 bool padded, bool return_gates) {
+Tensors<5> allocate_sequence(const Tensor& input, const Sizes<Int>& s, bool packed,
+                             bool batch_first, bool padded, bool return_gates) {
   auto make = [&](std::initializer_list<Int> sizes) { return empty_like_of<Int>(input, sizes); };
-  // The gates are by far the largest of what a forward leaves to its backward.
+  // The gates are by far the largest of what a forward saves for its backward.
   auto make_gates = [&](std::initializer_list<Int> sizes) {
     if constexpr (std::is_same_v<Int, int64_t>) {
       return KeptBlocks::empty(sizes, input.options());
@@ -350,77 +304,40 @@ Outputs allocate(const Tensor& input, const Sizes<Int>& s, bool packed, bool bat
           return_gates ? sequence(s.H, make) : make({Int(0)})};
 }
 
-Outputs lstm_cpu(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                 const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                 const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
-                 const OptionalTensor& lengths, const OptionalTensor& reset,
-                 const OptionalTensor& batch_sizes, bool batch_first, bool reverse,
-                 bool return_gates) {
-  const Sizes64 s = check_lstm<int64_t>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh,
-                                        weight_hr, lengths, reset, batch_sizes, batch_first, true);
-  Outputs out =
-      allocate(input, s, batch_sizes.has_value(), batch_first, lengths.has_value(), return_gates);
-  auto& [output, hy, cy, gates, cells] = out;
-  const Call call(s, lengths, reset, batch_sizes, batch_first, weight_hr.has_value(), reverse);
-  const Operand x(input), h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh), b_ih(bias_ih),
-      b_hh(bias_hh), w_hr(weight_hr);
-  Forward arguments = {x.data(),
-                       h0.data(),
-                       c0.data(),
-                       w_ih.data(),
-                       w_hh.data(),
-                       b_ih.data(),
-                       b_hh.data(),
-                       w_hr.data(),
-                       data(output),
-                       data(hy),
-                       data(cy),
-                       return_gates ? data(gates) : nullptr,
-                       return_gates ? data(cells) : nullptr,
-                       nullptr};
-  run_forward(call, s, input, arguments);
+Tensors<5> sequence_cpu(const SequenceInputs& in) {
+  const Sizes64 s = check_sequence<int64_t>(in, true);
+  Tensors<5> out = allocate_sequence(in.input, s, in.batch_sizes.has_value(), in.batch_first,
+                                     in.lengths.has_value(), in.return_gates);
+  const auto& [output, hy, cy, gates, cells] = out;
+  const Call call(s, in, in.batch_first, in.reverse);
+  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
+      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh), weight_hr(in.weight_hr);
+  run_forward(call, s, in.input,
+              {.input = input.data(),
+               .hx = hx.data(),
+               .cx = cx.data(),
+               .weight_ih = weight_ih.data(),
+               .weight_hh = weight_hh.data(),
+               .bias_ih = bias_ih.data(),
+               .bias_hh = bias_hh.data(),
+               .weight_hr = weight_hr.data(),
+               .output = data(output),
+               .hy = data(hy),
+               .cy = data(cy),
+               .gates = data_if(in.return_gates, gates),
+               .cells = data_if(in.return_gates, cells),
+               .workspace = nullptr});
   return out;
 }
 
-Outputs lstm_meta(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                  const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                  const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
-                  const OptionalTensor& lengths, const OptionalTensor& reset,
-                  const OptionalTensor& batch_sizes, bool batch_first, bool, bool return_gates) {
-  const auto s =
-      check_lstm<c10::SymInt>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
-                              lengths, reset, batch_sizes, batch_first, false);
-  return allocate(input, s, batch_sizes.has_value(), batch_first, false, return_gates);
-}
-
-void check_lstm_op(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                   const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                   const OptionalTensor& bias_hh, const OptionalTensor& weight_hr,
-                   const OptionalTensor& lengths, const OptionalTensor& reset,
-                   const OptionalTensor& batch_sizes, bool batch_first, bool, bool) {
-  check_lstm<c10::SymInt>(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
-                          reset, batch_sizes, batch_first, true);
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <class Int>
-Sizes<Int> sequence_sizes(const Tensor& input, const Tensor& weight_ih, const Tensor& weight_hh,
-                          const Tensor& cells, const OptionalTensor& hx,
-                          const OptionalTensor& batch_sizes, bool batch_first) {
-  using C = Check<Int>;
-  const Int I = C::size(weight_ih, 1), P = C::size(weight_hh, 1), H = C::size(weight_ih, 0) / 4;
-  if (!batch_sizes.has_value())
-    return {C::size(input, batch_first ? 1 : 0), C::size(input, batch_first ? 0 : 1), I, H, P, 0};
-  const Int T = C::size(*batch_sizes, 0);
-  const Int B =
-      hx.has_value() ? C::size(*hx, 0) : Int(batch_sizes->template const_data_ptr<int64_t>()[0]);
-  return {T, B, I, H, P, C::size(cells, 0)};
+Tensors<5> sequence_meta(const SequenceInputs& in) {
+  return allocate_sequence(in.input, check_sequence<c10::SymInt>(in, false),
+                           in.batch_sizes.has_value(), in.batch_first, false, in.return_gates);
 }
 
 template <class Int>
-Gradients allocate_gradients(const Tensor& input, const Sizes<Int>& s, bool projected,
-                             bool has_bias, bool padded, std::array<bool, 3> mask) {
+Tensors<7> allocate_gradients(const Tensor& input, const Sizes<Int>& s, bool projected,
+                              bool has_bias, bool padded, std::array<bool, 3> mask) {
   auto make = [&](bool wanted, std::initializer_list<Int> sizes) {
     return wanted ? empty_like_of<Int>(input, sizes) : empty_like_of<Int>(input, {Int(0)});
   };
@@ -435,127 +352,88 @@ Gradients allocate_gradients(const Tensor& input, const Sizes<Int>& s, bool proj
           make(mask[2] && projected, {s.P, s.H})};
 }
 
-Gradients lstm_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_hy,
-                            const OptionalTensor& grad_cy, const OptionalTensor& grad_gates,
-                            const OptionalTensor& grad_cells, const Tensor& input,
-                            const OptionalTensor& hx, const OptionalTensor& cx,
-                            const Tensor& weight_ih, const Tensor& weight_hh,
-                            const OptionalTensor& weight_hr, const OptionalTensor& lengths,
-                            const OptionalTensor& reset, const OptionalTensor& batch_sizes,
-                            const Tensor& output, const Tensor& gates, const Tensor& cells,
-                            bool has_bias, bool batch_first, bool reverse,
-                            std::array<bool, 3> output_mask) {
-  const Sizes64 s =
-      sequence_sizes<int64_t>(input, weight_ih, weight_hh, cells, hx, batch_sizes, batch_first);
-  const bool projected = weight_hr.has_value();
-  Gradients out =
-      allocate_gradients(input, s, projected, has_bias, lengths.has_value(), output_mask);
-  auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias, grad_weight_hr] =
-      out;
-  const Call call(s, lengths, reset, batch_sizes, batch_first, projected, reverse);
-  const RowsGradient g_output(grad_output, s.P);
-  const Operand g_hy(grad_hy), g_cy(grad_cy), g_gates(grad_gates), g_cells(grad_cells), x(input),
-      h0(hx), c0(cx), w_ih(weight_ih), w_hh(weight_hh), w_hr(weight_hr), saved_output(output),
-      saved_gates(gates), saved_cells(cells);
-  auto wanted = [&](bool is, const Tensor& t) { return is ? data(t) : nullptr; };
-  Backward arguments = {g_output.data(),
-                        g_output.step(),
-                        g_hy.data(),
-                        g_cy.data(),
-                        g_gates.data(),
-                        g_cells.data(),
-                        x.data(),
-                        h0.data(),
-                        c0.data(),
-                        w_ih.data(),
-                        w_hh.data(),
-                        w_hr.data(),
-                        saved_output.data(),
-                        saved_gates.data(),
-                        saved_cells.data(),
-                        wanted(output_mask[0], grad_input),
-                        wanted(output_mask[1], grad_hx),
-                        wanted(output_mask[1], grad_cx),
-                        wanted(output_mask[2], grad_weight_ih),
-                        wanted(output_mask[2], grad_weight_hh),
-                        wanted(output_mask[2] && has_bias, grad_bias),
-                        wanted(output_mask[2] && projected, grad_weight_hr),
-                        nullptr};
-  run_backward(call, s, input, arguments);
+Tensors<7> sequence_backward_cpu(const SequenceBackwardInputs& in) {
+  const Sizes64 s = check_sequence_backward<int64_t>(in, true);
+  const bool projected = in.weight_hr.has_value();
+  const auto [of_input, of_state, of_weights] = in.output_mask;
+  Tensors<7> out = allocate_gradients(in.input, s, projected, in.has_bias, in.lengths.has_value(),
+                                      in.output_mask);
+  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias,
+               grad_weight_hr] = out;
+  const Call call(s, in, in.batch_first, in.reverse);
+  const RowsGradient grad_output(in.grad_output, s.P);
+  const Operand grad_hy(in.grad_hy), grad_cy(in.grad_cy), grad_gates(in.grad_gates),
+      grad_cells(in.grad_cells), input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
+      weight_hh(in.weight_hh), weight_hr(in.weight_hr), output(in.output), gates(in.gates),
+      cells(in.cells);
+  run_backward(call, s, in.input,
+               {.grad_output = grad_output.data(),
+                .grad_output_step = grad_output.step(),
+                .grad_hy = grad_hy.data(),
+                .grad_cy = grad_cy.data(),
+                .grad_gates = grad_gates.data(),
+                .grad_cells = grad_cells.data(),
+                .input = input.data(),
+                .hx = hx.data(),
+                .cx = cx.data(),
+                .weight_ih = weight_ih.data(),
+                .weight_hh = weight_hh.data(),
+                .weight_hr = weight_hr.data(),
+                .output = output.data(),
+                .gates = gates.data(),
+                .cells = cells.data(),
+                .grad_input = data_if(of_input, grad_input),
+                .grad_hx = data_if(of_state, grad_hx),
+                .grad_cx = data_if(of_state, grad_cx),
+                .grad_weight_ih = data_if(of_weights, grad_weight_ih),
+                .grad_weight_hh = data_if(of_weights, grad_weight_hh),
+                .grad_bias = data_if(of_weights && in.has_bias, grad_bias),
+                .grad_weight_hr = data_if(of_weights && projected, grad_weight_hr),
+                .workspace = nullptr});
   return out;
 }
 
-Gradients lstm_backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, const OptionalTensor&, const Tensor& input,
-                             const OptionalTensor& hx, const OptionalTensor&,
-                             const Tensor& weight_ih, const Tensor& weight_hh,
-                             const OptionalTensor& weight_hr, const OptionalTensor&,
-                             const OptionalTensor&, const OptionalTensor& batch_sizes,
-                             const Tensor&, const Tensor&, const Tensor& cells, bool has_bias,
-                             bool batch_first, bool, std::array<bool, 3> output_mask) {
-  const auto s =
-      sequence_sizes<c10::SymInt>(input, weight_ih, weight_hh, cells, hx, batch_sizes, batch_first);
-  return allocate_gradients(input, s, weight_hr.has_value(), has_bias, false, output_mask);
+Tensors<7> sequence_backward_meta(const SequenceBackwardInputs& in) {
+  return allocate_gradients(in.input, check_sequence_backward<c10::SymInt>(in, false),
+                            in.weight_hr.has_value(), in.has_bias, false, in.output_mask);
+}
+
+void check_sequence_op(const SequenceInputs& in) { check_sequence<c10::SymInt>(in, true); }
+void check_sequence_backward_op(const SequenceBackwardInputs& in) {
+  check_sequence_backward<c10::SymInt>(in, true);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_CELL_ARGUMENTS                                                                    \
-  "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, " \
-  "Tensor? bias_hh, bool return_gates)"
-#define SEQMEM_SEQUENCE_ARGUMENTS                                                                \
-  "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, " \
-  "Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, Tensor? batch_sizes, "    \
-  "bool batch_first, bool reverse, bool return_gates)"
-  m.def("lstm_cell" SEQMEM_CELL_ARGUMENTS " -> (Tensor hy, Tensor cy, Tensor gates)", tags);
-  m.def("check_lstm_cell" SEQMEM_CELL_ARGUMENTS " -> ()", tags);
-  m.def("lstm" SEQMEM_SEQUENCE_ARGUMENTS
-        " -> (Tensor output, Tensor hy, Tensor cy, Tensor gates, Tensor cells)",
-        tags);
-  m.def("check_lstm" SEQMEM_SEQUENCE_ARGUMENTS " -> ()", tags);
-  m.def(
-      "lstm_cell_backward(Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, Tensor input, "
-      "Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor gates, Tensor cy, "
-      "bool has_bias, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, "
-      "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias)",
-      tags);
-  m.def(
-      "lstm_backward(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "
+  CellOp::define<check_cell<c10::SymInt>, cell_cpu, cell_meta>(
+      m,
+      "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih, Tensor? bias_hh, bool return_gates)"
+      " -> (Tensor hy, Tensor cy, Tensor gates)");
+  CellBackwardOp::define<check_cell_backward<c10::SymInt>, cell_backward_cpu, cell_backward_meta>(
+      m,
+      "(Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, Tensor input, Tensor? hx, "
+      "Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor gates, Tensor cy, bool has_bias, "
+      "bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
+      "Tensor grad_weight_hh, Tensor grad_bias)");
+  SequenceOp::define<check_sequence_op, sequence_cpu, sequence_meta>(
+      m,
+      "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, "
+      "Tensor? batch_sizes, bool batch_first, bool reverse, bool return_gates)"
+      " -> (Tensor output, Tensor hy, Tensor cy, Tensor gates, Tensor cells)");
+  SequenceBackwardOp::define<check_sequence_backward_op, sequence_backward_cpu,
+                             sequence_backward_meta>(
+      m,
+      "(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "
       "Tensor? grad_cells, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, "
       "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, Tensor? batch_sizes, "
       "Tensor output, Tensor gates, Tensor cells, bool has_bias, bool batch_first, bool reverse, "
-      "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, "
-      "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, Tensor grad_weight_hr)",
-      tags);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CPU, m) {
-  m.impl("lstm_cell", lstm_cell_cpu);
-  m.impl("lstm_cell_backward", lstm_cell_backward_cpu);
-  m.impl("lstm", lstm_cpu);
-  m.impl("lstm_backward", lstm_backward_cpu);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, Meta, m) {
-  m.impl("lstm_cell", lstm_cell_meta);
-  m.impl("lstm_cell_backward", lstm_cell_backward_meta);
-  m.impl("lstm", lstm_meta);
-  m.impl("lstm_backward", lstm_backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CompositeExplicitAutograd, m) {
-  m.impl("check_lstm_cell", check_lstm_cell_op);
-  m.impl("check_lstm", check_lstm_op);
-  m.impl("lstm_cell", Unsupported<kCellName, &check_lstm_cell_op, CellOutputs>::call);
-  m.impl("lstm", Unsupported<kName, &check_lstm_op, Outputs>::call);
-}
-
-// Nested tensors are the one kind that the key above leaves out.
-TORCH_LIBRARY_IMPL(seqmem, NestedTensorCPU, m) {
-  m.impl("lstm_cell", Unsupported<kCellName, &check_lstm_cell_op, CellOutputs>::call);
-  m.impl("lstm", Unsupported<kName, &check_lstm_op, Outputs>::call);
+      "bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
+      "Tensor grad_weight_hh, Tensor grad_bias, Tensor grad_weight_hr)");
 }
 
 }  // namespace seqmem::lstm

@@ -1,4 +1,5 @@
-// The LSTM ops' arguments and their checks, the same for every device and grad mode.
+// The LSTM ops' signatures, their arguments by name, and the checks, which are the same for every
+// device and grad mode.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,29 +7,88 @@
 #include <optional>
 
 #include "../common/check.h"
+#include "../common/op.h"
 
 namespace seqmem::lstm {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+
+inline constexpr char kCell[] = "seqmem::lstm_cell", kSequence[] = "seqmem::lstm",
+                      kCellBackward[] = "seqmem::lstm_cell_backward",
+                      kSequenceBackward[] = "seqmem::lstm_backward";
+
+using CellOp = Op<kCell, Tensors<3>(In, Maybe, Maybe, In, In, Maybe, Maybe, bool)>;
+using CellBackwardOp = Op<kCellBackward, Tensors<6>(Maybe, Maybe, Maybe, In, Maybe, Maybe, In, In,
+                                                    In, In, bool, std::array<bool, 3>)>;
+using SequenceOp = Op<kSequence, Tensors<5>(In, Maybe, Maybe, In, In, Maybe, Maybe, Maybe, Maybe,
+                                            Maybe, Maybe, bool, bool, bool)>;
+using SequenceBackwardOp =
+    Op<kSequenceBackward,
+       Tensors<7>(Maybe, Maybe, Maybe, Maybe, Maybe, In, Maybe, Maybe, In, In, Maybe, Maybe, Maybe,
+                  Maybe, In, In, In, bool, bool, bool, std::array<bool, 3>)>;
+
+struct Step {
+  In input;
+  Maybe hx, cx;
+  In weight_ih, weight_hh;
+};
+struct Biases {
+  Maybe bias_ih, bias_hh;
+};
+struct Layout {
+  Maybe weight_hr, lengths, reset, batch_sizes;
+};
+
+struct CellInputs : Step, Biases {
+  bool return_gates;
+};
+struct SequenceInputs : Step, Biases, Layout {
+  bool batch_first, reverse, return_gates;
+};
+
+struct CellGradients {
+  Maybe grad_hy, grad_cy, grad_gates;
+};
+struct CellBackwardInputs : CellGradients, Step {
+  In gates, cy;
+  bool has_bias;
+  std::array<bool, 3> output_mask;
+};
+struct SequenceGradients {
+  Maybe grad_output, grad_hy, grad_cy, grad_gates, grad_cells;
+};
+struct SequenceBackwardInputs : SequenceGradients, Step, Layout {
+  In output, gates, cells;
+  bool has_bias, batch_first, reverse;
+  std::array<bool, 3> output_mask;
+};
 
 template <class Int>
 struct Sizes {
   Int T, B, I, H, P, rows;  // rows: of the packed input, else 0
 };
 
+// The commonest mistake is an input that does not fit the module, so the weights decide what the
+// input must be.
 template <class Int>
-Sizes<Int> check_weights(const Check<Int>& check, const Tensor& input, const Tensor& weight_ih,
-                         const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                         const OptionalTensor& bias_hh, const OptionalTensor& weight_hr) {
-  Sizes<Int> s;
+Sizes<Int> check_weights(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh,
+                         Maybe weight_hr) {
+  const auto& [input, hx, cx, weight_ih, weight_hh] = in;
+  check.strided("weight_ih", weight_ih);
+  TORCH_CHECK_TYPE(input.dtype() == weight_ih.dtype() || !weight_ih.is_floating_point(), check.op(),
+                   ": expected input of weight_ih's dtype ", weight_ih.scalar_type(), ", got ",
+                   input.scalar_type());
   check.same_kind("weight_ih", weight_ih);
   check.dims("weight_ih", weight_ih, 2);
+  Sizes<Int> s;
   s.H = check.size(weight_ih, 0) / 4;
-  s.I = check.size(input, input.dim() - 1);
+  s.I = check.size(weight_ih, 1);
   s.P = s.H;
-  TORCH_CHECK_VALUE(s.H > 0, check.op(), ": expected weight_ih of shape [4 * hidden_size, ", s.I,
+  TORCH_CHECK_VALUE(s.H > 0 && check.size(weight_ih, 0) == s.H * 4, check.op(),
+                    ": expected weight_ih of shape [4 * hidden_size, ", s.I,
                     "] with hidden_size > 0, got ", weight_ih.sym_sizes());
+  TORCH_CHECK_VALUE(check.size(input, input.dim() - 1) == s.I, check.op(),
+                    ": expected input of shape [..., ", s.I, "], got ", input.sym_sizes());
   if (weight_hr.has_value()) {
     check.same_kind("weight_hr", *weight_hr);
     check.dims("weight_hr", *weight_hr, 2);
@@ -37,7 +97,6 @@ Sizes<Int> check_weights(const Check<Int>& check, const Tensor& input, const Ten
                       weight_hr->sym_sizes());
     check.shape("weight_hr", *weight_hr, {s.P, s.H});
   }
-  check.shape("weight_ih", weight_ih, {s.H * 4, s.I});
   check.operand("weight_hh", weight_hh, {s.H * 4, s.P});
   check.operand("bias_ih", bias_ih, {s.H * 4});
   check.operand("bias_hh", bias_hh, {s.H * 4});
@@ -45,44 +104,54 @@ Sizes<Int> check_weights(const Check<Int>& check, const Tensor& input, const Ten
 }
 
 template <class Int>
-void check_state(const Check<Int>& check, const OptionalTensor& hx, const OptionalTensor& cx,
-                 const Sizes<Int>& s) {
-  check.together("hx", hx.has_value(), "cx", cx.has_value());
-  check.operand("hx", hx, {s.B, s.P});
-  check.operand("cx", cx, {s.B, s.H});
+void check_state(const Check<Int>& check, const Step& in, const Sizes<Int>& s) {
+  check.together("hx", in.hx.has_value(), "cx", in.cx.has_value());
+  check.operand("hx", in.hx, {s.B, s.P});
+  check.operand("cx", in.cx, {s.B, s.H});
 }
 
 template <class Int>
-Sizes<Int> check_lstm_cell(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                           const Tensor& weight_ih, const Tensor& weight_hh,
-                           const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
-  const Check<Int> check("seqmem::lstm_cell", input);
+Sizes<Int> check_step(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh) {
   check.floating_input();
-  check.dims("input", input, 2);
-  Sizes<Int> s = check_weights(check, input, weight_ih, weight_hh, bias_ih, bias_hh, {});
+  check.dims("input", in.input, 2);
+  Sizes<Int> s = check_weights(check, in, bias_ih, bias_hh, {});
   s.T = 1;
-  s.B = check.size(input, 0);
+  s.B = check.size(in.input, 0);
   s.rows = 0;
-  check_state(check, hx, cx, s);
+  check_state(check, in, s);
+  return s;
+}
+
+template <class Int>
+Sizes<Int> check_cell(const CellInputs& in) {
+  return check_step(Check<Int>(kCell, in.input), in, in.bias_ih, in.bias_hh);
+}
+
+template <class Int>
+Sizes<Int> check_cell_backward(const CellBackwardInputs& in) {
+  const Check<Int> check(kCellBackward, in.input);
+  const Sizes<Int> s = check_step(check, in, {}, {});
+  check.operand("grad_hy", in.grad_hy, {s.B, s.H});
+  check.operand("grad_cy", in.grad_cy, {s.B, s.H});
+  check.operand("grad_gates", in.grad_gates, {s.B, s.H * 4});
+  check.operand("gates", in.gates, {s.B, s.H * 4});
+  check.operand("cy", in.cy, {s.B, s.H});
   return s;
 }
 
 // lengths and batch_sizes hold values that only real tensors show; `values` asks to check them.
-void check_lengths(const Tensor& lengths, int64_t T);
-void check_batch_sizes(const Tensor& batch_sizes, int64_t rows);
+void check_lengths(const char* op, const Tensor& lengths, int64_t T);
+void check_batch_sizes(const char* op, const Tensor& batch_sizes, int64_t rows);
 
 template <class Int>
-Sizes<Int> check_lstm(const Tensor& input, const OptionalTensor& hx, const OptionalTensor& cx,
-                      const Tensor& weight_ih, const Tensor& weight_hh,
-                      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                      const OptionalTensor& weight_hr, const OptionalTensor& lengths,
-                      const OptionalTensor& reset, const OptionalTensor& batch_sizes,
-                      bool batch_first, bool values) {
-  const Check<Int> check("seqmem::lstm", input);
+Sizes<Int> check_rows(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh,
+                      const Layout& layout, bool batch_first, bool values) {
+  const auto& [weight_hr, lengths, reset, batch_sizes] = layout;
+  const Tensor& input = in.input;
   check.floating_input();
   const bool packed = batch_sizes.has_value();
   check.dims("input", input, packed ? 2 : 3);
-  Sizes<Int> s = check_weights(check, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
+  Sizes<Int> s = check_weights(check, in, bias_ih, bias_hh, weight_hr);
   if (packed) {
     TORCH_CHECK_VALUE(!lengths.has_value() && !reset.has_value() && !batch_first, check.op(),
                       ": expected a packed input (batch_sizes) without lengths, reset and "
@@ -93,13 +162,13 @@ Sizes<Int> check_lstm(const Tensor& input, const OptionalTensor& hx, const Optio
     check.dims("batch_sizes", *batch_sizes, 1);
     s.T = check.size(*batch_sizes, 0);
     s.rows = check.size(input, 0);
-    if (values) check_batch_sizes(*batch_sizes, input.size(0));
-    if (hx.has_value()) {
-      check.dims("hx", *hx, 2);
-      s.B = check.size(*hx, 0);
+    if (values) check_batch_sizes(check.op(), *batch_sizes, input.size(0));
+    if (in.hx.has_value()) {
+      check.dims("hx", *in.hx, 2);
+      s.B = check.size(*in.hx, 0);
     }
     if (values) s.B = s.T == 0 ? 0 : batch_sizes->template const_data_ptr<int64_t>()[0];
-    TORCH_CHECK_VALUE(values || hx.has_value(), check.op(),
+    TORCH_CHECK_VALUE(values || in.hx.has_value(), check.op(),
                       ": expected hx and cx beside batch_sizes where values cannot be seen "
                       "(meta tensors, tracing), got neither");
   } else {
@@ -109,7 +178,7 @@ Sizes<Int> check_lstm(const Tensor& input, const OptionalTensor& hx, const Optio
   }
   TORCH_CHECK_VALUE(s.T > 0, check.op(), ": expected at least one time step, got input of shape ",
                     input.sym_sizes());
-  check_state(check, hx, cx, s);
+  check_state(check, in, s);
   if (lengths.has_value()) {
     check.strided("lengths", *lengths);
     TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong || lengths->scalar_type() == at::kInt,
@@ -117,19 +186,41 @@ Sizes<Int> check_lstm(const Tensor& input, const OptionalTensor& hx, const Optio
                      lengths->scalar_type());
     if (!lengths->is_cpu()) check.same_device("lengths", *lengths);
     check.shape("lengths", *lengths, {s.B});
-    if (values) check_lengths(*lengths, input.size(batch_first ? 1 : 0));
+    if (values) check_lengths(check.op(), *lengths, input.size(batch_first ? 1 : 0));
   }
   if (reset.has_value()) {
     check.strided("reset", *reset);
     TORCH_CHECK_TYPE(reset->scalar_type() == at::kBool, check.op(),
                      ": expected reset of dtype bool, got ", reset->scalar_type());
     check.same_device("reset", *reset);
-    if (batch_first) {
-      check.shape("reset", *reset, {s.B, s.T});
-    } else {
-      check.shape("reset", *reset, {s.T, s.B});
-    }
+    check.shape("reset", *reset, {batch_first ? s.B : s.T, batch_first ? s.T : s.B});
   }
+  return s;
+}
+
+template <class Int>
+Sizes<Int> check_sequence(const SequenceInputs& in, bool values) {
+  const Check<Int> check(kSequence, in.input);
+  return check_rows(check, in, in.bias_ih, in.bias_hh, in, in.batch_first, values);
+}
+
+template <class Int>
+Sizes<Int> check_sequence_backward(const SequenceBackwardInputs& in, bool values) {
+  const Check<Int> check(kSequenceBackward, in.input);
+  const Sizes<Int> s = check_rows(check, in, {}, {}, in, in.batch_first, values);
+  auto rows = [&](const char* name, const auto& t, const Int& width) {
+    if (in.batch_sizes.has_value()) return check.operand(name, t, {s.rows, width});
+    const bool first = in.batch_first;
+    check.operand(name, t, {first ? s.B : s.T, first ? s.T : s.B, width});
+  };
+  rows("grad_output", in.grad_output, s.P);
+  check.operand("grad_hy", in.grad_hy, {s.B, s.P});
+  check.operand("grad_cy", in.grad_cy, {s.B, s.H});
+  rows("grad_gates", in.grad_gates, s.H * 4);
+  rows("grad_cells", in.grad_cells, s.H);
+  rows("output", in.output, s.P);
+  rows("gates", in.gates, s.H * 4);
+  rows("cells", in.cells, s.H);
   return s;
 }
 

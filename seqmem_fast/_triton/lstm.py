@@ -265,6 +265,10 @@ def lstm_cell_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::lstm_cell_backward` on GPU: one kernel to dz, then a GEMM per gradient."""
+    torch.ops.seqmem.check_lstm_cell_backward(
+        grad_hy, grad_cy, grad_gates, input, hx, cx, weight_ih, weight_hh, gates, cy, has_bias,
+        output_mask,
+    )  # fmt: skip
     batch, hidden = cy.shape
     of_input, of_state, of_weights = output_mask
     with torch.cuda.device_of(input):
@@ -471,6 +475,11 @@ def lstm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::lstm_backward` on GPU: dz of every step, then a GEMM per gradient."""
+    torch.ops.seqmem.check_lstm_backward(
+        grad_output, grad_hy, grad_cy, grad_gates, grad_cells, input, hx, cx, weight_ih, weight_hh,
+        weight_hr, lengths, reset, batch_sizes, output, gates, cells, has_bias, batch_first,
+        reverse, output_mask,
+    )  # fmt: skip
     rows = Rows.of(input, lengths, reset, batch_sizes, batch_first, reverse)
     of_input, of_state, of_weights = output_mask
     hidden = weight_hh.shape[0] // 4

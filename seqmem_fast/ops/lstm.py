@@ -12,10 +12,14 @@ gate: Gers, Schmidhuber & Cummins, Learning to Forget, Neural Computation 12(10)
 projection: Sak, Senior & Beaufays, arXiv 1402.1128, 2014.
 
 Common to all three functions. Every floating tensor is float32, float64, bfloat16 or float16, all
-of one dtype and one device (under ``torch.autocast`` they are cast), and is differentiable, any
-number of times: the first derivative has its own kernel, higher ones run in plain PyTorch. Strides
-are free. Inside a ``torch.func`` transform (grad, vmap, jacrev, ...) the whole call runs in plain
-PyTorch, since these transforms cannot see into C++ functions: right, but slow.
+of one dtype and one device, and is differentiable, any number of times: the first derivative has
+its own kernel, higher ones run in plain PyTorch. Strides are free. Inside a ``torch.func``
+transform (grad, vmap, jacrev, ...) the whole call runs in plain PyTorch, since these transforms
+cannot see into C++ functions: right, but slow.
+
+Under ``torch.autocast`` the floating tensors are cast to its dtype. On CPU :func:`lstm_cell`
+computes in the dtype that this and c promote to (without a state, this and the input), as torch's
+cell does, so that a float32 state is not rounded at every step.
 
 Raises:
     ValueError: a shape or value does not fit; the message names the argument, what was expected

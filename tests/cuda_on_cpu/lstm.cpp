@@ -13,8 +13,8 @@
 
 TORCH_LIBRARY(seqmem_cuda_on_cpu, m) {
   using namespace seqmem::lstm;
-  m.def("lstm_cell", &lstm_cell_cuda);
-  m.def("lstm_cell_backward", &lstm_cell_backward_cuda);
+  m.def("lstm_cell", &CellOp::as_struct<cell_cuda>);
+  m.def("lstm_cell_backward", &CellBackwardOp::as_struct<cell_backward_cuda>);
   m.def("lstm_forward_steps_", &lstm_forward_steps_cuda);
   m.def("lstm_backward_steps_", &lstm_backward_steps_cuda);
 }
