@@ -10,9 +10,8 @@
 // then dp through the activations, dh += W_p^T dp, the controller's layers as in autograd/lstm.cpp
 // (or dz = dh (1 - h^2)), and the operand's gradient splits into those of x, reads and h before.
 // Weights: dW = dz [operand, 1]^T, summed over all steps and rows at once.
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
@@ -22,50 +21,31 @@ namespace seqmem::ntm {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using at::TensorList;
+using Mask = std::array<bool, 4>;
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using ForwardOp = Outputs(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                          const Tensor&, at::TensorList, const Tensor&, const Tensor&,
-                          at::TensorList, const OptionalTensor&, const OptionalTensor&,
-                          std::string_view, int64_t, bool, bool, bool, bool);
-using BackwardOp = std::vector<Tensor>(const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, const OptionalTensor&,
-                                       const OptionalTensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       at::TensorList, const Tensor&, const Tensor&, at::TensorList,
-                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                       const Tensor&, const Tensor&, const Tensor&,
-                                       std::string_view, int64_t, bool, bool, std::array<bool, 4>);
-
-const auto& ntm() {
-  static const auto op = find_op<ForwardOp>("seqmem::ntm");
-  return op;
-}
-const auto& ntm_backward() {
-  static const auto op = find_op<BackwardOp>("seqmem::ntm_backward");
-  return op;
-}
+constexpr char kName[] = "seqmem::ntm", kBackwardName[] = "seqmem::ntm_backward";
+using Forward = Op<kName, Tensors<9>(In, In, In, In, In, In, TensorList, In, In, TensorList, Maybe,
+                                     Maybe, std::string_view, int64_t, bool, bool, bool, bool)>;
+using Backward = Op<kBackwardName, std::vector<Tensor>(
+                                       Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In, In, In,
+                                       In, In, In, TensorList, In, In, TensorList, Maybe, Maybe, In,
+                                       In, In, In, std::string_view, int64_t, bool, bool, Mask)>;
 
 // All differentiable arguments in one list, in the order of the backward op's result: input, the
 // state (5), head_weight, head_bias, initial (5 or none), controller.
 enum Position { kInput, kState, kHeadWeight = kState + 5, kHeadBias, kInitial };
 
-class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
- public:
-  static variable_list forward(AutogradContext* ctx, at::TensorList all, int64_t initial_count,
-                               const OptionalTensor& lengths, const OptionalTensor& reset,
-                               const std::string& heads, int64_t shift_range, bool lstm,
-                               bool squash) {
+struct Sequence : torch::autograd::Function<Sequence> {
+  static variable_list forward(AutogradContext* ctx, TensorList all, int64_t initial_count,
+                               Maybe lengths, Maybe reset, const std::string& heads,
+                               int64_t shift_range, bool lstm, bool squash) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto initial = all.slice(kInitial, initial_count);
-    const auto controller = all.slice(kInitial + initial_count);
     auto [features, hidden, cell, memory, weightings, reads, trace, saved, checkpoints] =
-        ntm().call(all[0], all[1], all[2], all[3], all[4], all[5], controller, all[kHeadWeight],
-                   all[kHeadBias], initial, lengths, reset, heads, shift_range, lstm, squash, true,
-                   true);
+        Forward::call(all[0], all[1], all[2], all[3], all[4], all[5],
+                      all.slice(kInitial + initial_count), all[kHeadWeight], all[kHeadBias],
+                      all.slice(kInitial, initial_count), lengths, reset, heads, shift_range, lstm,
+                      squash, true, true);
     ctx->set_materialize_grads(false);
     variable_list kept = all.vec();
     for (const Tensor& t : {tensor(lengths), tensor(reset), features, trace, saved, checkpoints})
@@ -81,26 +61,26 @@ class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto all = at::TensorList(saved).slice(0, saved.size() - 6);
-    const auto rest = at::TensorList(saved).slice(all.size());
+    const auto all = TensorList(saved).slice(0, saved.size() - 6);
+    const auto rest = TensorList(saved).slice(all.size());
     const int64_t initial_count = ctx->saved_data["initial"].toInt();
-    const int64_t controller_at = kInitial + initial_count, count = all.size();
+    const int64_t controller = kInitial + initial_count, count = all.size();
     auto any = [&](int64_t first, int64_t end) {
       for (int64_t i = first; i < end; ++i)
         if (ctx->needs_input_grad(i)) return true;
       return false;
     };
-    const std::array<bool, 4> mask = {any(kInput, kState), any(kState, kHeadWeight),
-                                      any(kHeadWeight, kInitial) || any(controller_at, count),
-                                      any(kInitial, controller_at)};
-    const std::string heads = ctx->saved_data["heads"].toStringRef();
-    variable_list found = run_backward(
-        ntm_backward(), optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
+    const Mask mask = {any(kInput, kState), any(kState, kHeadWeight),
+                       any(kHeadWeight, kInitial) || any(controller, count),
+                       any(kInitial, controller)};
+    variable_list found = run_backward<Backward>(
+        optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[4]), optional(grad[5]), optional(grad[6]), all[0], all[1], all[2], all[3],
-        all[4], all[5], all.slice(controller_at), all[kHeadWeight], all[kHeadBias],
+        all[4], all[5], all.slice(controller), all[kHeadWeight], all[kHeadBias],
         all.slice(kInitial, initial_count), optional(rest[0]), optional(rest[1]), rest[2], rest[3],
-        rest[4], rest[5], std::string_view(heads), ctx->saved_data["shift_range"].toInt(),
-        ctx->saved_data["lstm"].toBool(), ctx->saved_data["squash"].toBool(), mask);
+        rest[4], rest[5], std::string_view(ctx->saved_data["heads"].toStringRef()),
+        ctx->saved_data["shift_range"].toInt(), ctx->saved_data["lstm"].toBool(),
+        ctx->saved_data["squash"].toBool(), mask);
     for (int64_t i = 0; i < count; ++i)
       if (!ctx->needs_input_grad(i)) found[i] = Tensor();
     found.resize(count + 7);  // initial_count, lengths, reset, heads, shift_range, lstm, squash
@@ -108,64 +88,34 @@ class SequenceFunction : public torch::autograd::Function<SequenceFunction> {
   }
 };
 
-bool any_list_requires_grad(at::TensorList tensors) {
-  return std::any_of(tensors.begin(), tensors.end(),
-                     [](const Tensor& t) { return t.requires_grad(); });
-}
-
-Outputs ntm_autograd(const Tensor& input, const Tensor& hidden, const Tensor& cell,
-                     const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                     at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-                     at::TensorList initial, const OptionalTensor& lengths,
-                     const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
-                     bool lstm, bool squash, bool trace, bool save) {
+Tensors<9> autograd(In input, In hidden, In cell, In memory, In weightings, In reads,
+                    TensorList controller, In head_weight, In head_bias, TensorList initial,
+                    Maybe lengths, Maybe reset, std::string_view heads, int64_t shift_range,
+                    bool lstm, bool squash, bool trace, bool save) {
   variable_list all = {input, hidden, cell, memory, weightings, reads, head_weight, head_bias};
   all.insert(all.end(), initial.begin(), initial.end());
   all.insert(all.end(), controller.begin(), controller.end());
-  if (at::GradMode::is_enabled() && any_list_requires_grad(all)) {
-    auto out =
-        SequenceFunction::apply(at::TensorList(all), static_cast<int64_t>(initial.size()), lengths,
-                                reset, std::string(heads), shift_range, lstm, squash);
+  if (at::GradMode::is_enabled() &&
+      std::any_of(all.begin(), all.end(), [](const Tensor& t) { return t.requires_grad(); })) {
+    auto out = Sequence::apply(TensorList(all), static_cast<int64_t>(initial.size()), lengths,
+                               reset, std::string(heads), shift_range, lstm, squash);
     // What the backward needs stays with the graph.
-    const auto none = at::empty(
-        {0}, input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], none, at::empty_like(none)};
+    auto none = [&] {
+      return at::empty({0}, input.options().dtype(at::toOpMathType(input.scalar_type())));
+    };
+    return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], none(), none()};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ntm().call(input, hidden, cell, memory, weightings, reads, controller, head_weight,
-                    head_bias, initial, lengths, reset, heads, shift_range, lstm, squash, trace,
-                    save);
-}
-
-template <c10::DeviceType device, c10::DispatchKey key>
-Outputs ntm_autocast(const Tensor& input, const Tensor& hidden, const Tensor& cell,
-                     const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                     at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-                     at::TensorList initial, const OptionalTensor& lengths,
-                     const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
-                     bool lstm, bool squash, bool trace, bool save) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const Cast<device> cast;
-  auto each = [&](at::TensorList tensors) {
-    variable_list out;
-    for (const Tensor& t : tensors) out.push_back(cast(t));
-    return out;
-  };
-  return ntm().call(cast(input), cast(hidden), cast(cell), cast(memory), cast(weightings),
-                    cast(reads), each(controller), cast(head_weight), cast(head_bias),
-                    each(initial), lengths, reset, heads, shift_range, lstm, squash, trace, save);
+  return Forward::call(input, hidden, cell, memory, weightings, reads, controller, head_weight,
+                       head_bias, initial, lengths, reset, heads, shift_range, lstm, squash, trace,
+                       save);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(seqmem, Autograd, m) { m.impl("ntm", ntm_autograd); }
-
-TORCH_LIBRARY_IMPL(seqmem, AutocastCPU, m) {
-  m.impl("ntm", ntm_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, AutocastCUDA, m) {
-  m.impl("ntm", ntm_autocast<c10::DeviceType::CUDA, c10::DispatchKey::Autocast>);
+TORCH_LIBRARY_FRAGMENT(seqmem, m) {
+  m.impl(kName, torch::dispatch(c10::DispatchKey::Autograd, TORCH_FN(autograd)));
+  autocast<Forward>(m);
 }
 
 }  // namespace seqmem::ntm

@@ -24,6 +24,7 @@
 
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "op.h"
 
@@ -148,6 +149,11 @@ struct Cast {
   }
   OptionalTensor operator()(const OptionalTensor& t) const {
     return t.has_value() ? OptionalTensor((*this)(*t)) : std::nullopt;
+  }
+  std::vector<at::Tensor> operator()(at::TensorList tensors) const {
+    std::vector<at::Tensor> out;
+    for (const at::Tensor& t : tensors) out.push_back((*this)(t));
+    return out;
   }
   template <class Other>
   Other operator()(const Other& constant) const {

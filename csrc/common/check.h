@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
@@ -62,6 +63,19 @@ class Check {
     if (t.has_value()) operand(name, *t, expected);
   }
 
+  // An argument with a dtype of its own: a mask, an index, what a forward has saved.
+  void typed(const char* name, const at::Tensor& t, at::ScalarType type) const {
+    strided(name, t);
+    TORCH_CHECK_TYPE(t.scalar_type() == type, op_, ": expected ", name, " of dtype ",
+                     c10::getDtypeNames(type).first, ", got ", t.scalar_type());
+    same_device(name, t);
+  }
+  void typed(const char* name, const at::Tensor& t, at::ScalarType type,
+             c10::ArrayRef<Int> expected) const {
+    typed(name, t, type);
+    shape(name, t, expected);
+  }
+
   void same_kind(const char* name, const at::Tensor& t) const {
     if (t.key_set() == like_.key_set() && t.dtype() == like_.dtype() &&
         t.device() == like_.device())
@@ -96,6 +110,27 @@ class Check {
     } else {
       return t.sym_size(i);
     }
+  }
+
+  // How many of the `steps` each of B rows takes; what they hold shows only where they are real.
+  void lengths(const std::optional<at::Tensor>& t, const Int& B, const Int& steps) const {
+    if (!t.has_value()) return;
+    strided("lengths", *t);
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kLong || t->scalar_type() == at::kInt, op_,
+                     ": expected lengths of dtype int64 or int32, got ", t->scalar_type());
+    if (!t->is_cpu()) same_device("lengths", *t);
+    shape("lengths", *t, {B});
+    if (t->is_meta()) return;
+    const at::Tensor real = t->cpu().to(at::kLong).contiguous();
+    const int64_t* length = real.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < real.numel(); ++b)
+      TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= steps, op_, ": expected lengths in 0..",
+                        steps, ", got ", length[b], " for batch row ", b);
+  }
+
+  // Where a row starts anew: [rows, columns] are time and batch in the layout of the input.
+  void reset(const std::optional<at::Tensor>& t, const Int& rows, const Int& columns) const {
+    if (t.has_value()) typed("reset", *t, at::kBool, {rows, columns});
   }
 
   const char* op() const { return op_; }

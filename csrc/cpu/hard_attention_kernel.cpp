@@ -143,11 +143,13 @@ class Run {
   }
 };
 
-int64_t workspace(Storage storage, const Shape& s, int threads) {
+template <class Arguments>
+int64_t workspace(Storage storage, const Shape& s, const Arguments&, int threads) {
   return with_storage(storage, [&](auto tag) { return threads * Run<decltype(tag)>::bytes(s); });
 }
 
-void forward(Storage storage, const Shape& s, const Forward& a, int thread, int threads) {
+void forward(Storage storage, const Shape& s, const Forward& a, int thread, int threads,
+             SpinBarrier&) {
   with_storage(storage, [&](auto tag) {
     Run<decltype(tag)> run(s, a.workspace, thread);
     const Share mine = share(s.rows, thread, threads);
@@ -156,7 +158,8 @@ void forward(Storage storage, const Shape& s, const Forward& a, int thread, int 
   });
 }
 
-void backward(Storage storage, const Shape& s, const Backward& a, int thread, int threads) {
+void backward(Storage storage, const Shape& s, const Backward& a, int thread, int threads,
+              SpinBarrier&) {
   with_storage(storage, [&](auto tag) {
     Run<decltype(tag)> run(s, a.workspace, thread);
     const Share mine = share(s.rows, thread, threads);
@@ -168,7 +171,8 @@ void backward(Storage storage, const Shape& s, const Backward& a, int thread, in
 }  // namespace
 
 namespace SEQMEM_ISA {
-const Kernel kernel = {workspace, forward, backward};
+const Kernel<Forward, Shape> forward_kernel = {workspace<Forward>, forward};
+const Kernel<Backward, Shape> backward_kernel = {workspace<Backward>, backward};
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::hard_attention

@@ -33,13 +33,7 @@ struct Backward {
   void* workspace;
 };
 
-// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1.
-struct Kernel {
-  int64_t (*workspace)(Storage, const Shape&, int threads);
-  void (*forward)(Storage, const Shape&, const Forward&, int thread, int threads);
-  void (*backward)(Storage, const Shape&, const Backward&, int thread, int threads);
-};
-
-SEQMEM_FOR_EACH_ISA(extern const Kernel kernel;)
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape> forward_kernel;
+                    extern const Kernel<Backward, Shape> backward_kernel;)
 
 }  // namespace seqmem::hard_attention

@@ -357,8 +357,8 @@ class BackwardRun {
 }  // namespace
 
 namespace SEQMEM_ISA {
-const Kernel<Backward> backward_kernel = {Entry<BackwardRun, Backward>::workspace,
-                                          Entry<BackwardRun, Backward>::run};
+const Kernel<Backward, Shape> backward_kernel =
+    Entry<BackwardRun, Types::FloatAndDouble, Backward, Shape>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::ntm

@@ -152,31 +152,5 @@ int64_t rows_at_once(const Shape& s, int64_t n) {
   return max<int64_t>(1, min(n, ceil_div(ceil_div(n, groups), tile) * tile));
 }
 
-// The entry points of one kernel in both precisions.
-template <template <class> class Run, class Arguments>
-struct Entry {
-  template <class F>
-  static int64_t with_type(bool is_double, F&& f) {
-    return is_double ? f(double{}) : f(float{});
-  }
-
-  static int64_t workspace(bool is_double, const Shape& s, const Arguments& a, int threads) {
-    return with_type(is_double, [&](auto tag) {
-      SpinBarrier barrier(threads);
-      return Run<decltype(tag)>(s, a, 0, threads, barrier).place(nullptr);
-    });
-  }
-
-  static void run(bool is_double, const Shape& s, const Arguments& a, int thread, int threads,
-                  SpinBarrier& barrier) {
-    with_type(is_double, [&](auto tag) {
-      Run<decltype(tag)> call(s, a, thread, threads, barrier);
-      call.place(static_cast<char*>(a.workspace));
-      call.run();
-      return int64_t(0);
-    });
-  }
-};
-
 }  // namespace
 }  // namespace seqmem::ntm

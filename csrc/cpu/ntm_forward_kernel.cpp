@@ -377,8 +377,8 @@ class ForwardRun {
 }  // namespace
 
 namespace SEQMEM_ISA {
-const Kernel<Forward> forward_kernel = {Entry<ForwardRun, Forward>::workspace,
-                                        Entry<ForwardRun, Forward>::run};
+const Kernel<Forward, Shape> forward_kernel =
+    Entry<ForwardRun, Types::FloatAndDouble, Forward, Shape>::table;
 }  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::ntm

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "../common/isa.h"
-#include "../common/spin_barrier.h"
 
 namespace seqmem::ntm {
 
@@ -82,16 +81,7 @@ struct Backward {
   void* workspace;
 };
 
-// Entry points of one ISA. Run them from `threads` threads with ids 0..threads-1, all sharing one
-// barrier. The result does not depend on the number of threads, to the bit.
-template <class Arguments>
-struct Kernel {
-  int64_t (*workspace)(bool is_double, const Shape&, const Arguments&, int threads);
-  void (*run)(bool is_double, const Shape&, const Arguments&, int thread, int threads,
-              SpinBarrier&);
-};
-
-SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward> forward_kernel;
-                    extern const Kernel<Backward> backward_kernel;)
+SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape> forward_kernel;
+                    extern const Kernel<Backward, Shape> backward_kernel;)
 
 }  // namespace seqmem::ntm

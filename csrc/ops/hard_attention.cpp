@@ -2,16 +2,15 @@
 // seqmem_fast/ops/hard_attention.py.
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
+#include "../common/op.h"
 #include "../common/operand.h"
 #include "../common/team.h"
-#include "../common/workspace.h"
 #include "../cpu/hard_attention_kernel.h"
 
 namespace seqmem::hard_attention {
@@ -19,11 +18,38 @@ namespace {
 
 using at::Tensor;
 
-constexpr char kSample[] = "seqmem::categorical_sample", kLoss[] = "seqmem::reinforce_loss";
-enum Reduction : int64_t { kNone, kMean, kSum };
+constexpr char kSample[] = "seqmem::categorical_sample",
+               kSampleBackward[] = "seqmem::categorical_sample_backward",
+               kLoss[] = "seqmem::reinforce_loss",
+               kLossBackward[] = "seqmem::reinforce_loss_backward";
+using Sample = Op<kSample, Tensors<3>(In, In)>;
+using SampleBackward = Op<kSampleBackward, Tensor(Maybe, Maybe, In, In)>;
+using Loss = Op<kLoss, Tensor(In, In, In, Maybe, double, int64_t)>;
+using LossBackward = Op<kLossBackward, Tensor(In, In, In, In, Maybe, double, int64_t)>;
 
-// ---- checks
-// --------------------------------------------------------------------------------------
+struct SampleInputs {
+  In logits, uniform;
+};
+
+struct SampleBackwardInputs {
+  Maybe grad_log_prob, grad_entropy;
+  In logits, action;
+};
+
+struct LossInputs {
+  In logits, action, returns;
+  Maybe baseline;
+  double entropy_weight;
+  int64_t reduction;
+};
+
+struct GradLoss {
+  In grad_loss;
+};
+
+struct LossBackwardInputs : GradLoss, LossInputs {};
+
+enum Reduction : int64_t { kNone, kMean, kSum };
 
 template <class Int>
 void check_logits(const Check<Int>& check, const Tensor& logits) {
@@ -41,152 +67,168 @@ void check_rows(const Check<Int>& check, const char* name, const Tensor& t, cons
                     expected, ", got ", t.sym_sizes());
 }
 
+// And of logits' dtype.
 template <class Int>
-void check_sample(const Tensor& logits, const Tensor& uniform) {
-  const Check<Int> check(kSample, logits, "logits");
-  check_logits(check, logits);
-  check.strided("uniform", uniform);
-  const auto type = at::toOpMathType(logits.scalar_type());
-  TORCH_CHECK_TYPE(uniform.scalar_type() == type, kSample, ": expected uniform of dtype ", type,
-                   " beside logits of dtype ", logits.scalar_type(), ", got ",
-                   uniform.scalar_type());
-  check.same_device("uniform", uniform);
-  check_rows(check, "uniform", uniform, logits);
+void check_numbers(const Check<Int>& check, const char* name, const OptionalTensor& t,
+                   const Tensor& logits) {
+  if (!t.has_value()) return;
+  check.same_kind(name, *t);
+  check_rows(check, name, *t, logits);
 }
 
-// The values of action show only where it is a real tensor.
+// What action holds shows only where it is a real tensor; on a GPU, reading it would wait for that.
 template <class Int>
-void check_loss(const Tensor& logits, const Tensor& action, const Tensor& returns,
-                const OptionalTensor& baseline, int64_t reduction, bool values) {
-  const Check<Int> check(kLoss, logits, "logits");
-  check_logits(check, logits);
-  check.strided("action", action);
-  TORCH_CHECK_TYPE(action.scalar_type() == at::kLong, kLoss,
-                   ": expected action of dtype int64, got ", action.scalar_type());
-  check.same_device("action", action);
+void check_action(const Check<Int>& check, const Tensor& action, const Tensor& logits) {
+  check.typed("action", action, at::kLong);
   check_rows(check, "action", action, logits);
-  check.same_kind("returns", returns);
-  check_rows(check, "returns", returns, logits);
-  if (baseline.has_value()) {
-    check.same_kind("baseline", *baseline);
-    if (baseline->dim() > 0) check_rows(check, "baseline", *baseline, logits);
-  }
-  TORCH_CHECK_VALUE(kNone <= reduction && reduction <= kSum, kLoss,
-                    ": expected reduction 0, 1 or 2 (none, mean, sum), got ", reduction);
-  if (!values) return;
+  if (!action.is_cpu()) return;
   const Tensor chosen = action.contiguous();
   const int64_t* first = chosen.const_data_ptr<int64_t>();
   const int64_t K = logits.size(-1);
   for (const int64_t* a = first; a < first + chosen.numel(); ++a)
-    TORCH_CHECK_VALUE(0 <= *a && *a < K, kLoss, ": expected action in 0..", K - 1, ", got ", *a);
+    TORCH_CHECK_VALUE(0 <= *a && *a < K, check.op(), ": expected action in 0..", K - 1, ", got ",
+                      *a);
+}
+
+template <class Int>
+void check_sample(const SampleInputs& in) {
+  const Check<Int> check(kSample, in.logits, "logits");
+  check_logits(check, in.logits);
+  check.typed("uniform", in.uniform, at::toOpMathType(in.logits.scalar_type()));
+  check_rows(check, "uniform", in.uniform, in.logits);
+}
+
+template <class Int>
+void check_sample_backward(const SampleBackwardInputs& in) {
+  const Check<Int> check(kSampleBackward, in.logits, "logits");
+  check_logits(check, in.logits);
+  check_action(check, in.action, in.logits);
+  check_numbers(check, "grad_log_prob", in.grad_log_prob, in.logits);
+  check_numbers(check, "grad_entropy", in.grad_entropy, in.logits);
+}
+
+template <class Int>
+void check_loss_inputs(const Check<Int>& check, const LossInputs& in) {
+  check_logits(check, in.logits);
+  check_action(check, in.action, in.logits);
+  check_numbers(check, "returns", in.returns, in.logits);
+  if (in.baseline.has_value() && in.baseline->dim() == 0) {
+    check.same_kind("baseline", *in.baseline);
+  } else {
+    check_numbers(check, "baseline", in.baseline, in.logits);
+  }
+  TORCH_CHECK_VALUE(kNone <= in.reduction && in.reduction <= kSum, check.op(),
+                    ": expected reduction 0, 1 or 2 (none, mean, sum), got ", in.reduction);
+}
+
+template <class Int>
+void check_loss(const LossInputs& in) {
+  check_loss_inputs(Check<Int>(kLoss, in.logits, "logits"), in);
+}
+
+template <class Int>
+void check_loss_backward(const LossBackwardInputs& in) {
+  const Check<Int> check(kLossBackward, in.logits, "logits");
+  check_loss_inputs(check, in);
+  if (in.reduction == kNone) {
+    check_numbers(check, "grad_loss", in.grad_loss, in.logits);
+  } else {
+    check.operand("grad_loss", in.grad_loss, {});
+  }
 }
 
 // ---- how a call is run
-// ---------------------------------------------------------------------------
 
 Shape shape_of(const Tensor& logits) {
   const int64_t K = logits.size(-1);
-  return {logits.numel() / K, K};
+  return {.rows = logits.numel() / K, .K = K};
 }
 
 // Estimates in nanoseconds of one core; they only steer how many threads are woken.
 constexpr double kPerRow = 60, kPerElement = 2, kCallWorthSharing = 100e3;
 
-template <class Arguments, class Run>
-void launch(const Kernel& kernel, Storage storage, const Shape& shape, Arguments& arguments,
-            const Run& run) {
-  const double cost = shape.rows * (kPerRow + kPerElement * shape.K);
-  const int wanted = std::clamp(int(cost / kCallWorthSharing), 1, available_threads());
-  run_team(
-      wanted,
-      [&](int threads) {
-        arguments.workspace = Workspace::get(kernel.workspace(storage, shape, threads));
-      },
-      [&](int thread, int threads, SpinBarrier&) {
-        run(storage, shape, arguments, thread, threads);
-      });
+int threads_for(const Shape& s) {
+  const double cost = s.rows * (kPerRow + kPerElement * s.K);
+  return std::clamp(int(cost / kCallWorthSharing), 1, available_threads());
+}
+
+template <class Arguments>
+void run(const Kernel<Arguments, Shape>& kernel, const Tensor& logits, const Arguments& arguments) {
+  const Shape shape = shape_of(logits);
+  launch(kernel, threads_for(shape), arguments, storage_of(logits), shape);
 }
 
 // A tensor of one number per row, as the kernels' arithmetic type.
 Tensor computed(const Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
-template <class Int>
 Tensor empty_rows(const Tensor& logits, at::ScalarType type) {
   return at::empty_symint(logits.sym_sizes().slice(0, logits.dim() - 1),
                           logits.options().dtype(type));
 }
 
 // ---- sampling
-// ------------------------------------------------------------------------------------
 
-using Sampled = std::tuple<Tensor, Tensor, Tensor>;
-
-Sampled allocate_sample(const Tensor& logits) {
+Tensors<3> allocate_sample(const Tensor& logits) {
   const auto type = logits.scalar_type();
-  return {empty_rows<c10::SymInt>(logits, at::kLong), empty_rows<c10::SymInt>(logits, type),
-          empty_rows<c10::SymInt>(logits, type)};
+  return {empty_rows(logits, at::kLong), empty_rows(logits, type), empty_rows(logits, type)};
 }
 
-Sampled categorical_sample_cpu(const Tensor& logits, const Tensor& uniform) {
-  check_sample<int64_t>(logits, uniform);
-  Sampled out = allocate_sample(logits);
-  auto& [action, log_prob, entropy] = out;
-  const Operand x(logits), u(uniform);
-  Forward arguments = {x.data(),       u.data(),      action.mutable_data_ptr<int64_t>(),
-                       data(log_prob), data(entropy), false,
-                       nullptr};
-  const Kernel& kernel = SEQMEM_CHOOSE(kernel);
-  launch(kernel, storage_of(logits), shape_of(logits), arguments, kernel.forward);
+Tensors<3> sample_cpu(const SampleInputs& in) {
+  check_sample<int64_t>(in);
+  Tensors<3> out = allocate_sample(in.logits);
+  const auto& [action, log_prob, entropy] = out;
+  const Operand logits(in.logits), uniform(in.uniform);
+  const Forward arguments = {.logits = logits.data(),
+                             .uniform = uniform.data(),
+                             .action = action.mutable_data_ptr<int64_t>(),
+                             .log_prob = data(log_prob),
+                             .entropy = data(entropy),
+                             .wide = false,
+                             .workspace = nullptr};
+  run(SEQMEM_CHOOSE(forward_kernel), in.logits, arguments);
   return out;
 }
 
-Sampled categorical_sample_meta(const Tensor& logits, const Tensor& uniform) {
-  check_sample<c10::SymInt>(logits, uniform);
-  return allocate_sample(logits);
-}
-
-void check_sample_op(const Tensor& logits, const Tensor& uniform) {
-  check_sample<c10::SymInt>(logits, uniform);
+Tensors<3> sample_meta(const SampleInputs& in) {
+  check_sample<c10::SymInt>(in);
+  return allocate_sample(in.logits);
 }
 
 // by_log_prob, by_entropy: see Backward; of the arithmetic's dtype.
 Tensor gradient(const Tensor& logits, const Tensor& action, const Tensor& by_log_prob,
                 const Tensor& by_entropy) {
-  Tensor out = at::empty(logits.sizes(), logits.options());
+  const Tensor out = at::empty(logits.sizes(), logits.options());
   const Operand x(logits), chosen(action);
-  Backward arguments = {x.data(),
-                        static_cast<const int64_t*>(chosen.data()),
-                        by_log_prob.const_data_ptr(),
-                        by_entropy.const_data_ptr(),
-                        data(out),
-                        nullptr};
-  const Kernel& kernel = SEQMEM_CHOOSE(kernel);
-  launch(kernel, storage_of(logits), shape_of(logits), arguments, kernel.backward);
+  const Backward arguments = {.logits = x.data(),
+                              .action = static_cast<const int64_t*>(chosen.data()),
+                              .by_log_prob = by_log_prob.const_data_ptr(),
+                              .by_entropy = by_entropy.const_data_ptr(),
+                              .grad_logits = data(out),
+                              .workspace = nullptr};
+  run(SEQMEM_CHOOSE(backward_kernel), logits, arguments);
   return out;
 }
 
-Tensor categorical_sample_backward_cpu(const OptionalTensor& grad_log_prob,
-                                       const OptionalTensor& grad_entropy, const Tensor& logits,
-                                       const Tensor& action) {
-  const auto type = at::toOpMathType(logits.scalar_type());
+Tensor sample_backward_cpu(const SampleBackwardInputs& in) {
+  check_sample_backward<int64_t>(in);
+  const auto type = at::toOpMathType(in.logits.scalar_type());
   auto given = [&](const OptionalTensor& t) {
     return t.has_value() ? computed(*t, type)
-                         : at::empty(action.sizes(), logits.options().dtype(type)).zero_();
+                         : at::zeros(in.action.sizes(), in.logits.options().dtype(type));
   };
-  return gradient(logits, action, given(grad_log_prob), given(grad_entropy));
+  return gradient(in.logits, in.action, given(in.grad_log_prob), given(in.grad_entropy));
 }
 
-Tensor categorical_sample_backward_meta(const OptionalTensor&, const OptionalTensor&,
-                                        const Tensor& logits, const Tensor&) {
-  return at::empty_symint(logits.sym_sizes(), logits.options());
+Tensor sample_backward_meta(const SampleBackwardInputs& in) {
+  check_sample_backward<c10::SymInt>(in);
+  return at::empty_symint(in.logits.sym_sizes(), in.logits.options());
 }
 
 // ---- the loss
-// ------------------------------------------------------------------------------------
 
-Tensor allocate_loss(const Tensor& logits, int64_t reduction) {
-  if (reduction == kNone) return empty_rows<c10::SymInt>(logits, logits.scalar_type());
-  return at::empty({}, logits.options());
+Tensor allocate_loss(const LossInputs& in) {
+  if (in.reduction == kNone) return empty_rows(in.logits, in.logits.scalar_type());
+  return at::empty({}, in.logits.options());
 }
 
 // Calls f with a value of the arithmetic's type.
@@ -200,11 +242,11 @@ void with_computed(const Tensor& logits, const F& f) {
 template <class C>
 class Advantage {
  public:
-  Advantage(const Tensor& returns, const OptionalTensor& baseline)
-      : returns_(computed(returns, c10::CppTypeToScalarType<C>::value)) {
-    if (!baseline.has_value()) return;
-    baseline_ = computed(*baseline, returns_.scalar_type());
-    step_ = baseline->dim() > 0 ? 1 : 0;
+  explicit Advantage(const LossInputs& in)
+      : returns_(computed(in.returns, c10::CppTypeToScalarType<C>::value)) {
+    if (!in.baseline.has_value()) return;
+    baseline_ = computed(*in.baseline, returns_.scalar_type());
+    step_ = in.baseline->dim() > 0 ? 1 : 0;
   }
   C operator[](int64_t row) const {
     const C value = returns_.const_data_ptr<C>()[row];
@@ -216,124 +258,86 @@ class Advantage {
   int64_t step_ = 0;
 };
 
-Tensor reinforce_loss_cpu(const Tensor& logits, const Tensor& action, const Tensor& returns,
-                          const OptionalTensor& baseline, double entropy_weight,
-                          int64_t reduction) {
-  check_loss<int64_t>(logits, action, returns, baseline, reduction, true);
-  const Shape shape = shape_of(logits);
-  const auto type = at::toOpMathType(logits.scalar_type());
-  const Tensor log_prob = empty_rows<c10::SymInt>(logits, type);
-  const Tensor entropy = empty_rows<c10::SymInt>(logits, type);
-  const Operand x(logits), chosen(action);
-  // The kernel only reads actions where no uniform is given.
-  auto* actions = const_cast<int64_t*>(static_cast<const int64_t*>(chosen.data()));
-  Forward arguments = {x.data(), nullptr, actions, data(log_prob), data(entropy), true, nullptr};
-  const Kernel& kernel = SEQMEM_CHOOSE(kernel);
-  launch(kernel, storage_of(logits), shape, arguments, kernel.forward);
+Tensor loss_cpu(const LossInputs& in) {
+  check_loss<int64_t>(in);
+  const int64_t rows = shape_of(in.logits).rows;
+  const auto type = at::toOpMathType(in.logits.scalar_type());
+  const Tensor log_prob = empty_rows(in.logits, type), entropy = empty_rows(in.logits, type);
+  const Operand logits(in.logits), action(in.action);
+  const Forward arguments = {
+      .logits = logits.data(),
+      .uniform = nullptr,
+      // Only read where no uniform is given.
+      .action = const_cast<int64_t*>(static_cast<const int64_t*>(action.data())),
+      .log_prob = data(log_prob),
+      .entropy = data(entropy),
+      .wide = true,
+      .workspace = nullptr};
+  run(SEQMEM_CHOOSE(forward_kernel), in.logits, arguments);
   double total = 0;
-  with_computed(logits, [&](auto tag) {
+  with_computed(in.logits, [&](auto tag) {
     using C = decltype(tag);
-    const Advantage<C> advantage(returns, baseline);
+    const Advantage<C> advantage(in);
     C* loss = log_prob.mutable_data_ptr<C>();  // in place
     const C* bonus = entropy.const_data_ptr<C>();
-    for (int64_t row = 0; row < shape.rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       loss[row] = -loss[row] * advantage[row];
-      if (entropy_weight != 0) loss[row] -= C(entropy_weight) * bonus[row];
+      if (in.entropy_weight != 0) loss[row] -= C(in.entropy_weight) * bonus[row];
       total += loss[row];
     }
   });
-  if (reduction == kNone) return log_prob.to(logits.scalar_type());
-  if (reduction == kMean) total /= double(shape.rows);
-  return allocate_loss(logits, reduction).fill_(total);
+  if (in.reduction == kNone) return log_prob.to(in.logits.scalar_type());
+  if (in.reduction == kMean) total /= double(rows);
+  return allocate_loss(in).fill_(total);
 }
 
-Tensor reinforce_loss_meta(const Tensor& logits, const Tensor& action, const Tensor& returns,
-                           const OptionalTensor& baseline, double, int64_t reduction) {
-  check_loss<c10::SymInt>(logits, action, returns, baseline, reduction, false);
-  return allocate_loss(logits, reduction);
+Tensor loss_meta(const LossInputs& in) {
+  check_loss<c10::SymInt>(in);
+  return allocate_loss(in);
 }
 
-void check_loss_op(const Tensor& logits, const Tensor& action, const Tensor& returns,
-                   const OptionalTensor& baseline, double, int64_t reduction) {
-  check_loss<c10::SymInt>(logits, action, returns, baseline, reduction, action.is_cpu());
-}
-
-Tensor reinforce_loss_backward_cpu(const Tensor& grad_loss, const Tensor& logits,
-                                   const Tensor& action, const Tensor& returns,
-                                   const OptionalTensor& baseline, double entropy_weight,
-                                   int64_t reduction) {
-  const Shape shape = shape_of(logits);
-  const auto type = at::toOpMathType(logits.scalar_type());
-  const Tensor by_log_prob = empty_rows<c10::SymInt>(logits, type);
-  const Tensor by_entropy = empty_rows<c10::SymInt>(logits, type);
-  const Tensor grad = computed(grad_loss, type);
-  with_computed(logits, [&](auto tag) {
+Tensor loss_backward_cpu(const LossBackwardInputs& in) {
+  check_loss_backward<int64_t>(in);
+  const int64_t rows = shape_of(in.logits).rows;
+  const auto type = at::toOpMathType(in.logits.scalar_type());
+  const Tensor by_log_prob = empty_rows(in.logits, type), by_entropy = empty_rows(in.logits, type);
+  const Tensor grad = computed(in.grad_loss, type);
+  with_computed(in.logits, [&](auto tag) {
     using C = decltype(tag);
-    const Advantage<C> advantage(returns, baseline);
+    const Advantage<C> advantage(in);
     const C* g = grad.const_data_ptr<C>();
-    const C scale = reduction == kMean ? C(1) / C(shape.rows) : C(1);
-    for (int64_t row = 0; row < shape.rows; ++row) {
-      const C here = g[reduction == kNone ? row : 0] * scale;
+    const C scale = in.reduction == kMean ? C(1) / C(rows) : C(1);
+    for (int64_t row = 0; row < rows; ++row) {
+      const C here = g[in.reduction == kNone ? row : 0] * scale;
       by_log_prob.mutable_data_ptr<C>()[row] = -advantage[row] * here;
-      by_entropy.mutable_data_ptr<C>()[row] = -C(entropy_weight) * here;
+      by_entropy.mutable_data_ptr<C>()[row] = -C(in.entropy_weight) * here;
     }
   });
-  return gradient(logits, action, by_log_prob, by_entropy);
+  return gradient(in.logits, in.action, by_log_prob, by_entropy);
 }
 
-Tensor reinforce_loss_backward_meta(const Tensor&, const Tensor& logits, const Tensor&,
-                                    const Tensor&, const OptionalTensor&, double, int64_t) {
-  return at::empty_symint(logits.sym_sizes(), logits.options());
+Tensor loss_backward_meta(const LossBackwardInputs& in) {
+  check_loss_backward<c10::SymInt>(in);
+  return at::empty_symint(in.logits.sym_sizes(), in.logits.options());
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 #define SEQMEM_LOSS_ARGUMENTS                                                              \
   "Tensor logits, Tensor action, Tensor returns, Tensor? baseline, float entropy_weight, " \
   "int reduction"
-  m.def(
-      "categorical_sample(Tensor logits, Tensor uniform) -> (Tensor action, Tensor log_prob, "
-      "Tensor entropy)",
-      tags);
-  m.def("check_categorical_sample(Tensor logits, Tensor uniform) -> ()", tags);
-  m.def(
-      "categorical_sample_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, "
-      "Tensor action) -> Tensor grad_logits",
-      tags);
-  m.def("reinforce_loss(" SEQMEM_LOSS_ARGUMENTS ") -> Tensor loss", tags);
-  m.def("check_reinforce_loss(" SEQMEM_LOSS_ARGUMENTS ") -> ()", tags);
-  m.def("reinforce_loss_backward(Tensor grad_loss, " SEQMEM_LOSS_ARGUMENTS
-        ") -> Tensor grad_logits",
-        tags);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CPU, m) {
-  m.impl("categorical_sample", categorical_sample_cpu);
-  m.impl("categorical_sample_backward", categorical_sample_backward_cpu);
-  m.impl("reinforce_loss", reinforce_loss_cpu);
-  m.impl("reinforce_loss_backward", reinforce_loss_backward_cpu);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, Meta, m) {
-  m.impl("categorical_sample", categorical_sample_meta);
-  m.impl("categorical_sample_backward", categorical_sample_backward_meta);
-  m.impl("reinforce_loss", reinforce_loss_meta);
-  m.impl("reinforce_loss_backward", reinforce_loss_backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CompositeExplicitAutograd, m) {
-  m.impl("check_categorical_sample", check_sample_op);
-  m.impl("check_reinforce_loss", check_loss_op);
-  m.impl("categorical_sample", Unsupported<kSample, &check_sample_op, Sampled>::call);
-  m.impl("reinforce_loss", Unsupported<kLoss, &check_loss_op, Tensor>::call);
-}
-
-// Nested tensors are the one kind that the key above leaves out.
-TORCH_LIBRARY_IMPL(seqmem, NestedTensorCPU, m) {
-  m.impl("categorical_sample", Unsupported<kSample, &check_sample_op, Sampled>::call);
-  m.impl("reinforce_loss", Unsupported<kLoss, &check_loss_op, Tensor>::call);
+  Sample::define<check_sample<c10::SymInt>, sample_cpu, sample_meta>(
+      m, "(Tensor logits, Tensor uniform) -> (Tensor action, Tensor log_prob, Tensor entropy)");
+  SampleBackward::define<check_sample_backward<c10::SymInt>, sample_backward_cpu,
+                         sample_backward_meta>(
+      m,
+      "(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor logits, Tensor action) -> "
+      "Tensor grad_logits");
+  Loss::define<check_loss<c10::SymInt>, loss_cpu, loss_meta>(
+      m, "(" SEQMEM_LOSS_ARGUMENTS ") -> Tensor loss");
+  LossBackward::define<check_loss_backward<c10::SymInt>, loss_backward_cpu, loss_backward_meta>(
+      m, "(Tensor grad_loss, " SEQMEM_LOSS_ARGUMENTS ") -> Tensor grad_logits");
 }
 
 }  // namespace seqmem::hard_attention

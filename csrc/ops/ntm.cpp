@@ -1,8 +1,5 @@
 // The whole-sequence NTM ops: schemas, the CPU and Meta keys. Arguments are described in
 // seqmem_fast/ops/ntm.py.
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -11,22 +8,20 @@
 #include "../common/kept_blocks.h"
 #include "../common/operand.h"
 #include "../common/team.h"
-#include "../common/workspace.h"
-#include "../cpu/ntm_kernel.h"
 #include "ntm_check.h"
 
 namespace seqmem::ntm {
 namespace {
 
 using Sizes64 = Sizes<int64_t>;
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-constexpr char kName[] = "seqmem::ntm";
-
-// 16-bit tensors are computed with in float.
-at::ScalarType compute_type(const Tensor& like) {
-  return like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+using ForwardOp =
+    Op<kName, Tensors<9>(In, In, In, In, In, In, TensorList, In, In, TensorList, Maybe, Maybe,
+                         std::string_view, int64_t, bool, bool, bool, bool)>;
+using BackwardOp =
+    Op<kBackwardName,
+       std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In, In, In, In, In, In,
+                           TensorList, In, In, TensorList, Maybe, Maybe, In, In, In, In,
+                           std::string_view, int64_t, bool, bool, Mask)>;
 
 // Tensors in the kernels' type and contiguous, alive as long as this.
 class Operands {
@@ -50,35 +45,46 @@ class Operands {
   std::vector<Tensor> kept_;
 };
 
-// A call's shape with what it points to.
+State<const void*> state_of(const std::vector<const void*>& parts) {
+  if (parts.empty()) return {};
+  return {parts[0], parts[1], parts[2], parts[3], parts[4]};
+}
+
+// What both directions take, in the kernels' type and contiguous, alive as long as this.
 struct Call {
-  std::string kinds;
+  Operands operands;
+  const std::vector<const void*> controller;
+  const State<const void*> state, initial;
+  const std::string kinds;
   Tensor lengths, reset;
   Shape shape;
 
-  Call(const Sizes64& s, const OptionalTensor& row_lengths, const OptionalTensor& reset_mask,
-       std::string_view heads, int64_t shift_range, bool lstm, bool squash)
-      : kinds(heads) {
-    if (row_lengths.has_value()) lengths = row_lengths->to(at::kLong).contiguous();
-    if (reset_mask.has_value()) reset = reset_mask->contiguous();
+  Call(const Sizes64& s, const Inputs& in, const Options& options)
+      : operands(at::toOpMathType(in.input.scalar_type())),
+        controller(operands(in.controller)),
+        state(state_of(operands({in.hidden, in.cell, in.memory, in.weightings, in.reads}))),
+        initial(state_of(operands(in.initial))),
+        kinds(options.heads) {
+    if (in.lengths.has_value()) lengths = in.lengths->to(at::kLong).contiguous();
+    if (in.reset.has_value()) reset = in.reset->contiguous();
     const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.T))));
-    shape = {s.T,
-             s.B,
-             s.I,
-             s.layers,
-             s.C,
-             s.N,
-             s.M,
-             s.heads,
-             s.reads,
-             s.P,
-             2 * shift_range + 1,
-             lstm,
-             squash,
-             kinds.data(),
-             lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr,
-             reset.defined() ? reset.const_data_ptr<bool>() : nullptr,
-             std::max(kShortestSegment, root)};
+    shape = {.T = s.T,
+             .B = s.B,
+             .I = s.I,
+             .layers = s.layers,
+             .C = s.C,
+             .N = s.N,
+             .M = s.M,
+             .heads = s.heads,
+             .reads = s.reads,
+             .P = s.P,
+             .taps = 2 * options.shift_range + 1,
+             .lstm = options.lstm,
+             .squash = options.squash,
+             .kinds = kinds.data(),
+             .lengths = lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr,
+             .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr,
+             .segment = std::max(kShortestSegment, root)};
   }
 };
 
@@ -94,256 +100,155 @@ int threads_for(const Shape& s, double passes) {
   return static_cast<int>(std::clamp(call / kCallWorthSharing, 1.0, most));
 }
 
-template <class Arguments>
-void launch(const Kernel<Arguments>& kernel, const Tensor& like, const Shape& shape, int threads,
-            Arguments& arguments) {
-  const bool is_double = like.scalar_type() == at::kDouble;
-  run_team(
-      threads,
-      [&](int granted) {
-        arguments.workspace =
-            Workspace::get(kernel.workspace(is_double, shape, arguments, granted));
-      },
-      [&](int thread, int granted, SpinBarrier& barrier) {
-        kernel.run(is_double, shape, arguments, thread, granted, barrier);
-      });
-}
-
 // ---- forward
 
+// Outputs of `type`.
 template <class Int>
-Outputs allocate(const Tensor& like, const Sizes<Int>& s, bool lstm, bool trace, bool save,
-                 at::ScalarType type) {
-  auto make = [&](std::initializer_list<Int> sizes, at::ScalarType of) {
-    return at::empty_symint(
-        c10::fmap(at::ArrayRef<Int>(sizes), [](Int n) { return c10::SymInt(n); }),
-        like.options().dtype(of));
-  };
-  const auto saved_type = compute_type(like);
+Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarType type) {
+  const auto options = in.input.options().dtype(type);
+  const auto saved = options.dtype(at::toOpMathType(in.input.scalar_type()));
+  auto make = [&](std::initializer_list<Int> sizes) { return empty_of<Int>(options, sizes); };
   auto keep = [&](std::initializer_list<Int> sizes) {
+    if (!in.save) return empty_of<Int>(saved, {Int(0)});
     if constexpr (std::is_same_v<Int, int64_t>) {
-      return KeptBlocks::empty(sizes, like.options().dtype(saved_type));
+      return KeptBlocks::empty(sizes, saved);
     } else {
-      return make(sizes, saved_type);
+      return empty_of<Int>(saved, sizes);
     }
   };
-  const Int kept = lstm ? s.layers : 0, heads = s.heads, reads = s.reads;
-  const Int record = kept * 5 * s.C + (s.layers - 1) * s.C + s.P;
-  auto none = [&](at::ScalarType of) { return make({Int(0)}, of); };
-  return {make({s.T, s.B, s.C + s.R}, type),
-          make({kept, s.B, s.C}, type),
-          make({kept, s.B, s.C}, type),
-          make({s.B, s.N, s.M}, type),
-          make({s.B, heads, s.N}, type),
-          make({s.B, reads, s.M}, type),
-          trace || save ? make({s.T, s.B, heads, s.N}, type) : none(type),
-          save ? keep({s.T, s.B, record}) : none(saved_type),
-          save ? keep({(s.T + kShortestSegment - 1) / kShortestSegment, s.B, s.M, slot_stride(s.N)})
-               : none(saved_type)};
+  const Int kept = s.kept, heads = s.heads, reads = s.reads;
+  return {make({s.T, s.B, s.C + s.R}),
+          make({kept, s.B, s.C}),
+          make({kept, s.B, s.C}),
+          make({s.B, s.N, s.M}),
+          make({s.B, heads, s.N}),
+          make({s.B, reads, s.M}),
+          in.trace || in.save ? make({s.T, s.B, heads, s.N}) : make({Int(0)}),
+          keep({s.T, s.B, s.record()}),
+          keep({s.checkpoints(), s.B, s.M, slot_stride(s.N)})};
 }
 
-State<const void*> state_of(const std::vector<const void*>& parts) {
-  if (parts.empty()) return {};
-  return {parts[0], parts[1], parts[2], parts[3], parts[4]};
-}
-
-Outputs ntm_cpu(const Tensor& input, const Tensor& hidden, const Tensor& cell, const Tensor& memory,
-                const Tensor& weightings, const Tensor& reads, at::TensorList controller,
-                const Tensor& head_weight, const Tensor& head_bias, at::TensorList initial,
-                const OptionalTensor& lengths, const OptionalTensor& reset, std::string_view heads,
-                int64_t shift_range, bool lstm, bool squash, bool trace, bool save) {
-  const Sizes64 s =
-      check_ntm<int64_t>(input, hidden, cell, memory, weightings, reads, controller, head_weight,
-                         head_bias, initial, lengths, reset, heads, shift_range, lstm, true);
-  const auto type = compute_type(input);
-  Outputs out = allocate(input, s, lstm, trace, save, type);
-  auto& [features, hidden_out, cell_out, memory_out, weightings_out, reads_out, all_weightings,
-         saved, checkpoints] = out;
-  const Call call(s, lengths, reset, heads, shift_range, lstm, squash);
-  Operands operands(type);
-  const auto layers = operands(controller);
-  const std::vector<const void*> first = operands({hidden, cell, memory, weightings, reads});
-  Forward arguments = {
-      operands(input),
-      state_of(first),
-      state_of(operands(initial)),
-      layers.data(),
-      operands(head_weight),
-      operands(head_bias),
-      data(features),
-      {data(hidden_out), data(cell_out), data(memory_out), data(weightings_out), data(reads_out)},
-      trace || save ? data(all_weightings) : nullptr,
-      save ? data(saved) : nullptr,
-      save ? data(checkpoints) : nullptr,
-      nullptr};
-  launch(SEQMEM_CHOOSE(forward_kernel), features, call.shape, threads_for(call.shape, 1),
-         arguments);
-  if (type != input.scalar_type()) {
-    for (Tensor* t : {&features, &hidden_out, &cell_out, &memory_out, &weightings_out, &reads_out,
-                      &all_weightings})
-      *t = t->to(input.scalar_type());
-  }
+Tensors<9> forward_cpu(const ForwardInputs& in) {
+  const Sizes64 s = check<int64_t>(in);
+  const auto type = at::toOpMathType(in.input.scalar_type());
+  Tensors<9> out = allocate(in, s, type);
+  auto& [features, hidden, cell, memory, weightings, reads, trace, saved, checkpoints] = out;
+  Call call(s, in, in);
+  const Forward arguments = {
+      .input = call.operands(in.input),
+      .state = call.state,
+      .initial = call.initial,
+      .controller = call.controller.data(),
+      .head_weight = call.operands(in.head_weight),
+      .head_bias = call.operands(in.head_bias),
+      .features = data(features),
+      .final = {data(hidden), data(cell), data(memory), data(weightings), data(reads)},
+      .trace = data(trace),
+      .saved = data(saved),
+      .checkpoints = data(checkpoints),
+      .workspace = nullptr};
+  launch(SEQMEM_CHOOSE(forward_kernel), threads_for(call.shape, 1), arguments, storage_of(features),
+         call.shape);
+  if (type != in.input.scalar_type())
+    for (Tensor* t : {&features, &hidden, &cell, &memory, &weightings, &reads, &trace})
+      *t = t->to(in.input.scalar_type());
   return out;
 }
 
-Outputs ntm_meta(const Tensor& input, const Tensor& hidden, const Tensor& cell,
-                 const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                 at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-                 at::TensorList initial, const OptionalTensor& lengths, const OptionalTensor& reset,
-                 std::string_view heads, int64_t shift_range, bool lstm, bool, bool trace,
-                 bool save) {
-  const auto s = check_ntm<c10::SymInt>(input, hidden, cell, memory, weightings, reads, controller,
-                                        head_weight, head_bias, initial, lengths, reset, heads,
-                                        shift_range, lstm, false);
-  return allocate(input, s, lstm, trace, save, input.scalar_type());
-}
-
-void check_ntm_op(const Tensor& input, const Tensor& hidden, const Tensor& cell,
-                  const Tensor& memory, const Tensor& weightings, const Tensor& reads,
-                  at::TensorList controller, const Tensor& head_weight, const Tensor& head_bias,
-                  at::TensorList initial, const OptionalTensor& lengths,
-                  const OptionalTensor& reset, std::string_view heads, int64_t shift_range,
-                  bool lstm, bool, bool, bool) {
-  check_ntm<c10::SymInt>(input, hidden, cell, memory, weightings, reads, controller, head_weight,
-                         head_bias, initial, lengths, reset, heads, shift_range, lstm, true);
+Tensors<9> forward_meta(const ForwardInputs& in) {
+  return allocate(in, check<c10::SymInt>(in), in.input.scalar_type());
 }
 
 // ---- backward
 
-// Gradients for: input; the state; the parameters; initial. What is not asked for stays empty.
-using Mask = std::array<bool, 4>;
-
-// In the order input, state (5), head_weight, head_bias, initial (5 or none), controller.
-std::vector<Tensor> allocate_gradients(const Tensor& input, at::TensorList state,
-                                       at::TensorList heads, at::TensorList initial,
-                                       at::TensorList controller, Mask mask, at::ScalarType type) {
+// In the order input, state (5), head_weight, head_bias, initial (5 or none), controller; what is
+// not asked for stays empty.
+std::vector<Tensor> allocate_gradients(const BackwardInputs& in, at::ScalarType type) {
+  const auto [of_input, of_state, of_weights, of_initial] = in.output_mask;
+  const auto options = in.input.options().dtype(type);
   std::vector<Tensor> out;
-  const auto options = input.options().dtype(type);
-  auto add = [&](const Tensor& like, bool wanted) {
-    out.push_back(wanted ? at::empty_symint(like.sym_sizes(), options) : at::empty({0}, options));
+  auto add = [&](bool wanted, TensorList tensors) {
+    for (const Tensor& t : tensors)
+      out.push_back(wanted ? at::empty_symint(t.sym_sizes(), options) : at::empty({0}, options));
   };
-  add(input, mask[0]);
-  for (const Tensor& t : state) add(t, mask[1]);
-  for (const Tensor& t : heads) add(t, mask[2]);
-  for (const Tensor& t : initial) add(t, mask[3]);
-  for (const Tensor& t : controller) add(t, mask[2]);
+  add(of_input, in.input);
+  add(of_state, {in.hidden, in.cell, in.memory, in.weightings, in.reads});
+  add(of_weights, {in.head_weight, in.head_bias});
+  add(of_initial, in.initial);
+  add(of_weights, in.controller);
   return out;
 }
 
-std::vector<Tensor> ntm_backward_cpu(
-    const OptionalTensor& grad_features, const OptionalTensor& grad_hidden,
-    const OptionalTensor& grad_cell, const OptionalTensor& grad_memory,
-    const OptionalTensor& grad_weightings, const OptionalTensor& grad_reads,
-    const OptionalTensor& grad_trace, const Tensor& input, const Tensor& hidden, const Tensor& cell,
-    const Tensor& memory, const Tensor& weightings, const Tensor& reads, at::TensorList controller,
-    const Tensor& head_weight, const Tensor& head_bias, at::TensorList initial,
-    const OptionalTensor& lengths, const OptionalTensor& reset, const Tensor& features,
-    const Tensor& trace, const Tensor& saved, const Tensor& checkpoints, std::string_view heads,
-    int64_t shift_range, bool lstm, bool squash, Mask mask) {
-  const Sizes64 s =
-      check_ntm<int64_t>(input, hidden, cell, memory, weightings, reads, controller, head_weight,
-                         head_bias, initial, lengths, reset, heads, shift_range, lstm, true);
-  const auto type = compute_type(input);
-  const Call call(s, lengths, reset, heads, shift_range, lstm, squash);
-  std::vector<Tensor> out =
-      allocate_gradients(input, {hidden, cell, memory, weightings, reads}, {head_weight, head_bias},
-                         initial, controller, mask, type);
-  Operands operands(type);
-  const auto layers = operands(controller);
-  const std::vector<const void*> first = operands({hidden, cell, memory, weightings, reads});
-  Tensor grad_steps;
-  Backward arguments = {};
-  if (grad_features.has_value()) {  // as it lies: often expanded from one number
-    grad_steps = grad_features->to(type);
-    arguments.grad_features = grad_steps.const_data_ptr();
-    for (int i = 0; i < 3; ++i) arguments.grad_features_strides[i] = grad_steps.stride(i);
-  }
-  arguments.grad_final = {operands(grad_hidden), operands(grad_cell), operands(grad_memory),
-                          operands(grad_weightings), operands(grad_reads)};
-  arguments.grad_trace = operands(grad_trace);
-  arguments.input = operands(input);
-  arguments.state = state_of(first);
-  arguments.initial = state_of(operands(initial));
-  arguments.controller = layers.data();
-  arguments.head_weight = operands(head_weight);
-  arguments.features = operands(features);
-  arguments.trace = operands(trace);
-  arguments.saved = operands(saved);
-  arguments.checkpoints = operands(checkpoints);
+std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
+  const Sizes64 s = check_backward<int64_t>(in);
+  const auto type = at::toOpMathType(in.input.scalar_type());
+  std::vector<Tensor> out = allocate_gradients(in, type);
+  Call call(s, in, in);
+  Operands& operands = call.operands;
   auto state_at = [&](size_t i) -> State<void*> {
     return {data(out[i]), data(out[i + 1]), data(out[i + 2]), data(out[i + 3]), data(out[i + 4])};
   };
-  if (mask[0]) arguments.grad_input = data(out[0]);
-  if (mask[1]) arguments.grad_state = state_at(1);
-  if (mask[3] && !initial.empty()) arguments.grad_initial = state_at(8);
+  const size_t controller = 8 + in.initial.size();
   std::vector<void*> grad_controller;
-  if (mask[2]) {
-    for (size_t i = 8 + initial.size(); i < out.size(); ++i)
-      grad_controller.push_back(data(out[i]));
-    arguments.grad_controller = grad_controller.data();
-    arguments.grad_head_weight = data(out[6]);
-    arguments.grad_head_bias = data(out[7]);
+  for (size_t i = controller; i < out.size(); ++i) grad_controller.push_back(data(out[i]));
+  Backward arguments = {
+      .grad_features = nullptr,
+      .grad_features_strides = {},
+      .grad_final = {operands(in.grad_hidden), operands(in.grad_cell), operands(in.grad_memory),
+                     operands(in.grad_weightings), operands(in.grad_reads)},
+      .grad_trace = operands(in.grad_trace),
+      .input = operands(in.input),
+      .state = call.state,
+      .initial = call.initial,
+      .controller = call.controller.data(),
+      .head_weight = operands(in.head_weight),
+      .features = operands(in.features),
+      .trace = operands(in.trace),
+      .saved = operands(in.saved),
+      .checkpoints = operands(in.checkpoints),
+      .grad_input = data(out[0]),
+      .grad_state = state_at(1),
+      .grad_initial = in.initial.empty() ? State<void*>() : state_at(8),
+      .grad_controller = in.output_mask[2] ? grad_controller.data() : nullptr,
+      .grad_head_weight = data(out[6]),
+      .grad_head_bias = data(out[7]),
+      .workspace = nullptr};
+  Tensor grad_features;
+  if (in.grad_features.has_value()) {  // as it is laid out: often expanded from one number
+    grad_features = in.grad_features->to(type);
+    arguments.grad_features = grad_features.const_data_ptr();
+    std::copy_n(grad_features.strides().data(), 3, arguments.grad_features_strides);
   }
-  launch(SEQMEM_CHOOSE(backward_kernel), out[0], call.shape, threads_for(call.shape, 3), arguments);
-  if (type != input.scalar_type())
-    for (Tensor& t : out) t = t.to(input.scalar_type());
+  launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
+         call.shape);
+  if (type != in.input.scalar_type())
+    for (Tensor& t : out) t = t.to(in.input.scalar_type());
   return out;
 }
 
-std::vector<Tensor> ntm_backward_meta(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& input,
-    const Tensor& hidden, const Tensor& cell, const Tensor& memory, const Tensor& weightings,
-    const Tensor& reads, at::TensorList controller, const Tensor& head_weight,
-    const Tensor& head_bias, at::TensorList initial, const OptionalTensor&, const OptionalTensor&,
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::string_view, int64_t, bool,
-    bool, Mask mask) {
-  return allocate_gradients(input, {hidden, cell, memory, weightings, reads},
-                            {head_weight, head_bias}, initial, controller, mask,
-                            input.scalar_type());
+std::vector<Tensor> backward_meta(const BackwardInputs& in) {
+  check_backward<c10::SymInt>(in);
+  return allocate_gradients(in, in.input.scalar_type());
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-#define SEQMEM_NTM_TENSORS                                                                     \
+#define SEQMEM_INPUTS                                                                          \
   "Tensor input, Tensor hidden, Tensor cell, Tensor memory, Tensor weightings, Tensor reads, " \
   "Tensor[] controller, Tensor head_weight, Tensor head_bias, Tensor[] initial, "              \
   "Tensor? lengths, Tensor? reset, "
-#define SEQMEM_NTM_OPTIONS "str heads, int shift_range, bool lstm, bool squash, "
-  m.def("ntm(" SEQMEM_NTM_TENSORS SEQMEM_NTM_OPTIONS
-        "bool trace, bool save) -> (Tensor features, Tensor hidden, Tensor cell, Tensor memory, "
-        "Tensor weightings, Tensor reads, Tensor trace, Tensor saved, Tensor checkpoints)",
-        tags);
-  m.def("check_ntm(" SEQMEM_NTM_TENSORS SEQMEM_NTM_OPTIONS "bool trace, bool save) -> ()", tags);
-  m.def(
-      "ntm_backward(Tensor? grad_features, Tensor? grad_hidden, Tensor? grad_cell, "
-      "Tensor? grad_memory, Tensor? grad_weightings, Tensor? grad_reads, Tensor? "
-      "grad_trace, " SEQMEM_NTM_TENSORS
-      "Tensor features, Tensor trace, Tensor saved, Tensor checkpoints, " SEQMEM_NTM_OPTIONS
-      "bool[4] output_mask) -> Tensor[]",
-      tags);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CPU, m) {
-  m.impl("ntm", ntm_cpu);
-  m.impl("ntm_backward", ntm_backward_cpu);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, Meta, m) {
-  m.impl("ntm", ntm_meta);
-  m.impl("ntm_backward", ntm_backward_meta);
-}
-
-TORCH_LIBRARY_IMPL(seqmem, CompositeExplicitAutograd, m) {
-  m.impl("check_ntm", check_ntm_op);
-  m.impl("ntm", Unsupported<kName, &check_ntm_op, Outputs>::call);
-}
-
-// Nested tensors are the one kind that the key above leaves out.
-TORCH_LIBRARY_IMPL(seqmem, NestedTensorCPU, m) {
-  m.impl("ntm", Unsupported<kName, &check_ntm_op, Outputs>::call);
+#define SEQMEM_OPTIONS "str heads, int shift_range, bool lstm, bool squash, "
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
+      m, "(" SEQMEM_INPUTS SEQMEM_OPTIONS
+         "bool trace, bool save) -> (Tensor features, Tensor hidden, Tensor cell, Tensor memory, "
+         "Tensor weightings, Tensor reads, Tensor trace, Tensor saved, Tensor checkpoints)");
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
+      m,
+      "(Tensor? grad_features, Tensor? grad_hidden, Tensor? grad_cell, Tensor? grad_memory, "
+      "Tensor? grad_weightings, Tensor? grad_reads, Tensor? grad_trace, " SEQMEM_INPUTS
+      "Tensor features, Tensor trace, Tensor saved, Tensor checkpoints, " SEQMEM_OPTIONS
+      "bool[4] output_mask) -> Tensor[]");
 }
 
 }  // namespace seqmem::ntm

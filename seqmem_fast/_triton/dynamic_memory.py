@@ -169,6 +169,10 @@ def dynamic_memory_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::dynamic_memory_backward` on GPU."""
+    torch.ops.seqmem.check_dynamic_memory_backward(
+        grad_final, grad_attention, query, memory, gate_weight, gate_bias, write_weight,
+        write_bias, score_query, mask, attention, saved, output_mask,
+    )  # fmt: skip
     hops, batch, slots = attention.shape
     width = memory.shape[-1]
     of_query, of_memory, of_weights, of_score = output_mask

@@ -164,6 +164,7 @@ def categorical_sample_backward(
     grad_log_prob: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, action: Tensor
 ) -> Tensor:
     """`seqmem::categorical_sample_backward` on GPU."""
+    torch.ops.seqmem.check_categorical_sample_backward(grad_log_prob, grad_entropy, logits, action)
     dtype = wide(logits.dtype)
     with torch.cuda.device_of(logits):
         zero = logits.new_zeros(action.shape, dtype=dtype)
@@ -214,6 +215,9 @@ def reinforce_loss_backward(
     reduction: int,
 ) -> Tensor:
     """`seqmem::reinforce_loss_backward` on GPU."""
+    torch.ops.seqmem.check_reinforce_loss_backward(
+        grad_loss, logits, action, returns, baseline, entropy_weight, reduction
+    )
     with torch.cuda.device_of(logits):
         grad = grad_loss.to(wide(logits.dtype))
         if reduction == _MEAN:

@@ -328,6 +328,12 @@ def ntm_backward(
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::ntm_backward` on GPU."""
+    torch.ops.seqmem.check_ntm_backward(
+        grad_features, grad_hidden, grad_cell, grad_memory, grad_weightings, grad_reads,
+        grad_trace, input, hidden, cell, memory, weightings, reads, controller, head_weight,
+        head_bias, initial, lengths, reset, features, trace, saved, checkpoints, heads,
+        shift_range, lstm, squash, output_mask,
+    )  # fmt: skip
     options = _Options(heads, shift_range, lstm, squash)
     size = _Sizes(input, memory, head_weight, len(controller) // (4 if lstm else 2), options)
     state = NTMState(hidden, cell, memory, weightings, reads)

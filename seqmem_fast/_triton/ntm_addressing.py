@@ -121,6 +121,9 @@ def ntm_content_addressing_backward(
     grad_weights: Tensor, memory: Tensor, key: Tensor, beta: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_content_addressing_backward` on GPU."""
+    torch.ops.seqmem.check_ntm_content_addressing_backward(
+        grad_weights, memory, key, beta, output_mask
+    )
     return _address_backward(grad_weights, (memory, key, beta), output_mask)
 
 
@@ -137,6 +140,7 @@ def ntm_addressing_backward(
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_addressing_backward` on GPU."""
     inputs = (memory, key, beta, gate, shift, gamma, prev_weights)
+    torch.ops.seqmem.check_ntm_addressing_backward(grad_weights, *inputs, output_mask)
     return _address_backward(grad_weights, inputs, output_mask)
 
 
@@ -179,6 +183,7 @@ def ntm_read_backward(
     grad_reads: Tensor, memory: Tensor, weights: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_read_backward` on GPU: dM = w^T dr, dw = dr M^T."""
+    torch.ops.seqmem.check_ntm_read_backward(grad_reads, memory, weights, output_mask)
     none = memory.new_empty(0)
     single = weights.dim() < memory.dim()
     w = weights.unsqueeze(-2) if single else weights
@@ -220,6 +225,7 @@ def ntm_write_backward(
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_write_backward` on GPU."""
     inputs = (memory, weights, erase, add)
+    torch.ops.seqmem.check_ntm_write_backward(grad_new_memory, *inputs, output_mask)
     with torch.cuda.device_of(memory):
         if not fits(*memory.shape[-2:]):
             return _plain_backward(reference.ntm_write, inputs, grad_new_memory, output_mask)
