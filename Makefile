@@ -1,17 +1,26 @@
 # `make test` and `make bench` need Python 3.10 or newer, a C++ compiler and make; the rest they
-# set up in $(VENV), once. Overridable: PYTHON, TORCH (any pip requirement), VENV, MAX_JOBS, FULL=1.
+# set up in $(VENV), once. Overridable: PYTHON, TORCH (any pip requirement), VENV, MAX_JOBS, FULL=1;
+# of `make fuzz`: SECONDS, SEED.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+SECONDS ?= 600
+SEED ?= 0
 
 BIN := $(VENV)/bin
 DONE := $(VENV)/done
 CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'))
 SANITIZED := build/sanitize
+# libasan must be in the process from the start, and libstdc++ with it, or exceptions cannot be
+# followed. Leaks are not looked for: Python and torch keep much until the process ends.
+SANITIZED_ENV = UBSAN_OPTIONS=print_stacktrace=1 \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+                $$($${CXX:-c++} -print-file-name=libstdc++.so)"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: all build test lint format pytest bench sanitize sdist wheel clean distclean FORCE
+.PHONY: all build test lint format pytest fuzz bench sanitize sdist wheel clean distclean FORCE
 
 all: build
 
@@ -37,19 +46,21 @@ bench: $(DONE)/bench $(DONE)/build
 
 build: $(DONE)/build
 
-# A build of its own with its own copies, so that the ordinary one stays as it is. libasan must be
-# in the process from the start, and libstdc++ with it, or exceptions cannot be followed. Leaks are
-# not looked for: Python and torch keep much until the process ends. What a sanitizer says as it ends
-# the process must not stay in pytest's hands, hence --capture=sys.
+# Hostile arguments for every op, in the sanitized build too where `make sanitize` has left one.
+fuzz: $(DONE)/test $(DONE)/build
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+	if [ -d $(SANITIZED)/run ]; then cd $(SANITIZED)/run && env $(SANITIZED_ENV) \
+	    $(abspath $(BIN))/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED); fi
+
+# A build of its own with its own copies, so that the ordinary one stays as it is. What a sanitizer
+# says as it ends the process must not stay in pytest's hands, hence --capture=sys.
 sanitize: $(DONE)/test
 	rm -rf $(SANITIZED)/run
 	$(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZED)/run \
 	    build_ext --sanitize --build-temp $(SANITIZED)/temp --build-lib $(SANITIZED)/run
 	cp -r tests pyproject.toml $(SANITIZED)/run
 	cd $(SANITIZED)/run && for setting in "" ATEN_CPU_CAPABILITY=default; do \
-	    env $$setting ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
-	                $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	    env $$setting $(SANITIZED_ENV) \
 	    $(abspath $(BIN))/python -m pytest -m sanitize --capture=sys -p no:cacheprovider || exit 1; done
 
 sdist: $(DONE)/torch

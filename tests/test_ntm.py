@@ -88,6 +88,7 @@ def raw_arguments(sample: Sample) -> tuple[list[Any], list[Any]]:
 
 class TestNtmSequence(OpSuite):
     names = ("feedforward", "all_padded")
+    all_names = ALL
 
     def case(self, name: str, dtype: torch.dtype = torch.float64, tiny: bool = False) -> Case:
         return case_of(sample_of(name, dtype, TINY if tiny else SIZES))
