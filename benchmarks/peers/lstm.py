@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Side(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.hidden_size = cast(int, module.hidden_size)
 
 
 class Layer(Side):
@@ -78,7 +79,7 @@ class CellLoop(Side):
 
     def forward(self, x: Tensor, reset: Tensor) -> Outputs:
         keep = (~reset).to(x.dtype).unsqueeze(-1)  # [T, B, 1]
-        h = c = x.new_zeros(x.shape[1], self.module.hidden_size)
+        h = c = x.new_zeros(x.shape[1], self.hidden_size)
         steps = []
         for step, k in zip(x.unbind(0), keep.unbind(0), strict=True):
             h, c = self.module(step, (h * k, c * k))
@@ -91,7 +92,7 @@ class LayerLoop(Side):
 
     def forward(self, x: Tensor, reset: Tensor) -> Outputs:
         keep = (~reset).to(x.dtype).unsqueeze(-1)  # [T, B, 1]
-        h = c = x.new_zeros(1, x.shape[1], self.module.hidden_size)
+        h = c = x.new_zeros(1, x.shape[1], self.hidden_size)
         steps = []
         for step, k in zip(x.split(1), keep.unbind(0), strict=True):
             output, (h, c) = self.module(step, (h * k, c * k))
