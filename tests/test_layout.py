@@ -110,7 +110,7 @@ def test_every_op_has_public_names(stem: str) -> None:
 
 
 def test_every_file_in_a_room_belongs_to_an_op() -> None:
-    rooms = [CSRC / room for room in ("ops", "autograd", "cpu", "cuda")]
+    rooms = [CSRC / room for room in ("ops", "autograd", "cpu", "cuda", "python")]
     rooms += [PACKAGE / room for room in ("ops", "_triton", "reference", "nn")]
     strangers = [
         path
@@ -216,7 +216,7 @@ def test_ops_include_common_and_their_own_kernels(path: Path) -> None:
         assert room == "common" or own, f"{path.name} includes {name}"
 
 
-@pytest.mark.parametrize("path", sources("autograd"), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*sources("autograd"), *sources("python")], ids=str)
 def test_autograd_knows_the_dispatcher_only(path: Path) -> None:
     for name in includes(path):
         room, _, file = name.partition("/")

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "lstm_check.h"
+#include "../ops/lstm_check.h"
 
 namespace seqmem::lstm {
 namespace {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common/autograd.h"
+#include "../common/autograd.h"
 
 namespace seqmem::attention {
 namespace {
