@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from seqmem_fast import NTM
 
@@ -242,18 +243,21 @@ class OpSuite:
     def test_wrong_arguments_of_a_backward_are_refused(self, name: str) -> None:
         """Exported programs and compiled graphs call it too: wrong memory must stay untouched."""
         for op, args in self.raw_calls(name):
-            if not op._schema.name.endswith("_backward"):
+            if not op._opname.endswith("_backward"):
                 continue
-            check = getattr(torch.ops.seqmem, f"check_{op._schema.name.split('::')[1]}").default
-            for k, right in enumerate(args):
+            says = rf"^seqmem::{op._opname}: expected .*got "
+            check = getattr(torch.ops.seqmem, f"check_{op._opname}")
+            leaves, spec = tree_flatten(args)
+            for k, right in enumerate(leaves):
                 if not isinstance(right, Tensor):
                     continue
-                wider = torch.cat([right] * 3, -1) if right.dim() else right.expand(3)
-                for wrong in (right.cfloat(), wider):
+                deeper = right[(None,) * 6]  # more dimensions than any broadcast one has
+                wrongs = (right.new_zeros(0), deeper, right.cfloat(), right.to_sparse())
+                for wrong in (*wrongs, right.to("meta")):
+                    spoilt = tree_unflatten([*leaves[:k], wrong, *leaves[k + 1 :]], spec)
                     for call in (op, check):
-                        with pytest.raises((ValueError, TypeError)) as caught:
-                            call(*args[:k], wrong, *args[k + 1 :])
-                        assert str(caught.value).startswith(f"{op._schema.name}: expected")
+                        with pytest.raises((ValueError, TypeError), match=says):
+                            call(*spoilt)
 
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compile(self, name: str, dynamic: bool) -> None:

@@ -59,7 +59,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
 Tensor loss_autograd(In logits, In action, In returns, Maybe baseline, double entropy_weight,
                      int64_t reduction) {
-  if (any_requires_grad(logits)) {
+  if (any_requires_grad(logits) && !any_nested(logits, action, returns, baseline)) {
     const OptionalTensor constant = baseline.has_value() ? optional(baseline->detach()) : baseline;
     return LossFunction::apply(logits, action, returns.detach(), constant, entropy_weight,
                                reduction);

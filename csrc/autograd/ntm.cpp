@@ -13,8 +13,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-
 #include "../common/autograd.h"
 
 namespace seqmem::ntm {
@@ -95,8 +93,7 @@ Tensors<9> autograd(In input, In hidden, In cell, In memory, In weightings, In r
   variable_list all = {input, hidden, cell, memory, weightings, reads, head_weight, head_bias};
   all.insert(all.end(), initial.begin(), initial.end());
   all.insert(all.end(), controller.begin(), controller.end());
-  if (at::GradMode::is_enabled() &&
-      std::any_of(all.begin(), all.end(), [](const Tensor& t) { return t.requires_grad(); })) {
+  if (any_requires_grad(all) && !any_nested(all, lengths, reset)) {
     auto out = Sequence::apply(TensorList(all), static_cast<int64_t>(initial.size()), lengths,
                                reset, std::string(heads), shift_range, lstm, squash);
     // What the backward needs stays with the graph.

@@ -22,6 +22,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -53,10 +54,28 @@ const at::Tensor* tensor_of(const Argument& argument) {
   }
 }
 
+template <class Argument, class F>
+bool any_of(const Argument& argument, const F& is) {
+  if constexpr (std::is_same_v<Argument, OptionalTensor>) {
+    return argument.has_value() && is(*argument);
+  } else if constexpr (std::is_convertible_v<const Argument&, at::TensorList>) {  // or one tensor
+    const at::TensorList tensors = argument;
+    return std::any_of(tensors.begin(), tensors.end(), is);
+  } else {
+    return false;
+  }
+}
+
 template <class... Args>
 bool any_requires_grad(const Args&... args) {
-  auto one = [](const at::Tensor* t) { return t != nullptr && t->requires_grad(); };
-  return at::GradMode::is_enabled() && (one(tensor_of(args)) || ...);
+  auto is = [](const at::Tensor& t) { return t.requires_grad(); };
+  return at::GradMode::is_enabled() && (any_of(args, is) || ...);
+}
+
+// Autograd cannot record these, for they have no sizes; without it, the op refuses them.
+template <class... Args>
+bool any_nested(const Args&... args) {
+  return (any_of(args, [](const at::Tensor& t) { return t.is_nested(); }) || ...);
 }
 
 // Backward of backward goes through the dispatcher, where Python differentiates the reference;
@@ -66,12 +85,6 @@ auto run_backward(const Args&... args) {
   if (at::GradMode::is_enabled()) return Op::call(args...);
   at::AutoDispatchBelowADInplaceOrView guard;
   return Op::call(args...);
-}
-template <class Handle, class... Args>
-auto run_backward(const Handle& op, const Args&... args) -> decltype(op.call(args...)) {
-  if (at::GradMode::is_enabled()) return op.call(args...);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(args...);
 }
 
 // Which of a forward's tensors are given, and which of the flags after them are true: one bit for
@@ -169,7 +182,7 @@ struct AutogradKeys<Op<name, Out(Args...)>> {
 
   template <class Function>
   static Out autograd(Args... args) {
-    if (any_requires_grad(args...)) {
+    if (any_requires_grad(args...) && !any_nested(args...)) {
       auto outputs = Function::apply(args...);
       if constexpr (std::is_same_v<Out, at::Tensor>) {
         return outputs;

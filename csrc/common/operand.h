@@ -3,11 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
-#include <tuple>
 
 #include "op.h"
 #include "storage.h"
@@ -53,19 +51,5 @@ template <class Int>
 at::Tensor empty_like_of(const at::Tensor& like, std::initializer_list<Int> sizes) {
   return empty_of<Int>(like.options(), sizes);
 }
-
-// Where no kernel exists (sparse, quantized, other devices): the error of the op's own check,
-// which takes the same arguments, or a plain one.
-template <const char* op, auto check_op, class Out>
-struct Unsupported;
-template <const char* op, class Out, class... Args, void (*check_op)(Args...)>
-struct Unsupported<op, check_op, Out> {
-  static Out call(Args... args) {
-    check_op(args...);
-    const at::Tensor& first = std::get<0>(std::tie(args...));
-    TORCH_CHECK_TYPE(false, op, ": expected tensors on cpu, cuda or meta, got ", first.device(),
-                     " (layout ", first.layout(), ")");
-  }
-};
 
 }  // namespace seqmem

@@ -16,32 +16,6 @@
 
 namespace seqmem::lstm {
 
-void check_lengths(const char* op, const Tensor& lengths, int64_t T) {
-  const Tensor values = lengths.cpu().to(at::kLong).contiguous();
-  const int64_t* length = values.const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < values.numel(); ++b)
-    TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= T, op, ": expected lengths in 0..", T,
-                      ", got ", length[b], " for batch row ", b);
-}
-
-void check_batch_sizes(const char* op, const Tensor& batch_sizes, int64_t rows) {
-  TORCH_CHECK_TYPE(batch_sizes.is_cpu(), op, ": expected batch_sizes on the cpu, got ",
-                   batch_sizes.device());
-  const Tensor values = batch_sizes.contiguous();
-  const int64_t* size = values.const_data_ptr<int64_t>();
-  int64_t total = 0;
-  for (int64_t t = 0; t < batch_sizes.numel(); ++t) {
-    TORCH_CHECK_VALUE(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]), op,
-                      ": expected batch_sizes that are positive and never grow, got ", size[t],
-                      " at step ", t);
-    TORCH_CHECK_VALUE(size[t] <= rows - total, op, ": expected batch_sizes with sum ", rows,
-                      " (the rows of input), got more");
-    total += size[t];
-  }
-  TORCH_CHECK_VALUE(total == rows, op, ": expected batch_sizes with sum ", rows,
-                    " (the rows of input), got ", total);
-}
-
 namespace {
 
 using Sizes64 = Sizes<int64_t>;
@@ -305,7 +279,7 @@ Tensors<5> allocate_sequence(const Tensor& input, const Sizes<Int>& s, bool pack
 }
 
 Tensors<5> sequence_cpu(const SequenceInputs& in) {
-  const Sizes64 s = check_sequence<int64_t>(in, true);
+  const Sizes64 s = check_sequence<int64_t>(in);
   Tensors<5> out = allocate_sequence(in.input, s, in.batch_sizes.has_value(), in.batch_first,
                                      in.lengths.has_value(), in.return_gates);
   const auto& [output, hy, cy, gates, cells] = out;
@@ -331,8 +305,8 @@ Tensors<5> sequence_cpu(const SequenceInputs& in) {
 }
 
 Tensors<5> sequence_meta(const SequenceInputs& in) {
-  return allocate_sequence(in.input, check_sequence<c10::SymInt>(in, false),
-                           in.batch_sizes.has_value(), in.batch_first, false, in.return_gates);
+  return allocate_sequence(in.input, check_sequence<c10::SymInt>(in), in.batch_sizes.has_value(),
+                           in.batch_first, false, in.return_gates);
 }
 
 template <class Int>
@@ -353,7 +327,7 @@ Tensors<7> allocate_gradients(const Tensor& input, const Sizes<Int>& s, bool pro
 }
 
 Tensors<7> sequence_backward_cpu(const SequenceBackwardInputs& in) {
-  const Sizes64 s = check_sequence_backward<int64_t>(in, true);
+  const Sizes64 s = check_sequence_backward<int64_t>(in);
   const bool projected = in.weight_hr.has_value();
   const auto [of_input, of_state, of_weights] = in.output_mask;
   Tensors<7> out = allocate_gradients(in.input, s, projected, in.has_bias, in.lengths.has_value(),
@@ -394,13 +368,8 @@ Tensors<7> sequence_backward_cpu(const SequenceBackwardInputs& in) {
 }
 
 Tensors<7> sequence_backward_meta(const SequenceBackwardInputs& in) {
-  return allocate_gradients(in.input, check_sequence_backward<c10::SymInt>(in, false),
+  return allocate_gradients(in.input, check_sequence_backward<c10::SymInt>(in),
                             in.weight_hr.has_value(), in.has_bias, false, in.output_mask);
-}
-
-void check_sequence_op(const SequenceInputs& in) { check_sequence<c10::SymInt>(in, true); }
-void check_sequence_backward_op(const SequenceBackwardInputs& in) {
-  check_sequence_backward<c10::SymInt>(in, true);
 }
 
 }  // namespace
@@ -418,13 +387,13 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
       "Tensor grad_weight_hh, Tensor grad_bias)");
-  SequenceOp::define<check_sequence_op, sequence_cpu, sequence_meta>(
+  SequenceOp::define<check_sequence<c10::SymInt>, sequence_cpu, sequence_meta>(
       m,
       "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
       "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, "
       "Tensor? batch_sizes, bool batch_first, bool reverse, bool return_gates)"
       " -> (Tensor output, Tensor hy, Tensor cy, Tensor gates, Tensor cells)");
-  SequenceBackwardOp::define<check_sequence_backward_op, sequence_backward_cpu,
+  SequenceBackwardOp::define<check_sequence_backward<c10::SymInt>, sequence_backward_cpu,
                              sequence_backward_meta>(
       m,
       "(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "

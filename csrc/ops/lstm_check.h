@@ -139,13 +139,43 @@ Sizes<Int> check_cell_backward(const CellBackwardInputs& in) {
   return s;
 }
 
-// lengths and batch_sizes hold values that only real tensors show; `values` asks to check them.
-void check_lengths(const char* op, const Tensor& lengths, int64_t T);
-void check_batch_sizes(const char* op, const Tensor& batch_sizes, int64_t rows);
+// Of a packed input's rows; returns the batch. What batch_sizes holds shows only where it is real,
+// elsewhere hx tells the batch.
+template <class Int>
+Int check_batch_sizes(const Check<Int>& check, const Step& in, In batch_sizes, const Int& rows) {
+  check.strided("batch_sizes", batch_sizes);
+  TORCH_CHECK_TYPE(batch_sizes.scalar_type() == at::kLong, check.op(),
+                   ": expected batch_sizes of dtype int64, got ", batch_sizes.scalar_type());
+  TORCH_CHECK_TYPE(batch_sizes.is_cpu() || (batch_sizes.is_meta() && in.input.is_meta()),
+                   check.op(), ": expected batch_sizes on the cpu, got ", batch_sizes.device());
+  check.dims("batch_sizes", batch_sizes, 1);
+  if (batch_sizes.is_meta()) {
+    TORCH_CHECK_VALUE(in.hx.has_value(), check.op(),
+                      ": expected hx and cx beside batch_sizes where values cannot be seen "
+                      "(meta tensors, tracing), got neither");
+    check.same_kind("hx", *in.hx);
+    check.dims("hx", *in.hx, 2);
+    return check.size(*in.hx, 0);
+  }
+  const Tensor values = batch_sizes.contiguous();
+  const int64_t* size = values.const_data_ptr<int64_t>();
+  Int total = 0;
+  for (int64_t t = 0; t < values.numel(); ++t) {
+    TORCH_CHECK_VALUE(size[t] > 0 && (t == 0 || size[t] <= size[t - 1]), check.op(),
+                      ": expected batch_sizes that are positive and never grow, got ", size[t],
+                      " at step ", t);
+    TORCH_CHECK_VALUE(rows - total >= size[t], check.op(), ": expected batch_sizes with sum ", rows,
+                      " (the rows of input), got more");
+    total += size[t];
+  }
+  TORCH_CHECK_VALUE(total == rows, check.op(), ": expected batch_sizes with sum ", rows,
+                    " (the rows of input), got ", total);
+  return values.numel() == 0 ? 0 : size[0];
+}
 
 template <class Int>
 Sizes<Int> check_rows(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh,
-                      const Layout& layout, bool batch_first, bool values) {
+                      const Layout& layout, bool batch_first) {
   const auto& [weight_hr, lengths, reset, batch_sizes] = layout;
   const Tensor& input = in.input;
   check.floating_input();
@@ -156,21 +186,9 @@ Sizes<Int> check_rows(const Check<Int>& check, const Step& in, Maybe bias_ih, Ma
     TORCH_CHECK_VALUE(!lengths.has_value() && !reset.has_value() && !batch_first, check.op(),
                       ": expected a packed input (batch_sizes) without lengths, reset and "
                       "batch_first, got one of them");
-    check.strided("batch_sizes", *batch_sizes);
-    TORCH_CHECK_TYPE(batch_sizes->scalar_type() == at::kLong, check.op(),
-                     ": expected batch_sizes of dtype int64, got ", batch_sizes->scalar_type());
-    check.dims("batch_sizes", *batch_sizes, 1);
-    s.T = check.size(*batch_sizes, 0);
     s.rows = check.size(input, 0);
-    if (values) check_batch_sizes(check.op(), *batch_sizes, input.size(0));
-    if (in.hx.has_value()) {
-      check.dims("hx", *in.hx, 2);
-      s.B = check.size(*in.hx, 0);
-    }
-    if (values) s.B = s.T == 0 ? 0 : batch_sizes->template const_data_ptr<int64_t>()[0];
-    TORCH_CHECK_VALUE(values || in.hx.has_value(), check.op(),
-                      ": expected hx and cx beside batch_sizes where values cannot be seen "
-                      "(meta tensors, tracing), got neither");
+    s.B = check_batch_sizes(check, in, *batch_sizes, s.rows);
+    s.T = check.size(*batch_sizes, 0);
   } else {
     s.T = check.size(input, batch_first ? 1 : 0);
     s.B = check.size(input, batch_first ? 0 : 1);
@@ -179,35 +197,21 @@ Sizes<Int> check_rows(const Check<Int>& check, const Step& in, Maybe bias_ih, Ma
   TORCH_CHECK_VALUE(s.T > 0, check.op(), ": expected at least one time step, got input of shape ",
                     input.sym_sizes());
   check_state(check, in, s);
-  if (lengths.has_value()) {
-    check.strided("lengths", *lengths);
-    TORCH_CHECK_TYPE(lengths->scalar_type() == at::kLong || lengths->scalar_type() == at::kInt,
-                     check.op(), ": expected lengths of dtype int64 or int32, got ",
-                     lengths->scalar_type());
-    if (!lengths->is_cpu()) check.same_device("lengths", *lengths);
-    check.shape("lengths", *lengths, {s.B});
-    if (values) check_lengths(check.op(), *lengths, input.size(batch_first ? 1 : 0));
-  }
-  if (reset.has_value()) {
-    check.strided("reset", *reset);
-    TORCH_CHECK_TYPE(reset->scalar_type() == at::kBool, check.op(),
-                     ": expected reset of dtype bool, got ", reset->scalar_type());
-    check.same_device("reset", *reset);
-    check.shape("reset", *reset, {batch_first ? s.B : s.T, batch_first ? s.T : s.B});
-  }
+  check.lengths(lengths, s.B, s.T);
+  check.reset(reset, batch_first ? s.B : s.T, batch_first ? s.T : s.B);
   return s;
 }
 
 template <class Int>
-Sizes<Int> check_sequence(const SequenceInputs& in, bool values) {
+Sizes<Int> check_sequence(const SequenceInputs& in) {
   const Check<Int> check(kSequence, in.input);
-  return check_rows(check, in, in.bias_ih, in.bias_hh, in, in.batch_first, values);
+  return check_rows(check, in, in.bias_ih, in.bias_hh, in, in.batch_first);
 }
 
 template <class Int>
-Sizes<Int> check_sequence_backward(const SequenceBackwardInputs& in, bool values) {
+Sizes<Int> check_sequence_backward(const SequenceBackwardInputs& in) {
   const Check<Int> check(kSequenceBackward, in.input);
-  const Sizes<Int> s = check_rows(check, in, {}, {}, in, in.batch_first, values);
+  const Sizes<Int> s = check_rows(check, in, {}, {}, in, in.batch_first);
   auto rows = [&](const char* name, const auto& t, const Int& width) {
     if (in.batch_sizes.has_value()) return check.operand(name, t, {s.rows, width});
     const bool first = in.batch_first;
