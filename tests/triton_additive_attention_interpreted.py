@@ -5,53 +5,23 @@ Triton must see TRITON_INTERPRET=1 before it is first imported, so this is no fi
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from ahead_of_time import Kernel
-from torch import Tensor
+from triton_attention_check import TOLERANCES, check_launchers
 
 import seqmem_fast
 from seqmem_fast._triton import additive_attention as launchers
 from seqmem_fast.reference import additive_attention as reference
 
 assert seqmem_fast.__version__
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 SIZES = (2, 3, 5, 6, 4)  # B, Tq, Tk, A, Dv
 SAMPLES = {s.name: s.args for s in reference.sample_inputs(sizes=SIZES)}
 MORE = {s.name: s.args for s in reference.sample_inputs(sizes=(1, 18, 17, 9, 3))}
-
-
-def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
-    assert ours.shape == right.shape and ours.dtype == dtype
-    error = (ours.detach().double() - right).norm() / right.norm().clamp_min(1e-30)
-    assert error <= factor * TOLERANCES[dtype]
-
-
-def check(given: Any, dtype: torch.dtype, seeded: tuple[bool, bool] = (True, True)) -> None:
-    """Forward and backward beside the reference in float64; seeded: which gradients come in."""
-    args = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in given]
-    exact = [
-        a.double().requires_grad_() if a is not None and a.is_floating_point() else a for a in args
-    ]
-    right = reference.additive_attention(*exact)
-    ours = launchers.additive_attention(*args)
-    seeds = []
-    for a, b, is_given in zip(ours, right, seeded, strict=True):
-        assert_near(a, b.detach(), dtype)
-        seeds.append(torch.randn(b.shape).to(dtype) if is_given else None)
-    wanted = [a is not None and a.requires_grad for a in exact]
-    leaves = [a for a in exact if a is not None and a.requires_grad]
-    loss = sum((a * b).sum() for a, b in zip(right, seeds, strict=True) if b is not None)
-    expected = iter(torch.autograd.grad(loss, leaves, materialize_grads=True))
-    saved = right[1].detach().to(dtype)
-    grads = launchers.additive_attention_backward(*seeds, *args, saved, wanted)
-    for is_wanted, grad in zip(wanted, grads, strict=True):
-        if is_wanted:
-            assert_near(grad, next(expected), dtype, 10)
-        else:
-            assert grad.shape == (0,)
+LAUNCHERS = launchers.additive_attention, launchers.additive_attention_backward
+check = partial(check_launchers, LAUNCHERS, reference.additive_attention)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -59,12 +59,13 @@ class Leading {
     return product;
   }
 
-  // Where each of the broadcast matrices begins in t, in units of so many elements.
-  std::vector<int64_t> offsets_in(const at::Tensor& t, int64_t unit = 1) const {
+  // Where each of the broadcast matrices begins in t, in elements.
+  std::vector<int64_t> offsets_in(const at::Tensor& t) const {
     std::vector<int64_t> offsets = {0};
     for (int64_t d = 0; d < count(); ++d) {
       const int64_t own = t.dim() - 2 - count() + d;
-      const int64_t step = own < 0 || t.size(own) == 1 ? 0 : t.stride(own) / unit;
+      const bool one = own < 0 || t.size(own) == 1 || t.numel() == 0;
+      const int64_t step = one ? 0 : t.stride(own);
       std::vector<int64_t> wider;
       wider.reserve(offsets.size() * sizes_[d]);
       for (const int64_t start : offsets)
@@ -103,6 +104,41 @@ template <class Int>
 struct AttentionSizes {
   Leading<Int> batch;
   Int Tq, Tk, width, Dv;  // width: of queries and keys
+
+  // output and weights
+  Tensors<2> empty_outputs(const at::Tensor& like) const {
+    return {batch.empty(like, Tq, Dv), batch.empty(like, Tq, Tk)};
+  }
+
+  // One matrix for each of the batch, where it is wanted.
+  at::Tensor gradient(bool wanted, const at::Tensor& like, const Int& rows, const Int& cols) const {
+    return wanted ? batch.empty(like, rows, cols) : at::Tensor();
+  }
+};
+
+// The first arguments of a backward: the gradients of both outputs.
+struct AttentionGradients {
+  Maybe grad_output, grad_weights;
+};
+
+// An argument as kernels find it: element (n, row, column) of the broadcast batch is stored at
+// offset[n] + row * rows + column * columns. Alive as long as this.
+struct Argument {
+  at::Tensor tensor;
+  std::vector<int64_t> offset;
+  int64_t rows = 0, columns = 0;
+
+  Argument(const AttentionSizes<int64_t>& s, Maybe t) {
+    if (!t.has_value()) return;
+    tensor = *t;
+    auto stride = [&](int64_t from_end) {
+      const int64_t d = t->dim() - from_end;
+      return d < 0 || t->size(d) == 1 ? 0 : t->stride(d);
+    };
+    columns = stride(1);
+    rows = stride(2);
+    offset = s.batch.offsets_in(*t);
+  }
 };
 
 // query [..., Tq, width], key [..., Tk, width], value [..., Tk, Dv], mask of scores [..., Tq, Tk].
@@ -146,10 +182,9 @@ AttentionSizes<Int> check_attention(const Check<Int>& check, const at::Tensor& q
 // What a backward is given besides: the gradients of both outputs, and the weights.
 template <class Int>
 void check_attention_backward(const Check<Int>& check, const AttentionSizes<Int>& s,
-                              const OptionalTensor& grad_output, const OptionalTensor& grad_weights,
-                              const at::Tensor& weights) {
-  check.operand("grad_output", grad_output, s.batch.with(s.Tq, s.Dv));
-  check.operand("grad_weights", grad_weights, s.batch.with(s.Tq, s.Tk));
+                              const AttentionGradients& in, const at::Tensor& weights) {
+  check.operand("grad_output", in.grad_output, s.batch.with(s.Tq, s.Dv));
+  check.operand("grad_weights", in.grad_weights, s.batch.with(s.Tq, s.Tk));
   check.operand("weights", weights, s.batch.with(s.Tq, s.Tk));
 }
 

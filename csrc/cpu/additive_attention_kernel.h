@@ -1,7 +1,7 @@
 // Additive attention's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
 // A batch row is one pair of query and key matrices. Leading dimensions may broadcast: the
-// `..._of` tables tell which matrix of an argument serves a batch row.
+// `..._offset` tables tell where each batch row's matrix begins in an argument, in elements.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,9 @@ namespace seqmem::additive_attention {
 
 struct Shape {
   int64_t B, Tq, Tk, A, Dv;
-  const int64_t* query_of;  // [B]
-  const int64_t* key_of;    // [B]
-  const int64_t* value_of;  // [B]
-  const int64_t* mask_of;   // [B]
-  int64_t mask_rows;        // Tq, or 1 where all queries share a row
-  int64_t groups;           // parts into which the backward splits each batch row's queries
+  const int64_t *query_offset, *key_offset, *value_offset, *mask_offset;  // [B]
+  int64_t mask_stride;  // from one query's row to the next: Tk, or 0 where all share a row
+  int64_t groups;       // parts into which the backward splits each batch row's queries
 };
 
 // Storage type S is float, double, bf16 or fp16; null where absent or not wanted.
@@ -26,8 +23,8 @@ struct Arguments {
   const void* key;           // [*, Tk, A]
   const void* value;         // [*, Tk, Dv]
   const void* score_weight;  // [A]
-  const bool* keep;          // [*, mask_rows, Tk]: false where masked
-  const void* bias;          // [*, mask_rows, Tk]: added to the scores
+  const bool* keep;          // [*, Tq or 1, Tk]: false where masked
+  const void* bias;          // [*, Tq or 1, Tk]: added to the scores
 };
 
 struct Forward : Arguments {

@@ -25,11 +25,7 @@ struct Inputs {
   Maybe mask;
 };
 
-struct Gradients {
-  Maybe grad_output, grad_weights;
-};
-
-struct BackwardInputs : Gradients, Inputs {
+struct BackwardInputs : AttentionGradients, Inputs {
   In weights;
   std::array<bool, 5> output_mask;
 };
@@ -50,60 +46,46 @@ template <class Int>
 AttentionSizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.query, "query");
   const auto s = check_inputs(check, in);
-  check_attention_backward(check, s, in.grad_output, in.grad_weights, in.weights);
+  check_attention_backward(check, s, in, in.weights);
   return s;
 }
 
-// An argument made contiguous, and which of its matrices serves each of the broadcast ones.
-struct Matrices {
-  Tensor tensor;
-  std::vector<int64_t> index;
-
-  Matrices(const AttentionSizes<int64_t>& s, const Tensor& t) {
-    if (!t.defined()) return;
-    tensor = t.contiguous();
-    const int64_t elements = tensor.size(-1) * tensor.size(-2);
-    index = s.batch.offsets_in(tensor, std::max<int64_t>(elements, 1));
-  }
-};
-
 // [..., rows or 1, columns]
-Tensor mask_with_columns(const OptionalTensor& mask, int64_t columns) {
-  if (!mask.has_value()) return {};
+OptionalTensor mask_with_columns(Maybe mask, int64_t columns) {
+  if (!mask.has_value()) return mask;
   Tensor t = bool_or_floating(*mask);
   while (t.dim() < 2) t = t.unsqueeze(0);
   auto sizes = t.sizes().vec();
   sizes.back() = columns;
-  return t.expand(sizes);
+  return t.expand(sizes).contiguous();
 }
 
 // The arguments as the kernels take them, alive as long as this.
 struct Call {
-  const Matrices query, key, value, mask;
+  const Argument query, key, value, mask;
   const Operand score_weight;
-  const bool keeps;  // the mask is bool
   Shape shape;
 
   Call(const AttentionSizes<int64_t>& s, const Inputs& in)
-      : query(s, in.query),
-        key(s, in.key),
-        value(s, in.value),
+      : query(s, in.query.contiguous()),
+        key(s, in.key.contiguous()),
+        value(s, in.value.contiguous()),
         mask(s, mask_with_columns(in.mask, s.Tk)),
         score_weight(in.score_weight),
-        keeps(mask.tensor.defined() && mask.tensor.scalar_type() == at::kBool),
         shape{.B = s.batch.total(),
               .Tq = s.Tq,
               .Tk = s.Tk,
               .A = s.width,
               .Dv = s.Dv,
-              .query_of = query.index.data(),
-              .key_of = key.index.data(),
-              .value_of = value.index.data(),
-              .mask_of = mask.index.data(),
-              .mask_rows = mask.tensor.defined() ? mask.tensor.size(-2) : 1,
+              .query_offset = query.offset.data(),
+              .key_offset = key.offset.data(),
+              .value_offset = value.offset.data(),
+              .mask_offset = mask.offset.data(),
+              .mask_stride = mask.rows,
               .groups = 1} {}
 
   void put_into(Arguments& arguments) const {
+    const bool keeps = mask.tensor.defined() && mask.tensor.scalar_type() == at::kBool;
     arguments.query = const_data(query.tensor);
     arguments.key = const_data(key.tensor);
     arguments.value = const_data(value.tensor);
@@ -138,14 +120,9 @@ int64_t groups_for(const Shape& s) {
   return std::clamp<int64_t>(s.Tq / rows, 1, wanted);
 }
 
-template <class Int>
-Tensors<2> allocate(const Inputs& in, const AttentionSizes<Int>& s) {
-  return {s.batch.empty(in.query, s.Tq, s.Dv), s.batch.empty(in.query, s.Tq, s.Tk)};
-}
-
 Tensors<2> forward_cpu(const Inputs& in) {
   const auto s = check<int64_t>(in);
-  Tensors<2> out = allocate(in, s);
+  Tensors<2> out = s.empty_outputs(in.query);
   const auto& [output, weights] = out;
   const Call call(s, in);
   const Storage storage = storage_of(in.query);
@@ -158,21 +135,19 @@ Tensors<2> forward_cpu(const Inputs& in) {
   return out;
 }
 
-Tensors<2> forward_meta(const Inputs& in) { return allocate(in, check<c10::SymInt>(in)); }
+Tensors<2> forward_meta(const Inputs& in) { return check<c10::SymInt>(in).empty_outputs(in.query); }
 
 Tensors<5> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
   Call call(s, in);
   call.shape.groups = groups_for(call.shape);
   const auto [of_query, of_key, of_value, of_score_weight, of_mask] = in.output_mask;
-  auto make = [&](bool wanted, int64_t rows, int64_t columns) {
-    return wanted ? s.batch.empty(in.query, rows, columns) : Tensor();
-  };
   const auto options = in.query.options();
-  const Tensor query = make(of_query, s.Tq, s.width), key = make(of_key, s.Tk, s.width),
-               value = make(of_value, s.Tk, s.Dv),
+  const Tensor query = s.gradient(of_query, in.query, s.Tq, s.width),
+               key = s.gradient(of_key, in.query, s.Tk, s.width),
+               value = s.gradient(of_value, in.query, s.Tk, s.Dv),
                score_weight = of_score_weight ? at::empty({s.width}, options) : Tensor(),
-               scores = make(of_mask && differentiable(in.mask), s.Tq, s.Tk);
+               scores = s.gradient(of_mask && differentiable(in.mask), in.query, s.Tq, s.Tk);
   const Operand grad_output(in.grad_output), grad_weights(in.grad_weights), weights(in.weights);
   const Storage storage = storage_of(in.query);
   Backward arguments{};

@@ -32,15 +32,11 @@ struct Options {
 
 struct Inputs : Operands, Options {};
 
-struct Gradients {
-  Maybe grad_output, grad_weights;
-};
-
 struct Weights {
   In weights;
 };
 
-struct BackwardInputs : Gradients, Operands, Weights, Options {
+struct BackwardInputs : AttentionGradients, Operands, Weights, Options {
   std::array<bool, 4> output_mask;
 };
 
@@ -58,30 +54,11 @@ template <class Int>
 AttentionSizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.query, "query");
   const auto s = check_inputs(check, in);
-  check_attention_backward(check, s, in.grad_output, in.grad_weights, in.weights);
+  check_attention_backward(check, s, in, in.weights);
   return s;
 }
 
-// An argument as the kernels see it: see Matrices.
-struct Argument {
-  Tensor tensor;
-  std::vector<int64_t> offset;
-  int64_t rows = 0, columns = 0;
-
-  Argument(const Sizes& s, Maybe t) {
-    if (!t.has_value()) return;
-    tensor = *t;
-    auto stride = [&](int64_t from_end) {
-      const int64_t d = t->dim() - from_end;
-      return d < 0 || t->size(d) == 1 ? 0 : t->stride(d);
-    };
-    columns = stride(1);
-    rows = stride(2);
-    offset = s.batch.offsets_in(*t);
-  }
-
-  Matrices view() const { return {const_data(tensor), offset.data(), rows, columns}; }
-};
+Matrices view(const Argument& t) { return {const_data(t.tensor), t.offset.data(), t.rows, t.columns}; }
 
 // A mask as the kernels take it: bytes or query's dtype, its last dimension contiguous or one
 // element for all. What was expanded stays small.
@@ -140,14 +117,9 @@ int64_t groups_for(const Shape& s, int64_t tasks) {
 // Packing the keys costs about as much as a few rows of scores.
 constexpr int64_t kRowsWorthPacking = 8;
 
-template <class Int>
-Tensors<2> allocate(const Inputs& in, const AttentionSizes<Int>& s) {
-  return {s.batch.empty(in.query, s.Tq, s.Dv), s.batch.empty(in.query, s.Tq, s.Tk)};
-}
-
 Tensors<2> forward_cpu(const Inputs& in) {
   const Sizes s = check<int64_t>(in);
-  Tensors<2> out = allocate(in, s);
+  Tensors<2> out = s.empty_outputs(in.query);
   const auto& [output, weights] = out;
   if (weights.numel() == 0) {
     output.zero_();
@@ -158,10 +130,10 @@ Tensors<2> forward_cpu(const Inputs& in) {
   const Plan plan = {.pack = s.Tq >= kRowsWorthPacking || call.key.columns != 1,
                      .groups = groups_for(call.shape, threads == 1 ? 1 : threads * kTasksPerThread),
                      .next = 0};
-  const Forward arguments = {.query = call.query.view(),
-                             .key = call.key.view(),
-                             .value = call.value.view(),
-                             .mask = call.mask.view(),
+  const Forward arguments = {.query = view(call.query),
+                             .key = view(call.key),
+                             .value = view(call.value),
+                             .mask = view(call.mask),
                              .output = data(output),
                              .weights = data(weights),
                              .workspace = nullptr};
@@ -169,7 +141,9 @@ Tensors<2> forward_cpu(const Inputs& in) {
   return out;
 }
 
-Tensors<2> forward_meta(const Inputs& in) { return allocate(in, check<c10::SymInt>(in)); }
+Tensors<2> forward_meta(const Inputs& in) {
+  return check<c10::SymInt>(in).empty_outputs(in.query);
+}
 
 // The parts of a batch that are summed separately; the same at any number of threads.
 constexpr int64_t kBackwardTasks = 16;
@@ -179,21 +153,20 @@ Tensors<4> backward_cpu(const BackwardInputs& in) {
   const Call call(s, in, in);
   const Argument grad_output(s, in.grad_output), grad_weights(s, in.grad_weights);
   const Operand weights(in.weights);
-  auto make = [&](bool wanted, int64_t rows, int64_t columns) {
-    return wanted ? s.batch.empty(in.query, rows, columns) : Tensor();
-  };
   const auto [of_query, of_key, of_value, of_mask] = in.output_mask;
-  const Tensor query = make(of_query, s.Tq, s.width), key = make(of_key, s.Tk, s.width),
-               value = make(of_value, s.Tk, s.Dv),
-               mask = make(of_mask && call.shape.mask == MaskKind::Added, s.Tq, s.Tk);
+  const bool of_added = of_mask && call.shape.mask == MaskKind::Added;
+  const Tensor query = s.gradient(of_query, in.query, s.Tq, s.width),
+               key = s.gradient(of_key, in.query, s.Tk, s.width),
+               value = s.gradient(of_value, in.query, s.Tk, s.Dv),
+               mask = s.gradient(of_added, in.query, s.Tq, s.Tk);
   if (in.weights.numel() > 0) {
     const Plan plan = {.pack = true, .groups = groups_for(call.shape, kBackwardTasks), .next = 0};
-    const Backward arguments = {.grad_output = grad_output.view(),
-                                .grad_weights = grad_weights.view(),
-                                .query = call.query.view(),
-                                .key = call.key.view(),
-                                .value = call.value.view(),
-                                .mask = call.mask.view(),
+    const Backward arguments = {.grad_output = view(grad_output),
+                                .grad_weights = view(grad_weights),
+                                .query = view(call.query),
+                                .key = view(call.key),
+                                .value = view(call.value),
+                                .mask = view(call.mask),
                                 .weights = weights.data(),
                                 .grad_query = data(query),
                                 .grad_key = data(key),

@@ -198,6 +198,7 @@ def additive_attention_backward(
         grad_output, grad_weights, query, key, value, score_weight, mask, weights, output_mask
     )
     of_query, of_key, of_value, of_score_weight, of_mask = output_mask
+    of_mask = of_mask and mask is not None and mask.is_floating_point()
     call = _Call(query, key, value, mask)
     dtype = query.dtype
     none = query.new_empty(0)
@@ -212,13 +213,10 @@ def additive_attention_backward(
         scores = scores.contiguous()
         grad_query, grad_key, grad_value, grad_v = none, none, none, none
         if of_query or of_score_weight:
-            sides = call.query, call.key
-            grad_query, grad_v = _sums(
-                call, *sides, scores, score_weight, of_query, of_score_weight
-            )
+            wanted = of_query, of_score_weight
+            grad_query, grad_v = _sums(call, call.query, call.key, scores, score_weight, *wanted)
         if of_key:
-            operands = call, call.key, call.query, scores.mT, score_weight
-            grad_key, _ = _sums(*operands, True, False)
+            grad_key, _ = _sums(call, call.key, call.query, scores.mT, score_weight, True, False)
         if of_value and grad_output is not None:
             grad_value = (weights.mT @ grad_output).sum_to_size(value.shape)
         elif of_value:
@@ -228,7 +226,7 @@ def additive_attention_backward(
             grad_key.sum_to_size(key.shape) if of_key else none,
             grad_value,
             grad_v.to(dtype) if of_score_weight else none,
-            scores.sum_to_size(mask.shape).to(dtype) if of_mask and mask is not None else none,
+            scores.sum_to_size(mask.shape).to(dtype) if mask is not None and of_mask else none,
         )
 
 

@@ -1,4 +1,4 @@
-// What additive attention's forward and backward share: tanh, and the operands of a batch row.
+// Additive attention's scores, and the operands of a batch row as a thread reads them.
 //
 // tanh(q + k) is computed in one of two ways:
 //   - features in lanes: one rational function for each pair, in float or double (`rational_tanh`);
@@ -44,12 +44,9 @@ struct Factor {
   Vec<float> high, low;
 };
 
-SEQMEM_INLINE Factor factor(Vec<float> x) {
-  const Vec<float> argument[1] = {x + x};
-  ExpParts<float> e[1];
-  exp_parts<1, float>(argument, e);
-  const Vec<float> high = e[0].power + e[0].power * e[0].fraction;
-  return {high, (e[0].power - high) + e[0].power * e[0].fraction};
+// Stored as [high, low][L].
+SEQMEM_INLINE Factor load_factor(const float* from) {
+  return {load(from), load(from + kLanes<float>)};
 }
 
 // E - 1 from its factors; E + 1 is two more.
@@ -57,8 +54,14 @@ SEQMEM_INLINE Vec<float> product_minus_one(Factor q, Factor k) {
   return q.low * k.high + (q.high * k.low + (q.high * k.high - 1.0f));
 }
 
-// Lanes become all ones where x is too large, or NaN.
-SEQMEM_INLINE IntVec<float> too_large(Vec<float> x) {
+// Stores the factor of x. Returns lanes of all ones where x is too large, or NaN.
+SEQMEM_INLINE IntVec<float> store_factor(Vec<float> x, float* high, float* low) {
+  const Vec<float> argument[1] = {x + x};
+  ExpParts<float> e[1];
+  exp_parts<1, float>(argument, e);
+  const Vec<float> nearest = e[0].power + e[0].power * e[0].fraction;
+  store(high, nearest);
+  store(low, (e[0].power - nearest) + e[0].power * e[0].fraction);
   return ~((x >= -kLargestFactor) & (x <= kLargestFactor));
 }
 
@@ -82,10 +85,7 @@ bool pack_key_factors(const S* keys, int64_t rows, int64_t padded_rows, int64_t 
           lanes, n, [&](int l) { return load_n(keys + (j + l) * A + i, n); },
           [&](int l, Vec<float> x) {
             float* to = panels + (j * A + (i + l) * L) * 2;
-            bad |= too_large(x);
-            const Factor f = factor(x);
-            store(to, f.high);
-            store(to + L, f.low);
+            bad |= store_factor(x, to, to + L);
           });
     }
   }
@@ -107,16 +107,18 @@ SEQMEM_INLINE void fill(C* to, int64_t n, C x) {
   for (int64_t i = 0; i < n; ++i) to[i] = x;
 }
 
-// The operands of one batch row as one thread reads them.
+// One thread's operands of one batch row, and a block of queries' scores.
 template <class S>
-struct Operands {
+class Operands {
+ protected:
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int64_t kBlockRows = 16;  // queries of a block
+  static constexpr int kTile = 2;            // queries, and panels of keys, of a tile of factors
 
   const Shape& s;
-  const Arguments& a;
-  const int64_t A_pad, Dv_pad;
+  const int thread, threads;
+  const int64_t A_pad, Dv_pad, Tk_pad;
   const int64_t key_panels;  // of L keys each
   const bool factors_pay;
   const int64_t factor_width;  // A, or 0 where there are no factors
@@ -128,21 +130,25 @@ struct Operands {
   C* key_factors = nullptr;                       // [key_panels][A][2][L]
   bool has_factors = false;                       // whether key_factors are those of this batch row
 
-  Operands(const Shape& s, const Arguments& a, int64_t key_panels)
+  // Tk is padded to whole vectors, `vectors` at a time.
+  Operands(const Shape& s, const Arguments& a, int vectors, int thread, int threads)
       : s(s),
-        a(a),
+        thread(thread),
+        threads(threads),
         A_pad(padded<C>(s.A)),
         Dv_pad(padded<C>(s.Dv)),
-        key_panels(key_panels),
+        Tk_pad(ceil_div(s.Tk, vectors * L) * vectors * L),
+        key_panels(Tk_pad / L),
         factors_pay(kHasFactors<C> && s.Tq >= kMinQueriesForFactors && s.Tk >= kMinKeysForFactors),
-        factor_width(factors_pay ? s.A : 0) {}
+        factor_width(factors_pay ? s.A : 0),
+        a(a) {}
 
   void place(Carver& take) {
     weight = take.array<C>(A_pad);
     key_copy = take.array<C>(s.Tk * A_pad);
     value_copy = take.array<C>(s.Tk * Dv_pad);
     query_copy = take.array<C>(kBlockRows * A_pad);
-    key_factors = take.array<C>(key_panels * L * factor_width * 2);
+    key_factors = take.array<C>(Tk_pad * factor_width * 2);
     query_high = take.array<C>(factors_pay ? kBlockRows * A_pad : 0);
     query_low = take.array<C>(factors_pay ? kBlockRows * A_pad : 0);
   }
@@ -154,55 +160,120 @@ struct Operands {
     if (b == batch_row) return;
     batch_row = b;
     key = nullptr;
-    value = padded_rows(matrix(a.value, s.value_of[b], s.Tk * s.Dv), s.Tk, s.Dv, value_copy);
+    value = padded_rows(static_cast<const S*>(a.value) + s.value_offset[b], s.Tk, s.Dv, value_copy);
     if constexpr (kHasFactors<C>)
-      has_factors = with_factors && factors_pay &&
-                    pack_key_factors(matrix(a.key, s.key_of[b], s.Tk * s.A), s.Tk, key_panels * L,
-                                     s.A, key_factors);
+      has_factors =
+          with_factors && factors_pay && pack_key_factors(keys(), s.Tk, Tk_pad, s.A, key_factors);
   }
 
-  void read_keys() {
-    if (key == nullptr)
-      key = padded_rows(matrix(a.key, s.key_of[batch_row], s.Tk * s.A), s.Tk, s.A, key_copy);
-  }
-
-  void read_queries(int64_t first, int64_t count) {
-    const S* from = matrix(a.query, s.query_of[batch_row], s.Tq * s.A) + first * s.A;
+  // Reads a block of queries. Whether their factors and the keys' are there; if not, the keys are.
+  bool read_queries(int64_t first, int64_t count) {
+    const S* from = static_cast<const S*>(a.query) + s.query_offset[batch_row] + first * s.A;
     query = padded_rows(from, count, s.A, query_copy);
-  }
-
-  // The factors of the block's queries; false if one is too large, or the keys have none.
-  bool read_query_factors([[maybe_unused]] int64_t count) {
-    if constexpr (kHasFactors<C>) {
-      if (!has_factors) return false;
-      IntVec<float> bad{};
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t i = 0; i < A_pad; i += L) {
-          const Vec<float> x = load(query + r * A_pad + i);
-          bad |= too_large(x);
-          const Factor f = factor(x);
-          store(query_high + r * A_pad + i, f.high);
-          store(query_low + r * A_pad + i, f.low);
-        }
-      }
-      return none(bad);
-    }
+    if constexpr (kHasFactors<C>)
+      if (has_factors && factor_queries(count)) return true;
+    if (key == nullptr) key = padded_rows(keys(), s.Tk, s.A, key_copy);
     return false;
   }
 
   // The mask's row for query i; null without a mask.
   template <class M>
   const M* mask_row(const M* mask, int64_t i) const {
-    if (mask == nullptr) return nullptr;
-    return mask + (s.mask_of[batch_row] * s.mask_rows + (s.mask_rows == 1 ? 0 : i)) * s.Tk;
+    return mask == nullptr ? nullptr : mask + s.mask_offset[batch_row] + i * s.mask_stride;
+  }
+
+  // scores[i] = weight . tanh(query_i + key_j) of a block, rows of Tk_pad; what is masked may be
+  // left out.
+  void score_block(int64_t first, int64_t count, C* scores) {
+    if (read_queries(first, count)) {
+      if constexpr (kHasFactors<C>) score_by_factors(first, count, scores);
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        score_row(query + i * A_pad, mask_row(a.keep, first + i), scores + i * Tk_pad);
+    }
   }
 
  private:
+  const Arguments& a;
   C *key_copy = nullptr, *value_copy = nullptr, *query_copy = nullptr;
   int64_t batch_row = -1;
 
-  static const S* matrix(const void* all, int64_t index, int64_t size) {
-    return static_cast<const S*>(all) + index * size;
+  const S* keys() const { return static_cast<const S*>(a.key) + s.key_offset[batch_row]; }
+
+  // False if a query is too large.
+  bool factor_queries(int64_t count) {
+    IntVec<float> bad{};
+    for (int64_t i = 0; i < count * A_pad; i += L)
+      bad |= store_factor(load(query + i), query_high + i, query_low + i);
+    return none(bad);
+  }
+
+  static bool any(const bool* keep, int64_t n) {
+    bool found = false;
+    for (int64_t i = 0; i < n; ++i) found |= keep[i];
+    return found;
+  }
+
+  // Keys in lanes; tiles that are masked as a whole are left out.
+  void score_by_factors(int64_t first, int64_t count, C* scores) {
+    for (int64_t panel = 0; panel < key_panels; panel += kTile) {
+      const int64_t j = panel * L, n = min<int64_t>(kTile * L, s.Tk - j);
+      for (int64_t i = 0; i < count; i += kTile) {
+        for_count<kTile>(min<int64_t>(kTile, count - i), [&](auto rows) {
+          bool kept = a.keep == nullptr;
+          for (int64_t r = 0; r < rows.value && !kept; ++r)
+            kept = any(mask_row(a.keep, first + i + r) + j, n);
+          if (kept) score_tile<rows.value>(i, panel, scores);
+        });
+      }
+    }
+  }
+
+  template <int R>
+  SEQMEM_INLINE void score_tile(int64_t i, int64_t panel, C* scores) {
+    Vec<float> acc[R][kTile];
+    start_sums(acc);
+    const int64_t panel_size = L * s.A * 2;
+    const float* keys = key_factors + panel * panel_size;
+    for (int64_t f = 0; f < s.A; ++f) {
+      const Vec<float> w = splat(weight[f]);
+      Factor k[kTile];
+      SEQMEM_UNROLL
+      for (int p = 0; p < kTile; ++p) k[p] = load_factor(keys + p * panel_size + f * 2 * L);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int64_t offset = (i + r) * A_pad + f;
+        const Factor q = {splat(query_high[offset]), splat(query_low[offset])};
+        SEQMEM_UNROLL
+        for (int p = 0; p < kTile; ++p) {
+          const Vec<float> m = product_minus_one(q, k[p]);
+          acc[r][p] += w * (m / (m + 2.0f));
+        }
+      }
+    }
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+    for (int p = 0; p < kTile; ++p) store(scores + (i + r) * Tk_pad + (panel + p) * L, acc[r][p]);
+  }
+
+  // row[j] = weight . tanh(q + key_j), four keys at a time; fours that are all masked are left out.
+  SEQMEM_INLINE void score_row(const C* q, const bool* keep, C* row) {
+    for (int64_t j = 0; j < s.Tk; j += 4) {
+      const int64_t n = min<int64_t>(4, s.Tk - j);
+      if (keep != nullptr && !any(keep + j, n)) continue;
+      const C* k[4];
+      for (int64_t i = 0; i < 4; ++i) k[i] = key + (j + min(i, n - 1)) * A_pad;
+      Vec<C> acc[4];
+      start_sums(acc);
+      for (int64_t v = 0; v < A_pad; v += L) {
+        const Vec<C> x = load(q + v), w = load(weight + v);
+        SEQMEM_UNROLL
+        for (int i = 0; i < 4; ++i) acc[i] += w * rational_tanh(x + load(k[i] + v));
+      }
+      C sums[4];
+      store_sums4<C>(sums, acc);
+      for (int64_t i = 0; i < n; ++i) row[j + i] = sums[i];
+    }
   }
 };
 
