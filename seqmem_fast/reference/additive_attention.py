@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Sample, attend, masked
+from .common import Draw, Sample, attend, masked
 
 
 def additive_attention(
@@ -45,22 +45,14 @@ def sample_inputs(
 ) -> Iterator[Sample]:
     """Calls that reach every option of the op once; sizes = (B, Tq, Tk, A, Dv)."""
     batch, queries, keys, width, value_width = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return value.to(device=device, dtype=dtype)
-
-    def choose(*shape: int) -> Tensor:
-        return (torch.rand(*shape, generator=generator) < 0.7).to(device)
-
+    draw = Draw(device, dtype, seed)
     q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
     score_weight = draw(width)
-    mask = choose(batch, queries, keys)
+    mask = draw.mask(batch, queries, keys)
     mask[:, queries - 1 :] = False  # a row without any allowed key
     yield Sample("plain", (q, k, v, score_weight, None))
     yield Sample("masked", (q, k, v, score_weight, mask))
-    yield Sample("integer_mask", (q, k, v, score_weight, choose(batch, 1, keys).int()))
+    yield Sample("integer_mask", (q, k, v, score_weight, draw.mask(batch, 1, keys).int()))
     yield Sample("added_mask", (q, k, v, score_weight, draw(batch, queries, keys)))
     yield Sample(
         "broadcast",

@@ -16,38 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .common import Sample, attend, masked
-
-
-@overload
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    return_weights: Literal[True] = True,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]: ...
+from .common import Draw, Sample, attend, masked
 
 
 def attention(
@@ -88,24 +61,16 @@ def sample_inputs(
 ) -> Iterator[Sample]:
     """Calls of :func:`attention` that reach every option once; sizes = (B, Tq, Tk, D, Dv)."""
     batch, queries, keys, width, value_width = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return value.to(device=device, dtype=dtype)
-
-    def choose(*shape: int) -> Tensor:
-        return (torch.rand(*shape, generator=generator) < 0.7).to(device)
-
+    draw = Draw(device, dtype, seed)
     q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
-    mask = choose(batch, queries, keys)
+    mask = draw.mask(batch, queries, keys)
     mask[:, -1] = False  # a row without any allowed key
     yield Sample("plain", (q, k, v, None))
     yield Sample("masked", (q, k, v, mask))
-    yield Sample("integer_mask", (q, k, v, choose(batch, 1, keys).int()), {"scale": 0.3})
+    yield Sample("integer_mask", (q, k, v, draw.mask(batch, 1, keys).int()), {"scale": 0.3})
     yield Sample("added_mask", (q, k, v, draw(batch, queries, keys)))
     yield Sample("causal", (q, k, v, None), {"is_causal": True})
-    behind = choose(batch, queries, keys)
+    behind = draw.mask(batch, queries, keys)
     behind[..., 0] = True
     yield Sample("causal_masked", (q, k, v, behind), {"is_causal": True, "scale": -1.5})
     heads = 2

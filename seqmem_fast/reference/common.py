@@ -26,6 +26,27 @@ def attend(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ value, weights
 
 
+class Draw:
+    """Random tensors for a sample: the same seed gives the same, whatever device and dtype."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal, of this deviation."""
+        value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return value.to(device=self.device, dtype=self.dtype)
+
+    def mask(self, *shape: int, share: float = 0.7) -> Tensor:
+        """bool, that share of it true."""
+        return (torch.rand(shape, generator=self.generator) < share).to(self.device)
+
+    def whole(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 on the CPU, low <= value < high."""
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
 class Sample(NamedTuple):
     """The arguments of one call, under a name that says which option it reaches."""
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Sample
+from .common import Draw, Sample
 
 
 def dynamic_memory(
@@ -78,20 +78,15 @@ def sample_inputs(
 ) -> Iterator[Sample]:
     """Calls of :func:`dynamic_memory` that reach every option once; sizes = (B, N, m, h)."""
     batch, slots, width, hidden = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-        return value.to(device=device, dtype=dtype)
+    draw = Draw(device, dtype, seed)
 
     def networks(columns: int) -> tuple[Tensor, ...]:
         scale = (width + columns) ** -0.5
         shapes = [(width, width + columns), (width,)] * 2
         return tuple(draw(*shape, scale=scale) for shape in shapes)
 
-    mask = torch.rand(batch, slots, generator=generator) < 0.6
+    mask = draw.mask(batch, slots, share=0.6)
     mask[0] = True
-    mask = mask.to(device)
     shared, own = draw(slots, width), draw(batch, slots, width)
     narrow, wide = draw(batch, width), draw(batch, hidden)
     projected = {"score_query": draw(batch, width)}

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Sample
+from .common import Draw, Sample
 
 
 def categorical_sample(
@@ -96,15 +96,10 @@ def sample_inputs(
     """Calls that reach every option of :func:`reinforce_loss` and :func:`sample_at` once;
     sizes = (rows, K)."""
     rows, actions = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return value.to(device=device, dtype=dtype)
-
-    action = torch.randint(actions, (rows,), generator=generator).to(device)
+    draw = Draw(device, dtype, seed)
+    action = draw.whole(0, actions, rows).to(device)
     logits, returns, baseline = draw(rows, actions), draw(rows), draw(rows)
-    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(rows, generator=draw.generator, dtype=torch.float64)
     mean, each = {"reduction": "mean"}, {"reduction": "none", "entropy_weight": 0.3}
     yield Sample("plain", (logits, action, returns), function="reinforce_loss")
     yield Sample("mean", (logits, action, returns, baseline), mean, "reinforce_loss")

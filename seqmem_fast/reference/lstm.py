@@ -19,12 +19,13 @@ Arguments are not checked: the ops do that.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Sample
+from .common import Draw, Sample
 
 State = tuple[Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]
@@ -47,35 +48,10 @@ def lstm_cell(
 
 
 def lstm(
-    input: Tensor,
-    hx: State | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    weight_hr: Tensor | None = None,
-    *,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    batch_sizes: Tensor | None = None,
-    batch_first: bool = False,
-    reverse: bool = False,
+    input: Tensor, hx: State | None, *weights: Tensor | None, **options: Any
 ) -> tuple[Tensor, State]:
-    """One layer in one direction over a whole sequence; see :func:`lstm_trace`."""
-    output, state, _, _ = lstm_trace(
-        input,
-        hx,
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        weight_hr,
-        lengths=lengths,
-        reset=reset,
-        batch_sizes=batch_sizes,
-        batch_first=batch_first,
-        reverse=reverse,
-    )
+    """One layer in one direction over a whole sequence; arguments as of :func:`lstm_trace`."""
+    output, state, _, _ = lstm_trace(input, hx, *weights, **options)  # type: ignore[arg-type]
     return output, state
 
 
@@ -334,11 +310,7 @@ def sample_inputs(
 ) -> Iterator[Sample]:
     """Calls of :func:`lstm` that reach every option once; sizes = (T, B, I, H)."""
     time, batch, width, hidden = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-        return value.to(device=device, dtype=dtype)
+    draw = Draw(device, dtype, seed)
 
     def weights(bias: bool = True, project: int = 0) -> tuple[Tensor | None, ...]:
         out, scale = project or hidden, hidden**-0.5
@@ -351,8 +323,8 @@ def sample_inputs(
         return draw(batch, project or hidden), draw(batch, hidden)
 
     x = draw(time, batch, width)
-    lengths = torch.randint(0, time + 1, (batch,), generator=generator)
-    reset = (torch.rand(time, batch, generator=generator) < 0.3).to(device)
+    lengths = draw.whole(0, time + 1, batch)
+    reset = draw.mask(time, batch, share=0.3)
     sizes_packed = (torch.arange(batch, 0, -1)[:, None] * time > torch.arange(time) * batch).sum(0)
     project = hidden // 2
     yield Sample("plain", (x, state(), *weights()))

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Sample
+from .common import Draw, Sample
 from .ntm_addressing import NTMState, ntm_addressing, ntm_read, ntm_write
 
 Layers = Sequence[tuple[Tensor, ...]]
@@ -42,30 +42,11 @@ def ntm(
     controller: Sequence[Tensor],
     head_weight: Tensor,
     head_bias: Tensor,
-    *,
-    heads: str = "wr",
-    shift_range: int = 1,
-    squash: bool = True,
-    controller_type: str = "lstm",
-    initial: NTMState | None = None,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, NTMState]:
-    """input [T, B, I] -> features [T, B, C + R * M] and the last state; see :func:`ntm_trace`."""
-    features, state, _ = ntm_trace(
-        input,
-        state,
-        controller,
-        head_weight,
-        head_bias,
-        heads=heads,
-        shift_range=shift_range,
-        squash=squash,
-        controller_type=controller_type,
-        initial=initial,
-        lengths=lengths,
-        reset=reset,
-    )
+    """input [T, B, I] -> features [T, B, C + R * M] and the last state; options as of
+    :func:`ntm_trace`."""
+    features, state, _ = ntm_trace(input, state, controller, head_weight, head_bias, **options)
     return features, state
 
 
@@ -250,11 +231,7 @@ def sample_inputs(
 ) -> Iterator[Sample]:
     """Calls of :func:`ntm` that reach every option once; sizes = (T, B, I, C, N, M)."""
     time, batch, width, control, slots, slot = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        value = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return value.to(device=device, dtype=dtype)
+    draw = Draw(device, dtype, seed)
 
     def sample(
         name: str, heads: str = "wr", layers: int = 1, shift_range: int = 1, **kwargs: Any
@@ -288,8 +265,8 @@ def sample_inputs(
         args = (draw(time, batch, width), state(batch), tuple(controller), head_weight, head_bias)
         return Sample(name, args, kwargs, "ntm_trace")
 
-    lengths = torch.randint(0, time + 1, (batch,), generator=generator)
-    reset = (torch.rand(time, batch, generator=generator) < 0.3).to(device)
+    lengths = draw.whole(0, time + 1, batch)
+    reset = draw.mask(time, batch, share=0.3)
     yield sample("plain")
     yield sample("read_first", heads="rw", squash=False)
     yield sample("many_heads", heads="wrrwwr", shift_range=2)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import Sample
+from .common import Draw, Sample
 
 EPSILON = 1e-8
 
@@ -133,11 +133,7 @@ def sample_inputs(
     with ``_unbatched``.
     """
     batch, slots, width, heads, taps = sizes
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    draw = Draw("cpu", torch.float64, seed)
     layouts = {"": ((batch,), ()), "_heads": ((batch,), (heads,)), "_unbatched": ((), ())}
     for suffix, (rows, head) in layouts.items():
         lead = (*rows, *head)

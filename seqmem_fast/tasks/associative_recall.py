@@ -7,21 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from .task import (
-    Batch,
-    Probe,
-    Size,
-    Task,
-    draw_between,
-    random_bits,
-    require_positive,
-    require_range,
-    stages_between,
-)
+from .task import Batch, BitsTask, Probe, random_bits, require_positive
 
 
 @dataclass(frozen=True)
-class AssociativeRecallTask(Task):
+class AssociativeRecallTask(BitsTask):
     """Items, each a few random vectors with a delimiter before it; then one of them again between
     two query delimiters; the item that had followed it is the answer.
 
@@ -35,31 +25,22 @@ class AssociativeRecallTask(Task):
         ValueError: a number below 1, fewer than 2 items, a minimum above its maximum.
     """
 
+    name = "associative_recall"
+    flags = 2
+
     bits: int = 6
     item_length: int = 3
     min_items: int = 2
     max_items: int = 6
 
     def __post_init__(self) -> None:
-        require_positive("associative_recall", bits=self.bits, item_length=self.item_length)
-        require_range("associative_recall", "items", self.min_items, self.max_items)
+        super().__post_init__()
+        require_positive(self.name, item_length=self.item_length)
         if self.min_items < 2:
             raise ValueError(f"associative_recall: expected min_items from 2, got {self.min_items}")
 
-    @property
-    def input_size(self) -> int:
-        return self.bits + 2
-
-    @property
-    def output_size(self) -> int:
-        return self.bits
-
-    @property
-    def stages(self) -> int:
-        return stages_between(self.min_items, self.max_items)
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"items": draw_between(self.min_items, self.max_items, generator, stage)}
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        return {"items": (self.min_items, self.max_items)}
 
     def batch(self, batch_size: int, generator: Generator, *, items: int = 6) -> Batch:
         if items < 2:

@@ -7,21 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from .task import (
-    Batch,
-    Probe,
-    Size,
-    Task,
-    draw_between,
-    random_bits,
-    require_positive,
-    require_range,
-    stages_between,
-)
+from .task import Batch, BitsTask, Probe, random_bits, require_positive
 
 
 @dataclass(frozen=True)
-class CopyTask(Task):
+class CopyTask(BitsTask):
     """`length` random vectors, a delimiter flag on a channel of its own, then the same vectors.
 
     No input while the output is asked for. In the paper: 8 bits, lengths 1 to 20, tested up to 120.
@@ -32,31 +22,16 @@ class CopyTask(Task):
         ValueError: bits or a length below 1, min_length above max_length.
     """
 
-    bits: int = 8
+    name = "copy"
+
     min_length: int = 1
     max_length: int = 20
 
-    def __post_init__(self) -> None:
-        require_positive("copy", bits=self.bits)
-        require_range("copy", "length", self.min_length, self.max_length)
-
-    @property
-    def input_size(self) -> int:
-        return self.bits + 1
-
-    @property
-    def output_size(self) -> int:
-        return self.bits
-
-    @property
-    def stages(self) -> int:
-        return stages_between(self.min_length, self.max_length)
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"length": draw_between(self.min_length, self.max_length, generator, stage)}
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        return {"length": (self.min_length, self.max_length)}
 
     def batch(self, batch_size: int, generator: Generator, *, length: int = 20) -> Batch:
-        require_positive("copy", length=length)
+        require_positive(self.name, length=length)
         sequence = random_bits(length, batch_size, self.bits, generator=generator)
         steps = 2 * length + 1
         shown = sequence.new_zeros(steps, batch_size, self.input_size)

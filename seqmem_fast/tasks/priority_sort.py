@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from .task import Batch, Probe, Size, Task, random_bits, require_positive
+from .task import Batch, BitsTask, Probe, Size, random_bits
 
 
 @dataclass(frozen=True)
-class PrioritySortTask(Task):
+class PrioritySortTask(BitsTask):
     """Random vectors, each with a priority uniform in [-1, 1] on a channel of its own; then the
     vectors of highest priority, the highest first.
 
@@ -24,12 +24,13 @@ class PrioritySortTask(Task):
         ValueError: a number below 1, more asked for than there are.
     """
 
-    bits: int = 8
+    name = "priority_sort"
+
     items: int = 20
     highest: int = 16
 
     def __post_init__(self) -> None:
-        require_positive("priority_sort", bits=self.bits)
+        super().__post_init__()
         self._require_sizes(self.items, self.highest)
 
     def _require_sizes(self, items: int, highest: int) -> None:
@@ -37,14 +38,6 @@ class PrioritySortTask(Task):
             raise ValueError(
                 f"priority_sort: expected 1 <= highest <= items, got {highest} and {items}"
             )
-
-    @property
-    def input_size(self) -> int:
-        return self.bits + 1
-
-    @property
-    def output_size(self) -> int:
-        return self.bits
 
     def draw(self, generator: Generator, stage: int | None = None) -> Size:
         return {"items": self.items, "highest": self.highest}

@@ -7,23 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from .task import (
-    Batch,
-    Probe,
-    Size,
-    Task,
-    draw_between,
-    random_bits,
-    require_positive,
-    require_range,
-    stages_between,
-)
+from .task import Batch, BitsTask, Probe, random_bits, require_positive
 
 BLANK_SHARE = 1 / 8  # of training's rows, in which one vector has no bits
 
 
 @dataclass(frozen=True)
-class RepeatCopyTask(Task):
+class RepeatCopyTask(BitsTask):
     """`length` random vectors, the number of copies as a scalar on a channel of its own, then the
     copies one after the other and an end marker on an output channel of its own.
 
@@ -43,33 +33,21 @@ class RepeatCopyTask(Task):
         ValueError: a number below 1, a minimum above its maximum.
     """
 
-    bits: int = 8
+    name = "repeat_copy"
+
     min_length: int = 1
     max_length: int = 10
     min_repeats: int = 1
     max_repeats: int = 10
 
-    def __post_init__(self) -> None:
-        require_positive("repeat_copy", bits=self.bits)
-        require_range("repeat_copy", "length", self.min_length, self.max_length)
-        require_range("repeat_copy", "repeats", self.min_repeats, self.max_repeats)
-
-    @property
-    def input_size(self) -> int:
-        return self.bits + 1
-
     @property
     def output_size(self) -> int:
         return self.bits + 1
 
-    @property
-    def stages(self) -> int:
-        return stages_between(self.min_repeats, self.max_repeats)
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
+    def ranges(self) -> dict[str, tuple[int, int]]:
         return {
-            "length": draw_between(self.min_length, self.max_length, generator),
-            "repeats": draw_between(self.min_repeats, self.max_repeats, generator, stage),
+            "length": (self.min_length, self.max_length),
+            "repeats": (self.min_repeats, self.max_repeats),
         }
 
     def normalised(self, repeats: int) -> float:
@@ -83,13 +61,13 @@ class RepeatCopyTask(Task):
     def batch(
         self, batch_size: int, generator: Generator, *, length: int = 10, repeats: int = 10
     ) -> Batch:
-        require_positive("repeat_copy", length=length, repeats=repeats)
+        require_positive(self.name, length=length, repeats=repeats)
         return self._batch(random_bits(length, batch_size, self.bits, generator=generator), repeats)
 
     def training_batch(
         self, batch_size: int, generator: Generator, *, length: int = 10, repeats: int = 10
     ) -> Batch:
-        require_positive("repeat_copy", length=length, repeats=repeats)
+        require_positive(self.name, length=length, repeats=repeats)
         sequence = random_bits(length, batch_size, self.bits, generator=generator)
         chosen = torch.rand(batch_size, generator=generator) < BLANK_SHARE
         place = torch.randint(length, (batch_size,), generator=generator)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -76,6 +76,55 @@ class Task(ABC):
     def best_cost(self, batch: Batch) -> float | None:
         """The bits per sequence that no learner gets under on average; None: zero."""
         return None
+
+
+@dataclass(frozen=True)
+class BitsTask(Task):
+    """A task of vectors of random bits, with flags on input channels of their own.
+
+    Raises:
+        ValueError: bits below 1, a range that does not start at 1 or later, or is empty.
+    """
+
+    name: ClassVar[str]
+    flags: ClassVar[int] = 1
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, bits=self.bits)
+        for name, (low, high) in self.ranges().items():
+            if not 1 <= low <= high:
+                raise ValueError(
+                    f"{self.name}: expected 1 <= min_{name} <= max_{name}, got {low} and {high}"
+                )
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Least and most of each number that makes a size; a curriculum lets the last one grow."""
+        return {}
+
+    @property
+    def input_size(self) -> int:
+        return self.bits + self.flags
+
+    @property
+    def output_size(self) -> int:
+        return self.bits
+
+    @property
+    def stages(self) -> int:
+        if not self.ranges():
+            return 0
+        low, high = [*self.ranges().values()][-1]
+        return max(0, high - low - 1)  # stage 0 has low and the next one
+
+    def draw(self, generator: Generator, stage: int | None = None) -> Size:
+        ranges = self.ranges()
+        growing = [*ranges][-1]
+        return {
+            name: draw_between(low, high, generator, stage if name == growing else None)
+            for name, (low, high) in ranges.items()
+        }
 
 
 class Score(NamedTuple):
@@ -151,11 +200,6 @@ class Stream(IterableDataset[Batch]):
             yield self.task.batch(self.batch_size, generator, **self.task.draw(generator))
 
 
-def stages_between(low: int, high: int) -> int:
-    """How often the largest can grow by one, from low and the next one on."""
-    return max(0, high - low - 1)
-
-
 def draw_between(low: int, high: int, generator: Generator, stage: int | None = None) -> int:
     """A whole number from low to high, both included; low and the next one at stage 0."""
     top = high if stage is None else min(high, low + 1 + stage)
@@ -165,12 +209,6 @@ def draw_between(low: int, high: int, generator: Generator, stage: int | None = 
 def random_bits(*shape: int, generator: Generator) -> Tensor:
     """Fair coins, 0 or 1 in the default dtype."""
     return torch.randint(2, shape, generator=generator).to(torch.get_default_dtype())
-
-
-def require_range(task: str, name: str, low: int, high: int) -> None:
-    """A ValueError unless 1 <= low <= high."""
-    if not 1 <= low <= high:
-        raise ValueError(f"{task}: expected 1 <= min_{name} <= max_{name}, got {low} and {high}")
 
 
 def require_positive(task: str, **values: int) -> None:
