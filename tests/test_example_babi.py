@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-PATH = Path(__file__).parents[1] / "examples" / "babi.py"
-if not PATH.is_file():
-    pytest.skip("the examples are not beside these tests", allow_module_level=True)
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
+from example_modules import load_example
 
 
 @pytest.fixture(scope="module")
 def babi() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_babi", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_example("babi", "rich", "matplotlib")
 
 
 def answer(facts: list[str], asked: str, babi: ModuleType) -> str | None:

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-FILE = Path(__file__).parents[1] / "examples" / "dates.py"
+from example_modules import load_example
 
 
 @pytest.fixture(scope="module")
 def dates() -> ModuleType:
-    pytest.importorskip("rich")
-    spec = importlib.util.spec_from_file_location("example_dates", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and NamedTuples look for annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_example("dates", "rich")
 
 
 def test_every_form_of_one_date(dates: ModuleType) -> None:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-PATH = Path(__file__).parents[1] / "examples" / "glimpse.py"
-if not PATH.is_file():
-    pytest.skip("the examples are not beside these tests", allow_module_level=True)
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
+from example_modules import load_example
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_glimpse", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_example("glimpse", "rich", "matplotlib", "sklearn")
 
 
 def test_the_glimpse_at_the_right_place_is_the_digit(example: ModuleType) -> None:

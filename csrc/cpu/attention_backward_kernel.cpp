@@ -223,9 +223,7 @@ class BackwardRun {
 
 }  // namespace
 
-namespace SEQMEM_ISA {
-const Kernel<Backward, Shape, Plan> backward_kernel =
+const Kernel<Backward, Shape, Plan> SEQMEM_ISA::backward_kernel =
     Entry<BackwardRun, Types::All, Backward, Shape, Plan>::table;
-}  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::attention

@@ -280,9 +280,7 @@ class ForwardRun {
 
 }  // namespace
 
-namespace SEQMEM_ISA {
-const Kernel<Forward, Shape, Plan> forward_kernel =
+const Kernel<Forward, Shape, Plan> SEQMEM_ISA::forward_kernel =
     Entry<ForwardRun, Types::All, Forward, Shape, Plan>::table;
-}  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::attention

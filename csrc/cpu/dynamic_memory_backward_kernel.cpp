@@ -72,9 +72,7 @@ class BackwardRun {
 
 }  // namespace
 
-namespace SEQMEM_ISA {
-const Kernel<Backward, Shape> backward_kernel =
+const Kernel<Backward, Shape> SEQMEM_ISA::backward_kernel =
     Entry<BackwardRun, Types::All, Backward, Shape>::table;
-}  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::dynamic_memory

@@ -226,8 +226,7 @@ class ForwardRun {
 
 }  // namespace
 
-namespace SEQMEM_ISA {
-const Kernel<Forward, Shape> forward_kernel = Entry<ForwardRun, Types::All, Forward, Shape>::table;
-}  // namespace SEQMEM_ISA
+const Kernel<Forward, Shape> SEQMEM_ISA::forward_kernel =
+    Entry<ForwardRun, Types::All, Forward, Shape>::table;
 
 }  // namespace seqmem::dynamic_memory

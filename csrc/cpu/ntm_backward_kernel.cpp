@@ -356,9 +356,7 @@ class BackwardRun {
 
 }  // namespace
 
-namespace SEQMEM_ISA {
-const Kernel<Backward, Shape> backward_kernel =
+const Kernel<Backward, Shape> SEQMEM_ISA::backward_kernel =
     Entry<BackwardRun, Types::FloatAndDouble, Backward, Shape>::table;
-}  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::ntm

@@ -376,9 +376,7 @@ class ForwardRun {
 
 }  // namespace
 
-namespace SEQMEM_ISA {
-const Kernel<Forward, Shape> forward_kernel =
+const Kernel<Forward, Shape> SEQMEM_ISA::forward_kernel =
     Entry<ForwardRun, Types::FloatAndDouble, Forward, Shape>::table;
-}  // namespace SEQMEM_ISA
 
 }  // namespace seqmem::ntm
