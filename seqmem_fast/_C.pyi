@@ -18,24 +18,10 @@ def attention_module(
     average: bool,
 ) -> tuple[Tensor, Tensor | None] | None: ...
 def lstm_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *weights: Tensor | None
 ) -> tuple[Tensor, Tensor]: ...
+
+# rest: five weights and biases, lengths, reset, batch_first
 def lstm_layer(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_first: bool,
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *rest: Tensor | bool | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...

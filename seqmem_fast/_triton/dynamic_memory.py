@@ -13,7 +13,7 @@ State of proof: as in lstm.py, interpreted and compiled ahead of time, never run
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -186,12 +186,12 @@ def dynamic_memory_backward(
         du = query.new_empty(hops, batch, width, dtype=dtype)
         de = query.new_empty(hops, batch, slots, dtype=dtype)
         ds = query.new_empty(batch, width, dtype=dtype)
-        arguments = (score, memory, (gate_weight, write_weight), bytes_, attention, saved)
-        gives, fills = (grad_attention, grad_final, maps), (dz, du, de, ds)
+        weights, grads = (gate_weight, write_weight), (grad_attention, grad_final)
+        given = _Given(score, memory, weights, bytes_, attention, saved, *grads, maps)
         if width > _WIDEST:
-            _plain_hops_back(*arguments, *gives, *fills)
+            _plain_hops_back(given, _Found(dz, du, de, ds))
         elif batch > 0:
-            _hops_back(*arguments, *gives, *fills)
+            _hops_back(given, _Found(dz, du, de, ds))
 
         reads = maps[:-1, :, 0] * saved[:, :, 2] + maps[:-1, :, 1]  # [K, B, m]
         dz_sum = dz.sum(0)  # [B, 2, m]
@@ -202,19 +202,19 @@ def dynamic_memory_backward(
             for k, weight in enumerate((gate_weight, write_weight)):
                 total = total + dz_sum[:, k] @ weight[:, width:].to(dtype)
             grad_query = total.to(query.dtype)
-        grads = [none] * 4
+        of_networks = [none] * 4
         if of_weights:
             for k in range(2):
                 of_read = dz[:, :, k].flatten(0, 1).t() @ reads.flatten(0, 1)
                 of_given = dz_sum[:, k].t() @ wide_query
-                grads[2 * k] = torch.cat((of_read, of_given), 1).to(query.dtype)
-                grads[2 * k + 1] = dz_sum[:, k].sum(0).to(query.dtype)
+                of_networks[2 * k] = torch.cat((of_read, of_given), 1).to(query.dtype)
+                of_networks[2 * k + 1] = dz_sum[:, k].sum(0).to(query.dtype)
         grad_memory = none
         if of_memory:
             p = maps[:-1, :, 0] * score.to(dtype)  # [K, B, m]
             grad_memory = _grad_memory(memory, attention, du, de, p, grad_final, maps[-1])
         of_score = of_score and score_query is not None
-        return grad_query, grad_memory, *grads, ds.to(query.dtype) if of_score else none
+        return grad_query, grad_memory, *of_networks, ds.to(query.dtype) if of_score else none
 
 
 def _maps(saved: Tensor, batch: int, width: int) -> Tensor:
@@ -227,21 +227,31 @@ def _maps(saved: Tensor, batch: int, width: int) -> Tensor:
     return torch.stack(found)
 
 
-def _hops_back(
-    score: Tensor,
-    memory: Tensor,
-    weights: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    attention: Tensor,
-    saved: Tensor,
-    grad_attention: Tensor | None,
-    grad_final: Tensor | None,
-    maps: Tensor,
-    dz: Tensor,
-    du: Tensor,
-    de: Tensor,
-    ds: Tensor,
-) -> None:
+class _Given(NamedTuple):
+    """What the way back over the hops reads."""
+
+    score: Tensor  # [B, m]
+    memory: Tensor
+    weights: tuple[Tensor, Tensor]  # of gate and write
+    mask: Tensor | None
+    attention: Tensor  # [K, B, N]
+    saved: Tensor  # [K, B, 3, m]
+    grad_attention: Tensor | None
+    grad_final: Tensor | None
+    maps: Tensor  # [K + 1, B, 2, m]
+
+
+class _Found(NamedTuple):
+    """What it fills, in the wide dtype."""
+
+    dz: Tensor  # [K, B, 2, m]
+    du: Tensor  # [K, B, m]
+    de: Tensor  # [K, B, N]
+    ds: Tensor  # [B, m]
+
+
+def _hops_back(given: _Given, found: _Found) -> None:
+    score, memory, weights, mask, attention, saved, grad_attention, grad_final, maps = given
     hops, batch, slots = attention.shape
     block_n, block_d = _blocks(slots, memory.shape[-1])
     kernels.dynamic_memory_backward[(batch,)](
@@ -254,10 +264,10 @@ def _hops_back(
         grad_attention_ptr=grad_attention,
         grad_final_ptr=grad_final,
         maps_ptr=maps,
-        dz_ptr=dz,
-        du_ptr=du,
-        de_ptr=de,
-        ds_ptr=ds,
+        dz_ptr=found.dz,
+        du_ptr=found.du,
+        de_ptr=found.de,
+        ds_ptr=found.ds,
         batch=batch,
         hops=hops,
         weight_t=weights[0].shape[1],
@@ -269,22 +279,10 @@ def _hops_back(
     )
 
 
-def _plain_hops_back(
-    score: Tensor,
-    memory: Tensor,
-    weights: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    attention: Tensor,
-    saved: Tensor,
-    grad_attention: Tensor | None,
-    grad_final: Tensor | None,
-    maps: Tensor,
-    dz: Tensor,
-    du: Tensor,
-    de: Tensor,
-    ds: Tensor,
-) -> None:
+def _plain_hops_back(given: _Given, found: _Found) -> None:
     """The backward kernel in torch's operations."""
+    score, memory, weights, mask, attention, saved, grad_attention, grad_final, maps = given
+    dz, du, de, ds = found
     width, dtype = memory.shape[-1], dz.dtype
     whole, score = memory.to(dtype), score.to(dtype)
     slots = whole

@@ -29,7 +29,7 @@ def _plain(
     mask: Tensor | None,
     scale: float | None,
     is_causal: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     return reference.attention(query, key, value, mask, scale=scale, is_causal=is_causal)
 
 
