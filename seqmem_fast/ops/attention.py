@@ -21,21 +21,9 @@ from .common import differentiate_through, fall_back, transform_active
 
 __all__ = ["attention"]
 
-
-def _plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-) -> tuple[Tensor, Tensor | None]:
-    return reference.attention(query, key, value, mask, scale=scale, is_causal=is_causal)
-
-
-_attention = fall_back("attention", _plain)
-_check = fall_back("check_attention", _plain)
-differentiate_through("attention", _plain, gradients=2)
+_attention = fall_back("attention", reference.attention)
+_check = fall_back("check_attention", reference.attention)
+differentiate_through("attention", reference.attention, gradients=2)
 
 
 @overload

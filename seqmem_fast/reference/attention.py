@@ -28,7 +28,6 @@ def attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None = None,
-    *,
     scale: float | None = None,
     is_causal: bool = False,
     return_weights: bool = True,
