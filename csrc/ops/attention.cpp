@@ -58,7 +58,9 @@ AttentionSizes<Int> check_backward(const BackwardInputs& in) {
   return s;
 }
 
-Matrices view(const Argument& t) { return {const_data(t.tensor), t.offset.data(), t.rows, t.columns}; }
+Matrices view(const Argument& t) {
+  return {const_data(t.tensor), t.offset.data(), t.rows, t.columns};
+}
 
 // A mask as the kernels take it: bytes or query's dtype, its last dimension contiguous or one
 // element for all. What was expanded stays small.
@@ -141,9 +143,7 @@ Tensors<2> forward_cpu(const Inputs& in) {
   return out;
 }
 
-Tensors<2> forward_meta(const Inputs& in) {
-  return check<c10::SymInt>(in).empty_outputs(in.query);
-}
+Tensors<2> forward_meta(const Inputs& in) { return check<c10::SymInt>(in).empty_outputs(in.query); }
 
 // The parts of a batch that are summed separately; the same at any number of threads.
 constexpr int64_t kBackwardTasks = 16;
