@@ -89,6 +89,7 @@ template <class Int>
 Sizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.query, "query");
   const auto s = check_inputs(check, in);
+  check.same_kind("attention", in.attention);
   check.dims("attention", in.attention, 3);
   const Int hops = check.size(in.attention, 0);
   check.operand("attention", in.attention, {hops, s.B, s.N});
