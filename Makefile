@@ -34,6 +34,7 @@ lint: $(DONE)/test
 
 format: $(DONE)/test
 	$(BIN)/python tests/exports.py
+	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)

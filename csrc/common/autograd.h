@@ -1,14 +1,15 @@
 // What every op's autograd room needs. With an op's forward and backward signatures (op.h),
 //
 //   class ScaledFunction : public torch::autograd::Function<ScaledFunction> {
-//     static variable_list forward(AutogradContext* ctx, In input, Maybe mask, double scale) {
+//     // (a variable_list where there are several outputs)
+//     static at::Tensor forward(AutogradContext* ctx, In input, Maybe mask, double scale) {
 //       at::AutoDispatchBelowADInplaceOrView guard;
 //       auto output = Forward::call(input, mask, scale);
 //       ctx->set_materialize_grads(false);
 //       ctx->save_for_backward({input, tensor(mask)});
 //       ctx->saved_data["present"] = present(input, mask, scale);
 //       ctx->saved_data["scale"] = scale;
-//       return {output};
+//       return output;
 //     }
 //     static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
 //       const auto saved = ctx->get_saved_variables();
