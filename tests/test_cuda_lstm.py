@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from lstm_cell_check import CELLS, TOLERANCES, assert_near, check_cell, widened
 from torch.utils import cpp_extension
 
 from seqmem_fast.reference import lstm as reference
@@ -26,7 +26,6 @@ KERNEL = ROOT / "csrc" / "cuda" / "lstm_kernel.cu"
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"
 TYPES = {"ff": "float", "dd": "double", "6__halfS3_": "half", "13__nv_bfloat16S3_": "bfloat16"}
 TYPES |= {"6__halff": "half, c float", "13__nv_bfloat16f": "bfloat16, c float"}
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 SIZES = [(5, torch.float32), *((8, dtype) for dtype in TOLERANCES)]  # single units, vectors
 
 
@@ -73,51 +72,10 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch.ops.seqmem_cuda_on_cpu
 
 
-def widened(a: Tensor | None) -> Tensor | None:
-    return None if a is None else a.to(torch.float64, copy=True).requires_grad_()
-
-
-def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
-    ours, right = ours.detach().double(), right.detach()
-    assert ours.shape == right.shape
-    error = (ours - right).norm() / right.norm().clamp_min(1e-30)
-    assert error <= factor * TOLERANCES[dtype]
-
-
 @pytest.mark.parametrize("hidden, dtype", SIZES)
-@pytest.mark.parametrize("name", ["plain", "zero_state", "no_bias"])
+@pytest.mark.parametrize("name", CELLS)
 def test_cell(ops: Any, name: str, hidden: int, dtype: torch.dtype) -> None:
-    samples = reference.cell_sample_inputs(dtype=dtype, sizes=(3, 4, hidden))
-    x, state, *weights = next(s.args for s in samples if s.name == name)
-    h, c = state or (None, None)
-    # the reference, in float64, as a sequence of one step, which has the gates as well
-    wide_x, wide_h, wide_c = widened(x), widened(h), widened(c)
-    wide = [widened(w) for w in weights]
-    wide_state = None if h is None else (wide_h, wide_c)
-    _, (hy, cy), gates, _ = reference.lstm_trace(wide_x[None], wide_state, *wide)
-    right = (hy, cy, gates[0])
-
-    ours = ops.lstm_cell(x, h, c, *weights, True)
-    for a, b in zip(ours, right, strict=True):
-        assert_near(a, b, dtype)
-    without = ops.lstm_cell(x, h, c, *weights, False)
-    assert torch.equal(ours[0], without[0]) and torch.equal(ours[1], without[1])
-    assert without[2].shape == (0,)
-
-    seeds = [torch.randn_like(a) for a in ours]
-    saved = [a.detach().to(dtype) for a in right]
-    has_bias = weights[2] is not None
-    grads = ops.lstm_cell_backward(
-        *seeds, x, h, c, *weights[:2], saved[2], saved[1], has_bias, [True, h is not None, True]
-    )
-    loss = sum((a * b.double()).sum() for a, b in zip(right, seeds, strict=True))
-    leaves = (wide_x, wide_h, wide_c, wide[0], wide[1], wide[2])
-    expected = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
-    for leaf, grad in zip(leaves, grads, strict=True):
-        if leaf is None:
-            assert grad.numel() == 0 or not grad.any()
-        else:
-            assert_near(grad, next(expected), dtype, 5)
+    check_cell(ops.lstm_cell, ops.lstm_cell_backward, name, dtype, hidden)
 
 
 def test_cell_computes_what_is_asked_for(ops: Any) -> None:

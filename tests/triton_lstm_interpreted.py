@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from ahead_of_time import TARGETS, Kernel
-from torch import Tensor
+from lstm_cell_check import CELLS, TOLERANCES, assert_near, check_cell, widened
 
 import seqmem_fast
 from seqmem_fast._triton import common
@@ -23,7 +23,6 @@ from seqmem_fast.reference import lstm as reference
 from seqmem_fast.reference.common import Sample
 
 assert seqmem_fast.__version__
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 SIZES = (3, 3, 2, 5)  # T, B, I, H: no power of two in sight
 
 ROUTES = {
@@ -46,17 +45,6 @@ SIXTEEN_BITS = [
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(launchers, "on_chip_plan", lambda *_: ROUTES[request.param])
     return str(request.param)
-
-
-def widened(a: Tensor | None) -> Tensor | None:
-    return None if a is None else a.to(torch.float64, copy=True).requires_grad_()
-
-
-def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
-    ours, right = ours.detach().double(), right.detach()
-    assert ours.shape == right.shape
-    error = (ours - right).norm() / right.norm().clamp_min(1e-30)
-    assert error <= factor * TOLERANCES[dtype]
 
 
 def samples(dtype: torch.dtype, projected: bool, batch: int = 3) -> Iterator[Any]:
@@ -166,31 +154,9 @@ def test_nothing_leaves_its_row(route: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("name", ["plain", "zero_state", "no_bias"])
+@pytest.mark.parametrize("name", CELLS)
 def test_cell(name: str, dtype: torch.dtype) -> None:
-    cells = reference.cell_sample_inputs(dtype=dtype, sizes=(3, 4, 5))
-    x, state, *weights = next(s.args for s in cells if s.name == name)
-    h, c = state or (None, None)
-    wide_x, wide_h, wide_c = widened(x), widened(h), widened(c)
-    wide = [widened(w) for w in weights]
-    wide_state = None if h is None else (wide_h, wide_c)
-    _, (hy, cy), gates, _ = reference.lstm_trace(wide_x[None], wide_state, *wide)
-    right = (hy, cy, gates[0])
-    ours = launchers.lstm_cell(x, h, c, *weights, True)
-    for a, b in zip(ours, right, strict=True):
-        assert_near(a, b, dtype)
-    seeds = [torch.randn_like(a) for a in ours]
-    saved = [a.detach().to(dtype) for a in right]
-    grads = launchers.lstm_cell_backward(
-        *seeds, x, h, c, *weights[:2], saved[2], saved[1], weights[2] is not None,
-        [True, h is not None, True],
-    )  # fmt: skip
-    loss = sum((a * b.double()).sum() for a, b in zip(right, seeds, strict=True))
-    leaves = (wide_x, wide_h, wide_c, wide[0], wide[1], wide[2])
-    expected = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
-    for leaf, grad in zip(leaves, grads, strict=True):
-        if leaf is not None:
-            assert_near(grad, next(expected), dtype, 5)
+    check_cell(launchers.lstm_cell, launchers.lstm_cell_backward, name, dtype, hidden=5)
 
 
 def test_arguments_are_checked_first() -> None:
