@@ -5,7 +5,6 @@ python -m benchmarks.bench_additive_attention [--threads 2] [--malloc D|M] [--ro
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from functools import partial
@@ -61,7 +60,7 @@ def shape_rows(
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random shape in both modes, every second one masked; None where eager would need GiB."""
-    b, queries, keys, width = (round(math.exp(rng.uniform(0, math.log(most)))) for most in MOST)
+    b, queries, keys, width = rows.draw(rng, MOST)
     if b * queries * keys * width > CAP:
         return None
     return shape_rows(b, queries, keys, width, masked=place % 2 == 1)

@@ -92,9 +92,7 @@ def row(
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random fp32 shape in both modes; None where it is over the cap."""
-    b, queries, keys, width = (
-        round(math.exp(rng.uniform(0, math.log(most)))) for most in RANDOM.values()
-    )
+    b, queries, keys, width = rows.draw(rng, RANDOM.values())
     if 2 * b * queries * keys * width > CAP * 1e9:
         return None
     return row(b, queries, keys, width)

@@ -5,7 +5,6 @@ python -m benchmarks.bench_dynamic_memory [--threads 2] [--malloc D|M] [--rows T
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from functools import partial
@@ -104,7 +103,7 @@ def shape_rows(
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random shape in both modes, with 1 to 4 hops; None where eager would need GiB."""
-    b, slots, width = (round(math.exp(rng.uniform(0, math.log(most)))) for most in MOST)
+    b, slots, width = rows.draw(rng, MOST)
     if b * slots * width > CAP:
         return None
     return shape_rows(b, slots, width, 1 + place % 4)

@@ -5,7 +5,6 @@ python -m benchmarks.bench_hard_attention [--threads 2] [--malloc D|M] [--rows T
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from functools import partial
@@ -132,7 +131,7 @@ def loss_rows(count: int, actions: int, on_gpu: bool = False) -> list[rows.Row]:
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random batch's loss in both modes."""
-    count, _, _, actions = (round(math.exp(rng.uniform(0, math.log(most)))) for most in MOST)
+    count, _, _, actions = rows.draw(rng, MOST)
     return loss_rows(count, max(2, actions))
 
 

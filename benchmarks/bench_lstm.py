@@ -6,7 +6,6 @@ pytest benchmarks/bench_lstm.py          the same contenders under pytest-benchm
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 import time
@@ -138,7 +137,7 @@ def gpu_rows(shape: Shape) -> list[rows.Row]:
 
 def random_shape(rng: random.Random, place: int) -> Shape | None:
     """fp32 and bf16 by turns, one and two layers by turns; None where it is over the cap."""
-    t, b, i, h = (round(math.exp(rng.uniform(0, math.log(most)))) for most in RANDOM.values())
+    t, b, i, h = rows.draw(rng, RANDOM.values())
     dtype = (torch.float32, torch.bfloat16)[place % 2]
     shape = Shape("layer", t, b, i, h, dtype, layers=1 + place // 2 % 2)
     emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

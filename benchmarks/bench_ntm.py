@@ -5,7 +5,6 @@ python -m benchmarks.bench_ntm [--threads 2] [--malloc D|M] [--rows TEXT]
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from dataclasses import replace
@@ -115,9 +114,7 @@ def step_rows(
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random sequence or, every second time, a random functional; None if too large."""
-    time, batch, slots, width, control = (
-        round(math.exp(rng.uniform(0, math.log(most)))) for most in MOST
-    )
+    time, batch, slots, width, control = rows.draw(rng, MOST)
     if time * batch * slots * width > CAP:
         return None
     if place % 2 == 0:

@@ -13,7 +13,7 @@ benchmarks/bench_<op>.py in full, with LETTERS naming the sizes of a shape:
     GPU_ROWS = rows.pair("attention", "8, 512, 64", partial(work, 8, 512, 64))
 
     def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
-        b, t, d = (round(math.exp(rng.uniform(0, math.log(most)))) for most in (16, 512, 128))
+        b, t, d = rows.draw(rng, (16, 512, 128))
         return rows.pair("attention", f"{b}, {t}, {d}", partial(work, b, t, d))
 
     test_row = measure.test_row  # pytest benchmarks/bench_attention.py
@@ -32,7 +32,9 @@ random_rows (None: the draw is too large, draw again), `benchmarks.harness.gpu` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -152,6 +154,11 @@ def pair(
         if mode in modes:
             out.append(Row(op, shape, mode, work, dtype, wanted, name, predicted))
     return out
+
+
+def draw(rng: random.Random, most: Iterable[int]) -> list[int]:
+    """A size for each bound, every order of magnitude as likely as any other."""
+    return [round(math.exp(rng.uniform(0, math.log(bound)))) for bound in most]
 
 
 def bench(work: Work, mode: str, device: str = "cpu") -> Bench:
