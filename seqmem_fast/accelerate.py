@@ -1,10 +1,10 @@
-"""Swap the LSTM and attention modules of an existing model for ours, and swap them back."""
+"""Let the LSTM and attention modules of an existing model run our ops, and undo it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +12,16 @@ from torch.nn.utils import parametrize
 
 from .nn import LSTM, Attention, LSTMCell
 
-_ORIGINAL = "_accelerated_from"  # where a replacement keeps the module that it replaces
-_SHARED = ("_buffers", "_non_persistent_buffers_set", "_is_full_backward_hook")
-_CACHES = ("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
-_NAMES = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell", "MultiheadAttention")
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+_OURS: dict[type[nn.Module], Any] = {
     nn.LSTM: LSTM,
     nn.LSTMCell: LSTMCell,
     nn.MultiheadAttention: Attention,
 }
+_NAMES = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell", "MultiheadAttention")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_TORCH_CLASS = "_torch_class"  # where a replaced module keeps the class that it had
+_SELF = "(the model itself)"
 
 
 @dataclass(repr=False)
@@ -32,82 +33,83 @@ class Report:
 
     def __repr__(self) -> str:
         lines = [f"swapped {len(self.swapped)}, left {len(self.kept)}"]
-        lines += [f"  swapped {name}: {what}" for name, what in self.swapped]
-        for name, cls, reason in self.kept:
-            lines.append(f"  left {name or '(the model itself)'}: {cls}: {reason}")
+        lines += [f"  swapped {name or _SELF}: {what}" for name, what in self.swapped]
+        lines += [f"  left {name or _SELF}: {cls}: {why}" for name, cls, why in self.kept]
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module) -> Report:
-    """Replace every nn.LSTM, nn.LSTMCell and nn.MultiheadAttention inside ``model``, in place.
+def accelerate(model: nn.Module, *, replace: bool = False) -> Report:
+    """Make every nn.LSTM, nn.LSTMCell and nn.MultiheadAttention of ``model`` run our op, in place.
 
-    The replacement works on the same Parameters, so optimizers, state_dicts and tied weights stay
-    as they are. Hooks, weight normalisation, pruning and other parametrizations go along (a hook
-    then receives the new module). A module used in several places is replaced by one module.
-    Subclasses, quantized and scripted modules are left, as is the attention inside torch's
-    transformer layers, which ask for no weights; and so is ``model`` itself, which only its owner
-    can replace: ``model = seqmem_fast.LSTM.from_torch(model)``.
+    Each module stays the object that it is, with its class, parameters, children, hooks and
+    parametrizations; its ``forward`` alone is swapped, on the instance. Copies and pickles of the
+    model stay accelerated. What our op refuses (nested tensors, devices without a kernel, wrong
+    arguments) torch's own forward computes or refuses, as it does all calls of
+    ``torch.jit.trace`` and the ONNX exporters; ``torch.jit.script`` restores what it scripts. Under
+    ``torch.compile`` an nn.LSTM breaks the graph as ever, unless
+    ``torch._dynamo.config.allow_rnn`` is set.
 
-    Returns:
-        A :class:`Report`.
+    Left alone are modules with a forward of their own (subclasses, patched, quantized and scripted
+    ones) and the attention inside torch's transformer layers, which ask for no weights.
+
+    Args:
+        model: the model, or one such module.
+        replace: turn the modules into :class:`seqmem_fast.LSTM`, :class:`seqmem_fast.LSTMCell` and
+            :class:`seqmem_fast.Attention`, which torch.compile takes in one graph. They stay the
+            same objects, with another class.
     """
     report = Report()
-    swapped: dict[nn.Module, nn.Module] = {}
-    for parent, key, name, module in list(_children(model)):
-        if module in swapped:
-            parent._modules[key] = swapped[module]
-            report.swapped.append((name, "shared with another name"))
-            continue
-        reason = _reason_to_keep(module, parent)
+    inside = {
+        m for layer in model.modules() if isinstance(layer, _LAYERS) for m in layer.children()
+    }
+    for name, module in list(model.named_modules()):
+        if _is_swapped(module):
+            if not replace:
+                continue
+            _restore(module)
+        reason, cls = (
+            _reason_to_keep(module, replace),
+            parametrize.type_before_parametrizations(module),
+        )
+        if reason is None and module in inside:
+            reason = "its layer asks for no weights, where torch's own kernel is the right one"
         if reason is None:
-            parent._modules[key] = swapped[module] = new = _replacement(module)
-            report.swapped.append((name, f"{type(module).__name__}({new.extra_repr()})"))
+            ours = _ours(module)
+            if replace:
+                vars(module)[_TORCH_CLASS] = cls
+                _change_class(module, ours)
+            else:
+                _swap(module)
+            report.swapped.append((name, f"{cls.__name__}({ours.extra_repr(module)})"))
         elif reason:
-            report.kept.append((name, type(module).__name__, reason))
-    reason, cls = _reason_to_keep(model), parametrize.type_before_parametrizations(model).__name__
-    if reason is None:
-        plain = not parametrize.is_parametrized(model)
-        ours = _OURS[parametrize.type_before_parametrizations(model)].__name__
-        how = f"use seqmem_fast.{ours}.from_torch(model)" if plain else "put it into another module"
-        reason = f"nothing holds it that could be changed; {how}"
-    if reason:
-        report.kept.append(("", cls, reason))
+            report.kept.append((name, cls.__name__, reason))
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Put back the modules that :func:`accelerate` replaced, with the weights as they are now.
-
-    Returns:
-        How many places changed.
-    """
-    count = 0
-    for parent, key, _, module in list(_children(model)):
-        original = module.__dict__.get(_ORIGINAL)
-        if original is not None:
-            parent._modules[key] = original.train(module.training)
-            count += 1
-    return count
+    """Undo :func:`accelerate`; returns how many modules changed."""
+    swapped = [m for m in model.modules() if _is_swapped(m) or _TORCH_CLASS in vars(m)]
+    return len([_restore(module) for module in swapped])
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """Every (parent, key, full name, child), a shared child once for each of its places."""
-    for prefix, parent in model.named_modules():
-        for key, child in parent._modules.items():
-            if child is not None:
-                yield parent, key, f"{prefix}.{key}" if prefix else key, child
+def _ours(module: nn.Module) -> Any:
+    return next((ours for theirs, ours in _OURS.items() if isinstance(module, theirs)), None)
 
 
-def _reason_to_keep(module: nn.Module, parent: nn.Module | None = None) -> str | None:
+def _reason_to_keep(module: nn.Module, replace: bool) -> str | None:
     """Why a module stays; None if it can be swapped, "" if it is nothing of ours."""
     cls = parametrize.type_before_parametrizations(module)
-    if cls in _OURS:
-        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            return "its layer asks for no weights, where torch's own kernel is the right one"
-        return "its forward was patched on the instance" if "forward" in vars(module) else None
-    if isinstance(module, tuple(_OURS)):
-        return "a subclass, which may compute something else"
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+    if _ours(module) is not None:
+        if "forward" in vars(module):
+            return "its forward was patched on the instance"
+        theirs = next(theirs for theirs in _OURS if isinstance(module, theirs))
+        if cls.forward is not theirs.forward or (replace and cls is not theirs):
+            return "a subclass, which may compute something else"
+        weight = next(module.parameters(), None)
+        if weight is not None and weight.dtype not in _DTYPES:
+            return f"there is no kernel for {weight.dtype}"
+        return None
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and cls not in _OURS.values():
         return "not an LSTM"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: its code is fixed" if module.original_name in _NAMES else ""
@@ -116,25 +118,65 @@ def _reason_to_keep(module: nn.Module, parent: nn.Module | None = None) -> str |
     return ""
 
 
-def _replacement(module: nn.Module) -> nn.Module:
-    ours: Any = _OURS[parametrize.type_before_parametrizations(module)]
-    replacement: nn.Module = ours.from_torch(module)
-    if parametrize.is_parametrized(module):
-        _share_parametrizations(module, replacement)
-    for name, value in vars(module).items():
-        # Hooks and buffers: the very dicts, so that a hook's handle still removes it. Attributes
-        # unknown to us: weights computed by a hook (pruning, weight_norm), or the user's own.
-        if "_hooks" in name or name in _SHARED or name not in {*vars(replacement), *_CACHES}:
-            replacement.__dict__[name] = value
-    replacement.__dict__[_ORIGINAL] = module  # not in _modules: no second entry in the state_dict
-    return replacement
+def _forward(ours: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a swapped module runs."""
+    theirs = type(module).forward
+    if torch._C._get_tracing_state() or (
+        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    ):
+        return theirs(module, *args, **kwargs)
+    try:
+        return ours.forward(module, *args, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        nested = any(getattr(a, "is_nested", False) for a in (*args, *kwargs.values()))
+        refused = nested or isinstance(error, (TypeError, ValueError, NotImplementedError))
+        if not refused or not kwargs.keys().isdisjoint(("lengths", "reset", "return_gates")):
+            raise
+        return theirs(module, *args, **kwargs)
 
 
-def _share_parametrizations(module: nn.Module, replacement: nn.Module) -> None:
-    """Let torch prepare the class of ``replacement``, then put the parametrizations in place."""
-    parameters = replacement._parameters
-    for name, parametrization in cast(Any, module.parametrizations).items():
-        replacement._parameters = {name: nn.Parameter(getattr(module, name).detach())}
-        parametrize.register_parametrization(replacement, name, nn.Identity())
-        cast(Any, replacement.parametrizations)[name] = parametrization
-    replacement._parameters = parameters
+def _swap(module: nn.Module) -> nn.Module:
+    bound = {"forward": partial(_forward, _ours(module), module)}
+    vars(module).update(bound | {name: partial(f, module) for name, f in _COPYING.items()})
+    return module
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "func", None) is _forward
+
+
+def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
+    own = ("forward", *_COPYING) if _is_swapped(module) else (*_COPYING,)
+    state = {name: value for name, value in module.__getstate__().items() if name not in own}
+    return _swapped, (type(module),), state
+
+
+def _swapped(cls: type[nn.Module]) -> nn.Module:
+    return _swap(cls.__new__(cls))
+
+
+def _replicate(module: Any) -> nn.Module:
+    return _swap(type(module)._replicate_for_data_parallel(module))
+
+
+def _restore(module: nn.Module) -> nn.Module:
+    if _is_swapped(module):
+        for name in ("forward", *_COPYING):
+            vars(module).pop(name, None)
+    elif _TORCH_CLASS in vars(module):
+        _change_class(module, vars(module).pop(_TORCH_CLASS))
+    return module
+
+
+# What copies a module's __dict__ as it is must bind forward to the copy; TorchScript compiles code.
+_COPYING = {
+    "__reduce_ex__": _reduce,
+    "_replicate_for_data_parallel": _replicate,
+    "__prepare_scriptable__": _restore,
+}
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):  # its class has properties for the weights
+        cls = type(type(module).__name__, (cls,), dict(vars(type(module))))
+    module.__class__ = cls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqmem_fast as sf
 
@@ -45,28 +47,30 @@ def model() -> Model:
 x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
 
 
-def test_swaps_all_and_restores_all() -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_swaps_all_and_restores_all(replace: bool) -> None:
     net = model()
     before = net(x)
-    originals = dict(net.named_modules())
+    modules = dict(net.named_modules())
     parameters = dict(net.named_parameters())
     state = list(net.state_dict())
-    report = sf.accelerate(net)
-    assert [name for name, _ in report.swapped] == ["first", "cell", "again", "stack.0"]
-    assert isinstance(net.first, sf.LSTM) and isinstance(net.stack[0], sf.LSTM)
-    assert isinstance(net.cell, sf.LSTMCell) and net.cell is net.again
-    assert dict(net.named_parameters()).keys() == parameters.keys()
+    report = sf.accelerate(net, replace=replace)
+    assert [name for name, _ in report.swapped] == ["first", "stack.0", "cell"]
+    assert type(net.first) is (sf.LSTM if replace else nn.LSTM)
+    assert ("forward" in vars(net.cell)) is not replace
+    assert dict(net.named_modules()) == modules
     assert all(p is parameters[name] for name, p in net.named_parameters())
     assert list(net.state_dict()) == state
     torch.testing.assert_close(net(x), before)
-    assert sf.restore(net) == 4
-    assert dict(net.named_modules()) == originals
+    assert sf.restore(net) == 3
+    assert type(net.first) is nn.LSTM and vars(net.first).keys() == vars(nn.LSTM(5, 6)).keys()
     assert torch.equal(net(x), before)
 
 
 def test_report_says_what_and_why() -> None:
     class Own(nn.LSTM):
-        pass
+        def forward(self, input: Any, hx: Any = None) -> Any:
+            return super().forward(2 * input, hx)
 
     net = model()
     net.own = Own(5, 6)
@@ -74,9 +78,8 @@ def test_report_says_what_and_why() -> None:
     net.patched.forward = lambda input: input  # type: ignore[method-assign]
     text = str(sf.accelerate(net))
     for line in (
-        "swapped 4, left 3",
+        "swapped 3, left 3",
         "swapped first: LSTM(5, 6, batch_first=True)",
-        "swapped again: shared",
         "left gru: GRU: not an LSTM",
         "left own: Own: a subclass",
         "left patched: LSTM: its forward was patched",
@@ -91,18 +94,32 @@ def test_a_second_call_finds_nothing() -> None:
     sf.accelerate(net)
     report = sf.accelerate(net)
     assert not report.swapped and [name for name, *_ in report.kept] == ["gru"]
-    assert sf.restore(net) == 4
+    assert sf.restore(net) == 3
     assert sf.restore(net) == 0
 
 
 @pytest.mark.parametrize("module", [nn.LSTM(5, 6), nn.LSTMCell(5, 6)], ids=["LSTM", "LSTMCell"])
-def test_the_model_itself_is_reported(module: Any) -> None:
-    report = sf.accelerate(module)
-    assert not report.swapped
-    assert f"seqmem_fast.{type(module).__name__}.from_torch" in str(report)
-    ours = getattr(sf, type(module).__name__).from_torch(module)
-    torch.testing.assert_close(ours(x[0])[0], module(x[0])[0])
-    assert all(p is q for p, q in zip(ours.parameters(), module.parameters(), strict=True))
+def test_the_model_itself_is_swapped(module: Any) -> None:
+    expected = module(x[0])[0]
+    assert "swapped (the model itself)" in str(sf.accelerate(module))
+    torch.testing.assert_close(module(x[0])[0], expected)
+    assert ours_runs(module, x[0])
+
+
+def ours_runs(module: nn.Module, *args: Any) -> bool:
+    """Whether a call reaches one of our ops."""
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        module(*args)
+    return any(name.startswith("seqmem") for name in names)
 
 
 def test_quantized_and_scripted_stay() -> None:
@@ -148,15 +165,86 @@ def test_restore_brings_the_trained_weights() -> None:
     torch.testing.assert_close(net(x), trained)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_moves_copies_and_casts_keep_sharing(again: Any) -> None:
-    net = model()
+def saved(net: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved]
+)
+def test_copies_run_on_their_own_weights(copied: Any) -> None:
+    lstm = nn.LSTM(5, 6, 2, batch_first=True, dropout=0.9)
+    sf.accelerate(lstm)
+    other = copied(lstm).eval()
+    assert type(other) is nn.LSTM and other.forward.args[1] is other
+    assert torch.equal(other(x)[0], copied(lstm).eval()(x)[0])  # no dropout: its own `training`
+    assert ours_runs(other, x)
+    other._parameters = {name: torch.zeros_like(p) for name, p in lstm.named_parameters()}
+    assert not other(x)[0].any()
+    replica = lstm._replicate_for_data_parallel()
+    assert replica.forward.args[1] is replica
+    assert sf.restore(other) == 1 and sf.restore(lstm) == 1
+
+
+def test_what_our_op_refuses_is_torchs() -> None:
+    lstm, attention = nn.LSTM(5, 6), nn.MultiheadAttention(4, 2, batch_first=True).eval()
+    sf.accelerate(lstm)
+    sf.accelerate(attention)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
+        lstm(torch.randn(7, 3, 4))
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
+    with torch.no_grad():
+        output, _ = attention(nested, nested, nested, need_weights=False)
+    assert output.is_nested
+    with pytest.raises(ValueError, match="expected lengths of shape"):
+        lstm(x, lengths=torch.ones(2).long())
+
+
+@pytest.mark.parametrize(
+    ("module", "args"),
+    [
+        (nn.Sequential(nn.LSTM(5, 6)), (x,)),
+        (nn.LSTMCell(5, 6), (x[0],)),
+        (nn.MultiheadAttention(5, 1), (x, x, x)),
+    ],
+    ids=["LSTM", "LSTMCell", "MultiheadAttention"],
+)
+def test_torchscript_takes_torchs_own(module: nn.Module, args: Any) -> None:
+    expected = module(*args)[0]
+    sf.accelerate(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "seqmem" not in str(torch.jit.trace(module, args, check_trace=False).inlined_graph)
+        scripted = torch.jit.script(module)
+    assert "seqmem" not in str(scripted.inlined_graph)
+    torch.testing.assert_close(scripted(*args)[0], expected)
+
+
+def test_quantize_dynamic_finds_it() -> None:
+    net = nn.Sequential(nn.LSTM(5, 6))
     sf.accelerate(net)
-    net = again(net).double()
-    expected = net(x.double())
-    sf.restore(net)
-    assert type(net.first) is nn.LSTM
-    torch.testing.assert_close(net(x.double()), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(net, {nn.LSTM})[0]
+    assert type(quantized).__module__.startswith("torch.ao")
+
+
+def test_children_stay_and_removed_pruning_leaves_the_weight() -> None:
+    lstm = nn.LSTM(5, 6)
+    lstm.norm = nn.LayerNorm(6)
+    prune.l1_unstructured(lstm, "weight_hh_l0", amount=0.5)
+    keys = list(lstm.state_dict())
+    sf.accelerate(lstm)
+    assert list(lstm.state_dict()) == keys
+    prune.remove(lstm, "weight_hh_l0")
+    with torch.no_grad():
+        lstm.weight_hh_l0.mul_(3)
+    ours = lstm(x)[0]
+    sf.restore(lstm)
+    torch.testing.assert_close(lstm(x)[0], ours)
 
 
 def test_hooks_go_along() -> None:
@@ -193,7 +281,7 @@ def test_reparametrised_weights_go_along(wrap: str) -> None:
     names = [name for name, _ in net.named_parameters()]
     originals = list(net.parameters())
     report = sf.accelerate(net)
-    assert "first" in dict(report.swapped) and isinstance(net.first, sf.LSTM)
+    assert "first" in dict(report.swapped) and "forward" in vars(net.first)
     assert [name for name, _ in net.named_parameters()] == names
     assert all(p is q for p, q in zip(net.parameters(), originals, strict=True))
     for _ in range(2):
@@ -211,10 +299,12 @@ def test_reparametrised_weights_go_along(wrap: str) -> None:
         sf.accelerate(net)
 
 
-def test_compiles_after_the_swap() -> None:
+@pytest.mark.parametrize("replace", [False, True])
+def test_compiles_after_the_swap(replace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nn.LSTM cannot: the whole model as one graph."""
     net = model()
-    sf.accelerate(net)
+    sf.accelerate(net, replace=replace)
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", not replace)
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x))

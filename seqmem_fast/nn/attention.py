@@ -1,7 +1,8 @@
 """Multi-head attention as torch.nn has it, over :mod:`seqmem_fast.ops.attention`.
 
 Constructor, call form, attributes, parameter names and initialisation are those of
-``torch.nn.MultiheadAttention``, and state_dicts load both ways.
+``torch.nn.MultiheadAttention``, and state_dicts load both ways. ``forward`` uses only attributes
+that torch.nn's module has as well, so :func:`seqmem_fast.accelerate` can run it on one.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         unmasked = key_padding_mask is None and attn_mask is None and not is_causal
-        if unmasked and self._is_usual(query, key, value):
+        if unmasked and Attention._is_usual(self, query, key, value):
             done = _C.attention_module(
                 query,
                 key,
@@ -180,20 +181,20 @@ class Attention(nn.Module):
             if done is not None:
                 return done
         batched = query.dim() == 3
-        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        Attention._check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         batch = 0 if self.batch_first or not batched else 1  # the batch's dimension
         if not batched:
             query, key, value = query[None], key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        q, k, v = self._project(query, key, value)  # [B, T, E], or [T, B, E]
+        q, k, v = Attention._project(self, query, key, value)  # [B, T, E], or [T, B, E]
         if batch == 1:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        causal = is_causal and key_padding_mask is None and not self._extends
+        causal = is_causal and key_padding_mask is None and not Attention._extends(self)
         extra = None if causal else attn_mask
-        mask = self._mask(key_padding_mask, extra, q, need_weights)
-        k, v, mask = self._extend(k, v, mask)
+        mask = Attention._mask(self, key_padding_mask, extra, q, need_weights)
+        k, v, mask = Attention._extend(self, k, v, mask)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        output, weights = self._attend(q, k, v, mask, causal, need_weights)  # [B, H, Tq, E / H]
+        output, weights = Attention._attend(self, q, k, v, mask, causal, need_weights)  # [B, H, Tq, E / H]
         output = output.transpose(1, 2) if batch == 0 else output.permute(2, 0, 1, 3)
         output = self.out_proj(output.flatten(2))
         if weights is not None and average_attn_weights:
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         projection = self.out_proj
         return not (
             not self._qkv_same_embed_dim
-            or self._extends
+            or Attention._extends(self)
             or (self.training and self.dropout)
             or transform_active()
             or dynamo_traces()
@@ -219,7 +220,6 @@ class Attention(nn.Module):
             or projection._backward_pre_hooks
         )
 
-    @property
     def _extends(self) -> bool:
         """Whether keys and values are added to those given."""
         return self.bias_k is not None or self.add_zero_attn
