@@ -250,10 +250,10 @@ MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"hx of shape \[1, 3, 6\], got \[2, 3, 6\]",
     ),
     "input is a list": (lambda: lstm()(x.tolist()), TypeError, "input to be a tensor or a Packed"),
-    "lengths is a list": (
-        lambda: lstm()(x, lengths=[1, 2, 3]),
+    "lengths is a string": (
+        lambda: lstm()(x, lengths="123"),
         TypeError,
-        "lengths to be a tensor, got list",
+        "lengths to be a tensor, got str",
     ),
     "reset is a list": (
         lambda: lstm()(x, reset=[[False]]),
