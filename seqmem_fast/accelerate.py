@@ -98,7 +98,7 @@ def _ours(module: nn.Module) -> Any:
 
 def _reason_to_keep(module: nn.Module, replace: bool) -> str | None:
     """Why a module stays; None if it can be swapped, "" if it is nothing of ours."""
-    cls = parametrize.type_before_parametrizations(module)
+    cls: Any = parametrize.type_before_parametrizations(module)
     if _ours(module) is not None:
         if "forward" in vars(module):
             return "its forward was patched on the instance"
@@ -169,7 +169,7 @@ def _restore(module: nn.Module) -> nn.Module:
 
 
 # What copies a module's __dict__ as it is must bind forward to the copy; TorchScript compiles code.
-_COPYING = {
+_COPYING: dict[str, Any] = {
     "__reduce_ex__": _reduce,
     "_replicate_for_data_parallel": _replicate,
     "__prepare_scriptable__": _restore,

@@ -194,7 +194,8 @@ class Attention(nn.Module):
         mask = Attention._mask(self, key_padding_mask, extra, q, need_weights)
         k, v, mask = Attention._extend(self, k, v, mask)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        output, weights = Attention._attend(self, q, k, v, mask, causal, need_weights)  # [B, H, Tq, E / H]
+        # output [B, H, Tq, E / H]
+        output, weights = Attention._attend(self, q, k, v, mask, causal, need_weights)
         output = output.transpose(1, 2) if batch == 0 else output.permute(2, 0, 1, 3)
         output = self.out_proj(output.flatten(2))
         if weights is not None and average_attn_weights:

@@ -153,8 +153,8 @@ class LSTM(nn.RNNBase):
         )
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     @classmethod
     def from_torch(cls, module: nn.LSTM) -> LSTM:
@@ -191,7 +191,8 @@ class LSTM(nn.RNNBase):
         if hx is not None and input.dim() == 3:  # else the op refuses the input
             _check_state(self, hx, input.size(0 if first else 1))
         if self.num_layers == 1 and not self.bidirectional and not return_gates:
-            return lone_layer(input, hx, *_weights(self, 0), lengths, reset, first)
+            w_ih, w_hh, b_ih, b_hh, w_hr = _weights(self, 0)
+            return lone_layer(input, hx, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, first)
         options = {"lengths": lengths, "reset": reset, "batch_first": first}
         return _run(self, input, hx, return_gates, options)
 
@@ -267,7 +268,8 @@ def _run(
     if not return_gates:
         return x, final
     gates, cells = (torch.stack(each) for each in zip(*traces, strict=True))
-    return x, final, LSTMGates(*gates.chunk(4, -1), cells)
+    i, f, g, o = gates.chunk(4, -1)
+    return x, final, LSTMGates(i, f, g, o, cells)
 
 
 def _dropout(x: Tensor, p: float, batch_first: bool) -> Tensor:
