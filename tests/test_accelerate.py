@@ -300,11 +300,11 @@ def test_reparametrised_weights_go_along(wrap: str) -> None:
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_compiles_after_the_swap(replace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_after_the_swap(replace: bool) -> None:
     """What nn.LSTM cannot: the whole model as one graph."""
     net = model()
     sf.accelerate(net, replace=replace)
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", not replace)
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), net(x))
+    with torch._dynamo.config.patch(allow_rnn=not replace):
+        torch.testing.assert_close(compiled(x), net(x))
