@@ -6,83 +6,12 @@
 // sets the speed of large steps, the launch that of small ones.
 #include "lstm_kernel.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <initializer_list>
+
+#include "common.h"
 
 namespace seqmem::cuda {
 namespace {
-
-template <class T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-__device__ T narrow(typename Arithmetic<T>::type x) {
-  return x;
-}
-template <>
-__device__ __half narrow<__half>(float x) {
-  return __float2half(x);
-}
-template <>
-__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16(x);
-}
-
-__device__ float exponential(float x) { return expf(x); }
-__device__ double exponential(double x) { return exp(x); }
-__device__ float tangent(float x) { return tanhf(x); }
-__device__ double tangent(double x) { return tanh(x); }
-
-template <class A>
-__device__ A sigmoid(A x) {
-  return A(1) / (A(1) + exponential(-x));
-}
-
-template <class T, int Width>
-struct alignas(sizeof(T) * Width) Vector {
-  T lane[Width];
-};
-
-template <int Width, class T, class A>
-__device__ void read(A (&to)[Width], const void* from, int64_t at) {
-  const auto vector = *reinterpret_cast<const Vector<T, Width>*>(static_cast<const T*>(from) + at);
-#pragma unroll
-  for (int k = 0; k < Width; ++k) to[k] = widen(vector.lane[k]);
-}
-
-// Adds where the pointer is given.
-template <int Width, class T, class A>
-__device__ void add(A (&to)[Width], const void* from, int64_t at) {
-  if (from == nullptr) return;
-  A more[Width];
-  read<Width, T>(more, from, at);
-#pragma unroll
-  for (int k = 0; k < Width; ++k) to[k] += more[k];
-}
-
-template <int Width, class T, class A>
-__device__ void write(void* to, int64_t at, const A (&from)[Width], bool zero) {
-  if (to == nullptr) return;
-  Vector<T, Width> vector;
-#pragma unroll
-  for (int k = 0; k < Width; ++k) vector.lane[k] = narrow<T>(zero ? A(0) : from[k]);
-  *reinterpret_cast<Vector<T, Width>*>(static_cast<T*>(to) + at) = vector;
-}
 
 // The batch row and first unit of this thread; the grid's y strides over units.
 struct Place {
@@ -203,12 +132,6 @@ __global__ void __launch_bounds__(128) backward_kernel(Step step, StepBackward a
     write<Width, T>(a.dz, gate + 2 * H, dz_g, false);
     write<Width, T>(a.dz, gate + 3 * H, dz_o, false);
   }
-}
-
-bool aligned(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0;  // null is
-  });
 }
 
 // Blocks of 128 threads; rows along x, whose limit is 2^31 - 1, and units along y.
