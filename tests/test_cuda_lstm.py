@@ -1,75 +1,51 @@
 """The LSTM's CUDA C++: it compiles for every GPU we name, and its arithmetic and loops are right.
 
 Two checks need no GPU: nvcc's own report for each architecture, and the same sources compiled by
-the C++ compiler against a stand-in for CUDA (tests/cuda_on_cpu) that runs every thread in turn.
+the C++ compiler against a stand-in for CUDA (tests/cuda_on_cpu).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_stand_in import ARCHITECTURES, compile_with_nvcc, load_on_cpu
 from lstm_cell_check import CELLS, TOLERANCES, assert_near, check_cell, widened
-from torch.utils import cpp_extension
 
 from seqmem_fast.reference import lstm as reference
 
 pytestmark = pytest.mark.slow  # the sources are compiled first
-ROOT = Path(__file__).parents[1]
-KERNEL = ROOT / "csrc" / "cuda" / "lstm_kernel.cu"
-STAND_IN = Path(__file__).parent / "cuda_on_cpu"
 TYPES = {"ff": "float", "dd": "double", "6__halfS3_": "half", "13__nv_bfloat16S3_": "bfloat16"}
 TYPES |= {"6__halff": "half, c float", "13__nv_bfloat16f": "bfloat16, c float"}
 SIZES = [(5, torch.float32), *((8, dtype) for dtype in TOLERANCES)]  # single units, vectors
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(
     arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = f"arch=compute_{arch},code=sm_{arch}"
-    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode", target]
-    done = subprocess.run(
-        [*command, str(KERNEL), "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-    found = re.findall(
-        r"Compiling entry function '\S*?(forward|backward)_kernelI(\S*?)Li(\d)EEEv.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers",
-        done.stderr,
-        re.DOTALL,
-    )
+    kernels = compile_with_nvcc("lstm", arch, tmp_path)
+    label = re.compile(r"\S*?(forward|backward)_kernelI(\S*?)Li(\d)EEEv")
+    found = [(match, kernel) for kernel in kernels if (match := label.match(kernel.symbol))]
     assert len(found) == 24  # 2 directions, 6 pairs of types, vectors and single elements
     with capsys.disabled():
         print(f"\nsm_{arch}: registers / spilled bytes")
-        for name, types, width, _, stores, loads, registers in found:
-            kernel = f"{name}<{TYPES[types]}> x{width}"
-            print(f"  {kernel:32} {registers:>4} / {int(stores) + int(loads)}")
-    assert all(stack == stores == loads == "0" for *_, stack, stores, loads, _ in found)
+        for match, kernel in found:
+            name, types, width = match.groups()
+            label_of = f"{name}<{TYPES[types]}> x{width}"
+            print(f"  {label_of:32} {kernel.registers:>4} / {kernel.spilled}")
+    assert all(kernel.stack == kernel.spilled == 0 for kernel in kernels)
 
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CUDA sources on the CPU."""
-    library = tmp_path_factory.mktemp("cuda_on_cpu") / "lstm.so"
-    compiler = os.environ.get("CXX", "c++").split()
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{STAND_IN}"]
-    headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
-    command = [*compiler, *flags, *headers, str(STAND_IN / "lstm.cpp"), *libraries]
-    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(str(library))
-    return torch.ops.seqmem_cuda_on_cpu
+    return load_on_cpu("lstm", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.mark.parametrize("hidden, dtype", SIZES)

@@ -10,6 +10,7 @@
 // Reading r = w M: dM = w dr^T, dw = M dr. Writing M' = M (1 - w e^T) + w a^T:
 //   dM = dM' (1 - w e^T),  dw = sum_m dM' (a - M e),  de = -sum_i w M dM',  da = sum_i w dM'.
 #include "../common/autograd.h"
+#include "../ops/ntm_addressing_check.h"
 
 namespace seqmem::ntm_addressing {
 namespace {
@@ -18,10 +19,10 @@ using at::Tensor;
 
 // All four functionals take tensors alone and have one output.
 template <class Forward, class Backward>
-struct Functional;
+struct Derivative;
 template <const char* name, class... Args, class Backward>
-struct Functional<Op<name, Tensor(Args...)>, Backward>
-    : torch::autograd::Function<Functional<Op<name, Tensor(Args...)>, Backward>> {
+struct Derivative<Op<name, Tensor(Args...)>, Backward>
+    : torch::autograd::Function<Derivative<Op<name, Tensor(Args...)>, Backward>> {
   using Forward = Op<name, Tensor(Args...)>;
 
   static Tensor forward(AutogradContext* ctx, Args... tensors) {
@@ -45,32 +46,19 @@ struct Functional<Op<name, Tensor(Args...)>, Backward>
   }
 };
 
-template <size_t n>
-using Mask = std::array<bool, n>;
-
-constexpr char kContent[] = "seqmem::ntm_content_addressing",
-               kContentBackward[] = "seqmem::ntm_content_addressing_backward",
-               kAddressing[] = "seqmem::ntm_addressing",
-               kAddressingBackward[] = "seqmem::ntm_addressing_backward",
-               kRead[] = "seqmem::ntm_read", kReadBackward[] = "seqmem::ntm_read_backward",
-               kWrite[] = "seqmem::ntm_write", kWriteBackward[] = "seqmem::ntm_write_backward";
-using Content = Op<kContent, Tensor(In, In, In)>;
-using ContentBackward = Op<kContentBackward, Tensors<3>(In, In, In, In, Mask<3>)>;
-using Addressing = Op<kAddressing, Tensor(In, In, In, In, In, In, In)>;
-using AddressingBackward =
-    Op<kAddressingBackward, Tensors<7>(In, In, In, In, In, In, In, In, Mask<7>)>;
-using Read = Op<kRead, Tensor(In, In)>;
-using ReadBackward = Op<kReadBackward, Tensors<2>(In, In, In, Mask<2>)>;
-using Write = Op<kWrite, Tensor(In, In, In, In)>;
-using WriteBackward = Op<kWriteBackward, Tensors<4>(In, In, In, In, In, Mask<4>)>;
+template <class Ops>
+void differentiate_all(torch::Library& m) {
+  differentiate<typename Ops::Forward, Derivative<typename Ops::Forward, typename Ops::Backward>>(
+      m);
+}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  differentiate<Content, Functional<Content, ContentBackward>>(m);
-  differentiate<Addressing, Functional<Addressing, AddressingBackward>>(m);
-  differentiate<Read, Functional<Read, ReadBackward>>(m);
-  differentiate<Write, Functional<Write, WriteBackward>>(m);
+  differentiate_all<ContentOps>(m);
+  differentiate_all<AddressingOps>(m);
+  differentiate_all<ReadOps>(m);
+  differentiate_all<WriteOps>(m);
 }
 
 }  // namespace seqmem::ntm_addressing

@@ -138,101 +138,46 @@ void run_backward(const WriteInputs& in, const Shape& s, const void* grad, void*
 
 // ---- The ops
 
-template <size_t n>
-using Mask = std::array<bool, n>;
-
-Tensors<3> gradients(const ContentInputs& in, const Mask<3>& wanted) {
-  return gradients_like(wanted, in.memory, in.key, in.beta);
-}
-Tensors<7> gradients(const AddressingInputs& in, const Mask<7>& wanted) {
-  return gradients_like(wanted, in.memory, in.key, in.beta, in.gate, in.shift, in.gamma,
-                        in.prev_weights);
-}
-Tensors<2> gradients(const ReadInputs& in, const Mask<2>& wanted) {
-  return gradients_like(wanted, in.memory, in.weights);
-}
-Tensors<4> gradients(const WriteInputs& in, const Mask<4>& wanted) {
-  return gradients_like(wanted, in.memory, in.weights, in.erase, in.add);
+template <class Ops>
+Tensor forward_cpu(const typename Ops::Inputs& in) {
+  const auto c = Ops::template check<int64_t>(in);
+  const Tensor out = at::empty(c.output, in.memory.options());
+  run(in, {.B = c.B, .H = c.H, .N = c.N, .M = c.M, .taps = c.taps}, data(out));
+  return out;
 }
 
-// A functional's op and its backward, of n tensors.
-template <class Forward, class Backward, class Inputs>
-struct Functional {
-  static constexpr size_t n = Forward::arguments;
-  struct Gradient {
-    In grad;
-  };
-  struct BackwardInputs : Gradient, Inputs {
-    Mask<n> output_mask;
-  };
+template <class Ops>
+Tensor forward_meta(const typename Ops::Inputs& in) {
+  return at::empty_symint(Ops::template check<c10::SymInt>(in).output, in.memory.options());
+}
 
-  template <class Int>
-  static Checked<Int> check(const Inputs& in) {
-    return check_inputs<Int>(Forward::full_name, in);
-  }
+template <class Ops>
+Tensors<Ops::n> backward_cpu(const typename Ops::BackwardInputs& in) {
+  const auto c = Ops::template check_backward<int64_t>(in);
+  const Tensors<Ops::n> out = gradients(in, in.output_mask);
+  const Operand grad(in.grad);
+  const Shape s = {.B = c.B, .H = c.H, .N = c.N, .M = c.M, .taps = c.taps};
+  std::apply(
+      [&](const auto&... of) {
+        run_backward(static_cast<const typename Ops::Inputs&>(in), s, grad.data(), data(of)...);
+      },
+      out);
+  return out;
+}
 
-  static Tensor cpu(const Inputs& in) {
-    const auto c = check<int64_t>(in);
-    const Tensor out = at::empty(c.output, in.memory.options());
-    run(in, {.B = c.B, .H = c.H, .N = c.N, .M = c.M, .taps = c.taps}, data(out));
-    return out;
-  }
+template <class Ops>
+Tensors<Ops::n> backward_meta(const typename Ops::BackwardInputs& in) {
+  Ops::template check_backward<c10::SymInt>(in);
+  return gradients(in, in.output_mask);
+}
 
-  static Tensor meta(const Inputs& in) {
-    return at::empty_symint(check<c10::SymInt>(in).output, in.memory.options());
-  }
-
-  template <class Int>
-  static Checked<Int> check_backward(const BackwardInputs& in) {
-    auto c = check_inputs<Int>(Backward::full_name, static_cast<const Inputs&>(in));
-    c.gradient(in.grad);
-    return c;
-  }
-
-  static Tensors<n> backward_cpu(const BackwardInputs& in) {
-    const auto c = check_backward<int64_t>(in);
-    const Tensors<n> out = gradients(in, in.output_mask);
-    const Operand grad(in.grad);
-    const Shape s = {.B = c.B, .H = c.H, .N = c.N, .M = c.M, .taps = c.taps};
-    std::apply(
-        [&](const auto&... of) {
-          run_backward(static_cast<const Inputs&>(in), s, grad.data(), data(of)...);
-        },
-        out);
-    return out;
-  }
-
-  static Tensors<n> backward_meta(const BackwardInputs& in) {
-    check_backward<c10::SymInt>(in);
-    return gradients(in, in.output_mask);
-  }
-
-  static void define(torch::Library& m, const char* schema, const char* backward_schema) {
-    Forward::template define<check<c10::SymInt>, cpu, meta>(m, schema);
-    Backward::template define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
-        m, backward_schema);
-  }
-};
-
-constexpr char kContent[] = "seqmem::ntm_content_addressing",
-               kContentBackward[] = "seqmem::ntm_content_addressing_backward",
-               kAddressing[] = "seqmem::ntm_addressing",
-               kAddressingBackward[] = "seqmem::ntm_addressing_backward",
-               kRead[] = "seqmem::ntm_read", kReadBackward[] = "seqmem::ntm_read_backward",
-               kWrite[] = "seqmem::ntm_write", kWriteBackward[] = "seqmem::ntm_write_backward";
-
-using ContentOps =
-    Functional<Op<kContent, Tensor(In, In, In)>,
-               Op<kContentBackward, Tensors<3>(In, In, In, In, Mask<3>)>, ContentInputs>;
-using AddressingOps =
-    Functional<Op<kAddressing, Tensor(In, In, In, In, In, In, In)>,
-               Op<kAddressingBackward, Tensors<7>(In, In, In, In, In, In, In, In, Mask<7>)>,
-               AddressingInputs>;
-using ReadOps = Functional<Op<kRead, Tensor(In, In)>,
-                           Op<kReadBackward, Tensors<2>(In, In, In, Mask<2>)>, ReadInputs>;
-using WriteOps =
-    Functional<Op<kWrite, Tensor(In, In, In, In)>,
-               Op<kWriteBackward, Tensors<4>(In, In, In, In, In, Mask<4>)>, WriteInputs>;
+template <class Ops>
+void define(torch::Library& m, const char* schema, const char* backward_schema) {
+  Ops::Forward::template define<Ops::template check<c10::SymInt>, forward_cpu<Ops>,
+                                forward_meta<Ops>>(m, schema);
+  Ops::Backward::template define<Ops::template check_backward<c10::SymInt>, backward_cpu<Ops>,
+                                 backward_meta<Ops>>(m, backward_schema);
+}
 
 }  // namespace
 
@@ -242,19 +187,19 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   SEQMEM_CONTENT ", Tensor gate, Tensor shift, Tensor gamma, Tensor prev_weights"
 #define SEQMEM_READ "Tensor memory, Tensor weights"
 #define SEQMEM_WRITE SEQMEM_READ ", Tensor erase, Tensor add"
-  ContentOps::define(m, "(" SEQMEM_CONTENT ") -> Tensor weights",
+  define<ContentOps>(m, "(" SEQMEM_CONTENT ") -> Tensor weights",
                      "(Tensor grad_weights, " SEQMEM_CONTENT
                      ", bool[3] output_mask) -> (Tensor grad_memory, Tensor grad_key, "
                      "Tensor grad_beta)");
-  AddressingOps::define(m, "(" SEQMEM_ADDRESSING ") -> Tensor weights",
+  define<AddressingOps>(m, "(" SEQMEM_ADDRESSING ") -> Tensor weights",
                         "(Tensor grad_weights, " SEQMEM_ADDRESSING
                         ", bool[7] output_mask) -> (Tensor grad_memory, Tensor grad_key, "
                         "Tensor grad_beta, Tensor grad_gate, Tensor grad_shift, "
                         "Tensor grad_gamma, Tensor grad_prev_weights)");
-  ReadOps::define(m, "(" SEQMEM_READ ") -> Tensor reads",
+  define<ReadOps>(m, "(" SEQMEM_READ ") -> Tensor reads",
                   "(Tensor grad_reads, " SEQMEM_READ
                   ", bool[2] output_mask) -> (Tensor grad_memory, Tensor grad_weights)");
-  WriteOps::define(m, "(" SEQMEM_WRITE ") -> Tensor new_memory",
+  define<WriteOps>(m, "(" SEQMEM_WRITE ") -> Tensor new_memory",
                    "(Tensor grad_new_memory, " SEQMEM_WRITE
                    ", bool[4] output_mask) -> (Tensor grad_memory, Tensor grad_weights, "
                    "Tensor grad_erase, Tensor grad_add)");

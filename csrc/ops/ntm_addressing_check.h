@@ -1,5 +1,8 @@
-// The NTM functionals' arguments and their checks, the same for every device and grad mode.
+// The NTM functionals' signatures, their arguments by name, and the checks, which are the same for
+// every device and grad mode.
 #pragma once
+
+#include <array>
 
 #include "../common/check.h"
 #include "../common/op.h"
@@ -131,5 +134,71 @@ Checked<Int> check_inputs(const char* op, const WriteInputs& in) {
   for (int64_t d = 0; d < in.memory.dim(); ++d) c.output.push_back(Check<Int>::size(in.memory, d));
   return c;
 }
+
+template <size_t n>
+using Mask = std::array<bool, n>;
+
+inline Tensors<3> gradients(const ContentInputs& in, const Mask<3>& wanted) {
+  return gradients_like(wanted, in.memory, in.key, in.beta);
+}
+inline Tensors<7> gradients(const AddressingInputs& in, const Mask<7>& wanted) {
+  return gradients_like(wanted, in.memory, in.key, in.beta, in.gate, in.shift, in.gamma,
+                        in.prev_weights);
+}
+inline Tensors<2> gradients(const ReadInputs& in, const Mask<2>& wanted) {
+  return gradients_like(wanted, in.memory, in.weights);
+}
+inline Tensors<4> gradients(const WriteInputs& in, const Mask<4>& wanted) {
+  return gradients_like(wanted, in.memory, in.weights, in.erase, in.add);
+}
+
+struct Gradient {
+  In grad;
+};
+
+// A functional's op and its backward, of n tensors.
+template <class ForwardOp, class BackwardOp, class ForwardInputs>
+struct Functional {
+  using Forward = ForwardOp;
+  using Backward = BackwardOp;
+  using Inputs = ForwardInputs;
+  static constexpr size_t n = Forward::arguments;
+  struct BackwardInputs : Gradient, Inputs {
+    Mask<n> output_mask;
+  };
+
+  template <class Int>
+  static Checked<Int> check(const Inputs& in) {
+    return check_inputs<Int>(Forward::full_name, in);
+  }
+
+  template <class Int>
+  static Checked<Int> check_backward(const BackwardInputs& in) {
+    auto c = check_inputs<Int>(Backward::full_name, static_cast<const Inputs&>(in));
+    c.gradient(in.grad);
+    return c;
+  }
+};
+
+inline constexpr char kContent[] = "seqmem::ntm_content_addressing",
+                      kContentBackward[] = "seqmem::ntm_content_addressing_backward",
+                      kAddressing[] = "seqmem::ntm_addressing",
+                      kAddressingBackward[] = "seqmem::ntm_addressing_backward",
+                      kRead[] = "seqmem::ntm_read", kReadBackward[] = "seqmem::ntm_read_backward",
+                      kWrite[] = "seqmem::ntm_write",
+                      kWriteBackward[] = "seqmem::ntm_write_backward";
+
+using ContentOps =
+    Functional<Op<kContent, Tensor(In, In, In)>,
+               Op<kContentBackward, Tensors<3>(In, In, In, In, Mask<3>)>, ContentInputs>;
+using AddressingOps =
+    Functional<Op<kAddressing, Tensor(In, In, In, In, In, In, In)>,
+               Op<kAddressingBackward, Tensors<7>(In, In, In, In, In, In, In, In, Mask<7>)>,
+               AddressingInputs>;
+using ReadOps = Functional<Op<kRead, Tensor(In, In)>,
+                           Op<kReadBackward, Tensors<2>(In, In, In, Mask<2>)>, ReadInputs>;
+using WriteOps =
+    Functional<Op<kWrite, Tensor(In, In, In, In)>,
+               Op<kWriteBackward, Tensors<4>(In, In, In, In, In, Mask<4>)>, WriteInputs>;
 
 }  // namespace seqmem::ntm_addressing

@@ -1,5 +1,5 @@
-// Just enough of CUDA to run csrc/cuda on the CPU: every thread of a launch in turn. Right only for
-// kernels without shared memory and barriers, which the LSTM's are.
+// Just enough of CUDA to run csrc/cuda on the CPU: one block at a time, its threads in turn up to
+// the next barrier or shuffle. It finds wrong arithmetic, not races.
 #pragma once
 
 using cudaError_t = int;

@@ -1,0 +1,62 @@
+"""What the tests of csrc/cuda share: the sources on the CPU, and nvcc's own report of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = Path(__file__).parent / "cuda_on_cpu"
+ARCHITECTURES = ["80", "90", "100"]
+
+
+def load_on_cpu(stem: str, folder: Path) -> Any:
+    """The ops of an op's CUDA sources, compiled by the C++ compiler against a stand-in for CUDA."""
+    library = folder / f"{stem}.so"
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{STAND_IN}"]
+    headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
+    command = [*compiler, *flags, *headers, str(STAND_IN / f"{stem}.cpp"), *libraries]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(str(library))
+    return getattr(torch.ops, f"{stem}_cuda_on_cpu")
+
+
+class Resources(NamedTuple):
+    """What ptxas says of one kernel."""
+
+    symbol: str
+    stack: int
+    spilled: int
+    registers: int
+
+
+def compile_with_nvcc(stem: str, arch: str, folder: Path) -> list[Resources]:
+    """Compile an op's kernels for one architecture; warnings fail."""
+    source = ROOT / "csrc" / "cuda" / f"{stem}_kernel.cu"
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode", target]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(folder / "kernel.o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    found = re.findall(
+        r"Compiling entry function '(\S*)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    return [
+        Resources(symbol, int(stack), int(stores) + int(loads), int(registers))
+        for symbol, stack, stores, loads, registers in found
+    ]
