@@ -5,6 +5,8 @@ one kernel for all four stages of addressing, one for all writes of a row, one b
 which recompute what the forward went through. Reading is a matrix product, and torch's. Memories
 above `_ELEMENTS` values a row do not fit and take the plain path: the reference, on the GPU.
 
+Where the package was built with nvcc, csrc/cuda/ntm_addressing.cpp runs in their place.
+
 State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
 """
 
