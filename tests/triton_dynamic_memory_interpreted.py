@@ -16,6 +16,7 @@ from torch import Tensor
 import seqmem_fast
 from seqmem_fast._triton import dynamic_memory as launchers
 from seqmem_fast.reference import dynamic_memory as reference
+from seqmem_fast.reference.common import Sample
 
 assert seqmem_fast.__version__
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 5e-2, torch.float16: 6e-3}
@@ -113,6 +114,16 @@ def test_nothing_leaves_its_row_and_no_slot_left() -> None:
     args[1][1] = float("nan")  # what is masked is not read
     final, attention, _ = launchers.dynamic_memory(*args, *tail)
     assert torch.equal(attention, clean[1]) and torch.equal(final[0], clean[0][0])
+
+
+@pytest.mark.parametrize("widest", [4, 128], ids=["plain_path", "on_chip"])
+def test_row_without_slots_reads_zero(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every hop: from the second on, its memory is no longer zero."""
+    monkeypatch.setattr(launchers, "_WIDEST", widest)
+    name, args, options, *_ = SAMPLES["per_sample_masked"]
+    mask = options["mask"].clone()
+    mask[1] = False
+    check(Sample(name, args, {**options, "mask": mask}))
 
 
 def test_no_hops_no_rows() -> None:

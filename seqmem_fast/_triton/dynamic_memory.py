@@ -119,6 +119,11 @@ def _common(memory: Tensor, slots: int, block_n: int, block_d: int) -> dict[str,
     }
 
 
+def _where_filled(mask: Tensor | None, a: Tensor) -> Tensor:
+    """a [..., B, m], with zeros in rows whose mask leaves no slot to read."""
+    return a if mask is None else a.masked_fill((mask == 0).all(-1, keepdim=True), 0)
+
+
 def _plain_hops(
     score: Tensor,
     memory: Tensor,
@@ -144,7 +149,7 @@ def _plain_hops(
             weighting = weighting.masked_fill(mask == 0, 0)
         attention[k] = weighting
         u = (weighting[:, None] @ slots).squeeze(1)
-        r = A * u + B
+        r = _where_filled(mask, A * u + B)
         gate, write = (r @ w[:, :width].to(dtype).t() + z[:, n] for n, w in enumerate(weights))
         gate, write = gate.sigmoid(), write.tanh()
         if saved is not None:
@@ -194,6 +199,7 @@ def dynamic_memory_backward(
             _hops_back(given, _Found(dz, du, de, ds))
 
         reads = maps[:-1, :, 0] * saved[:, :, 2] + maps[:-1, :, 1]  # [K, B, m]
+        reads = _where_filled(mask, reads)
         dz_sum = dz.sum(0)  # [B, 2, m]
         wide_query = query.to(dtype)
         grad_query = none
@@ -293,8 +299,11 @@ def _plain_hops_back(given: _Given, found: _Found) -> None:
         (A, B), (g, w, u) = maps[k].unbind(1), saved[k].unbind(1)
         dz[k, :, 0] = (d_B * (w - B) - d_A * A) * g * (1 - g)
         dz[k, :, 1] = d_B * g * (1 - w * w)
-        dr = sum(dz[k, :, n] @ weight[:, :width].to(dtype) for n, weight in enumerate(weights))
-        d_A, d_B = (1 - g) * d_A + dr * u, (1 - g) * d_B + dr
+        of_gate, of_write = (
+            dz[k, :, n] @ weight[:, :width].to(dtype) for n, weight in enumerate(weights)
+        )
+        dr = of_gate + of_write
+        d_A, d_B = (1 - g) * d_A + dr * u, (1 - g) * d_B + _where_filled(mask, dr)
         du[k] = dr * A
         da = (slots @ du[k][..., None]).squeeze(-1)
         if grad_attention is not None:

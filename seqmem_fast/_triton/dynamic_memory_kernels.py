@@ -109,7 +109,7 @@ def dynamic_memory_forward(
         tl.debug_barrier()
         to += batch * slots
 
-        r = A * u + B
+        r = tl.where(total == 0.0, 0.0, A * u + B)
         gate_rows = _matrix(gate_weight_ptr, weight_t, width, BD, ACC)
         g = sigmoid(z_gate + tl.sum(gate_rows * r[None, :], axis=1))
         write_rows = _matrix(write_weight_ptr, weight_t, width, BD, ACC)
@@ -189,6 +189,13 @@ def dynamic_memory_backward(
     d_s = tl.zeros([BD], ACC)
     d_A = tl.zeros([BD], ACC)
     d_B = tl.zeros([BD], ACC)
+    filled = mask_ptr is None  # whether the mask leaves a slot to read
+    if mask_ptr is not None:
+        allowed = tl.zeros([BN], tl.int32)
+        for start in range(0, slots, BN):
+            n = start + tl.arange(0, BN)
+            allowed += (tl.load(mask_ptr + n, mask=n < slots, other=0) != 0).to(tl.int32)
+        filled = tl.sum(allowed, axis=0) != 0
     if grad_final_ptr is not None:
         for start in range(0, slots, BN):
             n = start + tl.arange(0, BN)
@@ -217,7 +224,7 @@ def dynamic_memory_backward(
         write_rows = _matrix(write_weight_ptr, weight_t, width, BD, ACC)
         dr += tl.sum(write_rows * dz_write[:, None], axis=0)
         d_A = (1.0 - g) * d_A + dr * u
-        d_B = (1.0 - g) * d_B + dr
+        d_B = (1.0 - g) * d_B + tl.where(filled, dr, 0.0)
         du = dr * A
         tl.store(du_ptr + row * width + d, du, mask=inside)
 
@@ -239,6 +246,7 @@ def dynamic_memory_backward(
             block, _there = _slots(memory_ptr, mask_ptr, n, slots, width, BD, ACC)
             a = tl.load(attention_ptr + row * slots + n, mask=n < slots, other=0.0).to(ACC)
             da = tl.load(de_ptr + row * slots + n, mask=n < slots, other=0.0)
+            tl.debug_barrier()  # several threads have read da where one writes de
             de = a * (da - mean)
             tl.store(de_ptr + row * slots + n, de, mask=n < slots)
             dp += tl.sum(de[:, None] * block, axis=0)
