@@ -211,8 +211,8 @@ def ntm_forward(
         if checkpoints_ptr is not None:
             if t % segment == 0:
                 at = checkpoints_ptr + (t // segment * batch + b) * checkpoint
-                block, inside = block_of(at, slots, width, BN, BW)
-                tl.store(block, memory, mask=inside)
+                to, _ = block_of(at, slots, width, BN, BW)
+                tl.store(to, memory, mask=inside)
 
         weight = weight_ptr
         for layer in tl.static_range(LAYERS):
@@ -504,8 +504,7 @@ def ntm_backward(
                 tl.store(dp + width + 2 + taps, d_gamma * sigmoid(raw_gamma))
                 tl.debug_barrier()
 
-            for above in tl.static_range(LAYERS):
-                layer: tl.constexpr = LAYERS - 1 - above
+            for layer in tl.static_range(LAYERS - 1, -1, -1):
                 dz = dz_ptr + (row * LAYERS + layer) * control * G
                 for start in range(0, control, BC):
                     c = start + tl.arange(0, BC)
@@ -513,7 +512,7 @@ def ntm_backward(
                     dh = tl.zeros([BC], ACC)
                     if LSTM:
                         dh += tl.load(d_hidden_ptr + layer * control + c, mask=real, other=0.0)
-                    if above == 0:
+                    if layer == LAYERS - 1:
                         acc = tl.zeros([BK, BC], ACC)
                         acc = _accumulate(acc, dp, values, head_weight_ptr, control, c, real, BK)
                         dh += tl.sum(acc, axis=0)
@@ -545,10 +544,10 @@ def ntm_backward(
                         tl.store(dz + 4 * c + 2, dz_g, mask=real)
                         tl.store(dz + 4 * c + 3, dz_o, mask=real)
                     else:
-                        if above == 0:
+                        if layer == LAYERS - 1:
                             at = features_ptr + row * feature_width + c
                         else:
-                            at = kept + head_at - above * control + c
+                            at = kept + head_at - (LAYERS - 1 - layer) * control + c
                         out = tl.load(at, mask=real, other=0.0).to(ACC)
                         tl.store(dz + c, dh * (1.0 - out * out), mask=real)
                 tl.debug_barrier()
