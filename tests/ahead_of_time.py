@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,42 @@ def compiled(function: Any, target: str, kernel: Kernel) -> Any:
     source = ASTSource(function, signature, values, attributes)
     options = {"num_warps": kernel.warps, "num_stages": 1}
     return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+class _Target:
+    """A Triton driver with one device, which cannot run anything."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_device(self) -> str:  # a key of the kernels compiled so far
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS[self.name])
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[dict[str, Any]]:
+    """Compiles what is launched within for the target, runs nothing; kernels by their hashes."""
+    from triton.runtime import JITFunction, driver
+
+    found: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found[kernel.hash] = kernel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(driver, "_active", _Target(target))
+        yield found
 
 
 def resources(kernel: Any, target: str) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 
 import seqmem_fast as sf
 from seqmem_fast.reference import lstm as reference
-
-# cuBLAS asks for this under deterministic algorithms, which every test runs with.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
