@@ -134,11 +134,17 @@ def launchers_on_cpu() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_every_option_compiles_in_every_dtype(
-    op: str, dtype: torch.dtype, launchers_on_cpu: None, capsys: pytest.CaptureFixture[str]
+    op: str,
+    dtype: torch.dtype,
+    launchers_on_cpu: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Forward and backward of all samples: a kernel that only one option reaches is met too."""
     from triton.compiler.errors import CompilationError
 
+    # What no kernel fills is a valid action.
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     failures = []
     with compiling("sm_90") as kernels:
         for sizes in MATRIX[op]:
