@@ -20,7 +20,7 @@ SANITIZED_ENV = UBSAN_OPTIONS=print_stacktrace=1 \
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: all build test lint format pytest fuzz bench sanitize sdist wheel clean distclean FORCE
+.PHONY: all build test lint format pytest fuzz bench gpu sanitize sdist wheel clean distclean FORCE
 
 all: build
 
@@ -44,6 +44,10 @@ pytest: $(DONE)/test $(DONE)/build
 
 bench: $(DONE)/bench $(DONE)/build
 	$(BIN)/python -m benchmarks $(if $(filter 1,$(FULL)),--full)
+
+# On a machine with a GPU: builds for that GPU alone, tests and measures, in ten minutes.
+gpu: $(DONE)/test
+	benchmarks/gpu_check.sh $(abspath $(BIN))/python
 
 build: $(DONE)/build
 

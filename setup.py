@@ -25,6 +25,7 @@ MIN_TORCH = (2, 11)
 INSTALL = "pip install --no-build-isolation ."
 
 COMMON_FLAGS = [
+    "-std=c++20",  # torch 2.11 would ask for C++17
     "-O3",
     "-g0",  # objects stay small; --sanitize turns line numbers on
     "-fno-math-errno",

@@ -184,6 +184,13 @@ GPU_SHAPES = (
     Shape("layer", 100, 32, 256, 256),
     Shape("layer", 100, 64, 512, 512),
     Shape("layer", 100, 64, 1024, 1024, HALF),
+    # a long sequence, as in FlashRNN's chart (H 768)
+    Shape("layer", 1024, 16, 64, 64),
+    Shape("layer", 1024, 16, 128, 128),
+    Shape("layer", 1024, 16, 128, 128, HALF),
+    Shape("layer", 1024, 16, 256, 256),
+    Shape("layer", 1024, 16, 256, 256, HALF),
+    Shape("layer", 1024, 16, 768, 768, HALF),
     # what cuDNN has no call for
     Shape("rollout", 256, 64, 64, 64),
     Shape("rollout", 256, 16, 64, 128),

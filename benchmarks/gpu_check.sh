@@ -1,40 +1,93 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can tell about this package, in one go:
-#   benchmarks/gpu_check.sh [python]        (default: python3, with a CUDA or ROCm build of torch)
-# builds with whatever compilers are there, runs the tests marked gpu, then a few of them under
-# compute-sanitizer, then the benchmarks; everything lands under benchmarks/results/.
-set -euo pipefail
+# All that a machine with a GPU can tell about this package, in one run of at most 590 seconds:
+#   benchmarks/gpu_check.sh [--no-build] [--rehearse] [--seconds S] [python]
+# Stages, the most telling first, each with a limit of its own: a stage that fails or takes too long
+# does not end the run. All results go to the folder that OUT names (8 files; by default
+# benchmarks/results/gpu) as they come. --no-build takes the extension that was built in place,
+# --rehearse goes through all stages on the CPU, with few and small rows, --seconds sets another
+# limit. The exit status says whether a stage failed; the table of stages comes last.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${1:-python3}
-results=benchmarks/results
-mkdir -p "$results"
-
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no GPU that torch sees")'
-"$python" -m pip install --quiet --no-build-isolation --no-deps --editable .
-"$python" -m seqmem_fast info --json | tee "$results/gpu_info.json"
-
-# cuBLAS repeats its results only with this, and the tests ask for repeatable ones.
-export CUBLAS_WORKSPACE_CONFIG=:4096:8
-failed=0
-"$python" -m pytest -m gpu --junitxml="$results/gpu_tests.xml" tests || failed=1
-
-if command -v compute-sanitizer >/dev/null; then
-    tests=tests/test_triton_lstm.py
-    few=(
-        "$tests::test_gpu_agrees_with_float64[torch.float32-64-3]"   # on chip, multiply-adds
-        "$tests::test_gpu_agrees_with_float64[torch.bfloat16-100-3]" # on chip, tensor cores
-        "$tests::test_gpu_agrees_with_float64[torch.float32-200-3]"  # step by step
-        "$tests::test_gpu_cell_agrees_with_the_cpu[5-torch.float16]"
-    )
-    for tool in memcheck racecheck; do
-        # Without torch's memory pool an access out of bounds leaves its own allocation.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest "${few[@]}" 2>&1 | tee "$results/gpu_$tool.log" || failed=1
-    done
-else
-    echo "compute-sanitizer is not here: its part is left out" >&2
+build=1 device=cuda seconds=590 python=python3
+while [ $# -gt 0 ]; do
+    case $1 in
+        --no-build) build=0 ;;
+        --rehearse) device=cpu ;;
+        --seconds) seconds=$2 && shift ;;
+        -*) echo "unknown option $1: see the head of $0" >&2 && exit 2 ;;
+        *) python=$1 ;;
+    esac
+    shift
+done
+out=${OUT:-benchmarks/results/gpu}
+mkdir -p "$out"
+: >"$out/log.txt"
+: >"$out/stages.txt"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 COLUMNS=170
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # cuBLAS repeats its results only with this
+cores=$(nproc)
+jobs=$((cores < 12 ? cores : 12))
+rows=() compiled=()
+if [ $device = cpu ]; then
+    rows=(--rows "1, 1, 64, 64" --samples 3)
+    compiled=(--rows "ntm_read 16, 128, 20" --samples 3)
 fi
 
-"$python" -m benchmarks.harness.gpu --json "$results/gpu.json"
-"$python" -m benchmarks.harness.gpu --op lstm --tf32 --json "$results/gpu_tf32.json"
-exit "$failed"
+# stage NAME LIMIT COMMAND...: its whole output goes to log.txt, the last lines to the terminal.
+stage() {
+    local name=$1 limit=$2 start=$SECONDS status
+    shift 2
+    local left=$((seconds - SECONDS))
+    limit=$((limit < left ? limit : left))
+    echo "== $name" | tee -a "$out/log.txt"
+    if [ "$limit" -lt 3 ]; then
+        status="no time left"
+    else
+        timeout -k 3 "$limit" "$@" >"$out/stage.txt" 2>&1
+        status=$?
+        cat "$out/stage.txt" >>"$out/log.txt"
+        tail -n 60 "$out/stage.txt" | cut -c1-230
+    fi
+    printf '%-12s %4d s  status %s\n' "$name" $((SECONDS - start)) "$status" >>"$out/stages.txt"
+}
+
+about() {
+    uname -srm
+    nvidia-smi || true
+    "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__)'
+}
+
+compile() {
+    # One architecture, the card's, and one ISA, this processor's best.
+    TORCH_CUDA_ARCH_LIST=$("$python" -c '
+import torch
+print("{}.{}".format(*torch.cuda.get_device_capability()) if torch.version.cuda else "")')
+    isa=$("$python" -c '
+import torch
+name = torch.backends.cpu.get_cpu_capability().lower()
+print(name if name in ("avx2", "avx512") else "baseline")')
+    [ -n "$TORCH_CUDA_ARCH_LIST" ] && export TORCH_CUDA_ARCH_LIST || unset TORCH_CUDA_ARCH_LIST
+    "$python" setup.py --quiet build_ext --inplace --isas "$isa"
+}
+export -f about compile
+export python
+
+stage about 20 bash -c about
+[ $build = 1 ] && stage build 170 bash -c compile
+stage random $((seconds / 6)) "$python" tests/gpu_random_shapes.py \
+    --seconds $((seconds / 6 - 12)) --jobs "$jobs" --device $device --json "$out/random.json"
+stage floors 25 "$python" -m benchmarks.harness.gpu_floors --device $device \
+    --json "$out/floors.json"
+stage times $((seconds * 3 / 10)) "$python" -m benchmarks.harness.gpu --device $device \
+    --jobs "$jobs" --limit-s $((seconds * 3 / 10 - 10)) --json "$out/times.json" "${rows[@]}"
+mark=gpu
+[ $device = cpu ] && mark="gpu and not slow" # there all of them are skipped
+stage tests 120 "$python" -m pytest -q -m "$mark" -n $((jobs < 8 ? jobs : 8)) \
+    --junitxml="$out/tests.xml" -p no:cacheprovider tests
+stage tf32 60 "$python" -m benchmarks.harness.gpu --device $device --op lstm --tf32 \
+    --jobs "$jobs" --rows float32 --limit-s 50 --json "$out/tf32.json" "${rows[@]}"
+stage compiled 170 "$python" -m benchmarks.harness.gpu --device $device --compiled \
+    --jobs "$jobs" --limit-s 160 --json "$out/compiled.json" "${compiled[@]}"
+rm -f "$out/stage.txt"
+cat "$out/stages.txt"
+! grep -qv "status 0$" "$out/stages.txt"

@@ -360,17 +360,63 @@ GPU_ROWS = [
 
 @pytest.mark.parametrize("row", GPU_ROWS, ids=str)
 def test_the_gpu_s_sides_agree(row: rows.Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with a clock for events and nothing compiled."""
-    monkeypatch.setattr(gpu, "event_s", lambda call, given: 1.0 + 0.0 * len([call(given)]))
+    """On the CPU, with nothing compiled."""
     monkeypatch.setattr(torch, "compile", lambda side: side)
     no_others = dataclasses.replace(row, work=lambda: dataclasses.replace(row.work(), others={}))
-    found = gpu.measure(no_others, 2, device="cpu")
-    assert found[0]["side"] == rows.OURS and len(found) > 1
-    assert (rows.COMPILED in {r["side"] for r in found}) == (row.work().compile_with is not None)
-    assert all(r["samples"] == 2 and r["mode"] == row.mode for r in found)
-    if row.work().checked:
-        assert all(r["error"] < 1e-4 for r in found)
-    assert gpu.table(found, "").row_count == len(found)
+    for compiled in (False, True):
+        found = gpu.first_calls(no_others, "cpu", compiled)
+        gpu.time_row(no_others, found, 2, "cpu", compiled)
+        peers = [r["side"] for r in found[1:]]
+        assert found[0]["side"] == rows.OURS
+        if compiled:
+            assert peers == [rows.COMPILED] * (row.work().compile_with is not None)
+        else:
+            assert peers and rows.COMPILED not in peers
+        assert all(r["samples"] == 2 and r["mode"] == row.mode for r in found)
+        assert not any(r["failed"] for r in found) and found[0]["ratio"] == 1.0
+        if row.work().checked:
+            assert all(r["error"] < 1e-4 for r in found)
+        assert gpu.table(found, "").row_count == 1
+
+
+def test_a_side_that_fails_on_the_gpu_is_named_and_left_out() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of registers")
+
+    def sample(rng: torch.Generator) -> tuple[torch.Tensor]:
+        return (torch.randn(3, generator=rng),)
+
+    for sides in ({"ours": broken, "peer": torch.sin}, {"ours": torch.sin, "peer": broken}):
+        work = rows.Work(sample, sides["ours"], {"peer": sides["peer"]}, exact=torch.sin)
+        row = rows.Row("sin", "3", rows.INFERENCE, lambda work=work: work)  # type: ignore[misc]
+        found = gpu.first_calls(row, "cpu")
+        gpu.time_row(row, found, 2, "cpu")
+        for record in found:
+            failed = sides[record["side"]] is broken
+            assert (record["failed"] == "RuntimeError: out of registers") == failed
+            assert ("median_s" in record) != failed
+        console = Console(width=200, record=True)
+        console.print(gpu.table(found, ""))
+        assert "FAILED: RuntimeError: out of registers" in console.export_text()
+
+
+@pytest.mark.slow
+def test_the_gpu_check_goes_through_all_stages_on_the_cpu(tmp_path: Path) -> None:
+    command = ["benchmarks/gpu_check.sh", "--no-build", "--rehearse", "--seconds", "120"]
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    done = subprocess.run(
+        [*command, sys.executable],
+        cwd=machine.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    stages = (tmp_path / "stages.txt").read_text().splitlines()
+    assert done.returncode == 0 and len(stages) == 7
+    assert all(line.endswith("status 0") for line in stages)
+    found = json.loads((tmp_path / "times.json").read_text())["results"]
+    assert {r["mode"] for r in found} == set(rows.MODES) and len([*tmp_path.iterdir()]) <= 8
 
 
 def test_on_another_device_arguments_and_modules_are_moved() -> None:

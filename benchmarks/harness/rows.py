@@ -172,22 +172,24 @@ def bench(work: Work, mode: str, device: str = "cpu") -> Bench:
             return args
         return tuple(a if k in work.constants else tree_map(_leaf, a) for k, a in enumerate(args))
 
-    def exact(args: tuple[Any, ...]) -> list[Tensor]:
-        function = reference
-        if isinstance(reference, nn.Module):
-            function = copy.deepcopy(reference).cpu().double()
-        side = contender("float64", function, mode, work.loss)
-        return side.values(side.prepare(tree_map(_double, args)))
-
     def moved(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
             a if k in work.on_host else tree_map(partial(_moved, device=device), a)
             for k, a in enumerate(args)
         )
 
+    move = None if device == "cpu" else moved
+
+    def exact(args: tuple[Any, ...]) -> list[Tensor]:
+        function = reference
+        if isinstance(reference, nn.Module):
+            function = copy.deepcopy(reference).to(device).double()
+        side = contender("float64", function, mode, work.loss, move)
+        return side.values(side.prepare(tree_map(_double, args)))
+
     def side(name: str, function: Callable[..., Any]) -> Contender:
         there = function.to(device) if isinstance(function, nn.Module) else function
-        return contender(name, there, mode, work.loss, None if device == "cpu" else moved)
+        return contender(name, there, mode, work.loss, move)
 
     def compiled(options: Mapping[str, Any]) -> Contender:
         torch.compiler.reset()  # graphs of one function count against a limit, then it is eager
