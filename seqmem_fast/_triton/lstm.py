@@ -45,6 +45,11 @@ _TILE = 512
 # Whether the compiled module brings the loops over time of the step-by-step route.
 _CPP_STEPS = hasattr(torch.ops.seqmem, "lstm_forward_steps_")
 
+# Whether it brings the kernels that stay on the GPU over all steps, and their most launches: for
+# more batch rows a GEMM per step is quicker.
+_PERSISTENT = hasattr(torch.ops.seqmem, "lstm_forward_persistent_")
+_MOST_LAUNCHES = 2
+
 # A cell is the only step of a sequence.
 _ONLY_STEP = {
     "lengths_ptr": None,
@@ -196,6 +201,12 @@ class Rows:
         starts, sizes = [self.start(t) for t in times], [self.size(t) for t in times]
         reset = None if self.reset is None else self.reset.view(torch.bool)
         return self.lengths, reset, starts, sizes, self.b_stride, self.reverse
+
+    def strided(self) -> tuple[Any, ...]:
+        """What the kernels take that stay on the GPU over all steps."""
+        reset = None if self.reset is None else self.reset.view(torch.bool)
+        strides = (self.steps, self.t_stride, self.b_stride, self.reverse)
+        return self.lengths, reset, *strides
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel of the sequence takes."""
@@ -385,6 +396,14 @@ def _forward_on_chip(
     return hy, cy
 
 
+def _stays_resident(rows: Rows, like: Tensor, weight_hr: Tensor | None, hidden: int) -> bool:
+    """Whether lstm_persistent_kernel.cu serves: 16-bit storage, no projection, not packed."""
+    if not (_PERSISTENT and like.is_cuda and weight_hr is None and rows.starts is None):
+        return False
+    most = torch.ops.seqmem.lstm_persistent_rows(like, rows.batch, hidden)
+    return most > 0 and triton.cdiv(rows.batch, most) <= _MOST_LAUNCHES
+
+
 def _forward_by_step(
     rows: Rows,
     z: Tensor,
@@ -406,6 +425,12 @@ def _forward_by_step(
             cut = cut & (rows.lengths > 0)[:, None]
         h.masked_fill_(cut, 0)
         c.masked_fill_(cut, 0)
+    if _stays_resident(rows, z, weight_hr, hidden):
+        torch.ops.seqmem.lstm_forward_persistent_(
+            z, h, c, output, cells, gates is not None, hx is None, weight_hh.contiguous(), *biases,
+            *rows.strided(),
+        )  # fmt: skip
+        return h, c.to(z.dtype)
     if _CPP_STEPS and z.is_cuda and weight_hr is None:
         torch.ops.seqmem.lstm_forward_steps_(
             z, h, c, output, cells, gates is not None, hx is None, weight_hh, *biases,
@@ -580,7 +605,12 @@ def _backward_by_step(
     if grads.cy is not None:
         d_c.copy_(grads.cy)
     grad_p = None if weight_hr is None else dz.new_empty(dz.shape[0], width)
-    if _CPP_STEPS and dz.is_cuda and weight_hr is None:
+    if _stays_resident(rows, dz, weight_hr, hidden):
+        torch.ops.seqmem.lstm_backward_persistent_(
+            dz, d_c, grads.output, grads.hy, grads.gates, grads.cells, weight_hh.contiguous(), cx,
+            gates, cells, *rows.strided(),
+        )  # fmt: skip
+    elif _CPP_STEPS and dz.is_cuda and weight_hr is None:
         torch.ops.seqmem.lstm_backward_steps_(
             dz, d_c, grads.output, grads.hy, grads.gates, grads.cells, weight_hh, cx, gates, cells,
             *rows.listed(),
