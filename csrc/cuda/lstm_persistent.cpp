@@ -14,6 +14,8 @@
 namespace seqmem::lstm {
 namespace {
 
+using at::Tensor;
+
 // From batch row b on: `stride` rows further, of a tensor that may be absent.
 const void* from(Maybe t, int64_t b, int64_t stride) {
   if (!t.has_value()) return nullptr;
@@ -63,20 +65,20 @@ void lstm_forward_persistent_cuda(const Tensor& z, const Tensor& h, const Tensor
                                   int64_t t_stride, int64_t b_stride, bool reverse) {
   const c10::cuda::CUDAGuard guard(z.device());
   const Layout layout = {h.size(1), steps, t_stride, b_stride, reverse, lengths, reset};
-  const Maybe hx = zero_state ? Maybe() : Maybe(h.clone());
+  OptionalTensor hx;
+  if (!zero_state) hx = h.clone();
   clear(output);
   in_turns(z, h.size(0), h.size(1), [&](Storage storage, int64_t b, int64_t batch) {
-    const cuda::PersistentForward arguments = {
-        .z = from(z, b, b_stride),
-        .weight_hh = weight_hh.const_data_ptr(),
-        .bias_ih = from(bias_ih, 0, 0),
-        .bias_hh = from(bias_hh, 0, 0),
-        .hx = from(hx, b, 1),
-        .hy = into(h, b, 1),
-        .c = static_cast<float*>(into(c, b, 1)),
-        .output = into(output, b, b_stride),
-        .gates = keep_gates ? into(z, b, b_stride) : nullptr,
-        .cells = into(cells, b, b_stride)};
+    const cuda::PersistentForward arguments = {.z = from(z, b, b_stride),
+                                               .weight_hh = weight_hh.const_data_ptr(),
+                                               .bias_ih = from(bias_ih, 0, 0),
+                                               .bias_hh = from(bias_hh, 0, 0),
+                                               .hx = from(hx, b, 1),
+                                               .hy = into(h, b, 1),
+                                               .c = static_cast<float*>(into(c, b, 1)),
+                                               .output = into(output, b, b_stride),
+                                               .gates = keep_gates ? into(z, b, b_stride) : nullptr,
+                                               .cells = into(cells, b, b_stride)};
     C10_CUDA_CHECK(
         cuda::lstm_forward_persistent(storage, layout.of(b, batch), arguments, stream()));
   });

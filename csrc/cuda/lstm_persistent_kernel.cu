@@ -10,8 +10,8 @@
 // Blocks wait for each other, so all of a launch must be resident: it is a cooperative launch.
 // Groups of blocks with different batch rows do not wait for each other.
 //
-// Floor of a forward step at H 768, 16 rows: 24 kB of h to each of 96 blocks through L2 0.45 us, the
-// trip through L2 0.7 us, products and sums 0.2 us. Backward exchanges dz, four times as much.
+// Floor of a forward step at H 768, 16 rows: 24 kB of h to each of 96 blocks through L2 0.45 us,
+// the trip through L2 0.7 us, products and sums 0.2 us. Backward exchanges dz, four times as much.
 #include "lstm_persistent_kernel.h"
 
 #include <algorithm>
@@ -22,10 +22,10 @@ namespace seqmem::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kUnits = 8;                  // of a block: one vector of 16 bytes
-constexpr int kTile = 16;                  // batch rows of one product
-constexpr int kCells = kTile * kUnits;     // of a tile, one thread each
-constexpr int kInner = 32;                 // of the inner dimension, that a warp takes at a time
+constexpr int kUnits = 8;               // of a block: one vector of 16 bytes
+constexpr int kTile = 16;               // batch rows of one product
+constexpr int kCells = kTile * kUnits;  // of a tile, one thread each
+constexpr int kInner = 32;              // of the inner dimension, that a warp takes at a time
 constexpr int kMaxHidden = 4 * kInner * kWarps;
 constexpr int kMaxTiles = 4;
 
@@ -46,8 +46,8 @@ __device__ Words load_through_l2(const void* from) {
 }
 
 __device__ void store_through_l2(void* to, Words v) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
                : "memory");
 }
 
@@ -84,8 +84,8 @@ struct Source {
   bool awaited;
 };
 
-// Vector number `lane % 4` of blocks `first`, `first + stride`, ... of 32 columns, of two rows; loads
-// until nothing is kNotYet. Columns from `width` on are zeros.
+// Vector number `lane % 4` of blocks `first`, `first + stride`, ... of 32 columns, of two rows;
+// loads until nothing is kNotYet. Columns from `width` on are zeros.
 template <int kBlocks>
 __device__ void await(Words (&low)[kBlocks], Words (&high)[kBlocks], const Source& low_row,
                       const Source& high_row, int first, int stride, int width) {
@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) lengths[m][r] = length_of(layout, b0 + m * kTile + lane / 4 + 8 * r);
+    for (int r = 0; r < 2; ++r)
+      lengths[m][r] = length_of(layout, b0 + m * kTile + lane / 4 + 8 * r);
   }
 
   // The cells that this thread computes: of every tile, or of every second one.
@@ -326,7 +327,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) lengths[m][r] = length_of(layout, b0 + m * kTile + lane / 4 + 8 * r);
+    for (int r = 0; r < 2; ++r)
+      lengths[m][r] = length_of(layout, b0 + m * kTile + lane / 4 + 8 * r);
   }
 
   constexpr int kOwn = (kTiles + 1) / 2;
@@ -381,8 +383,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int r = 0; r < 2; ++r) {
         const int64_t b = b0 + m * kTile + lane / 4 + 8 * r;
         const int length = lengths[m][r];
-        const bool awaited = t < length && after >= 0 && after < length &&
-                             !cut_at(layout, seam_after, b, length);
+        const bool awaited =
+            t < length && after >= 0 && after < length && !cut_at(layout, seam_after, b, length);
         const T* dz = static_cast<const T*>(a.dz);
         source[r] = {awaited ? dz + row_of(layout, after, b) * 4 * H : nullptr, awaited};
       }
@@ -489,8 +491,8 @@ cudaError_t forward(const PersistentLayout& layout, const PersistentForward& a, 
 }
 
 template <class T, int kBlocks>
-cudaError_t backward(const PersistentLayout& layout, const PersistentBackward& a,
-                     const Grid& grid, cudaStream_t stream) {
+cudaError_t backward(const PersistentLayout& layout, const PersistentBackward& a, const Grid& grid,
+                     cudaStream_t stream) {
   const auto kernel = grid.tiles == 1   ? backward_kernel<T, 4 * kBlocks, 1>
                       : grid.tiles == 2 ? backward_kernel<T, 4 * kBlocks, 2>
                                         : backward_kernel<T, 4 * kBlocks, 4>;

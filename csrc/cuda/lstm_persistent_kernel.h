@@ -11,7 +11,8 @@
 
 namespace seqmem::cuda {
 
-// Step t of batch row b is stored at row `t * t_stride + b * b_stride` of the [rows, width] tensors.
+// Step t of batch row b is stored at row `t * t_stride + b * b_stride` of the [rows, width]
+// tensors.
 struct PersistentLayout {
   int64_t batch, hidden, steps;
   int64_t t_stride, b_stride;
