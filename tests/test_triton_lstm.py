@@ -39,6 +39,24 @@ def test_the_route_follows_from_the_shape(triton: Any) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def test_clusters_take_what_is_quickest(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from seqmem_fast._triton import lstm as launchers
+
+    def tile(hidden: int, batch: int, dtype: torch.dtype = torch.float32, gpu: str = "cuda") -> int:
+        return launchers.cluster_tile(hidden, batch, dtype, torch.device(gpu), False)
+
+    active = {1: 14, 4: 14, 8: 7}  # clusters at once
+    monkeypatch.setattr(launchers, "_CLUSTERS", True)
+    monkeypatch.setattr(launchers, "_active_clusters", lambda _, __, tile, ___: active[tile])
+    assert [tile(256, batch) for batch in (1, 14, 15, 4096)] == [1, 1, 4, 4]
+    assert tile(384, 1) == 1 and tile(385, 1) == 0
+    assert tile(256, 1, torch.bfloat16) == tile(256, 1, gpu="cpu") == 0
+    active = {1: 0, 4: 0, 8: 3}
+    assert tile(256, 1) == 8 and tile(256, 4096) == 0
+    active = dict.fromkeys(active, 0)
+    assert tile(256, 1) == 0
+
+
 def test_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from seqmem_fast import _triton
 
@@ -54,8 +72,9 @@ def test_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# H for every route: multiply-adds, their largest, tensor cores on 16 bits, step by step
-HIDDEN = [5, 64, 100, 200]
+# H for every route: multiply-adds, their largest, clusters of 8 (tensor cores on 16 bits) and of 16
+# (step by step on 16 bits), step by step
+HIDDEN = [5, 64, 100, 200, 400]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
 
 
@@ -78,13 +97,9 @@ def flat(args: Any) -> list[Tensor]:
     return [args] if isinstance(args, Tensor) else []
 
 
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("batch", [3, 600])  # 600 rows turn 16-bit storage to tensor cores
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_gpu_agrees_with_float64(dtype: torch.dtype, hidden: int, batch: int) -> None:
-    for sample in reference.sample_inputs(dtype=dtype, sizes=(6, batch, 7, hidden)):
+def check_on_gpu(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
+    """Every option, forward and backward, beside the reference in float64."""
+    for sample in reference.sample_inputs(dtype=dtype, sizes=sizes):
         on_gpu = leaves(sample.args, "cuda", dtype)
         right = leaves(sample.args, "cpu", torch.float64)
         options = {
@@ -101,6 +116,31 @@ def test_gpu_agrees_with_float64(dtype: torch.dtype, hidden: int, batch: int) ->
         for a, b in zip(flat(on_gpu), flat(right), strict=True):
             assert a.grad is not None and b.grad is not None
             assert relative(a.grad, b.grad) <= 10 * BOUNDS[dtype], sample.name
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("batch", [3, 600])  # 600 rows turn 16-bit storage to tensor cores
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_gpu_agrees_with_float64(dtype: torch.dtype, hidden: int, batch: int) -> None:
+    check_on_gpu(dtype, (6, batch, 7, hidden))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("tile", [1, 4, 8])
+@pytest.mark.parametrize("hidden", [65, 128, 150, 192, 256, 300, 384])
+def test_gpu_clusters_agree_with_float64(
+    hidden: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seqmem_fast._triton import lstm as launchers
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not launchers.cluster_tile(hidden, 1, torch.float32, device, True):
+        pytest.skip("needs a CUDA build and a GPU with clusters of this size")
+    monkeypatch.setattr(launchers, "cluster_tile", lambda *_: tile)
+    check_on_gpu(torch.float32, (5, 11, 3, hidden))
 
 
 @gpu
@@ -123,7 +163,7 @@ def test_gpu_cell_agrees_with_the_cpu(hidden: int, dtype: torch.dtype) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("hidden", [32, 64, 256])
+@pytest.mark.parametrize("hidden", [32, 64, 128, 256])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_gpu_agrees_with_cudnn(hidden: int, bidirectional: bool) -> None:
     options = {"num_layers": 2, "bidirectional": bidirectional, "batch_first": True}
@@ -147,7 +187,7 @@ def test_gpu_agrees_with_cudnn(hidden: int, bidirectional: bool) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("hidden", [64, 200])
+@pytest.mark.parametrize("hidden", [64, 200, 400])
 def test_gpu_same_bits_every_time(hidden: int) -> None:
     module = sf.LSTM(16, hidden).cuda()
     x = torch.randn(50, 33, 16, device="cuda")
@@ -162,7 +202,7 @@ def test_gpu_same_bits_every_time(hidden: int) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("hidden", [64, 200])
+@pytest.mark.parametrize("hidden", [64, 200, 400])
 def test_gpu_streams_and_graphs(hidden: int) -> None:
     """No hidden synchronisation or default stream: a call can be captured and replayed."""
     module = sf.LSTM(16, hidden).cuda().eval()

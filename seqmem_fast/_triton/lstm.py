@@ -9,12 +9,16 @@ end with one GEMM per weight over all steps. Backward recomputes nothing: it rea
 * On chip (lstm_on_chip.py): one kernel loops over time, weight_hh stays on chip. Float32 up to
   H = 64, 16-bit storage up to H = 128 (64 on AMD and where shared memory is below 152 kB); no
   projection.
+* In clusters (csrc/cuda/lstm_cluster_kernel.cu): the same in CUDA C++ with weight_hh shared out
+  over the blocks of a thread block cluster. Float32 with H in 65..384 in a CUDA build, on GPUs of
+  compute capability 9.0 and newer, unless there are so many rows that a GEMM per step is quicker.
 * Step by step (lstm_step.py): one GEMM with weight_hh and one pointwise kernel per step. All the
   rest: larger H, float64, projections. A CUDA build runs this loop in C++.
 
-Which one, and its tiles, follow from the shape by the fixed rules of `on_chip_plan`: nothing is
-tuned at run time, the first call of a kind pays for one compilation alone, and results do not
-drift from run to run. Batch, time and strides are no part of a compiled kernel's signature.
+Which one, and its tiles, follow from the shape by the fixed rules of `on_chip_plan` and
+`cluster_tile`: nothing is tuned at run time, the first call of a kind pays for one compilation
+alone, and results do not drift from run to run. Batch, time and strides are no part of a compiled
+kernel's signature.
 
 Arithmetic is float32 for 16-bit storage, and c stays float32 between steps. Float32 is full
 precision unless `torch.backends.cuda.matmul` allows TF32.
@@ -28,6 +32,7 @@ from timing. `benchmarks/gpu_check.sh` is the script that ends this state.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,6 +54,9 @@ _CPP_STEPS = hasattr(torch.ops.seqmem, "lstm_forward_steps_")
 # more batch rows a GEMM per step is quicker.
 _PERSISTENT = hasattr(torch.ops.seqmem, "lstm_forward_persistent_")
 _MOST_LAUNCHES = 2
+
+# Whether it brings the kernels that run in thread block clusters.
+_CLUSTERS = hasattr(torch.ops.seqmem, "lstm_forward_cluster_")
 
 # A cell is the only step of a sequence.
 _ONLY_STEP = {
@@ -108,6 +116,36 @@ def _holds_128(device: torch.device) -> bool:
         return True
     limit = triton.runtime.driver.active.utils.get_device_properties(device.index)
     return bool(limit["max_shared_mem"] >= 152 * 1024)
+
+
+def cluster_tile(
+    hidden: int, batch: int, dtype: torch.dtype, device: torch.device, backward: bool
+) -> int:
+    """How many batch rows each cluster takes where the cluster kernels serve, else 0.
+
+    In processor cycles, estimated: a step of a cluster takes the trip between its blocks and
+    their multiply-adds, and clusters beyond those that run at once wait for their turn. Step by
+    step a CPU needs some 10 us to launch a step, or the GPU longer for its GEMM.
+    """
+    if not (_CLUSTERS and device.type == "cuda" and dtype == torch.float32 and hidden <= 384):
+        return 0
+    blocks = 8 if hidden <= 128 else 16
+    least, best = max(16000.0, 4000 + 4 * hidden**2 * batch / 10000), 0
+    for tile in (1, 4, 8):
+        active = _active_clusters(device, hidden, tile, backward)
+        if active > 0:
+            turns = triton.cdiv(triton.cdiv(batch, tile), active)
+            cycles = turns * (700 + 4 * hidden**2 * tile / (128 * blocks))
+            if cycles < least:
+                least, best = cycles, tile
+    return best
+
+
+@functools.cache
+def _active_clusters(device: torch.device, hidden: int, tile: int, backward: bool) -> int:
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return 0
+    return int(torch.ops.seqmem.lstm_active_clusters(device, hidden, tile, backward))
 
 
 class Grads(NamedTuple):
@@ -207,6 +245,11 @@ class Rows:
         reset = None if self.reset is None else self.reset.view(torch.bool)
         strides = (self.steps, self.t_stride, self.b_stride, self.reverse)
         return self.lengths, reset, *strides
+
+    def packed_or_strided(self, device: torch.device) -> tuple[Any, ...]:
+        """What the cluster kernels take."""
+        lengths, reset, *strides = self.strided()
+        return lengths, reset, self.offsets(device), *strides
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel of the sequence takes."""
@@ -347,16 +390,27 @@ def lstm(
         output = input.new_empty(z.shape[0], width)
         cells = input.new_empty(z.shape[0], hidden) if return_gates else None
         saved = (output, z if return_gates else None, cells)
-        plan = None
-        if weight_hr is None:
-            plan = on_chip_plan(hidden, rows.batch, input.dtype, input.device)
+        plan, tile = _route(rows, weight_hh, weight_hr, backward=False)
         if plan is not None:
             hy, cy = _forward_on_chip(plan, rows, z, weight_hh, biases, hx, cx, saved)
+        elif tile > 0:
+            hy, cy = _forward_in_clusters(tile, rows, z, weight_hh, biases, hx, cx, saved)
         else:
             hy, cy = _forward_by_step(rows, z, weight_hh, weight_hr, biases, hx, cx, saved)
     if cells is None:
         return output.view(*lead, width), hy, cy, input.new_empty(0), input.new_empty(0)
     return output.view(*lead, width), hy, cy, z.view(*lead, 4 * hidden), cells.view(*lead, hidden)
+
+
+def _route(
+    rows: Rows, weight_hh: Tensor, weight_hr: Tensor | None, backward: bool
+) -> tuple[OnChipPlan | None, int]:
+    """The on-chip kernels' shape or the clusters' rows; neither: step by step."""
+    if weight_hr is not None:
+        return None, 0
+    shape = (weight_hh.shape[1], rows.batch, weight_hh.dtype, weight_hh.device)
+    plan = on_chip_plan(*shape)
+    return plan, 0 if plan is not None else cluster_tile(*shape, backward)
 
 
 def _forward_on_chip(
@@ -402,6 +456,26 @@ def _stays_resident(rows: Rows, like: Tensor, weight_hr: Tensor | None, hidden: 
         return False
     most = torch.ops.seqmem.lstm_persistent_rows(like, rows.batch, hidden)
     return most > 0 and triton.cdiv(rows.batch, most) <= _MOST_LAUNCHES
+
+
+def _forward_in_clusters(
+    tile: int,
+    rows: Rows,
+    z: Tensor,
+    weight_hh: Tensor,
+    biases: tuple[Tensor | None, Tensor | None],
+    hx: Tensor | None,
+    cx: Tensor | None,
+    saved: tuple[Tensor, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    output, gates, cells = saved
+    hy = z.new_empty(rows.batch, weight_hh.shape[1])
+    cy = torch.empty_like(hy)
+    torch.ops.seqmem.lstm_forward_cluster_(
+        z, output, hy, cy, cells, gates is not None, weight_hh.contiguous(), *biases, hx, cx, tile,
+        *rows.packed_or_strided(z.device),
+    )  # fmt: skip
+    return hy, cy
 
 
 def _forward_by_step(
@@ -519,14 +593,16 @@ def lstm_backward(
     )
     with torch.cuda.device_of(input):
         dz = torch.empty_like(gates)
-        plan = None
-        if weight_hr is None:
-            plan = on_chip_plan(hidden, rows.batch, input.dtype, input.device)
+        plan, tile = _route(rows, weight_hh, weight_hr, backward=True)
+        grad_p = None
         if plan is not None:
             grad_hx, grad_cx = _backward_on_chip(
                 plan, rows, grads, weight_hh, cx, gates, cells, dz, of_state
             )
-            grad_p = None
+        elif tile > 0:
+            grad_hx, grad_cx = _backward_in_clusters(
+                tile, rows, grads, weight_hh, cx, gates, cells, dz, of_state
+            )
         else:
             grad_hx, grad_cx, grad_p = _backward_by_step(
                 rows, grads, weight_hh, weight_hr, cx, gates, cells, dz, of_state
@@ -586,6 +662,26 @@ def _backward_on_chip(
         grad_hx_ptr=grad_hx,
         grad_cx_ptr=grad_cx,
     )
+    return grad_hx, grad_cx
+
+
+def _backward_in_clusters(
+    tile: int,
+    rows: Rows,
+    grads: Grads,
+    weight_hh: Tensor,
+    cx: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dz: Tensor,
+    of_state: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_hx = dz.new_empty(rows.batch, weight_hh.shape[1]) if of_state else None
+    grad_cx = None if grad_hx is None else torch.empty_like(grad_hx)
+    torch.ops.seqmem.lstm_backward_cluster_(
+        dz, grad_hx, grad_cx, *grads, weight_hh.contiguous(), cx, gates, cells, rows.batch, tile,
+        *rows.packed_or_strided(dz.device),
+    )  # fmt: skip
     return grad_hx, grad_cx
 
 
