@@ -1,7 +1,8 @@
-"""What the interpreted tests of both attentions' Triton launchers share."""
+"""What the interpreted tests of several ops' Triton launchers share."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,19 @@ def assert_near(ours: Tensor, right: Tensor, dtype: torch.dtype, factor: float =
     assert ours.shape == right.shape and ours.dtype == dtype
     error = (ours.detach().double() - right).norm() / right.norm().clamp_min(1e-30)
     assert error <= factor * TOLERANCES[dtype]
+
+
+def spread(t: Tensor, dim: int) -> Tensor:
+    """A copy of t whose third row along dim is stored 2^31 elements after the first.
+
+    An offset of 32 bits would wrap, and find zeros as far before it. Untouched pages are not real.
+    """
+    stride = list(torch.empty_like(t[:0]).stride())
+    stride[dim] = 1 << 30
+    size = (t.element_size() << 32) + (1 << 20)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    whole = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=t.dtype)
+    return whole.as_strided(t.shape, stride, 1 << 31).copy_(t)
 
 
 def check_launchers(

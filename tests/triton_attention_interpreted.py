@@ -11,7 +11,7 @@ import pytest
 import torch
 from ahead_of_time import Kernel
 from torch import Tensor
-from triton_attention_check import check_launchers
+from triton_attention_check import check_launchers, spread
 
 import seqmem_fast
 from seqmem_fast._triton import attention as launchers
@@ -66,6 +66,20 @@ def test_more_leading_dimensions_and_strides() -> None:
     mask = torch.rand(9) < 0.5
     sample = Sample("leads", (q, k, v, mask))
     check(sample, torch.float32)
+
+
+def test_offsets_past_32_bits(small: None) -> None:
+    q, k, v = torch.randn(1, 2, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 5)
+    mask, seeds = torch.randn(1, 2, 3), (torch.randn(1, 2, 5), torch.randn(1, 2, 3))
+    near = (q, k, v, mask)
+    far = (q, spread(k, 1), spread(v, 1), spread(mask.mT, 1).mT)
+    right = launchers.attention(*near, None, False)
+    ours = launchers.attention(*far, None, False)
+    far_seeds = seeds[0], spread(seeds[1].mT, 1).mT
+    tail = right[1], None, False, [True] * 4
+    ours += launchers.attention_backward(*far_seeds, *far, *tail)
+    right += launchers.attention_backward(*seeds, *near, *tail)
+    assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
 
 
 def test_nothing_leaves_its_row(small: None) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ahead_of_time import Kernel
 from torch import Tensor
+from triton_attention_check import spread
 
 import seqmem_fast
 from seqmem_fast._triton import ntm as launchers
@@ -123,6 +124,21 @@ def test_kept_or_not_rows_and_checks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(none[1:6], first, strict=True))
     with pytest.raises(ValueError, match="expected memory of shape"):
         call(sample, x, first._replace(memory=first.memory[:1]), True, True)
+
+
+def test_offsets_past_32_bits() -> None:
+    sample = next(reference.sample_inputs(sizes=(3, 1, 2, 2, 4, 2)))
+    x, first, controller, *head = sample.args
+    outs = call(sample, x, first, True, True)
+    grad = torch.randn_like(outs[0])
+    near, far = (
+        launchers.ntm_backward(
+            a, *[None] * 6, x, *first, controller, *head, (), None, None, outs[0], *outs[6:],
+            "wr", 1, True, True, [True] * 4,
+        )
+        for a in (grad, spread(grad, 0))
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 def kernels() -> list[Kernel]:

@@ -31,7 +31,8 @@ def _rows_of(ptr, at, rows, count, stride, width, BLOCK: tl.constexpr):
     """[len(rows), BLOCK] of a [count, width] matrix; zero outside."""
     n = tl.arange(0, BLOCK)
     mask = (rows < count)[:, None] & (n < width)[None, :]
-    return tl.load(ptr + at + rows[:, None] * stride + n[None, :], mask=mask, other=0.0)
+    of_row = rows[:, None].to(tl.int64) * stride
+    return tl.load(ptr + at + of_row + n[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def _grad_weights(g, v_ptr, v_at, v_t, grad_weights_ptr, g_i, g_j, i, j, queries
         p += _product(g, tl.trans(v), PRECISION)
     if grad_weights_ptr is not None:
         there = (i < queries)[:, None] & (j < keys)[None, :]
-        at = grad_weights_ptr + i[:, None] * g_i + j[None, :] * g_j
+        at = grad_weights_ptr + i[:, None].to(tl.int64) * g_i + j[None, :].to(tl.int64) * g_j
         p += tl.load(at, mask=there, other=0.0).to(tl.float32)
     return p
 

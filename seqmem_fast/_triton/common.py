@@ -51,6 +51,19 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def refuse_in_capture(device: torch.device, expected: str) -> None:
+    """Raises while a CUDA graph is captured: a replay would read host memory that is freed."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise TypeError(f"{expected} while a CUDA graph is captured")
+
+
+def row_lengths(op: str, lengths: Tensor, device: torch.device, steps: int) -> Tensor:
+    """`lengths` on the device, int64, clamped to 0..steps: the checks do not wait for a GPU's."""
+    if lengths.is_cpu:
+        refuse_in_capture(device, f"seqmem::{op}: expected lengths on the GPU")
+    return lengths.to(device, torch.int64, non_blocking=True).clamp(0, steps)
+
+
 def two_leading(t: Tensor, lead: Sequence[int]) -> Tensor:
     """t, whose leading dimensions broadcast to `lead`, as [Z0, Z1, rows, columns].
 
@@ -163,10 +176,16 @@ def lstm_point_backward(i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o):
 
 
 @triton.jit
+def _offsets(rows, columns, stride_row, stride_column):
+    """[BM, BN], of 64 bits: a size times a stride may pass 2^31."""
+    return rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+
+
+@triton.jit
 def masked_scores(s, mask_ptr, rows, columns, stride_row, stride_column, there, known):
     """Scores with the mask applied; `there`: inside the matrix; `known`: a key of its row."""
     if mask_ptr is not None:
-        at = rows[:, None] * stride_row + columns[None, :] * stride_column
+        at = _offsets(rows, columns, stride_row, stride_column)
         if mask_ptr.dtype.element_ty == tl.uint8:
             s = tl.where(tl.load(mask_ptr + at, mask=there, other=1) == 0, -1e9, s)
         else:
@@ -198,6 +217,6 @@ def unmasked(ds, mask_ptr, rows, columns, stride_row, stride_column, there):
     """The gradient of scores before the mask: none where a bool mask replaced them."""
     if mask_ptr is not None:
         if mask_ptr.dtype.element_ty == tl.uint8:
-            at = rows[:, None] * stride_row + columns[None, :] * stride_column
+            at = _offsets(rows, columns, stride_row, stride_column)
             ds = tl.where(tl.load(mask_ptr + at, mask=there, other=1) == 0, 0.0, ds)
     return ds

@@ -28,7 +28,7 @@ from ..ops.common import reference_vjp
 from ..reference import ntm as reference
 from ..reference.ntm_addressing import NTMState
 from . import ntm_kernels as kernels
-from .common import accumulator, autograd_below, wide
+from .common import accumulator, autograd_below, row_lengths, wide
 from .ntm_addressing import blocks, fits
 
 _SHORTEST_SEGMENT = 8  # as csrc/cpu/ntm_kernel.h: the checkpoints' shape is the op's
@@ -174,6 +174,8 @@ def ntm(
     none = input.new_empty(0, dtype=dtype)
     kept = (record, checkpoints) if save else (none, none)
     with torch.cuda.device_of(input):
+        if lengths is not None:
+            lengths = row_lengths("ntm", lengths, input.device, size.steps)
         if not size.on_chip:
             features, last, all_weightings = reference.ntm_trace(
                 input, state, controller, head_weight, head_bias,
@@ -236,18 +238,16 @@ def _forward(
             trace_ptr=trace,
             record_ptr=record,
             checkpoints_ptr=checkpoints,
-            record_t=0 if record.shape[0] == 1 else size.batch * size.record,
+            record_rows=0 if record.shape[0] == 1 else size.batch,
             **_initial(initial, reset, dtype, all_five=True),
-            **_rows(lengths, reset, input.device),
+            **_rows(lengths, reset),
             **size.arguments(input.dtype),
         )
     kept = (hidden_out.transpose(0, 1), cell.transpose(0, 1), memory_out, weightings, reads)
     return tuple(a.to(input.dtype).contiguous() for a in kept)
 
 
-def _rows(lengths: Tensor | None, reset: Tensor | None, device: torch.device) -> dict[str, Any]:
-    if lengths is not None:
-        lengths = lengths.to(device, torch.int64, non_blocking=True).contiguous()
+def _rows(lengths: Tensor | None, reset: Tensor | None) -> dict[str, Any]:
     if reset is not None:
         reset = reset.contiguous().view(torch.uint8)
     return {"lengths_ptr": lengths, "reset_ptr": reset}
@@ -278,8 +278,7 @@ def _without_padding(input: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return input
     time = torch.arange(input.shape[0], device=input.device)[:, None]
-    ended = time >= lengths.to(input.device, non_blocking=True)
-    return input.masked_fill(ended[..., None], 0)
+    return input.masked_fill((time >= lengths)[..., None], 0)
 
 
 def _keywords(
@@ -342,6 +341,8 @@ def ntm_backward(
     wanted = [of_input, *[of_state] * 5, *[of_weights] * 2, *[of_initial] * len(initial)]
     wanted += [of_weights] * len(controller)
     with torch.cuda.device_of(input):
+        if lengths is not None:
+            lengths = row_lengths("ntm", lengths, input.device, size.steps)
         if size.on_chip:
             back = _Backward(size, input, state, controller, head_weight, initial, lengths, reset)
             found = back.run(grad_features, grads, grad_trace, features, trace, saved, checkpoints)
@@ -473,7 +474,7 @@ class _Backward:
             f_b=f_b,
             f_c=f_c,
             **_initial(self.initial, self.reset, self.dtype, all_five=False),
-            **_rows(self.lengths, self.reset, self.input.device),
+            **_rows(self.lengths, self.reset),
             **size.arguments(self.input.dtype),
         )
 

@@ -40,7 +40,7 @@ from .ntm_addressing_kernels import (
     written_backward,
 )
 
-VARYING = ("steps", "batch", "writes", "segment")
+VARYING = ("steps", "batch", "record_rows", "writes", "segment")
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def _move(carry_ptr, to_ptr, count, BLOCK: tl.constexpr):
     for start in range(0, count, BLOCK):
         k = start + tl.arange(0, BLOCK)
         total = tl.load(to_ptr + k, mask=k < count) + tl.load(carry_ptr + k, mask=k < count)
+        tl.debug_barrier()  # several threads load what one stores
         tl.store(to_ptr + k, total, mask=k < count)
         tl.store(carry_ptr + k, tl.zeros_like(total), mask=k < count)
 
@@ -148,9 +149,9 @@ def ntm_forward(
     checkpoints_ptr,  # [segments, B, checkpoint_t] wide, or None
     steps,
     batch,
-    record_t,  # elements from a step's record of this row to the next's: 0 without saving
-    record,
-    checkpoint,  # elements of one
+    record_rows,  # from a step's record of this row to the next's: 0 without saving
+    record,  # elements of one
+    checkpoint,  # as record
     segment,
     control,  # C
     slots,
@@ -194,7 +195,7 @@ def ntm_forward(
         row = b + t * batch
         old = hidden_ptr + ((t % 2) * batch + b) * states
         new = hidden_ptr + ((1 - t % 2) * batch + b) * states
-        kept = record_ptr + b * record + t * record_t
+        kept = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
             cut = tl.load(reset_ptr + row) != 0
@@ -242,6 +243,7 @@ def ntm_forward(
                     at = cell_ptr + layer * control + c
                     c_prev = tl.load(at, mask=c < control, other=0.0)
                     g_i, g_f, g_g, g_o, cell, h = lstm_point(z_i, z_f, z_g, z_o, c_prev)
+                    tl.debug_barrier()  # several threads load what one stores
                     tl.store(at, cell, mask=c < control)
                     to = kept + layer * 5 * control + c
                     tl.store(to, g_i, mask=c < control)
@@ -283,6 +285,7 @@ def ntm_forward(
             u = gated(content, sigmoid(tl.load(p + width + 1)), prev)
             v = shifted(u, _taps(p + width + 2, taps, BS), taps, slots, BN, BS)
             w, _log = sharpened(v, 1.0 + _softplus(tl.load(p + width + 2 + taps)))
+            tl.debug_barrier()  # several threads load what one stores
             tl.store(weightings_ptr + h * slots + n, w, mask=there)
             if trace_ptr is not None:
                 to = trace_ptr + (row * heads + h) * slots + n
@@ -426,7 +429,7 @@ def ntm_backward(
             kept = record_ptr + row * record
             d_feature = grad_features_ptr
             if grad_features_ptr is not None:
-                d_feature = grad_features_ptr + b * f_b + t * f_t
+                d_feature = grad_features_ptr + b * f_b + t.to(tl.int64) * f_t
 
             p = kept + head_at + values
             dp = dp_ptr + row * values + values
@@ -480,7 +483,7 @@ def ntm_backward(
                     read_at -= width
                     d_read = tl.load(d_reads_ptr + read_at + m, mask=m < width, other=0.0)
                     if grad_features_ptr is not None:
-                        of_read = d_feature + (control + read_at + m) * f_c
+                        of_read = d_feature + (control + read_at + m).to(tl.int64) * f_c
                         d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
                     dw += tl.sum(memory * d_read[None, :], axis=1)
                     d_memory += w[:, None] * d_read[None, :]
@@ -488,6 +491,7 @@ def ntm_backward(
                 dw = tl.where(there, dw, 0.0)
                 dv, d_gamma = sharpened_backward(dw, v, w, log, 1.0 + _softplus(raw_gamma))
                 du, d_shift = shifted_backward(dv, u, shift, taps, slots, BN, BS)
+                tl.debug_barrier()  # several threads load what one stores
                 tl.store(d_weightings_ptr + h * slots + n, (1.0 - gate) * du, mask=there)
                 part, d_key, d_beta = content_backward(
                     gate * du, content, K, norms, key_norm, _softplus(raw_beta), memory, key
@@ -517,7 +521,8 @@ def ntm_backward(
                         acc = _accumulate(acc, dp, values, head_weight_ptr, control, c, real, BK)
                         dh += tl.sum(acc, axis=0)
                         if grad_features_ptr is not None:
-                            dh += tl.load(d_feature + c * f_c, mask=real, other=0.0).to(ACC)
+                            of_control = d_feature + c.to(tl.int64) * f_c
+                            dh += tl.load(of_control, mask=real, other=0.0).to(ACC)
                     else:
                         dh += tl.load(below_ptr + c, mask=real, other=0.0)
                     if LSTM:
@@ -538,6 +543,7 @@ def ntm_backward(
                         dz_i, dz_f, dz_g, dz_o, dc = lstm_point_backward(
                             g_i, g_f, g_g, g_o, cell, c_prev, dh, dc, 0.0, 0.0, 0.0, 0.0
                         )
+                        tl.debug_barrier()  # several threads load what one stores
                         tl.store(d_cell_ptr + layer * control + c, dc, mask=real)
                         tl.store(dz + 4 * c, dz_i, mask=real)
                         tl.store(dz + 4 * c + 1, dz_f, mask=real)
