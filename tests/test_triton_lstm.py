@@ -68,6 +68,18 @@ def test_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel()
 
 
+def test_lengths_on_a_gpu_are_clamped_and_host_memory_is_not_captured(
+    triton: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seqmem_fast._triton.common import row_lengths
+
+    lengths, cpu = torch.tensor([-3, 5, 99], dtype=torch.int32), torch.device("cpu")
+    assert torch.equal(row_lengths("lstm", lengths, cpu, 20), torch.tensor([0, 5, 20]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(TypeError, match=r"seqmem::ntm: expected lengths on the GPU while a CUDA"):
+        row_lengths("ntm", lengths, torch.device("cuda"), 20)
+
+
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 gpu = pytest.mark.gpu
@@ -220,6 +232,31 @@ def test_gpu_streams_and_graphs(hidden: int) -> None:
         x.mul_(0.5)
         graph.replay()
         assert torch.equal(captured, module(x)[0])
+
+
+@gpu
+@needs_gpu
+def test_gpu_lengths_are_clamped_and_captured() -> None:
+    """Nobody waits to read them; what a replay would read from freed memory is refused."""
+    module, x = sf.LSTM(16, 64).cuda(), torch.randn(20, 4, 16, device="cuda")
+    lengths = torch.tensor([-3, 5, 20, 99], device="cuda")
+    on_cpu = torch.tensor([0, 5, 20, 20])
+    packed = nn.utils.rnn.pack_padded_sequence(x, on_cpu.clamp_min(1), enforce_sorted=False)
+    with torch.inference_mode():
+        module(packed)
+        expected = module(x, lengths=on_cpu)[0]
+        assert torch.equal(module(x, lengths=lengths)[0], expected)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            with pytest.raises(TypeError, match="expected lengths on the GPU while a CUDA graph"):
+                module(x, lengths=on_cpu)
+            with pytest.raises(TypeError, match="expected no packed input"):
+                module(packed)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = module(x, lengths=lengths)[0]
+        lengths.copy_(torch.tensor([20, 1, 2, 3]))
+        graph.replay()
+        assert torch.equal(captured, module(x, lengths=lengths)[0])
 
 
 @gpu

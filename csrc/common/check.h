@@ -112,7 +112,8 @@ class Check {
     }
   }
 
-  // How many of the `steps` each of B rows takes; what they hold shows only where they are real.
+  // How many of the `steps` each of B rows takes. What they hold is checked on the CPU alone: a GPU
+  // would have to be waited for, and clamps them.
   void lengths(const std::optional<at::Tensor>& t, const Int& B, const Int& steps) const {
     if (!t.has_value()) return;
     strided("lengths", *t);
@@ -120,8 +121,8 @@ class Check {
                      ": expected lengths of dtype int64 or int32, got ", t->scalar_type());
     if (!t->is_cpu()) same_device("lengths", *t);
     shape("lengths", *t, {B});
-    if (t->is_meta()) return;
-    const at::Tensor real = t->cpu().to(at::kLong).contiguous();
+    if (!t->is_cpu()) return;
+    const at::Tensor real = t->to(at::kLong).contiguous();
     const int64_t* length = real.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < real.numel(); ++b)
       TORCH_CHECK_VALUE(0 <= length[b] && length[b] <= steps, op_, ": expected lengths in 0..",

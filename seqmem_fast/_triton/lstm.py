@@ -42,7 +42,14 @@ import triton
 from torch import Tensor
 
 from . import lstm_on_chip, lstm_step
-from .common import accumulator, has_matrix_cores, tf32_allowed, wide
+from .common import (
+    accumulator,
+    has_matrix_cores,
+    refuse_in_capture,
+    row_lengths,
+    tf32_allowed,
+    wide,
+)
 
 # One tile of the pointwise kernels: 4 elements for each of the 128 threads of a program.
 _TILE = 512
@@ -182,6 +189,7 @@ class Rows:
         reverse: bool,
     ) -> Rows:
         if batch_sizes is not None:
+            refuse_in_capture(input.device, "seqmem::lstm: expected no packed input (batch_sizes)")
             sizes = batch_sizes.tolist()
             starts = (batch_sizes.cumsum(0) - batch_sizes).tolist()
             ends = (batch_sizes[:, None] > torch.arange(sizes[0])).sum(0)
@@ -191,7 +199,7 @@ class Rows:
         batch, steps = input.shape[batch], input.shape[steps]
         t_stride, b_stride = (1, steps) if batch_first else (batch, 1)
         if lengths is not None:
-            lengths = lengths.to(input.device, torch.int64, non_blocking=True).contiguous()
+            lengths = row_lengths("lstm", lengths, input.device, steps)
         if reset is not None:
             reset = reset.contiguous().view(torch.uint8)
         return Rows(steps, batch, t_stride, b_stride, reverse, None, None, lengths, reset)

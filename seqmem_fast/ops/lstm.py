@@ -146,6 +146,8 @@ def lstm(
         lengths: [B], int64 or int32, 0 <= lengths <= T, on the CPU or the input's device. Row b
             ends after ``lengths[b]`` steps: later outputs are zero, the final state is that of its
             last step (the initial state for length 0). What the padding holds does not matter.
+            On a GPU they are clamped to 0..T, as a check would wait for it; while a CUDA graph is
+            captured they must be there, and the input may not be packed.
         reset: bool [T, B] ([B, T] with ``batch_first``): where true, no state passes from step
             t - 1 to step t (nor, with ``reverse``, from t to t - 1). ``reset[0]`` cuts off hx,
             except in reverse, where it does nothing.

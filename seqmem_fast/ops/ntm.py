@@ -108,6 +108,8 @@ def ntm(
         lengths: [B], int64 or int32, 0 <= lengths <= T, on the CPU or the input's device. Row b
             ends after ``lengths[b]`` steps: later features are zero, the final state is that of its
             last step (the given state for length 0). What the padding holds does not matter.
+            On a GPU they are clamped to 0..T, as a check would wait for it; while a CUDA graph is
+            captured they must be there.
         reset: bool [T, B]; where true, row b goes back to ``initial`` before step t.
 
     Returns:
