@@ -5,20 +5,10 @@
 // so the loss -log pi (R - b) - w H has the gradient (p - onehot(a)) (R - b) + w p (log p + H).
 // The action, the returns and the baseline are constants.
 #include "../common/autograd.h"
+#include "../ops/hard_attention_check.h"
 
 namespace seqmem::hard_attention {
 namespace {
-
-using at::Tensor;
-
-constexpr char kSample[] = "seqmem::categorical_sample",
-               kSampleBackward[] = "seqmem::categorical_sample_backward",
-               kLoss[] = "seqmem::reinforce_loss",
-               kLossBackward[] = "seqmem::reinforce_loss_backward";
-using Sample = Op<kSample, Tensors<3>(In, In)>;
-using SampleBackward = Op<kSampleBackward, Tensor(Maybe, Maybe, In, In)>;
-using Loss = Op<kLoss, Tensor(In, In, In, Maybe, double, int64_t)>;
-using LossBackward = Op<kLossBackward, Tensor(In, In, In, In, Maybe, double, int64_t)>;
 
 struct SampleFunction : torch::autograd::Function<SampleFunction> {
   static variable_list forward(AutogradContext* ctx, In logits, In uniform) {

@@ -17,90 +17,22 @@
 // (two launches) on an H100, and 3 to 6 us of host time a call.
 #include "ntm_addressing_kernel.h"
 
-#include "common.h"
+#include "block.cuh"
 
 namespace seqmem::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kBlocksWanted = 264;      // twice the multiprocessors of an H100
 constexpr int kSharedBytes = 24576;         // for addressing's arrays of slots
 constexpr int64_t kOneBlockMemory = 65536;  // values of a memory that one block reads quickly
-
-constexpr double kEpsilon = 1e-8;  // beside the product of norms, as in the reference
+constexpr double kEpsilon = 1e-8;           // beside the product of norms, as in the reference
 
 template <int n>
 struct Constant {
   static constexpr int value = n;
 };
 
-template <class T>
-using arithmetic_t = typename Arithmetic<T>::type;
-
-template <class T>
-__device__ arithmetic_t<T> one(const void* from, int64_t at) {
-  return widen(static_cast<const T*>(from)[at]);
-}
-
-template <class T>
-__device__ void set_one(void* to, int64_t at, arithmetic_t<T> x) {
-  if (to != nullptr) static_cast<T*>(to)[at] = narrow<T>(x);
-}
-
-inline __device__ float root(float x) { return sqrtf(x); }
-inline __device__ double root(double x) { return sqrt(x); }
-inline __device__ float logarithm(float x) { return logf(x); }
-inline __device__ double logarithm(double x) { return log(x); }
-
-template <class A>
-__device__ A larger(A a, A b) {
-  return a > b ? a : b;  // b where one of them is NaN, which the sums notice
-}
-
 // ---- sums over threads
-
-template <class A>
-__device__ A sum_of_lanes(A x, int lanes) {
-  for (int d = lanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-  return x;
-}
-
-// Sums over the block, or the largest of each, in every thread.
-template <int Count, bool largest, class A>
-__device__ void reduce_block(A (&x)[Count]) {
-  __shared__ A of_warp[kWarps][Count];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int k = 0; k < Count; ++k)
-    for (int d = 16; d > 0; d /= 2) {
-      const A other = __shfl_xor_sync(~0u, x[k], d);
-      x[k] = largest ? larger(x[k], other) : x[k] + other;
-    }
-  __syncthreads();  // the last reduction has been read
-  if (lane == 0)
-    for (int k = 0; k < Count; ++k) of_warp[warp][k] = x[k];
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    x[k] = of_warp[0][k];
-    for (int w = 1; w < kWarps; ++w)
-      x[k] = largest ? larger(x[k], of_warp[w][k]) : x[k] + of_warp[w][k];
-  }
-}
-
-template <class A>
-__device__ A sum_of_block(A x) {
-  A one[1] = {x};
-  reduce_block<1, false>(one);
-  return one[0];
-}
-
-template <class A>
-__device__ A largest_of_block(A x) {
-  A one[1] = {x};
-  reduce_block<1, true>(one);
-  return one[0];
-}
 
 // Sums over the block's groups, lane by lane; the first group has them.
 template <int Width, class A>
@@ -638,33 +570,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- launches
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y,
-                   cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks == 0) return cudaSuccess;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks), unsigned(blocks_y));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
-
 // Calls f with a value of the storage type and the width of vectors that the call allows.
 template <class F>
 cudaError_t with_vectors(Storage storage, const Shape& s,
                          std::initializer_list<const void*> pointers, const F& f) {
-  auto of_type = [&](auto tag) {
+  return with_type(storage, [&](auto tag) {
     constexpr int kWidth = 16 / sizeof(tag);
     return s.M % kWidth == 0 && aligned(pointers) ? f(tag, Constant<kWidth>{})
                                                   : f(tag, Constant<1>{});
-  };
-  switch (storage) {
-    case Storage::Float: return of_type(float{});
-    case Storage::Double: return of_type(double{});
-    case Storage::BFloat16: return of_type(__nv_bfloat16{});
-    case Storage::Half: return of_type(__half{});
-  }
-  return cudaErrorInvalidValue;
+  });
 }
 
 int64_t size_of_number(Storage storage) { return storage == Storage::Double ? 8 : 4; }

@@ -149,9 +149,17 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   auto* block = cuda_on_cpu::Block::current_block;
   return block->exchange(value, block->lane() ^ mask);
 }
+// `width` lanes from a multiple of it on are a group of their own.
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return cuda_on_cpu::Block::current_block->exchange(value, lane);
+T __shfl_sync(unsigned, T value, int lane, int width = 32) {
+  auto* block = cuda_on_cpu::Block::current_block;
+  return block->exchange(value, block->lane() / width * width + lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance, int width = 32) {
+  auto* block = cuda_on_cpu::Block::current_block;
+  const int lane = block->lane();
+  return block->exchange(value, lane % width < distance ? lane : lane - distance);
 }
 
 template <class... Parameters, class... Arguments>
