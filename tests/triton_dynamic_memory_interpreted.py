@@ -97,6 +97,11 @@ def test_dtypes(dtype: torch.dtype) -> None:
     check(SAMPLES["per_sample_masked"], dtype)
 
 
+def test_wide_slots_whose_weights_are_not_aligned() -> None:
+    samples = {s.name: s for s in reference.sample_inputs(sizes=(1, 3, 66, 5))}
+    check(samples["per_sample_masked"])
+
+
 def test_each_gradient_alone() -> None:
     check(SAMPLES["shared"], seeded=(True, False))
     check(SAMPLES["shared"], seeded=(False, True))

@@ -77,12 +77,13 @@ def dynamic_memory(
             )
         else:
             maps = torch.empty_like(z)
+            gate_rows, write_rows = (_aligned(w, width) for w in (gate_weight, write_weight))
             block_n, block_d = _blocks(slots, width)
             kernels.dynamic_memory_forward[(batch,)](
                 score_ptr=score,
                 z_ptr=z,
-                gate_weight_ptr=gate_weight.contiguous(),
-                write_weight_ptr=write_weight.contiguous(),
+                gate_weight_ptr=gate_rows,
+                write_weight_ptr=write_rows,
                 mask_ptr=mask,
                 attention_ptr=attention,
                 scores_ptr=z.new_empty(batch, slots),
@@ -90,7 +91,7 @@ def dynamic_memory(
                 maps_ptr=maps,
                 batch=batch,
                 hops=num_hops,
-                weight_t=gate_weight.shape[1],
+                weight_t=gate_rows.stride(0),
                 ACC=accumulator(query.dtype),
                 num_stages=1,
                 **_common(memory, slots, block_n, block_d),
@@ -105,6 +106,18 @@ def dynamic_memory(
                 **_common(memory, slots, block_n, block_d),
             )
     return final, attention, kept
+
+
+def _aligned(weight: Tensor, width: int) -> Tensor:
+    """Rows that start with weight's first columns, all that the kernels read.
+
+    Where 16 does not divide their distance, the addresses of wide ones cost registers and spill.
+    """
+    if width <= 64 or weight.shape[1] % 16 == 0:
+        return weight.contiguous()
+    padded = weight.new_empty(len(weight), triton.cdiv(width, 16) * 16)
+    padded[:, :width] = weight[:, :width]
+    return padded
 
 
 def _common(memory: Tensor, slots: int, block_n: int, block_d: int) -> dict[str, Any]:
@@ -259,11 +272,12 @@ class _Found(NamedTuple):
 def _hops_back(given: _Given, found: _Found) -> None:
     score, memory, weights, mask, attention, saved, grad_attention, grad_final, maps = given
     hops, batch, slots = attention.shape
+    gate_rows, write_rows = (_aligned(w, memory.shape[-1]) for w in weights)
     block_n, block_d = _blocks(slots, memory.shape[-1])
     kernels.dynamic_memory_backward[(batch,)](
         score_ptr=score,
-        gate_weight_ptr=weights[0].contiguous(),
-        write_weight_ptr=weights[1].contiguous(),
+        gate_weight_ptr=gate_rows,
+        write_weight_ptr=write_rows,
         mask_ptr=mask,
         attention_ptr=attention,
         saved_ptr=saved,
@@ -272,7 +286,7 @@ def _hops_back(given: _Given, found: _Found) -> None:
         maps_ptr=maps,
         batch=batch,
         hops=hops,
-        weight_t=weights[0].shape[1],
+        weight_t=gate_rows.stride(0),
         ACC=accumulator(score.dtype),
         num_stages=1,
         **{f"{name}_ptr": tensor for name, tensor in found._asdict().items()},

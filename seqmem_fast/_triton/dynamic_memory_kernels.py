@@ -48,7 +48,7 @@ def dynamic_memory_forward(
     score_ptr,  # [B, m]
     memory_ptr,  # [B, N, m]
     z_ptr,  # [B, 2, m] wide: gate's and write's pre-activations without the read's part
-    gate_weight_ptr,  # [m, m + h], its first m columns
+    gate_weight_ptr,  # [m, m or more], its first m columns
     write_weight_ptr,
     mask_ptr,  # [B, N] uint8 or None
     attention_ptr,  # [K, B, N]
@@ -59,7 +59,7 @@ def dynamic_memory_forward(
     slots,
     hops,
     memory_b,  # stride of the memory's rows, 0 where shared
-    weight_t,  # m + h
+    weight_t,  # from a weight's row to the next
     width,
     ACC: tl.constexpr,
     BN: tl.constexpr,
@@ -155,7 +155,7 @@ def dynamic_memory_final(
 def dynamic_memory_backward(
     score_ptr,  # [B, m]
     memory_ptr,  # [B, N, m]
-    gate_weight_ptr,  # [m, m + h]
+    gate_weight_ptr,  # [m, m or more], its first m columns
     write_weight_ptr,
     mask_ptr,  # [B, N] uint8 or None
     attention_ptr,  # [K, B, N]
