@@ -218,7 +218,11 @@ def seed_like(a: torch.Tensor) -> torch.Tensor:
 def results(call: Call, device: str) -> list[torch.Tensor | None]:
     """Outputs and gradients of one call there."""
     torch.manual_seed(0)
-    args, options = moved(call.args, device), {k: moved(v, device) for k, v in call.kwargs.items()}
+    args = moved(call.args, device)
+    options = {  # sizes of packed steps stay on the CPU
+        key: value if key == "batch_sizes" else moved(value, device)
+        for key, value in call.kwargs.items()
+    }
     outputs = tensors_of(call.function(*args, **options))
     floating = [a for a in outputs if a.is_floating_point()]
     torch.autograd.backward(floating, [seed_like(a) for a in floating])
