@@ -31,9 +31,10 @@ def check_cell(
     name: str,
     dtype: torch.dtype,
     hidden: int,
+    batch: int = 3,
 ) -> None:
     """Both beside the reference in float64, as a sequence of one step, which has the gates too."""
-    cells = reference.cell_sample_inputs(dtype=dtype, sizes=(3, 4, hidden))
+    cells = reference.cell_sample_inputs(dtype=dtype, sizes=(batch, 4, hidden))
     x, state, *weights = next(s.args for s in cells if s.name == name)
     h, c = state or (None, None)
     wide_x, wide_h, wide_c = widened(x), widened(h), widened(c)

@@ -44,6 +44,14 @@ def test_compiles_without_spills(
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_small_cell_compiles_without_spills(arch: str, tmp_path: Path) -> None:
+    kernels = compile_with_nvcc("lstm_cell", arch, tmp_path)
+    assert len(kernels) == 24  # 4 types, vectors and single elements: 1 row, 8 rows, products
+    assert all(kernel.stack == kernel.spilled == 0 for kernel in kernels)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_clusters_compile_without_spills(
     arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +75,13 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("name", CELLS)
 def test_cell(ops: Any, name: str, hidden: int, dtype: torch.dtype) -> None:
     check_cell(ops.lstm_cell, ops.lstm_cell_backward, name, dtype, hidden)
+
+
+@pytest.mark.parametrize("batch, hidden", [(1, 8), (13, 72), (9, 364)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_cell_of_other_batches(ops: Any, batch: int, hidden: int, dtype: torch.dtype) -> None:
+    """One row, two groups of rows, and one more than the small cell's kernels take."""
+    check_cell(ops.lstm_cell, ops.lstm_cell_backward, "plain", dtype, hidden, batch)
 
 
 def test_cell_computes_what_is_asked_for(ops: Any) -> None:

@@ -75,6 +75,31 @@ __device__ A largest_of_block(A x) {
   return one[0];
 }
 
+// Sums over the block's groups of `lanes` neighbouring lanes, lane by lane; the first group has
+// them.
+template <int MostLanes, int Width, class A>
+__device__ void sum_of_groups(A (&x)[Width], int lanes) {
+  __shared__ A of_warp[kWarps][MostLanes][Width];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int d = lanes; d < 32; d *= 2)
+#pragma unroll
+    for (int k = 0; k < Width; ++k) x[k] += __shfl_xor_sync(~0u, x[k], d);
+  __syncthreads();
+  if (lane < lanes)
+#pragma unroll
+    for (int k = 0; k < Width; ++k) of_warp[warp][lane][k] = x[k];
+  __syncthreads();
+  if (threadIdx.x >= lanes) return;
+  for (int w = 1; w < kWarps; ++w)
+#pragma unroll
+    for (int k = 0; k < Width; ++k) x[k] += of_warp[w][lane][k];
+}
+
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 // Calls f with a value of the storage type.
 template <class F>
 cudaError_t with_type(Storage storage, const F& f) {

@@ -15,6 +15,7 @@
 
 #include "../common/operand.h"
 #include "../ops/lstm_check.h"
+#include "lstm_cell_kernel.h"
 #include "lstm_kernel.h"
 
 namespace seqmem::lstm {
@@ -25,9 +26,33 @@ using CudaStep = cuda::Step;
 Tensor dense(Maybe t) { return t.has_value() ? t->contiguous() : Tensor(); }
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
+cuda::CellShape cell_shape(const Sizes<int64_t>& s) { return {s.B, s.I, s.H}; }
+
+Tensors<3> small_cell_cuda(const CellInputs& in, const Sizes<int64_t>& s) {
+  const auto options = in.input.options();
+  const Tensor hy = at::empty({s.B, s.H}, options), cy = at::empty({s.B, s.H}, options);
+  const Tensor gates =
+      in.return_gates ? at::empty({s.B, 4 * s.H}, options) : at::empty({0}, options);
+  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
+      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const cuda::CellForward arguments = {.input = input.data(),
+                                       .hx = hx.data(),
+                                       .cx = cx.data(),
+                                       .weight_ih = weight_ih.data(),
+                                       .weight_hh = weight_hh.data(),
+                                       .bias_ih = bias_ih.data(),
+                                       .bias_hh = bias_hh.data(),
+                                       .hy = data(hy),
+                                       .cy = data(cy),
+                                       .gates = data(gates)};
+  C10_CUDA_CHECK(cuda::lstm_cell_forward(storage_of(in.input), cell_shape(s), arguments, stream()));
+  return {hy, cy, gates};
+}
+
 Tensors<3> cell_cuda(const CellInputs& in) {
   const auto s = check_cell<int64_t>(in);
   const c10::cuda::CUDAGuard guard(in.input.device());
+  if (cuda::small_cell(cell_shape(s))) return small_cell_cuda(in, s);
   const Tensor z = at::mm(in.input, in.weight_ih.t());  // [B, 4H], becomes the gates
   if (in.hx.has_value()) z.addmm_(*in.hx, in.weight_hh.t());
   const Tensor hy = at::empty({s.B, s.H}, in.input.options()), cy = at::empty_like(hy);
@@ -68,6 +93,32 @@ Tensors<6> cell_backward_cuda(const CellBackwardInputs& in) {
                                         .dz = data(dz),
                                         .wide_c = false};
   C10_CUDA_CHECK(cuda::lstm_backward_step(storage_of(in.input), {s.B, s.H}, arguments, stream()));
+  if (cuda::small_cell(cell_shape(s))) {
+    auto wanted = [&](bool is_wanted, const Tensor& like) {
+      return is_wanted ? at::empty(like.sizes(), like.options()) : none;
+    };
+    const Tensors<6> out = {
+        wanted(of_input, in.input),
+        wanted(of_state, cy),
+        of_state ? grad_cx : none,
+        wanted(of_weights, in.weight_ih),
+        wanted(of_weights, in.weight_hh),
+        of_weights && in.has_bias ? at::empty({4 * s.H}, gates.options()) : none};
+    const Operand input(in.input), hx(in.hx), weight_ih(in.weight_ih), weight_hh(in.weight_hh);
+    const cuda::CellProducts products = {.dz = const_data(dz),
+                                         .input = input.data(),
+                                         .hx = hx.data(),
+                                         .weight_ih = weight_ih.data(),
+                                         .weight_hh = weight_hh.data(),
+                                         .grad_input = data(std::get<0>(out)),
+                                         .grad_hx = data(std::get<1>(out)),
+                                         .grad_weight_ih = data(std::get<3>(out)),
+                                         .grad_weight_hh = data(std::get<4>(out)),
+                                         .grad_bias = data(std::get<5>(out))};
+    C10_CUDA_CHECK(
+        cuda::lstm_cell_products(storage_of(in.input), cell_shape(s), products, stream()));
+    return out;
+  }
   Tensor grad_weight_hh = none;
   if (of_weights)
     grad_weight_hh =

@@ -27,32 +27,6 @@ constexpr int kSharedBytes = 24576;         // for addressing's arrays of slots
 constexpr int64_t kOneBlockMemory = 65536;  // values of a memory that one block reads quickly
 constexpr double kEpsilon = 1e-8;           // beside the product of norms, as in the reference
 
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
-// ---- sums over threads
-
-// Sums over the block's groups, lane by lane; the first group has them.
-template <int Width, class A>
-__device__ void sum_of_groups(A (&x)[Width], int lanes) {
-  __shared__ A of_warp[kWarps][32][Width];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int d = lanes; d < 32; d *= 2)
-#pragma unroll
-    for (int k = 0; k < Width; ++k) x[k] += __shfl_xor_sync(~0u, x[k], d);
-  __syncthreads();
-  if (lane < lanes)
-#pragma unroll
-    for (int k = 0; k < Width; ++k) of_warp[warp][lane][k] = x[k];
-  __syncthreads();
-  if (threadIdx.x >= lanes) return;
-  for (int w = 1; w < kWarps; ++w)
-#pragma unroll
-    for (int k = 0; k < Width; ++k) x[k] += of_warp[w][lane][k];
-}
-
 // ---- how a call is shared out
 
 struct Plan {
@@ -136,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int k = 0; k < Width; ++k) sum[k] += w * x[k];
     }
   }
-  sum_of_groups(sum, p.column_lanes);
+  sum_of_groups<32>(sum, p.column_lanes);
   if (c.writes()) write<Width, T>(reads, head * s.M + c.m, sum, false);
 }
 
@@ -264,8 +238,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  sum_of_groups(by_erase, p.column_lanes);
-  sum_of_groups(by_add, p.column_lanes);
+  sum_of_groups<32>(by_erase, p.column_lanes);
+  sum_of_groups<32>(by_add, p.column_lanes);
   if (!c.writes()) return;
   write<Width, T>(out.erase, head * s.M + c.m, by_erase, false);
   write<Width, T>(out.add, head * s.M + c.m, by_add, false);
@@ -559,7 +533,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int k = 0; k < Width; ++k) sum[k] += by_dot * x[k];
     }
   }
-  sum_of_groups(sum, p.column_lanes);
+  sum_of_groups<32>(sum, p.column_lanes);
   if (!c.writes()) return;
   A key[Width];
   read<Width, T>(key, a.key, head * s.M + c.m);

@@ -4,6 +4,8 @@
 #include "../../csrc/cuda/lstm.cpp"
 //
 #include "../../csrc/cuda/lstm_kernel.cu"
+//
+#include "../../csrc/cuda/lstm_cell_kernel.cu"
 
 TORCH_LIBRARY(lstm_cuda_on_cpu, m) {
   using namespace seqmem::lstm;
