@@ -215,22 +215,30 @@ def seed_like(a: torch.Tensor) -> torch.Tensor:
     return torch.arange(1, a.shape[-1] + 1, device=a.device).to(a.dtype).expand_as(a)
 
 
-def results(call: Call, device: str) -> list[torch.Tensor | None]:
-    """Outputs and gradients of one call there."""
-    torch.manual_seed(0)
-    args = moved(call.args, device)
-    options = {  # sizes of packed steps stay on the CPU
+def arguments(call: Call, device: str) -> tuple[Any, dict[str, Any]]:
+    """There, but for the sizes of packed steps, which stay on the CPU."""
+    options = {
         key: value if key == "batch_sizes" else moved(value, device)
         for key, value in call.kwargs.items()
     }
+    return moved(call.args, device), options
+
+
+def results(call: Call, device: str) -> list[torch.Tensor | None]:
+    """Outputs and gradients of one call there."""
+    torch.manual_seed(0)
+    args, options = arguments(call, device)
     outputs = tensors_of(call.function(*args, **options))
     floating = [a for a in outputs if a.is_floating_point()]
     torch.autograd.backward(floating, [seed_like(a) for a in floating])
     return [*outputs, *(a.grad for a in tensors_of((args, options)))]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_gpu_agrees_with_the_cpu(op: str, dtype: torch.dtype) -> None:
@@ -247,3 +255,21 @@ def assert_agree(
             continue
         error = (a.cpu().double() - b.double()).norm()
         assert error <= bound * b.double().norm() + bound / 100, name
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("op", OPS)
+def test_gpu_calls_can_be_captured(op: str) -> None:
+    """A call waits for no value on the GPU, and its replay gives the same bits."""
+    for call in calls(op):
+        if "batch_sizes" in call.kwargs:
+            continue
+        args, options = arguments(call, "cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            expected = tensors_of(call.function(*args, **options))
+            with torch.cuda.graph(graph):
+                captured = tensors_of(call.function(*args, **options))
+        graph.replay()
+        assert all(map(torch.equal, captured, expected)), call.name
