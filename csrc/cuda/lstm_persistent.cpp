@@ -45,7 +45,7 @@ struct Layout {
             b_stride,
             reverse,
             static_cast<const int64_t*>(from(lengths, b, 1)),
-            static_cast<const bool*>(from(reset, b, b_stride))};
+            reset.has_value() ? reset->const_data_ptr<bool>() + b * b_stride : nullptr};
   }
 };
 

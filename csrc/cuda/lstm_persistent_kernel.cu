@@ -85,33 +85,39 @@ struct Source {
 };
 
 // Vector number `lane % 4` of blocks `first`, `first + stride`, ... of 32 columns, of two rows;
-// loads until nothing is kNotYet. Columns from `width` on are zeros.
+// what is kNotYet is loaded again. Columns from `width` on are zeros.
 template <int kBlocks>
 __device__ void await(Words (&low)[kBlocks], Words (&high)[kBlocks], const Source& low_row,
                       const Source& high_row, int first, int stride, int width) {
   const int column = threadIdx.x % 4 * 8;
   const Words zeros = {};
+  auto offset = [&](int k) { return (first + k * stride) * kInner + column; };
+  auto load = [&](const Source& source, int k) {
+    return load_through_l2(static_cast<const uint16_t*>(source.row) + offset(k));
+  };
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) {
+    const bool inside = offset(k) < width;
+    low[k] = inside && low_row.row != nullptr ? load(low_row, k) : zeros;
+    high[k] = inside && high_row.row != nullptr ? load(high_row, k) : zeros;
+  }
   bool waiting;
   do {
     waiting = false;
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
-      const int at = (first + k * stride) * kInner + column;
-      const bool inside = at < width;
-      low[k] = inside && low_row.row != nullptr
-                   ? load_through_l2(static_cast<const uint16_t*>(low_row.row) + at)
-                   : zeros;
-      high[k] = inside && high_row.row != nullptr
-                    ? load_through_l2(static_cast<const uint16_t*>(high_row.row) + at)
-                    : zeros;
-    }
-#pragma unroll
-    for (int k = 0; k < kBlocks; ++k) {
-      waiting |= low_row.awaited && not_yet(low[k]);
-      waiting |= high_row.awaited && not_yet(high[k]);
+      const bool low_missing = low_row.awaited && not_yet(low[k]);
+      const bool high_missing = high_row.awaited && not_yet(high[k]);
+      if (low_missing) low[k] = load(low_row, k);
+      if (high_missing) high[k] = load(high_row, k);
+      waiting |= low_missing || high_missing;
     }
   } while (__any_sync(~0u, waiting));
 }
+
+// Of results that are rounded to 16 bits.
+__device__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ float quick_tanh(float x) { return fmaf(2.0f, quick_sigmoid(2.0f * x), -1.0f); }
 
 // The bits of one element, NaN with its usual ones.
 template <class T>
@@ -264,12 +270,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int w = 0; w < kWarps; ++w) {
           gates[g] += sums[((tile * kWarps + w) * 4 + g) * kCells + cell];
         }
-        gates[g] = g == 2 ? tangent(gates[g]) : sigmoid(gates[g]);
+        gates[g] = g == 2 ? quick_tanh(gates[g]) : quick_sigmoid(gates[g]);
       }
       const bool active = t < own_length[m];
       if (active) {
         c[m] = (cut[m] ? 0.0f : gates[1] * c[m]) + gates[0] * gates[2];
-        h[m] = gates[3] * tangent(c[m]);
+        h[m] = gates[3] * quick_tanh(c[m]);
       }
       const Words row = gathered<T>(active ? h[m] : 0.0f);
       if (b >= layout.batch) continue;
@@ -296,12 +302,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// The inner dimension is that of dz: kBlocks of 32 for each warp, taken a few at a time.
+// The inner dimension is that of dz: kBlocks of 32 for each warp, as many at a time as registers
+// hold.
 template <class T, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const PersistentLayout layout, const PersistentBackward a) {
   extern __shared__ float partial[];  // [2][kTiles][kWarps][kCells]
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kTiles == 4 ? 4 : kBlocks <= 12 ? kBlocks : 8;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int H = int(layout.hidden), steps = int(layout.steps), unit0 = blockIdx.x * kUnits;
   const int64_t b0 = int64_t(blockIdx.y) * kTiles * kTile;
@@ -412,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) d_output += sums[(tile * kWarps + w) * kCells + cell];
       const float i = gates[m][0], f = gates[m][1], g = gates[m][2], o = gates[m][3];
-      const float tanh_c = tangent(cells[m]);
+      const float tanh_c = quick_tanh(cells[m]);
       const float d_state = d_c[m] + d_cell[m] + d_output * o * (1.0f - tanh_c * tanh_c);
       float dz[4] = {(d_gates[m][0] + d_state * g) * i * (1.0f - i),
                      (d_gates[m][1] + d_state * c_before[m]) * f * (1.0f - f),
