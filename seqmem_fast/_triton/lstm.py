@@ -20,8 +20,9 @@ Which one, and its tiles, follow from the shape by the fixed rules of `on_chip_p
 alone, and results do not drift from run to run. Batch, time and strides are no part of a compiled
 kernel's signature.
 
-Arithmetic is float32 for 16-bit storage, and c stays float32 between steps. Float32 is full
-precision unless `torch.backends.cuda.matmul` allows TF32.
+Arithmetic is float32 for 16-bit storage, and c stays float32 between steps; pre-activations are
+rounded to storage once, the input's part, and step by step again with the state's part added.
+Float32 is full precision unless `torch.backends.cuda.matmul` allows TF32.
 
 State of proof: all kernels agree with the reference in Triton's interpreter (bfloat16 on tensor
 cores excepted, which it cannot do) and compile ahead of time for sm_80, sm_90, sm_100 and gfx942,
