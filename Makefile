@@ -10,6 +10,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 DONE := $(VENV)/done
 CPP := $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'))
+CPP_OF_TESTS := $(wildcard tests/ptx/csrc/*)
 SANITIZED := build/sanitize
 # libasan must be in the process from the start, and libstdc++ with it, or exceptions cannot be
 # followed. Leaks are not looked for: Python and torch keep much until the process ends.
@@ -29,7 +30,7 @@ test: lint pytest
 lint: $(DONE)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(CPP_OF_TESTS)
 	$(BIN)/mypy
 
 format: $(DONE)/test
@@ -37,7 +38,7 @@ format: $(DONE)/test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(CPP_OF_TESTS)
 
 pytest: $(DONE)/test $(DONE)/build
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

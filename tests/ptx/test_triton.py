@@ -1,0 +1,105 @@
+"""Every Triton kernel's PTX in the interpreter, through the real launchers, beside the references.
+
+The tests are those of triton_<op>_interpreted.py, which work on CPU tensors. A few run here, in
+this process; all of them, for two architectures and in other orders of warps, are slow and have
+processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .triton_driver import emulated
+
+pytest.importorskip("triton")
+TESTS = Path(__file__).parents[1]
+OPS = [file.stem for file in sorted((TESTS.parent / "csrc" / "ops").glob("*.cpp"))]
+# Measures Triton's own exp, which is coarser on a GPU (ex2.approx) than in the interpreter.
+NOT_HERE = ["--deselect", "triton_lstm_interpreted.py::test_gate_maths"]
+
+
+def checks(op: str) -> Any:
+    return importlib.import_module(f"triton_{op}_interpreted")
+
+
+def lstm(patch: pytest.MonkeyPatch) -> None:
+    module = checks("lstm")
+    for route, dtype in (("multiply-add", torch.float32), ("dot", torch.float16)):
+        patch.setattr(module.launchers, "on_chip_plan", lambda *_, r=route: module.ROUTES[r])
+        for sample in module.samples(dtype, projected=False):
+            if sample.name == "plain":
+                module.check(sample, dtype)
+    patch.setattr(module.launchers, "on_chip_plan", lambda *_: None)
+    for sample in module.samples(torch.float32, projected=True):
+        if sample.name == "all_padded":
+            module.check(sample, torch.float32)
+
+
+def ntm(patch: pytest.MonkeyPatch) -> None:
+    module = checks("ntm")
+    module.check(module.SAMPLES["all_padded"], torch.float32)
+
+
+def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
+    module = checks("ntm_addressing")
+    for name in ("addressing_heads", "write_heads"):
+        module.check(module.SAMPLES[name], torch.float32)
+
+
+def attention(patch: pytest.MonkeyPatch) -> None:
+    module = checks("attention")
+    module.check(module.SAMPLES["causal_masked"], torch.float32)
+
+
+def additive_attention(patch: pytest.MonkeyPatch) -> None:
+    module = checks("additive_attention")
+    module.check(module.SAMPLES["masked"], torch.float32)
+
+
+def hard_attention(patch: pytest.MonkeyPatch) -> None:
+    checks("hard_attention").test_sample_and_gradient(torch.float32, None)
+
+
+def dynamic_memory(patch: pytest.MonkeyPatch) -> None:
+    module = checks("dynamic_memory")
+    patch.setattr(module.launchers, "_ELEMENTS", 64)  # three blocks of slots
+    module.check(module.SAMPLES["per_sample_masked"])
+    module.check(module.SAMPLES["shared"])
+
+
+QUICK: list[Callable[[pytest.MonkeyPatch], None]] = [
+    lstm, ntm, ntm_addressing, attention, additive_attention, hard_attention, dynamic_memory,
+]  # fmt: skip
+
+
+def test_every_op_is_checked() -> None:
+    assert sorted(check.__name__ for check in QUICK) == OPS
+
+
+@pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
+def test_one_call_each_way(
+    check: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with emulated(arch=90) as session:
+        check(monkeypatch)
+    assert session.launches.keys() == {kernel.name for kernel in checks(check.__name__).kernels()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, seed", [(90, 0), (80, 1)])
+@pytest.mark.parametrize("op", OPS)
+def test_all(op: str, arch: int, seed: int) -> None:
+    file = f"triton_{op}_interpreted.py"
+    options = ["-p", "ptx.plugin", "--ptx-arch", str(arch), "--ptx-seed", str(seed), *NOT_HERE]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *options, file]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]

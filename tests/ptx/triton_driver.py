@@ -1,0 +1,132 @@
+"""A Triton driver whose device is the interpreter: Triton compiles to PTX, launches come here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .launch import Kernel, Module
+
+
+@dataclass
+class Session:
+    """What launches share while the driver is active."""
+
+    arch: int
+    seed: int
+    launches: Counter[str] = field(default_factory=Counter)
+    instructions: int = 0
+
+
+class _Utils:
+    """What Triton asks of a device; figures of an H100."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        shared = 166912 if self.session.arch < 90 else 232448
+        return {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(
+        self, name: str, ptx: bytes, shared: int, device: int
+    ) -> tuple[object, Kernel, int, int, int]:
+        module = Module(ptx.decode())
+        return module, module[name], 0, 0, 1024  # registers, spills, most threads
+
+
+def _launcher(session: Session) -> type:
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.signature, self.metadata = source.signature, metadata
+
+        def __call__(self, x: int, y: int, z: int, stream: int, kernel: Kernel, *rest: Any) -> None:
+            given = rest[4:]  # after metadata twice and two hooks
+            constant = [kind == "constexpr" for kind in self.signature.values()]
+            arguments = [a for a, skip in zip(given, constant, strict=True) if not skip]
+            # Triton's own scratch memory, which none of our kernels uses.
+            arguments += [None] * (len(kernel.parsed.parameters) - len(arguments))
+            arguments = [_argument(a) for a in arguments]
+            session.launches[kernel.name] += 1
+            session.instructions += kernel.launch(
+                (x, y, z),
+                (self.metadata.num_warps * 32,),
+                arguments,
+                cluster=getattr(self.metadata, "num_ctas", 1),
+                shared_bytes=self.metadata.shared,
+                replicas=True,
+                seed=session.seed + sum(session.launches.values()),
+            )
+
+    return Launcher
+
+
+def _argument(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else value
+
+
+class _Driver:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.utils = _Utils(session)
+        self.launcher_cls = _launcher(session)
+
+    def get_current_device(self) -> int:
+        return self.session.arch  # Triton keeps compiled kernels by device
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.session.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+def _ptx_backend(cuda_backend: type) -> type:
+    """Triton's backend for NVIDIA, which ends with PTX."""
+
+    class PtxBackend(cuda_backend):
+        def __init__(self, target: Any) -> None:
+            super().__init__(target)
+            self.binary_ext = "ptx"
+
+        def add_stages(self, stages: dict[str, Any], *rest: Any) -> None:
+            super().add_stages(stages, *rest)
+            stages.pop("cubin")
+
+        def hash(self) -> str:
+            return f"ptx-{self.target.arch}"
+
+    return PtxBackend
+
+
+@contextmanager
+def emulated(arch: int = 90, seed: int = 0) -> Iterator[Session]:
+    """Triton kernels on CPU tensors run in the interpreter, compiled for sm_<arch>."""
+    from triton.backends import Backend, backends
+    from triton.runtime import driver
+
+    session = Session(arch, seed)
+    nvidia, active = backends["nvidia"], driver._active
+    backends["nvidia"] = Backend(_ptx_backend(nvidia.compiler), nvidia.driver)
+    driver.set_active(_Driver(session))
+    try:
+        yield session
+    finally:
+        backends["nvidia"] = nvidia
+        driver._active = active
