@@ -43,7 +43,10 @@ def check_launchers(
     forward, backward = launchers
     args = [a.to(dtype) if a is not None and a.is_floating_point() else a for a in tensors]
     exact = [
-        a.double().requires_grad_() if a is not None and a.is_floating_point() else a for a in args
+        a.to(torch.float64, copy=True).requires_grad_()
+        if a is not None and a.is_floating_point()
+        else a
+        for a in args
     ]
     right = reference(*exact, *options)
     seeds = []

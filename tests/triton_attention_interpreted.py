@@ -55,9 +55,20 @@ def test_storage_of_16_bits(small: None) -> None:
     check(SAMPLES["masked"], torch.float16)
 
 
+@pytest.mark.parametrize("scores", [4096, 16])  # 16: several blocks of keys, of one row each
 @pytest.mark.parametrize("name", SAMPLES)
-def test_plain_path(name: str) -> None:
+def test_torchs_products(name: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_SCORES", scores)
+    monkeypatch.setattr(launchers, "_MANY", 0)
     check(SAMPLES[name], torch.float64)
+    check(SAMPLES[name], torch.float32)
+    check(SAMPLES[name], torch.float32, (True, False))
+    check(SAMPLES[name], torch.float32, (False, True))
+
+
+def test_wide_heads_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "tiles", lambda *_: None)
+    check(SAMPLES["masked"], torch.bfloat16)
 
 
 def test_more_leading_dimensions_and_strides() -> None:
@@ -123,4 +134,12 @@ def kernels() -> list[Kernel]:
             pointers = {"mask_ptr": "*u8", "delta_ptr": "*fp32"}
             constants = {**tile, **options}
             found.append(Kernel(file, name, storage, warps, constants, pointers, rows))
+        row = {"BM": 2, "BN": 2048, "m_j": 1, "g_j": 1, "ONE_BLOCK": True}
+        wide = dict.fromkeys(("scores_ptr", "p_ptr"), "*fp32") | {"mask_ptr": "*u8"}
+        for name, options in (
+            ("attention_softmax", {"CAUSAL": False}),
+            ("attention_softmax_backward", {"grad_scores_ptr": None}),
+        ):
+            constants = {**row, **options}
+            found.append(Kernel(file, name, storage, 8, constants, wide, rows))
     return found

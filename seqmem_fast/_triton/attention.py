@@ -7,8 +7,8 @@ come out at full size and are summed by torch, in a fixed order.
 
 Products run on tensor cores: 16-bit storage as it is, float32 as three TF32 products, which keep
 its precision to a few units in the last place (one where `torch.backends.cuda.matmul` allows TF32;
-AMD multiplies float32 itself). Float64 and heads wider than `tiles` can hold take a plain path of
-torch's own products and softmax.
+AMD multiplies float32 itself). Float64, heads wider than `tiles` can hold and float32 with many
+scores take torch's products with one kernel between them, for the softmax or its gradient.
 
 State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
 """
@@ -23,9 +23,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference.common import MASKED
 from . import attention_kernels as kernels
 from .common import as_bytes, product_precision, strides, two_leading, wide
+
+
+_SCORES = 4096  # that a program of the softmax kernels holds
+_MANY = 1 << 20  # scores of a call
 
 
 class Tiles(NamedTuple):
@@ -36,15 +39,16 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(width: int, dtype: torch.dtype) -> Tiles | None:
-    """The blocks for heads of this width (the larger of D and Dv), None for the plain path.
+def tiles(width: int, dtype: torch.dtype, scores: int) -> Tiles | None:
+    """The blocks for heads of this width (the larger of D and Dv), None for torch's products.
 
-    The largest that spill nothing on any target that we compile for.
+    The largest that spill nothing on any target that we compile for. Float32 pays three TF32
+    products for one, which only a launch saved is worth: with many scores torch's are faster.
     """
     if dtype == torch.float64:
         return None
     if dtype == torch.float32:
-        return Tiles(32, 32, 8) if width <= 64 else None
+        return Tiles(32, 32, 8) if width <= 64 and scores < _MANY else None
     if width <= 128:
         return Tiles(64, 64, 4) if width <= 64 else Tiles(64, 32, 8)
     return Tiles(32, 32, 8) if width <= 256 else None
@@ -121,10 +125,11 @@ def attention(
     output = call.empty(call.queries, call.value_width)
     if weights.numel() == 0:
         return output.zero_(), weights
-    tile = tiles(max(call.width, call.value_width), query.dtype)
+    tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
     with torch.cuda.device_of(query):
         if tile is None:
-            return _plain(call, is_causal)
+            _by_products(call, is_causal, output, weights)
+            return output, weights
         arguments = call.arguments(tile, tile.queries, call.queries)
         kernels.attention_forward[(call.batch * arguments["blocks"],)](
             q_ptr=call.query,
@@ -170,10 +175,15 @@ def attention_backward(
         (call.queries, call.keys),
     )
     with torch.cuda.device_of(query):
-        tile = tiles(max(call.width, call.value_width), query.dtype)
+        tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
         grads: list[Tensor | None]
-        if weights.numel() == 0 or tile is None:
-            grads = _plain_backward(call, grad_output, grad_weights, weights, wanted)
+        if weights.numel() == 0:
+            grads = [
+                call.empty(*size).zero_() if is_wanted else None
+                for size, is_wanted in zip(sizes, wanted, strict=True)
+            ]
+        elif tile is None:
+            grads = _back_by_products(call, grad_output, grad_weights, weights, wanted)
         else:
             grads = [
                 call.empty(*size) if is_wanted else None
@@ -234,45 +244,69 @@ def _backward(
         grad_value.zero_()
 
 
-def _plain(call: _Call, is_causal: bool) -> tuple[Tensor, Tensor]:
-    dtype = call.like.dtype
-    query, key = (t.to(wide(dtype)) for t in (call.query, call.key))
-    scores = (query * call.scale) @ key.mT  # [Z0, Z1, Tq, Tk]
-    if call.mask is not None and call.mask.dtype == torch.uint8:
-        scores.masked_fill_(call.mask == 0, MASKED)
-    elif call.mask is not None:
-        scores += call.mask
-    if is_causal:
-        ahead = torch.ones(call.queries, call.keys, dtype=torch.bool, device=scores.device)
-        scores.masked_fill_(ahead.triu_(1), -math.inf)
-    weights = scores.softmax(-1).to(dtype)
-    output = weights @ call.value
-    return (
-        output.view(*call.lead, call.queries, call.value_width),
-        weights.view(*call.lead, call.queries, call.keys),
+def _softmax_blocks(call: _Call) -> dict[str, Any]:
+    """What both softmax kernels take: a few rows a program, 4096 scores at a time."""
+    keys = min(triton.next_power_of_2(call.keys), _SCORES)
+    rows = max(1, min(_SCORES // keys, 16))
+    return {
+        "scale": call.scale,
+        "queries": call.queries,
+        "keys": call.keys,
+        "heads": 1 if len(call.lead) < 1 else call.lead[-1],
+        "blocks": triton.cdiv(call.queries, rows),
+        "mask_ptr": call.mask,
+        **strides("m", call.mask, "0", "1", "i", "j"),
+        "ONE_BLOCK": call.keys <= keys,
+        "BM": rows,
+        "BN": keys,
+        "num_warps": 8,
+    }
+
+
+def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) -> None:
+    """The forward by torch's products, one kernel between them."""
+    wide_type = wide(weights.dtype)
+    scores = weights if wide_type == weights.dtype else torch.empty_like(weights, dtype=wide_type)
+    query, key, value = (t.flatten(0, 1) for t in (call.query, call.key, call.value))
+    matrices = (call.batch, call.queries, -1)
+    torch.bmm(query.to(wide_type), key.to(wide_type).mT, out=scores.view(matrices))
+    blocks = _softmax_blocks(call)
+    kernels.attention_softmax[(call.batch * blocks["blocks"],)](
+        scores_ptr=scores, weights_ptr=weights, CAUSAL=is_causal, **blocks
     )
+    torch.bmm(weights.view(matrices), value, out=output.view(matrices))
 
 
-def _plain_backward(
+def _back_by_products(
     call: _Call,
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
     weights: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
+    """The backward by torch's products, one kernel between them."""
     dtype = call.like.dtype
+    of_query, of_key, of_value, of_mask = wanted
     w = call.scores(weights)
     g = call.empty(call.queries, call.value_width).zero_() if grad_output is None else grad_output
     g = call.matrices(g)
-    p = (g @ call.value.mT).to(wide(dtype))
-    if grad_weights is not None:
-        p += call.scores(grad_weights)
-    scores = w * (p - (w * p).sum(-1, keepdim=True))
-    if call.mask is not None and call.mask.dtype == torch.uint8:
-        scores.masked_fill_(call.mask == 0, 0)
-    scaled = (scores * call.scale).to(dtype)
-    grads = (scaled @ call.key, scaled.mT @ call.query, w.mT @ g, scores.to(dtype))
-    return [
-        grad.reshape(*call.lead, *grad.shape[-2:]) if is_wanted else None
-        for grad, is_wanted in zip(grads, wanted, strict=True)
-    ]
+    found: list[Tensor | None] = [None] * 4
+    if of_query or of_key or of_mask:
+        p = (g @ call.value.mT).to(wide(dtype))
+        scaled = p if p.dtype == dtype else torch.empty_like(p, dtype=dtype)
+        found[3] = torch.empty_like(p, dtype=dtype) if of_mask else None
+        g_weights = None if grad_weights is None else call.scores(grad_weights)
+        blocks = _softmax_blocks(call)
+        kernels.attention_softmax_backward[(call.batch * blocks["blocks"],)](
+            p_ptr=p,
+            weights_ptr=weights.contiguous(),
+            grad_weights_ptr=g_weights,
+            scaled_ptr=scaled,
+            grad_scores_ptr=found[3],
+            **strides("g", g_weights, "0", "1", "i", "j"),
+            **blocks,
+        )
+        found[0] = scaled @ call.key if of_query else None
+        found[1] = scaled.mT @ call.query if of_key else None
+    found[2] = w.mT @ g if of_value else None
+    return [None if grad is None else grad.reshape(*call.lead, *grad.shape[-2:]) for grad in found]

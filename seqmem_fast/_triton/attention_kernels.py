@@ -302,3 +302,144 @@ def attention_backward_columns(
         _store_rows(grad_k_ptr, z * keys * width, grad_k * scale, j, keys, width, BD)
     if grad_v_ptr is not None:
         _store_rows(grad_v_ptr, z * keys * value_width, grad_v, j, keys, value_width, BV)
+
+
+# ---- between torch's own products --------------------------------------------------------------
+
+
+@triton.jit
+def _dense_block(ptr, i, j, keys, there, other):
+    return tl.load(ptr + i[:, None] * keys + j[None, :], mask=there, other=other)
+
+
+@triton.jit
+def _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL: tl.constexpr):
+    there = (i < queries)[:, None] & (j < keys)[None, :]
+    s = _dense_block(scores_ptr, i, j, keys, there, 0.0) * scale
+    known = (j < keys)[None, :]
+    if CAUSAL:
+        known = known & (j[None, :] <= i[:, None])
+    return masked_scores(s, mask_ptr, i, j, m_i, m_j, there, known)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_softmax(
+    scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: Q K^T
+    mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
+    weights_ptr,  # [Z0 * Z1, Tq, Tk], dense; may be scores_ptr
+    scale,
+    queries,
+    keys,
+    heads,  # Z1
+    blocks,  # of queries
+    m_0, m_1, m_i, m_j,
+    CAUSAL: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # of keys
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    if mask_ptr is not None:
+        mask_ptr += (z // heads) * m_0 + (z % heads) * m_1
+    scores_ptr += z * queries * keys
+    weights_ptr += z * queries * keys
+    m = tl.full([BM], float("-inf"), scores_ptr.dtype.element_ty)
+    total = tl.zeros([BM], scores_ptr.dtype.element_ty)
+    if ONE_BLOCK:
+        j = tl.arange(0, BN)
+        s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
+        m, total = softmax_step(s, m, total)
+        there = (i < queries)[:, None] & (j < keys)[None, :]
+        w = softmax_weights(s, m, total).to(weights_ptr.dtype.element_ty)
+        tl.store(weights_ptr + i[:, None] * keys + j[None, :], w, mask=there)
+    else:
+        for start in range(0, keys, BN):
+            j = start + tl.arange(0, BN)
+            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
+            m, total = softmax_step(s, m, total)
+        for start in range(0, keys, BN):
+            j = start + tl.arange(0, BN)
+            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
+            there = (i < queries)[:, None] & (j < keys)[None, :]
+            w = softmax_weights(s, m, total).to(weights_ptr.dtype.element_ty)
+            tl.store(weights_ptr + i[:, None] * keys + j[None, :], w, mask=there)
+
+
+@triton.jit
+def _read_gradients(p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, queries, keys):
+    """Weights and P of a block."""
+    there = (i < queries)[:, None] & (j < keys)[None, :]
+    p = _dense_block(p_ptr, i, j, keys, there, 0.0)
+    if grad_weights_ptr is not None:
+        at = i[:, None] * g_i + j[None, :].to(tl.int64) * g_j
+        p += tl.load(grad_weights_ptr + at, mask=there, other=0.0).to(p.dtype)
+    return _dense_block(weights_ptr, i, j, keys, there, 0.0).to(p.dtype), p, there
+
+
+@triton.jit
+def _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, scaled_ptr, grad_scores_ptr, scale,
+                     i, j, keys):  # fmt: skip
+    d_scores = w * (p - delta[:, None])
+    d_scores = unmasked(d_scores, mask_ptr, i, j, m_i, m_j, there)
+    at = i[:, None] * keys + j[None, :]
+    if grad_scores_ptr is not None:
+        stored = d_scores.to(grad_scores_ptr.dtype.element_ty)
+        tl.store(grad_scores_ptr + at, stored, mask=there)
+    scaled = (d_scores * scale).to(scaled_ptr.dtype.element_ty)
+    tl.store(scaled_ptr + at, scaled, mask=there)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_softmax_backward(
+    p_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: grad_output V^T
+    weights_ptr,  # [Z0 * Z1, Tq, Tk], dense
+    grad_weights_ptr,  # [Z0, Z1, Tq, Tk], or None
+    mask_ptr,  # as in the forward kernel
+    scaled_ptr,  # [Z0 * Z1, Tq, Tk], dense: scale dS; may be p_ptr
+    grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], dense: dS, or None
+    scale,
+    queries,
+    keys,
+    heads,
+    blocks,
+    g_0, g_1, g_i, g_j,
+    m_0, m_1, m_i, m_j,
+    ONE_BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    if mask_ptr is not None:
+        mask_ptr += (z // heads) * m_0 + (z % heads) * m_1
+    if grad_weights_ptr is not None:
+        grad_weights_ptr += (z // heads) * g_0 + (z % heads) * g_1
+    if grad_scores_ptr is not None:
+        grad_scores_ptr += z * queries * keys
+    p_ptr += z * queries * keys
+    weights_ptr += z * queries * keys
+    scaled_ptr += z * queries * keys
+    if ONE_BLOCK:
+        j = tl.arange(0, BN)
+        w, p, there = _read_gradients(
+            p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, queries, keys
+        )
+        delta = tl.sum(w * p, axis=1)
+        _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, scaled_ptr, grad_scores_ptr,
+                         scale, i, j, keys)  # fmt: skip
+    else:
+        delta = tl.zeros([BM], p_ptr.dtype.element_ty)
+        for start in range(0, keys, BN):
+            j = start + tl.arange(0, BN)
+            w, p, there = _read_gradients(
+                p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, queries, keys
+            )
+            delta += tl.sum(w * p, axis=1)
+        for start in range(0, keys, BN):
+            j = start + tl.arange(0, BN)
+            w, p, there = _read_gradients(
+                p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, queries, keys
+            )
+            _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, scaled_ptr,
+                             grad_scores_ptr, scale, i, j, keys)  # fmt: skip
