@@ -4,22 +4,19 @@
 //   dP = dO V^T + dW,   dS = W (dP - rowsum(dP W)), zero where the mask has replaced S,
 //   dQ = scale dS K,   dK = scale dS^T Q,   dV = W^T dO,   dmask = dS.
 #include "../common/autograd.h"
+#include "../ops/attention_check.h"
 
 namespace seqmem::attention {
 namespace {
 
-constexpr char kName[] = "seqmem::attention", kBackwardName[] = "seqmem::attention_backward",
-               kCheckName[] = "seqmem::check_attention";
-using Forward = Op<kName, Tensors<2>(In, In, In, Maybe, std::optional<double>, bool)>;
+constexpr char kCheckName[] = "seqmem::check_attention";
 using CheckOnly = Op<kCheckName, void(In, In, In, Maybe, std::optional<double>, bool)>;
-using Backward = Op<kBackwardName, Tensors<4>(Maybe, Maybe, In, In, In, Maybe, In,
-                                              std::optional<double>, bool, std::array<bool, 4>)>;
 
 struct Attention : torch::autograd::Function<Attention> {
   static variable_list forward(AutogradContext* ctx, In query, In key, In value, Maybe mask,
                                std::optional<double> scale, bool is_causal) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, weights] = Forward::call(query, key, value, mask, scale, is_causal);
+    auto [output, weights] = ForwardOp::call(query, key, value, mask, scale, is_causal);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, key, value, tensor(mask), weights});
     ctx->saved_data["present"] = present(query, key, value, mask);
@@ -31,7 +28,7 @@ struct Attention : torch::autograd::Function<Attention> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto saved = ctx->get_saved_variables();
     const Wanted wanted(ctx);
-    return wanted.list<Forward>(run_backward<Backward>(
+    return wanted.list<ForwardOp>(run_backward<BackwardOp>(
         optional(grad[0]), optional(grad[1]), saved[0], saved[1], saved[2], optional(saved[3]),
         saved[4], ctx->saved_data["scale"].toOptional<double>(),
         ctx->saved_data["is_causal"].toBool(), wanted.mask<4>()));
@@ -41,7 +38,7 @@ struct Attention : torch::autograd::Function<Attention> {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  differentiate<Forward, Attention>(m);
+  differentiate<ForwardOp, Attention>(m);
   autocast<CheckOnly>(m);
 }
 

@@ -50,6 +50,7 @@ struct Op;
 
 template <const char* name, class Out, class... Args>
 struct Op<name, Out(Args...)> {
+  using Signature = Out(Args...);
   static constexpr const char* full_name = name;
   static constexpr size_t arguments = sizeof...(Args);
 

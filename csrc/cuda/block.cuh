@@ -112,13 +112,13 @@ cudaError_t with_type(Storage storage, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-template <class... Parameters, class... Arguments>
+template <int threads = kThreads, class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y,
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks), unsigned(blocks_y));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(threads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }

@@ -3,60 +3,15 @@
 #include <cmath>
 
 #include "../common/dispatch.h"
-#include "../common/matrices.h"
-#include "../common/op.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../cpu/attention_kernel.h"
+#include "attention_check.h"
 
 namespace seqmem::attention {
 namespace {
 
-using at::Tensor;
 using Sizes = AttentionSizes<int64_t>;
-
-constexpr char kName[] = "seqmem::attention", kBackwardName[] = "seqmem::attention_backward";
-using ForwardOp = Op<kName, Tensors<2>(In, In, In, Maybe, std::optional<double>, bool)>;
-using BackwardOp = Op<kBackwardName, Tensors<4>(Maybe, Maybe, In, In, In, Maybe, In,
-                                                std::optional<double>, bool, std::array<bool, 4>)>;
-
-struct Operands {
-  In query, key, value;
-  Maybe mask;
-};
-
-struct Options {
-  std::optional<double> scale;
-  bool is_causal;
-};
-
-struct Inputs : Operands, Options {};
-
-struct Weights {
-  In weights;
-};
-
-struct BackwardInputs : AttentionGradients, Operands, Weights, Options {
-  std::array<bool, 4> output_mask;
-};
-
-template <class Int>
-AttentionSizes<Int> check_inputs(const Check<Int>& check, const Operands& in) {
-  return check_attention(check, in.query, in.key, in.value, in.mask, true);
-}
-
-template <class Int>
-AttentionSizes<Int> check(const Inputs& in) {
-  return check_inputs(Check<Int>(kName, in.query, "query"), in);
-}
-
-template <class Int>
-AttentionSizes<Int> check_backward(const BackwardInputs& in) {
-  const Check<Int> check(kBackwardName, in.query, "query");
-  const auto s = check_inputs(check, in);
-  check_attention_backward(check, s, in, in.weights);
-  return s;
-}
 
 Matrices view(const Argument& t) {
   return {const_data(t.tensor), t.offset.data(), t.rows, t.columns};
@@ -192,15 +147,8 @@ Tensors<4> backward_meta(const BackwardInputs& in) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
-      m,
-      "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool is_causal)"
-      " -> (Tensor output, Tensor weights)");
-  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
-      m,
-      "(Tensor? grad_output, Tensor? grad_weights, Tensor query, Tensor key, Tensor value, "
-      "Tensor? mask, Tensor weights, float? scale, bool is_causal, bool[4] output_mask)"
-      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(m, kSchema);
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(m, kBackwardSchema);
 }
 
 }  // namespace seqmem::attention

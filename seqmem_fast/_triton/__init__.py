@@ -18,11 +18,17 @@ def register() -> None:
     """Register a launcher for every op that has no CUDA kernel from the compiled module.
 
     The launcher of ``seqmem::<name>`` is the function of that name in the module of the op's stem.
+    Where the compiled module computes small calls alone, it calls ``seqmem::<name>_triton`` for the
+    others, which the launcher then becomes.
     """
     for name, stem in STEMS.items():
-        op = f"seqmem::{name}"
-        if name.startswith("check_") or torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+        if name.startswith("check_"):
             continue
+        op = f"seqmem::{name}"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+            op += "_triton"
+            if not torch._C._dispatch_has_kernel(op):  # not defined: there are no others
+                continue
         torch.library.impl(op, "cuda", _on_first_call(op, stem, name))
 
 
