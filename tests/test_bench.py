@@ -39,6 +39,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     chart,
     gpu,
+    gpu_host,
     machine,
     markdown,
     measure,
@@ -435,6 +436,16 @@ def test_on_another_device_arguments_and_modules_are_moved() -> None:
     (x, places), leaves = side.prepare(built.sample(0))
     assert x.is_meta and x.requires_grad and places.device.type == "cpu"
     assert linear.weight.is_meta and leaves[0] is x and len(leaves) == 3
+
+
+def test_host_times_of_small_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_host, "CALLS", 2)
+    monkeypatch.setattr(gpu_host, "ROWS", gpu_host.ROWS[:1] + gpu_host.ROWS[-2:])
+    path = tmp_path / "host.json"
+    assert gpu_host.main(["--device", "cpu", "--rounds", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["results"]
+    assert [r["mode"].split()[0] for r in found] == ["inference", *["inference", "training"] * 3]
+    assert all(r["ours"] > 0 and r["eager"] > 0 for r in found)
 
 
 def test_every_gpu_row_has_a_name_of_its_own() -> None:

@@ -65,8 +65,9 @@ Tensor loss_cuda(const LossInputs& in) {
   const c10::cuda::CUDAGuard guard(in.logits.device());
   const Tensor out = allocate_loss(in);
   with_loss(in, [&](const cuda::Policy& p, const cuda::Loss& loss) {
-    const Tensor workspace = at::empty({cuda::hard_attention_loss_workspace(p, loss)},
-                                       in.logits.options().dtype(at::kDouble));
+    const int64_t numbers = cuda::hard_attention_loss_workspace(p, loss);
+    const Tensor workspace =
+        numbers > 0 ? at::empty({numbers}, in.logits.options().dtype(at::kDouble)) : Tensor();
     C10_CUDA_CHECK(cuda::hard_attention_loss(storage_of(in.logits), p, loss, data(out),
                                              static_cast<double*>(data(workspace)), stream()));
   });
