@@ -26,7 +26,6 @@ from torch import Tensor
 from . import attention_kernels as kernels
 from .common import as_bytes, product_precision, strides, two_leading, wide
 
-
 _SCORES = 4096  # that a program of the softmax kernels holds
 _MANY = 1 << 20  # scores of a call
 
