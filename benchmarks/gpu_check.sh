@@ -22,14 +22,15 @@ done
 out=${OUT:-benchmarks/results/gpu}
 mkdir -p "$out"
 : >"$out/log.txt"
-: >"$out/stages.txt"
+stages=
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 COLUMNS=170
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # cuBLAS repeats its results only with this
 cores=$(nproc)
 jobs=$((cores < 12 ? cores : 12))
-rows=() compiled=()
+rows=() compiled=() host=()
 if [ $device = cpu ]; then
     rows=(--rows "1, 1, 64, 64" --samples 3)
+    host=(--rounds 2)
     compiled=(--rows "ntm_read 16, 128, 20" --samples 3)
 fi
 
@@ -43,12 +44,12 @@ stage() {
     if [ "$limit" -lt 3 ]; then
         status="no time left"
     else
-        timeout -k 3 "$limit" "$@" >"$out/stage.txt" 2>&1
+        timeout -s "${stop:-TERM}" -k 5 "$limit" "$@" >"$out/stage.txt" 2>&1
         status=$?
         cat "$out/stage.txt" >>"$out/log.txt"
-        tail -n 60 "$out/stage.txt" | cut -c1-230
+        grep -v " PASSED \| SKIPPED " "$out/stage.txt" | tail -n 150 | cut -c1-200
     fi
-    printf '%-12s %4d s  status %s\n' "$name" $((SECONDS - start)) "$status" >>"$out/stages.txt"
+    stages+=$(printf '%-12s %4d s  status %s' "$name" $((SECONDS - start)) "$status")$'\n'
 }
 
 about() {
@@ -74,20 +75,23 @@ export python
 
 stage about 20 bash -c about
 [ $build = 1 ] && stage build 170 bash -c compile
-stage random $((seconds / 6)) "$python" tests/gpu_random_shapes.py \
-    --seconds $((seconds / 6 - 12)) --jobs "$jobs" --device $device --json "$out/random.json"
-stage floors 25 "$python" -m benchmarks.harness.gpu_floors --device $device \
+stage random $((seconds / 9 + 10)) "$python" tests/gpu_random_shapes.py \
+    --seconds $((seconds / 9 - 5)) --jobs "$jobs" --device $device --json "$out/random.json"
+stage floors 25 "$python" -W ignore -m benchmarks.harness.gpu_floors --device $device \
     --json "$out/floors.json"
-stage times $((seconds * 3 / 10)) "$python" -m benchmarks.harness.gpu --device $device \
-    --jobs "$jobs" --limit-s $((seconds * 3 / 10 - 10)) --json "$out/times.json" "${rows[@]}"
+stage host 25 "$python" -W ignore -m benchmarks.harness.gpu_host --device $device \
+    --json "$out/host.json" "${host[@]}"
+stage times $((seconds * 2 / 5)) "$python" -W ignore -m benchmarks.harness.gpu --device $device \
+    --jobs "$jobs" --limit-s $((seconds * 2 / 5 - 10)) --json "$out/times.json" "${rows[@]}"
 mark=gpu
 [ $device = cpu ] && mark="gpu and not slow" # there all of them are skipped
-stage tests 120 "$python" -m pytest -q -m "$mark" -n $((jobs < 8 ? jobs : 8)) \
+# Interrupted, pytest still says what has failed.
+stop=INT stage tests 120 "$python" -m pytest -v --tb=short -m "$mark" -n "$jobs" \
     --junitxml="$out/tests.xml" -p no:cacheprovider tests
-stage tf32 60 "$python" -m benchmarks.harness.gpu --device $device --op lstm --tf32 \
+stage tf32 60 "$python" -W ignore -m benchmarks.harness.gpu --device $device --op lstm --tf32 \
     --jobs "$jobs" --rows float32 --limit-s 50 --json "$out/tf32.json" "${rows[@]}"
-stage compiled 170 "$python" -m benchmarks.harness.gpu --device $device --compiled \
+stage compiled 170 "$python" -W ignore -m benchmarks.harness.gpu --device $device --compiled \
     --jobs "$jobs" --limit-s 160 --json "$out/compiled.json" "${compiled[@]}"
 rm -f "$out/stage.txt"
-cat "$out/stages.txt"
-! grep -qv "status 0$" "$out/stages.txt"
+printf '%s' "$stages" | tee -a "$out/log.txt"
+! grep -qv "status 0$" <<<"${stages%$'\n'}"

@@ -177,24 +177,28 @@ def test_gpu_cell_agrees_with_the_cpu(hidden: int, dtype: torch.dtype) -> None:
 @needs_gpu
 @pytest.mark.parametrize("hidden", [32, 64, 128, 256])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_gpu_agrees_with_cudnn(hidden: int, bidirectional: bool) -> None:
+def test_gpu_is_as_exact_as_cudnn(hidden: int, bidirectional: bool) -> None:
+    """Whose own error reaches 6e-6 in float32 (seen on an H200) where it keeps weights on chip."""
     options = {"num_layers": 2, "bidirectional": bidirectional, "batch_first": True}
     theirs = nn.LSTM(24, hidden, **options).cuda()
     ours = sf.LSTM(24, hidden, **options).cuda()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(8, 40, 24, device="cuda")
-    y = x.clone().requires_grad_()
-    x.requires_grad_()
+    exact = nn.LSTM(24, hidden, **options, dtype=torch.float64)
+    exact.load_state_dict(theirs.state_dict())
+    given = torch.randn(8, 40, 24)
+
+    def values(module: Any, x: Tensor) -> list[Tensor]:
+        x.requires_grad_()
+        output, state = module(x)
+        output.square().mean().backward()
+        grads = [x.grad, *(p.grad for p in module.parameters())]
+        return [t.detach() for t in (output, *state, *grads) if t is not None]
+
+    right = values(exact, given.double())
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its default is TF32
-        a, (ah, ac) = theirs(x)
-        a.square().mean().backward()
-    b, (bh, bc) = ours(y)
-    for p, q in ((a, b), (ah, bh), (ac, bc)):
-        assert relative(q, p) <= 1e-5
-    b.square().mean().backward()
-    assert relative(y.grad, x.grad) <= 1e-4
-    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
-        assert relative(q.grad, p.grad) <= 1e-4
+        peers = values(theirs, given.cuda())
+    for mine, peer, best in zip(values(ours, given.cuda()), peers, right, strict=True):
+        assert relative(mine, best) <= max(2e-6, relative(peer, best))
 
 
 @gpu

@@ -36,7 +36,7 @@ from benchmarks.harness import machine, report
 from benchmarks.harness.rows import COMPILED, OURS, Contender, Row, error
 
 Record = dict[str, Any]  # of one side of a row
-ROW_S = 2.0  # of timing, all sides of a row together; five samples of each at least
+ROW_S = 0.8  # of timing, all sides of a row together; five samples of each at least
 
 
 def event_s(call: Callable[[Any], Any], given: Any) -> float:
