@@ -39,24 +39,6 @@ def test_the_route_follows_from_the_shape(triton: Any) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_clusters_take_what_is_quickest(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from seqmem_fast._triton import lstm as launchers
-
-    def tile(hidden: int, batch: int, dtype: torch.dtype = torch.float32, gpu: str = "cuda") -> int:
-        return launchers.cluster_tile(hidden, batch, dtype, torch.device(gpu), False)
-
-    active = {1: 14, 4: 14, 8: 7}  # clusters at once
-    monkeypatch.setattr(launchers, "_CLUSTERS", True)
-    monkeypatch.setattr(launchers, "_active_clusters", lambda _, __, tile, ___: active[tile])
-    assert [tile(256, batch) for batch in (1, 14, 15, 4096)] == [1, 1, 4, 4]
-    assert tile(384, 1) == 1 and tile(385, 1) == 0
-    assert tile(256, 1, torch.bfloat16) == tile(256, 1, gpu="cpu") == 0
-    active = {1: 0, 4: 0, 8: 3}
-    assert tile(256, 1) == 8 and tile(256, 4096) == 0
-    active = dict.fromkeys(active, 0)
-    assert tile(256, 1) == 0
-
-
 def test_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from seqmem_fast import _triton
 
@@ -84,9 +66,9 @@ def test_lengths_on_a_gpu_are_clamped_and_host_memory_is_not_captured(
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# H for every route: multiply-adds, their largest, clusters of 8 (tensor cores on 16 bits) and of 16
-# (step by step on 16 bits), step by step
-HIDDEN = [5, 64, 100, 200, 400]
+# H for every route: multiply-adds, their largest, clusters of 8 and of 16 blocks, clusters on 16
+# bits alone, none
+HIDDEN = [5, 64, 100, 200, 400, 520]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
 
 
@@ -139,20 +121,25 @@ def test_gpu_agrees_with_float64(dtype: torch.dtype, hidden: int, batch: int) ->
     check_on_gpu(dtype, (6, batch, 7, hidden))
 
 
+CLUSTERS = [
+    *((torch.float32, tile) for tile in (1, 4, 8)), (torch.bfloat16, 8), (torch.float16, 8),
+]  # fmt: skip
+
+
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("tile", [1, 4, 8])
-@pytest.mark.parametrize("hidden", [65, 128, 150, 192, 256, 300, 384])
+@pytest.mark.parametrize("dtype, tile", CLUSTERS, ids=str)
+@pytest.mark.parametrize("hidden", [65, 128, 150, 192, 256, 300, 384, 500])
 def test_gpu_clusters_agree_with_float64(
-    hidden: int, tile: int, monkeypatch: pytest.MonkeyPatch
+    hidden: int, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from seqmem_fast._triton import lstm as launchers
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    if not launchers.cluster_tile(hidden, 1, torch.float32, device, True):
+    weight_hh = torch.empty(4 * hidden, hidden, dtype=dtype, device="cuda")
+    if launchers.cluster_tile(weight_hh, 1, True) == 0:
         pytest.skip("needs a CUDA build and a GPU with clusters of this size")
     monkeypatch.setattr(launchers, "cluster_tile", lambda *_: tile)
-    check_on_gpu(torch.float32, (5, 11, 3, hidden))
+    check_on_gpu(dtype, (5, 11, 3, hidden))
 
 
 @gpu

@@ -5,7 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../common/op.h"
+#include "../common/operand.h"
 #include "lstm_cluster_kernel.h"
 
 namespace seqmem::lstm {
@@ -13,11 +13,12 @@ namespace {
 
 using at::Tensor;
 
-template <class T = float>
+template <class T>
 const T* given(Maybe t) {
   return t.has_value() ? t->const_data_ptr<T>() : nullptr;
 }
-float* written(Maybe t) { return t.has_value() ? t->mutable_data_ptr<float>() : nullptr; }
+const void* given(Maybe t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+void* written(Maybe t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
 
 cuda::Sequence sequence_of(int64_t batch, const Tensor& weight_hh, Maybe lengths, Maybe reset,
                            Maybe offsets, int64_t steps, int64_t t_stride, int64_t b_stride,
@@ -39,23 +40,21 @@ void lstm_forward_cluster_cuda(const Tensor& z, const Tensor& output, const Tens
                                Maybe cx, int64_t tile, Maybe lengths, Maybe reset, Maybe offsets,
                                int64_t steps, int64_t t_stride, int64_t b_stride, bool reverse) {
   const c10::cuda::CUDAGuard guard(z.device());
-  const cuda::ClusterForward arguments = {
-      .z = z.const_data_ptr<float>(),
-      .weight_hh = weight_hh.const_data_ptr<float>(),
-      .bias_ih = given(bias_ih),
-      .bias_hh = given(bias_hh),
-      .hx = given(hx),
-      .cx = given(cx),
-      .output = output.mutable_data_ptr<float>(),
-      .hy = hy.mutable_data_ptr<float>(),
-      .cy = cy.mutable_data_ptr<float>(),
-      .gates = keep_gates ? z.mutable_data_ptr<float>() : nullptr,
-      .cells = written(cells)};
-  C10_CUDA_CHECK(
-      cuda::lstm_forward_cluster(int(tile),
-                                 sequence_of(hy.size(0), weight_hh, lengths, reset, offsets, steps,
-                                             t_stride, b_stride, reverse),
-                                 arguments, c10::cuda::getCurrentCUDAStream()));
+  const cuda::ClusterForward arguments = {.z = z.const_data_ptr(),
+                                          .weight_hh = weight_hh.const_data_ptr(),
+                                          .bias_ih = given(bias_ih),
+                                          .bias_hh = given(bias_hh),
+                                          .hx = given(hx),
+                                          .cx = given(cx),
+                                          .output = output.mutable_data_ptr(),
+                                          .hy = hy.mutable_data_ptr(),
+                                          .cy = cy.mutable_data_ptr(),
+                                          .gates = keep_gates ? z.mutable_data_ptr() : nullptr,
+                                          .cells = written(cells)};
+  const auto sequence = sequence_of(hy.size(0), weight_hh, lengths, reset, offsets, steps, t_stride,
+                                    b_stride, reverse);
+  C10_CUDA_CHECK(cuda::lstm_forward_cluster(storage_of(z), int(tile), sequence, arguments,
+                                            c10::cuda::getCurrentCUDAStream()));
 }
 
 void lstm_backward_cluster_cuda(const Tensor& dz, Maybe grad_hx, Maybe grad_cx, Maybe grad_output,
@@ -70,27 +69,27 @@ void lstm_backward_cluster_cuda(const Tensor& dz, Maybe grad_hx, Maybe grad_cx, 
                                            .grad_cy = given(grad_cy),
                                            .grad_gates = given(grad_gates),
                                            .grad_cells = given(grad_cells),
-                                           .weight_hh = weight_hh.const_data_ptr<float>(),
+                                           .weight_hh = weight_hh.const_data_ptr(),
                                            .cx = given(cx),
-                                           .gates = gates.const_data_ptr<float>(),
-                                           .cells = cells.const_data_ptr<float>(),
-                                           .dz = dz.mutable_data_ptr<float>(),
+                                           .gates = gates.const_data_ptr(),
+                                           .cells = cells.const_data_ptr(),
+                                           .dz = dz.mutable_data_ptr(),
                                            .grad_hx = written(grad_hx),
                                            .grad_cx = written(grad_cx)};
-  C10_CUDA_CHECK(cuda::lstm_backward_cluster(
-      int(tile),
-      sequence_of(batch, weight_hh, lengths, reset, offsets, steps, t_stride, b_stride, reverse),
-      arguments, c10::cuda::getCurrentCUDAStream()));
+  const auto sequence =
+      sequence_of(batch, weight_hh, lengths, reset, offsets, steps, t_stride, b_stride, reverse);
+  C10_CUDA_CHECK(cuda::lstm_backward_cluster(storage_of(dz), int(tile), sequence, arguments,
+                                             c10::cuda::getCurrentCUDAStream()));
 }
 
-int64_t lstm_active_clusters(at::Device device, int64_t hidden, int64_t tile, bool backward) {
-  const c10::cuda::CUDAGuard guard(device);
-  return cuda::lstm_active_clusters(int(tile), hidden, backward);
+int64_t lstm_cluster_tile_cuda(const Tensor& weight_hh, int64_t batch, bool backward) {
+  const c10::cuda::CUDAGuard guard(weight_hh.device());
+  return cuda::lstm_cluster_tile(storage_of(weight_hh), weight_hh.size(1), batch, backward);
 }
 
 }  // namespace
 
-// Not public: they write into what `_triton/lstm.py` gives them, all of it contiguous and float32.
+// Not public: they write into what `_triton/lstm.py` gives them, all of it contiguous.
 #define SEQMEM_SEQUENCE_ARGUMENTS                                                        \
   "int tile, Tensor? lengths, Tensor? reset, Tensor? offsets, int steps, int t_stride, " \
   "int b_stride, bool reverse) -> ()"
@@ -105,13 +104,14 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "
       "Tensor? grad_cells, Tensor weight_hh, Tensor? cx, Tensor gates, Tensor cells, int "
       "batch, " SEQMEM_SEQUENCE_ARGUMENTS);
-  m.def("lstm_active_clusters(Device device, int hidden, int tile, bool backward) -> int",
-        &lstm_active_clusters);
+  // How many batch rows each cluster takes, 0 where another route serves.
+  m.def("lstm_cluster_tile(Tensor weight_hh, int batch, bool backward) -> int");
 }
 
 TORCH_LIBRARY_IMPL(seqmem, CUDA, m) {
   m.impl("lstm_forward_cluster_", &lstm_forward_cluster_cuda);
   m.impl("lstm_backward_cluster_", &lstm_backward_cluster_cuda);
+  m.impl("lstm_cluster_tile", &lstm_cluster_tile_cuda);
 }
 
 }  // namespace seqmem::lstm

@@ -1,15 +1,19 @@
 // The LSTM over time by thread block clusters, for GPUs of compute capability 9.0 and newer: one
-// launch for all steps. Float32, hidden sizes up to kClusterHidden. All pointers are contiguous
-// device memory that must live until the stream has passed; those marked optional may be null.
+// launch for all steps. Float32 with hidden sizes up to 384, 16-bit storage up to 512. All pointers
+// are contiguous device memory that must live until the stream has passed; those marked optional
+// may be null.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "../common/storage.h"
+
 namespace seqmem::cuda {
 
-constexpr int64_t kClusterHidden = 384;
+// Of every void pointer: Float, BFloat16 or Half; arithmetic is float.
+using seqmem::Storage;
 
 // Step t of batch row b is stored at row `offsets[t] + b` of the [rows, width] tensors, or, without
 // offsets, at row `t * t_stride + b * b_stride`.
@@ -23,41 +27,42 @@ struct Sequence {
 };
 
 struct ClusterForward {
-  const float* z;          // [rows, 4H] pre-activations without biases
-  const float* weight_hh;  // [4H, H]
-  const float* bias_ih;    // [4H], optional
-  const float* bias_hh;    // [4H], optional
-  const float* hx;         // [batch, H], optional (zeros)
-  const float* cx;         // [batch, H], optional (zeros)
-  float* output;           // [rows, H]
-  float* hy;               // [batch, H]
-  float* cy;               // [batch, H]
-  float* gates;            // [rows, 4H], optional, may be z: activated i, f, g, o
-  float* cells;            // [rows, H], optional
+  const void* z;          // [rows, 4H] pre-activations without biases
+  const void* weight_hh;  // [4H, H]
+  const void* bias_ih;    // [4H], optional
+  const void* bias_hh;    // [4H], optional
+  const void* hx;         // [batch, H], optional (zeros)
+  const void* cx;         // [batch, H], optional (zeros)
+  void* output;           // [rows, H]
+  void* hy;               // [batch, H]
+  void* cy;               // [batch, H]
+  void* gates;            // [rows, 4H], optional, may be z: activated i, f, g, o
+  void* cells;            // [rows, H], optional
 };
 
 struct ClusterBackward {
-  const float* grad_output;  // [rows, H], optional
-  const float* grad_hy;      // [batch, H], optional
-  const float* grad_cy;      // [batch, H], optional
-  const float* grad_gates;   // [rows, 4H], optional
-  const float* grad_cells;   // [rows, H], optional
-  const float* weight_hh;    // [4H, H]
-  const float* cx;           // [batch, H], optional (zeros)
-  const float* gates;        // [rows, 4H]
-  const float* cells;        // [rows, H]
-  float* dz;                 // [rows, 4H]
-  float* grad_hx;            // [batch, H], optional
-  float* grad_cx;            // [batch, H], optional
+  const void* grad_output;  // [rows, H], optional
+  const void* grad_hy;      // [batch, H], optional
+  const void* grad_cy;      // [batch, H], optional
+  const void* grad_gates;   // [rows, 4H], optional
+  const void* grad_cells;   // [rows, H], optional
+  const void* weight_hh;    // [4H, H]
+  const void* cx;           // [batch, H], optional (zeros)
+  const void* gates;        // [rows, 4H]
+  const void* cells;        // [rows, H]
+  void* dz;                 // [rows, 4H]
+  void* grad_hx;            // [batch, H], optional
+  void* grad_cx;            // [batch, H], optional
 };
 
-// `tile`: how many batch rows a cluster takes, 1, 4 or 8.
-cudaError_t lstm_forward_cluster(int tile, const Sequence& sequence,
+// `tile`: how many batch rows a cluster takes: 1, 4 or 8; 8 with 16-bit storage.
+cudaError_t lstm_forward_cluster(Storage storage, int tile, const Sequence& sequence,
                                  const ClusterForward& arguments, cudaStream_t stream);
-cudaError_t lstm_backward_cluster(int tile, const Sequence& sequence,
+cudaError_t lstm_backward_cluster(Storage storage, int tile, const Sequence& sequence,
                                   const ClusterBackward& arguments, cudaStream_t stream);
 
-// How many clusters the current device runs at once; 0 where it cannot run one.
-int lstm_active_clusters(int tile, int64_t hidden, bool backward);
+// The tile with which a step takes least time on the current device, estimated; 0 where it has no
+// clusters of that size or another way to compute the LSTM is quicker.
+int lstm_cluster_tile(Storage storage, int64_t hidden, int64_t batch, bool backward);
 
 }  // namespace seqmem::cuda

@@ -9,9 +9,10 @@ end with one GEMM per weight over all steps. Backward recomputes nothing: it rea
 * On chip (lstm_on_chip.py): one kernel loops over time, weight_hh stays on chip. Float32 up to
   H = 64, 16-bit storage up to H = 128 (64 on AMD and where shared memory is below 152 kB); no
   projection.
-* In clusters (csrc/cuda/lstm_cluster_kernel.cu): the same in CUDA C++ with weight_hh shared out
-  over the blocks of a thread block cluster. Float32 with H in 65..384 in a CUDA build, on GPUs of
-  compute capability 9.0 and newer, unless there are so many rows that a GEMM per step is quicker.
+* In clusters (csrc/cuda/lstm_cluster_kernel.cu, lstm_cluster_16_kernel.cu): the same in CUDA C++
+  with weight_hh shared out over the blocks of a thread block cluster. Float32 with H in 65..384,
+  16-bit storage with H in 65..512, in a CUDA build, on GPUs of compute capability 9.0 and newer,
+  unless there are so many rows that another route is quicker.
 * Step by step (lstm_step.py): one GEMM with weight_hh and one pointwise kernel per step. All the
   rest: larger H, float64, projections. A CUDA build runs this loop in C++.
 
@@ -33,7 +34,6 @@ from timing. `benchmarks/gpu_check.sh` is the script that ends this state.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,34 +126,11 @@ def _holds_128(device: torch.device) -> bool:
     return bool(limit["max_shared_mem"] >= 152 * 1024)
 
 
-def cluster_tile(
-    hidden: int, batch: int, dtype: torch.dtype, device: torch.device, backward: bool
-) -> int:
-    """How many batch rows each cluster takes where the cluster kernels serve, else 0.
-
-    In processor cycles, estimated: a step of a cluster takes the trip between its blocks and
-    their multiply-adds, and clusters beyond those that run at once wait for their turn. Step by
-    step a CPU needs some 10 us to launch a step, or the GPU longer for its GEMM.
-    """
-    if not (_CLUSTERS and device.type == "cuda" and dtype == torch.float32 and hidden <= 384):
+def cluster_tile(weight_hh: Tensor, batch: int, backward: bool) -> int:
+    """How many batch rows each cluster takes where the cluster kernels serve, else 0."""
+    if not (_CLUSTERS and weight_hh.is_cuda):
         return 0
-    blocks = 8 if hidden <= 128 else 16
-    least, best = max(16000.0, 4000 + 4 * hidden**2 * batch / 10000), 0
-    for tile in (1, 4, 8):
-        active = _active_clusters(device, hidden, tile, backward)
-        if active > 0:
-            turns = triton.cdiv(triton.cdiv(batch, tile), active)
-            cycles = turns * (700 + 4 * hidden**2 * tile / (128 * blocks))
-            if cycles < least:
-                least, best = cycles, tile
-    return best
-
-
-@functools.cache
-def _active_clusters(device: torch.device, hidden: int, tile: int, backward: bool) -> int:
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return 0
-    return int(torch.ops.seqmem.lstm_active_clusters(device, hidden, tile, backward))
+    return int(torch.ops.seqmem.lstm_cluster_tile(weight_hh, batch, backward))
 
 
 class Grads(NamedTuple):
@@ -414,12 +391,14 @@ def lstm(
 def _route(
     rows: Rows, weight_hh: Tensor, weight_hr: Tensor | None, backward: bool
 ) -> tuple[OnChipPlan | None, int]:
-    """The on-chip kernels' shape or the clusters' rows; neither: step by step."""
+    """The on-chip kernels' shape or the clusters' rows; neither: resident, or step by step."""
     if weight_hr is not None:
         return None, 0
-    shape = (weight_hh.shape[1], rows.batch, weight_hh.dtype, weight_hh.device)
-    plan = on_chip_plan(*shape)
-    return plan, 0 if plan is not None else cluster_tile(*shape, backward)
+    plan = on_chip_plan(weight_hh.shape[1], rows.batch, weight_hh.dtype, weight_hh.device)
+    if plan is not None and plan.block_h <= 64:
+        return plan, 0
+    tile = cluster_tile(weight_hh, rows.batch, backward)
+    return (plan, 0) if tile == 0 else (None, tile)
 
 
 def _forward_on_chip(
