@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
-_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[busf](\d+)\s+(?:\.ptr\s+.*\s)?([\w$]+)(?:\[(\d+)\])?"
+)
 _VARIABLE = re.compile(
     r"(?:\.(?:visible|extern|weak)\s+)*\.(shared|global|const|local)\s+(?:\.align\s+(\d+)\s+)?"
     r"(?:\.v\d\s+)?\.[a-z]+(\d+)\s+([\w$]+)\s*(?:\[(\d*)\])?\s*(?:=\s*\{?([^}]*)\}?)?$",
@@ -43,7 +46,6 @@ class Parameter:
     """Of a kernel: where its bytes are among those of all."""
 
     name: str
-    type: str
     offset: int
     size: int  # in bytes
 
@@ -59,12 +61,9 @@ class Variable:
 
 
 @dataclass
-class Kernel:
-    """One entry point."""
+class Body:
+    """What is between a kernel's braces."""
 
-    name: str
-    parameters: list[Parameter]
-    threads: int | None  # that it must be launched with, where it says so
     statements: list[Statement] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # to the statement that comes next
     registers: dict[str, str] = field(default_factory=dict)  # name, or stem of many, to type
@@ -76,10 +75,23 @@ class Kernel:
 
 
 @dataclass
+class Kernel:
+    """One entry point; its body is parsed when it is first asked for."""
+
+    name: str
+    parameters: list[Parameter]
+    text: str  # of the body, which begins in this line of the file
+    line: int
+
+    @cached_property
+    def body(self) -> Body:
+        return _parse_body(self.text, self.line)
+
+
+@dataclass
 class Module:
     """A PTX file."""
 
-    target: str
     kernels: dict[str, Kernel]
     variables: dict[str, Variable]
     files: dict[int, str]
@@ -88,16 +100,20 @@ class Module:
 def parse(text: str) -> Module:
     """The kernels of a PTX file. Functions that are not entry points are not supported."""
     files = {int(m[1]): "/".join(filter(None, m.groups()[1:])) for m in _FILE.finditer(text)}
-    target = re.search(r"\.target\s+(\w+)", text)
-    module = Module(target[1] if target else "", {}, {}, files)
+    module = Module({}, {}, files)
     code = _without_comments(text)
     outside, rest = "", 0
     for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\(", code):
-        kernel, body = _header(code, entry)
+        close = code.index(")", entry.end())
+        opening = code.index("{", close)
         outside += code[rest : entry.start()]
-        rest = _closing_brace(code, body) + 1
-        _parse_body(kernel, code[body + 1 : rest - 1], code.count("\n", 0, body) + 1)
-        module.kernels[kernel.name] = kernel
+        rest = _closing_brace(code, opening) + 1
+        module.kernels[entry[1]] = Kernel(
+            entry[1],
+            _parameters(code[entry.end() : close]),
+            code[opening + 1 : rest - 1],
+            code.count("\n", 0, opening) + 1,
+        )
     for declaration in (outside + code[rest:]).split(";"):
         _declare(declaration.strip(), module.variables)
     return module
@@ -123,36 +139,27 @@ def _without_comments(text: str) -> str:
 
 def _closing_brace(code: str, opening: int) -> int:
     depth = 0
-    for brace in re.finditer(r"[{}]", code[opening:]):
+    for brace in re.compile("[{}]").finditer(code, opening):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return opening + brace.start()
+            return brace.start()
     raise ValueError("PTX ends inside a kernel")
 
 
-def _header(code: str, entry: re.Match[str]) -> tuple[Kernel, int]:
-    """The kernel without its statements, and where its body opens."""
-    close = code.index(")", entry.end())
-    parameters, offset = [], 0
-    for text in filter(None, (p.strip() for p in code[entry.end() : close].split(","))):
-        array = re.search(r"\[(\d+)\]$", text)
-        size = _SIZES[re.search(r"\.[busf](8|16|32|64)\b", text)[1]]  # type: ignore[index]
-        kind = re.search(r"\.([busf]\d+)\b", text)[1]  # type: ignore[index]
-        alignment = re.match(r"\.param\s+\.align\s+(\d+)", text)
-        at = int(alignment[1]) if alignment else size
+def _parameters(text: str) -> list[Parameter]:
+    """`.param [.align n] .type [.ptr ...] name[bytes], ...`, laid out as in C."""
+    found, offset = [], 0
+    for declaration in filter(None, (part.strip() for part in text.split(","))):
+        match = _PARAMETER.fullmatch(declaration)
+        if match is None:
+            raise ValueError(f"PTX parameter {declaration}")
+        alignment, bits, name, count = match.groups()
+        element = int(bits) // 8
+        at = int(alignment or element)
         offset = -(-offset // at) * at
-        total = size * int(array[1]) if array else size
-        name = re.search(r"([\w$]+)(?:\[\d+\])?$", text)[1]  # type: ignore[index]
-        parameters.append(Parameter(name, kind, offset, total))
-        offset += total
-    body = code.index("{", close)
-    threads = re.search(r"\.reqntid\s+([\d, ]+)", code[close:body])
-    count = None
-    if threads:
-        count = 1
-        for size_text in threads[1].split(","):
-            count *= int(size_text)
-    return Kernel(entry[1], parameters, count), body
+        found.append(Parameter(name, offset, element * int(count or 1)))
+        offset += found[-1].size
+    return found
 
 
 def _pieces(body: str, line: int) -> Iterator[tuple[str, int]]:
@@ -178,24 +185,25 @@ def _pieces(body: str, line: int) -> Iterator[tuple[str, int]]:
                 piece += letter
 
 
-def _parse_body(kernel: Kernel, body: str, line: int) -> None:
+def _parse_body(text_of_body: str, line: int) -> Body:
+    body = Body()
     source: tuple[tuple[int, int], ...] = ()
-    for text, row in _pieces(body, line):
+    for text, row in _pieces(text_of_body, line):
         if text.endswith(":"):
-            kernel.labels[text[:-1]] = len(kernel.statements)
+            body.labels[text[:-1]] = len(body.statements)
         elif text.startswith(".loc"):
             found = [*_LOCATION.findall(text), *_INLINED.findall(text)]
             source = tuple((int(file), int(at)) for file, at in found)
         elif text.startswith(".reg"):
-            _declare_registers(text, kernel.registers)
+            _declare_registers(text, body.registers)
         elif text.startswith("."):
-            _declare(text, kernel.variables)
+            _declare(text, body.variables)
         else:
             match = _STATEMENT.fullmatch(text)
             if match is None:
                 raise ValueError(f"PTX line {row}: {text}")
             negated, guard, opcode, operands = match.groups()
-            kernel.statements.append(
+            body.statements.append(
                 Statement(
                     guard,
                     negated == "!",
@@ -205,6 +213,7 @@ def _parse_body(kernel: Kernel, body: str, line: int) -> None:
                     " ".join(text.split()),
                 )
             )
+    return body
 
 
 def _declare_registers(text: str, registers: dict[str, str]) -> None:

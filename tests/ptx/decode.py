@@ -86,16 +86,16 @@ def decode(
 ) -> Program:
     """`addresses`: where the module's global variables are; `has`: which operations there are."""
     program = Program(kernel)
-    _place_variables(program, {**module.variables, **kernel.variables}, addresses)
+    _place_variables(program, {**module.variables, **kernel.body.variables}, addresses)
     starts = []
     decoder = _Decoder(program, has)
-    for k, statement in enumerate(kernel.statements):
+    for k, statement in enumerate(kernel.body.statements):
         starts.append(len(program.instructions))
         decoder.one(k, statement)
     starts.append(len(program.instructions))
-    program.instructions.append(Instruction(None, [], len(kernel.statements) - 1, EXIT))
+    program.instructions.append(Instruction(None, [], len(kernel.body.statements) - 1, EXIT))
     for instruction, label in decoder.jumps:
-        instruction.immediate = starts[kernel.labels[label]]
+        instruction.immediate = starts[kernel.body.labels[label]]
     return program
 
 
@@ -152,7 +152,7 @@ class _Decoder:
         """An operand of whatever kind it is, and its register; a constant gets the given kind."""
         if text == "_":
             return kind, self.register(kind, "nowhere")
-        declared = self.program.kernel.type_of(text)
+        declared = self.program.kernel.body.type_of(text)
         if declared is not None:
             return _kind(declared), self.register(_kind(declared), text)
         if text in _CONSTANT_SPECIAL:
@@ -354,6 +354,9 @@ class _Decoder:
     do_ldu = do_ld
 
     def do_st(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
+        if modifiers[0] == "async":
+            self.store_async(modifiers, operands)
+            return
         kind, number, offset = self.address(operands[0])
         found = [(kind, number)]
         found += [self.any(text, _kind(modifiers[-1])) for text in self.parts(operands[1])]
@@ -379,6 +382,56 @@ class _Decoder:
         self.emit(operation, numbers, wide=_wide(kinds), immediate=offset, **fields)
 
     do_red = do_atom
+
+    def located(self, text: str) -> int:
+        """A register with the address `[base + offset]`, of 32 bits."""
+        kind, number, offset = self.address(text)
+        if kind != "narrow":
+            raise Unsupported("an address of shared memory with 64 bits")
+        if offset == 0:
+            return number
+        moved = self.register("narrow", f"{text} moved")
+        self.emit("add.u32", [moved, number, self.constant("narrow", offset)])
+        return moved
+
+    def do_mbarrier(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
+        """init, arrive (perhaps with expected bytes), test_wait and try_wait."""
+        what = modifiers[0]
+        flags = ATOMIC if "relaxed" in modifiers else ATOMIC | ACQUIRE
+        if what == "init":
+            count = self.operand(operands[1], "narrow")
+            self.emit("mbarrier.init", [self.located(operands[0]), count])
+        elif what == "arrive":
+            state = "_" if operands[0].startswith("[") else operands[0]
+            where, *amount = operands[0 if operands[0].startswith("[") else 1 :]
+            given = self.operand(amount[0], "narrow") if amount else self.constant("narrow", 1)
+            numbers = [self.operand(state, "wide"), self.located(where)]
+            if "expect_tx" in modifiers:
+                numbers += [self.constant("narrow", 1), given]
+            else:
+                numbers += [given, self.constant("narrow", 0)]
+            self.emit("mbarrier.arrive", numbers, flags=ATOMIC | RELEASE)
+        elif what == "expect_tx":
+            zero, given = self.constant("narrow", 0), self.operand(operands[1], "narrow")
+            nowhere = self.operand("_", "wide")
+            self.emit("mbarrier.arrive", [nowhere, self.located(operands[0]), zero, given])
+        elif what in ("test_wait", "try_wait"):
+            by_parity = "parity" in modifiers
+            phase = self.operand(operands[2], "narrow" if by_parity else "wide")
+            numbers = [self.operand(operands[0], "pred"), self.located(operands[1]), phase]
+            name = "mbarrier.wait.parity" if by_parity else "mbarrier.wait"
+            self.emit(name, numbers, flags=flags, wide=0 if by_parity else 4)
+        elif what != "inval":
+            raise Unsupported(what)
+
+    def store_async(self, modifiers: list[str], operands: Sequence[str]) -> None:
+        """`st.async [to], values, [mbarrier]`."""
+        kind = _kind(modifiers[-1])
+        values = [self.operand(part, kind) for part in self.parts(operands[1])]
+        numbers = [self.located(operands[2]), self.located(operands[0]), *values]
+        kinds = ["narrow", "narrow", *[kind] * len(values)]
+        fields = {**self.memory(modifiers), "flags": 0}
+        self.emit("st.async", numbers, wide=_wide(kinds), **fields)
 
     def do_fence(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
         if not modifiers[0].startswith("proxy"):

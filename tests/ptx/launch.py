@@ -68,9 +68,13 @@ class Kernel:
         self.name = machine.demangled(kernel.name)
         self.parsed = kernel
         self.module = module
-        self._globals = {
+
+    @cached_property
+    def _globals(self) -> dict[str, ctypes.Array[ctypes.c_char]]:
+        variables = {**self.module.variables, **self.parsed.body.variables}
+        return {
             name: ctypes.create_string_buffer(variable.initial, variable.size)
-            for name, variable in {**module.variables, **kernel.variables}.items()
+            for name, variable in variables.items()
             if variable.space in ("global", "const")
         }
 
@@ -149,7 +153,7 @@ class Kernel:
         return text + (f" ({report.count} times)" if report.count > 1 else "")
 
     def _place(self, instruction: int) -> str:
-        statement = self.parsed.statements[self.program.instructions[instruction].statement]
+        statement = self.parsed.body.statements[self.program.instructions[instruction].statement]
         return f"{self.source(statement.place)}PTX line {statement.place.line} `{statement.text}`"
 
     def source(self, place: Place) -> str:

@@ -57,6 +57,8 @@ def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
 def attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("attention")
     module.check(module.SAMPLES["causal_masked"], torch.float32)
+    patch.setattr(module.launchers, "_MANY", 0)  # scores: torch's products
+    module.check(module.SAMPLES["masked"], torch.float32)
 
 
 def additive_attention(patch: pytest.MonkeyPatch) -> None:

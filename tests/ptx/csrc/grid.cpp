@@ -194,6 +194,7 @@ void Launch::finish(Group& group, Cta& cta) {
 // up to its next barrier, at times for a few instructions. That is fair, so waiting for a value
 // that another warp will write comes to an end.
 void Launch::run(Group& group) {
+  mbarriers.clear();
   std::vector<int> order(group.warps.size());
   for (size_t k = 0; k < order.size(); ++k) order[k] = static_cast<int>(k);
   while (true) {
@@ -216,7 +217,9 @@ void Launch::run(Group& group) {
 }
 
 void Launch::run(Group& group, Warp& w, uint64_t most) {
-  for (uint64_t count = 0; count < most && w.state == State::Ready; ++count) {
+  constexpr int kPolls = 8;
+  w.polls = 0;
+  for (uint64_t count = 0; count < most && w.state == State::Ready && w.polls < kPolls; ++count) {
     int pc;
     const Mask active = next_lanes(w, pc);
     const Instruction& i = program.instructions[pc];

@@ -80,6 +80,15 @@ struct Barrier {
   Clock clock;                    // of all that arrived
 };
 
+struct MBarrier {
+  int count = 0;      // arrivals of a phase
+  int pending = 0;    // that are still to come
+  int64_t bytes = 0;  // that are still to come
+  uint64_t phase = 0;
+  Clock arriving;  // of the phase that goes on
+  Clock known[2];  // after a phase, by its parity
+};
+
 struct Group;
 
 struct Cta {
@@ -139,6 +148,7 @@ class Launch {
   uint64_t instructions = 0;
   // What releases at an address have published.
   std::unordered_map<uint64_t, Clock> published;
+  std::unordered_map<const uint8_t*, MBarrier> mbarriers;
   std::vector<Shadow::Found> found;  // of one access
 
  private:

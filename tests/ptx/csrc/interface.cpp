@@ -22,6 +22,7 @@ const Operations& operations() {
     add_exchanges(made);
     add_matrix_operations(made);
     add_memory_operations(made);
+    add_mbarriers(made);
     return made;
   }();
   return table;

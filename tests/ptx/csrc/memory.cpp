@@ -74,9 +74,8 @@ Place place(Warp& w, const Instruction& i, int lane, Space space, uint64_t addre
   }
 }
 
-Access access(const Warp& w, const Instruction& i, int lane) {
-  return {w.number, w.clock.of(w.index), i.number, static_cast<uint8_t>(lane),
-          (i.flags & kAtomic) != 0};
+Access access(const Warp& w, const Instruction& i, int lane, bool atomic) {
+  return {w.number, w.clock.of(w.index), i.number, static_cast<uint8_t>(lane), atomic};
 }
 
 void report_found(Warp& w, const Instruction& i, int lane, const Place& at) {
@@ -85,10 +84,10 @@ void report_found(Warp& w, const Instruction& i, int lane, const Place& at) {
     launch.report(w, i, lane, fault, at.region->label, static_cast<int64_t>(at.offset), other);
 }
 
-void check_read(Warp& w, const Instruction& i, int lane, const Place& at, int bytes) {
+void check_read(Warp& w, const Instruction& i, int lane, const Place& at, int bytes, bool atomic) {
   if (!at.region) return;
   launch_of(w).found.clear();
-  at.region->shadow.read(w, at.offset, bytes, access(w, i, lane), launch_of(w).found);
+  at.region->shadow.read(w, at.offset, bytes, access(w, i, lane, atomic), launch_of(w).found);
   report_found(w, i, lane, at);
 }
 
@@ -96,8 +95,8 @@ void check_write(Warp& w, const Instruction& i, int lane, const Place& at, int b
                  const uint8_t* value) {
   if (!at.region) return;
   launch_of(w).found.clear();
-  at.region->shadow.write(w, at.offset, bytes, access(w, i, lane), at.data, value,
-                          launch_of(w).found);
+  at.region->shadow.write(w, at.offset, bytes, access(w, i, lane, (i.flags & kAtomic) != 0),
+                          at.data, value, launch_of(w).found);
   report_found(w, i, lane, at);
 }
 
@@ -119,6 +118,7 @@ void observe(Warp& w, const Instruction& i, const Place& at) {
   if (!(i.flags & kAtomic)) return;
   const auto& published = launch_of(w).published;
   const auto found = published.find(reinterpret_cast<uint64_t>(at.data));
+  ++w.polls;
   if (found == published.end()) return;
   (i.flags & kAcquire ? w.clock : w.observed).join(found->second);
 }
@@ -153,10 +153,7 @@ void load(Warp& w, const Instruction& i, Mask mask) {
 void store(Warp& w, const Instruction& i, Mask mask) {
   each_lane(mask, [&](int lane) {
     uint8_t memory[64];
-    for (int k = 0; k < i.count; ++k) {
-      const uint64_t bits = w.any_width(i, k + 1, lane);
-      std::memcpy(memory + k * i.bytes, &bits, i.bytes);
-    }
+    pack_elements(w, i, 1, lane, memory);
     store_bytes(w, i, lane, Space(i.space), address(w, i, 0, lane), i.bytes * i.count, memory);
   });
 }
@@ -240,7 +237,7 @@ void atomic(Warp& w, const Instruction& i, Mask mask) {
     const Place at = place(w, i, lane, Space(i.space), address(w, i, 1, lane), bytes);
     if (!at.data) return;
     observe(w, i, at);
-    check_read(w, i, lane, at, bytes);
+    check_read(w, i, lane, at, bytes, (i.flags & kAtomic) != 0);
     const uint64_t old = element(at.data, bytes, false);
     const auto value = [&](int k) { return read<T>(w.any_width(i, k, lane)); };
     uint64_t bits;
@@ -307,7 +304,7 @@ bool load_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t a
   const Place at = place(w, i, lane, space, address, bytes);
   if (!at.data) return false;
   observe(w, i, at);
-  check_read(w, i, lane, at, bytes);
+  check_read(w, i, lane, at, bytes, (i.flags & kAtomic) != 0);
   std::memcpy(to, at.data, bytes);
   return true;
 }
@@ -320,6 +317,21 @@ bool store_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t 
   publish(w, i, at, false);
   std::memcpy(at.data, from, bytes);
   return true;
+}
+
+uint8_t* atomic_access(Warp& w, const Instruction& i, int lane, Space space, uint64_t address,
+                       int bytes) {
+  const Place at = place(w, i, lane, space, address, bytes);
+  if (!at.data) return nullptr;
+  check_read(w, i, lane, at, bytes, true);
+  return at.data;
+}
+
+void pack_elements(Warp& w, const Instruction& i, int first, int lane, uint8_t* to) {
+  for (int k = 0; k < i.count; ++k) {
+    const uint64_t bits = w.any_width(i, first + k, lane);
+    std::memcpy(to + k * i.bytes, &bits, i.bytes);
+  }
 }
 
 void add_memory_operations(Operations& table) {

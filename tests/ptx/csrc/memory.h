@@ -22,4 +22,11 @@ bool load_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t a
 bool store_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t address, int bytes,
                  const uint8_t* from);
 
+// For an operation that reads and writes at once; null where there is no such memory.
+uint8_t* atomic_access(Warp& w, const Instruction& i, int lane, Space space, uint64_t address,
+                       int bytes);
+
+// The elements of a store, in registers from operand `first` on, as memory has them.
+void pack_elements(Warp& w, const Instruction& i, int first, int lane, uint8_t* to);
+
 }  // namespace ptx

@@ -58,6 +58,7 @@ class Clock {
  public:
   void start(int warps) { ticks_.assign(warps, 0); }
   bool empty() const { return ticks_.empty(); }
+  void swap(Clock& other) { ticks_.swap(other.ticks_); }
   void clear() { ticks_.clear(); }
   uint32_t of(int warp) const { return ticks_[warp]; }
   void tick(int warp) { ++ticks_[warp]; }
@@ -81,6 +82,7 @@ class Warp {
   uint32_t number = 0;  // among all of the launch
 
   State state = State::Ready;
+  int polls = 0;          // strong loads in this turn: after some it lets others run
   int barrier = 0;        // that it waits at
   int arrivals = 0;       // at the cluster's barrier
   Mask live = kAllLanes;  // lanes that have not exited
@@ -143,5 +145,6 @@ void add_conversions(Operations& table);
 void add_exchanges(Operations& table);
 void add_matrix_operations(Operations& table);
 void add_memory_operations(Operations& table);
+void add_mbarriers(Operations& table);
 
 }  // namespace ptx

@@ -1,0 +1,116 @@
+"""The LSTM's persistent kernels, whose blocks wait for each other: lstm_persistent_kernel.cu."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import nvcc
+from .launch import Faults, Module, Output, Struct
+from .test_lstm_clusters import Case, assert_near, case
+
+pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
+TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def layout(c: Case) -> Struct:
+    steps, batch, width = c.z.shape
+    numbers = (batch, width // 4, steps, batch, 1, c.options["reverse"])
+    return Struct("5q?2P", *numbers, c.options["lengths"], c.options["reset"])
+
+
+def not_yet(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory as the kernels want it: of bytes that no result has."""
+    return torch.full(shape, -1, dtype=torch.int16).view(dtype)
+
+
+def launch(
+    name: str, c: Case, dtype: torch.dtype, tiles: int, arguments: Struct, seed: int
+) -> None:
+    batch, hidden = c.z.shape[1], c.z.shape[2] // 4
+    blocks = -(-hidden // 256) * (1 if name == "forward" else 4)
+    columns = 4 if name == "forward" else 1
+    module = nvcc.compiled("lstm_persistent_kernel.cu")
+    kernel = module[f"{name}_kernel<{TYPES[dtype]}, {blocks}, {tiles}>"]
+    kernel.launch(
+        (hidden // 8, -(-batch // (16 * tiles))),
+        (256,),
+        [layout(c), arguments],
+        shared_bytes=2 * tiles * 8 * columns * 128 * 4,
+        cooperative=True,
+        seed=seed,
+    )
+
+
+def check(
+    dtype: torch.dtype, hidden: int, batch: int, steps: int, tiles: int, kind: str, seed: int = 0
+) -> None:
+    given = case(hidden, batch, steps, kind, dtype)
+    exact = given.wide()
+    right = exact.reference()
+    z = given.z.clone()
+    output = not_yet(steps, batch, hidden, dtype=dtype)
+    cells, hy = torch.empty_like(output), torch.empty(batch, hidden, dtype=dtype)
+    h, c = given.state or (None, torch.zeros(batch, hidden))
+    c = c.float().clone()
+    forward = Struct(
+        "10P", z, given.weight_hh, *given.biases, h, Output(hy), c, output, z, Output(cells)
+    )
+    launch("forward", given, dtype, tiles, forward, seed)
+    for a, b in zip((output, hy, c, z, cells), right, strict=True):
+        assert_near(a, b.detach(), BOUNDS[dtype])
+
+    seeds = [torch.randn(a.shape).to(dtype) for a in right]
+    loss = torch.stack([(a * b).sum() for a, b in zip(right, seeds, strict=True)]).sum()
+    leaves = (exact.z, *(exact.state or ())[1:])
+    expected = torch.autograd.grad(loss, leaves)
+    saved = [a.detach().to(dtype) for a in right[3:]]
+    grad_output, grad_hy, grad_cy, *others = seeds
+    cx = None if given.state is None else given.state[1]
+    d_c, dz = grad_cy.float(), not_yet(*z.shape, dtype=dtype)
+    backward = Struct("10P", grad_output, grad_hy, *others, given.weight_hh, cx, *saved, d_c, dz)
+    launch("backward", given, dtype, tiles, backward, seed + 1)
+    for a, b in zip((dz, d_c), expected, strict=False):
+        assert_near(a, b, 3 * BOUNDS[dtype])
+
+
+@pytest.mark.slow
+def test_both_ways() -> None:
+    check(torch.bfloat16, 24, 3, 3, 1, "lengths and reset, reverse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "reverse", "lengths", "reset", "no state"])
+@pytest.mark.parametrize("tiles", [1, 2, 4])
+def test_options(tiles: int, kind: str) -> None:
+    check(torch.float16, 40, 17, 3, tiles, kind, seed=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden, tiles", [(264, 1), (264, 2), (520, 1), (776, 1)])
+def test_sizes(hidden: int, tiles: int) -> None:
+    check(torch.bfloat16, hidden, 3, 2, tiles, "lengths", seed=4)
+
+
+PLANTED = {
+    "results of others read as ordinary memory": (
+        r"ld\.relaxed\.gpu\.global\.v4", "ld.global.v4", "race: reads argument"),
+    "results stored as ordinary memory": (
+        r"st\.relaxed\.gpu\.global\.v4", "st.global.v4", "race: (reads|writes) argument"),
+    "a barrier removed": (r"bar\.sync\s+0;", "", "race|nobody has written"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, replacement, expected = PLANTED[fault]
+    text, count = re.subn(pattern, replacement, nvcc.ptx("lstm_persistent_kernel.cu"))
+    assert count > 0
+    monkeypatch.setattr(nvcc, "compiled", lambda _: Module(text))
+    with pytest.raises(Faults, match=expected):
+        check(torch.bfloat16, 24, 3, 3, 1, "plain")
