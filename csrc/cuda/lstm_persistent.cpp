@@ -1,4 +1,4 @@
-// Ops that run lstm_persistent_kernel.cu; `_triton/lstm.py` calls them where they serve.
+// Runs lstm_persistent_kernel.cu, for lstm_sequence.cpp and, as ops, for `_triton/lstm.py`.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "../common/operand.h"
+#include "lstm_persistent.h"
 #include "lstm_persistent_kernel.h"
 
 namespace seqmem::lstm {
@@ -31,7 +32,7 @@ void clear(const Tensor& t) {
   C10_CUDA_CHECK(cudaMemsetAsync(t.mutable_data_ptr(), cuda::kNotYet, t.nbytes(), stream()));
 }
 
-struct Layout {
+struct Placement {
   int64_t hidden, steps, t_stride, b_stride;
   bool reverse;
   Maybe lengths, reset;
@@ -58,23 +59,30 @@ void in_turns(const Tensor& like, int64_t batch, int64_t hidden, Launch launch) 
   for (int64_t b = 0; b < batch; b += most) launch(storage, b, std::min(most, batch - b));
 }
 
-void lstm_forward_persistent_cuda(const Tensor& z, const Tensor& h, const Tensor& c,
-                                  const Tensor& output, Maybe cells, bool keep_gates,
-                                  bool zero_state, const Tensor& weight_hh, Maybe bias_ih,
-                                  Maybe bias_hh, Maybe lengths, Maybe reset, int64_t steps,
-                                  int64_t t_stride, int64_t b_stride, bool reverse) {
+constexpr int64_t kMostLaunches = 2;  // for more batch rows a GEMM per step is quicker
+
+}  // namespace
+
+bool persistent_serves(const Tensor& like, int64_t batch, int64_t hidden) {
+  const c10::cuda::CUDAGuard guard(like.device());
+  const int64_t most = cuda::lstm_persistent_rows(storage_of(like), batch, hidden);
+  return most > 0 && (batch + most - 1) / most <= kMostLaunches;
+}
+
+void forward_persistent(const Tensor& z, Maybe hx, const Tensor& hy, const Tensor& c,
+                        const Tensor& output, Maybe cells, bool keep_gates, const Tensor& weight_hh,
+                        Maybe bias_ih, Maybe bias_hh, Maybe lengths, Maybe reset, int64_t steps,
+                        int64_t t_stride, int64_t b_stride, bool reverse) {
   const c10::cuda::CUDAGuard guard(z.device());
-  const Layout layout = {h.size(1), steps, t_stride, b_stride, reverse, lengths, reset};
-  OptionalTensor hx;
-  if (!zero_state) hx = h.clone();
+  const Placement layout = {hy.size(1), steps, t_stride, b_stride, reverse, lengths, reset};
   clear(output);
-  in_turns(z, h.size(0), h.size(1), [&](Storage storage, int64_t b, int64_t batch) {
+  in_turns(z, hy.size(0), hy.size(1), [&](Storage storage, int64_t b, int64_t batch) {
     const cuda::PersistentForward arguments = {.z = from(z, b, b_stride),
                                                .weight_hh = weight_hh.const_data_ptr(),
                                                .bias_ih = from(bias_ih, 0, 0),
                                                .bias_hh = from(bias_hh, 0, 0),
                                                .hx = from(hx, b, 1),
-                                               .hy = into(h, b, 1),
+                                               .hy = into(hy, b, 1),
                                                .c = static_cast<float*>(into(c, b, 1)),
                                                .output = into(output, b, b_stride),
                                                .gates = keep_gates ? into(z, b, b_stride) : nullptr,
@@ -84,13 +92,12 @@ void lstm_forward_persistent_cuda(const Tensor& z, const Tensor& h, const Tensor
   });
 }
 
-void lstm_backward_persistent_cuda(const Tensor& dz, const Tensor& d_c, Maybe grad_output,
-                                   Maybe grad_hy, Maybe grad_gates, Maybe grad_cells,
-                                   const Tensor& weight_hh, Maybe cx, const Tensor& gates,
-                                   const Tensor& cells, Maybe lengths, Maybe reset, int64_t steps,
-                                   int64_t t_stride, int64_t b_stride, bool reverse) {
+void backward_persistent(const Tensor& dz, const Tensor& d_c, Maybe grad_output, Maybe grad_hy,
+                         Maybe grad_gates, Maybe grad_cells, const Tensor& weight_hh, Maybe cx,
+                         const Tensor& gates, const Tensor& cells, Maybe lengths, Maybe reset,
+                         int64_t steps, int64_t t_stride, int64_t b_stride, bool reverse) {
   const c10::cuda::CUDAGuard guard(dz.device());
-  const Layout layout = {d_c.size(1), steps, t_stride, b_stride, reverse, lengths, reset};
+  const Placement layout = {d_c.size(1), steps, t_stride, b_stride, reverse, lengths, reset};
   clear(dz);
   in_turns(dz, d_c.size(0), d_c.size(1), [&](Storage storage, int64_t b, int64_t batch) {
     const cuda::PersistentBackward arguments = {.grad_output = from(grad_output, b, b_stride),
@@ -108,9 +115,17 @@ void lstm_backward_persistent_cuda(const Tensor& dz, const Tensor& d_c, Maybe gr
   });
 }
 
-int64_t lstm_persistent_rows(const Tensor& like, int64_t batch, int64_t hidden) {
-  const c10::cuda::CUDAGuard guard(like.device());
-  return cuda::lstm_persistent_rows(storage_of(like), batch, hidden);
+namespace {
+
+void lstm_forward_persistent_cuda(const Tensor& z, const Tensor& h, const Tensor& c,
+                                  const Tensor& output, Maybe cells, bool keep_gates,
+                                  bool zero_state, const Tensor& weight_hh, Maybe bias_ih,
+                                  Maybe bias_hh, Maybe lengths, Maybe reset, int64_t steps,
+                                  int64_t t_stride, int64_t b_stride, bool reverse) {
+  OptionalTensor hx;
+  if (!zero_state) hx = h.clone();
+  forward_persistent(z, hx, h, c, output, cells, keep_gates, weight_hh, bias_ih, bias_hh, lengths,
+                     reset, steps, t_stride, b_stride, reverse);
 }
 
 }  // namespace
@@ -128,14 +143,13 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "lstm_backward_persistent_(Tensor(a!) dz, Tensor(b!) d_c, Tensor? grad_output, "
       "Tensor? grad_hy, Tensor? grad_gates, Tensor? grad_cells, Tensor weight_hh, Tensor? cx, "
       "Tensor gates, Tensor cells, " SEQMEM_SEQUENCE_ARGUMENTS);
-  // Batch rows that one launch takes, 0 where these ops cannot serve.
-  m.def("lstm_persistent_rows(Tensor like, int batch, int hidden) -> int");
+  m.def("lstm_persistent_serves(Tensor like, int batch, int hidden) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(seqmem, CUDA, m) {
   m.impl("lstm_forward_persistent_", &lstm_forward_persistent_cuda);
-  m.impl("lstm_backward_persistent_", &lstm_backward_persistent_cuda);
-  m.impl("lstm_persistent_rows", &lstm_persistent_rows);
+  m.impl("lstm_backward_persistent_", &backward_persistent);
+  m.impl("lstm_persistent_serves", &persistent_serves);
 }
 
 }  // namespace seqmem::lstm

@@ -387,22 +387,9 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
       "Tensor grad_weight_hh, Tensor grad_bias)");
-  SequenceOp::define<check_sequence<c10::SymInt>, sequence_cpu, sequence_meta>(
-      m,
-      "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
-      "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, "
-      "Tensor? batch_sizes, bool batch_first, bool reverse, bool return_gates)"
-      " -> (Tensor output, Tensor hy, Tensor cy, Tensor gates, Tensor cells)");
+  SequenceOp::define<check_sequence<c10::SymInt>, sequence_cpu, sequence_meta>(m, kSequenceSchema);
   SequenceBackwardOp::define<check_sequence_backward<c10::SymInt>, sequence_backward_cpu,
-                             sequence_backward_meta>(
-      m,
-      "(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "
-      "Tensor? grad_cells, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, "
-      "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, Tensor? batch_sizes, "
-      "Tensor output, Tensor gates, Tensor cells, bool has_bias, bool batch_first, bool reverse, "
-      "bool[3] output_mask)"
-      " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
-      "Tensor grad_weight_hh, Tensor grad_bias, Tensor grad_weight_hr)");
+                             sequence_backward_meta>(m, kSequenceBackwardSchema);
 }
 
 }  // namespace seqmem::lstm

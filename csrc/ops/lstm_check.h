@@ -27,6 +27,20 @@ using SequenceBackwardOp =
        Tensors<7>(Maybe, Maybe, Maybe, Maybe, Maybe, In, Maybe, Maybe, In, In, Maybe, Maybe, Maybe,
                   Maybe, In, In, In, bool, bool, bool, std::array<bool, 3>)>;
 
+inline constexpr char kSequenceSchema[] =
+    "(Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "
+    "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, "
+    "Tensor? batch_sizes, bool batch_first, bool reverse, bool return_gates)"
+    " -> (Tensor output, Tensor hy, Tensor cy, Tensor gates, Tensor cells)";
+inline constexpr char kSequenceBackwardSchema[] =
+    "(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "
+    "Tensor? grad_cells, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, "
+    "Tensor weight_hh, Tensor? weight_hr, Tensor? lengths, Tensor? reset, Tensor? batch_sizes, "
+    "Tensor output, Tensor gates, Tensor cells, bool has_bias, bool batch_first, bool reverse, "
+    "bool[3] output_mask)"
+    " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
+    "Tensor grad_weight_hh, Tensor grad_bias, Tensor grad_weight_hr)";
+
 struct Step {
   In input;
   Maybe hx, cx;

@@ -58,10 +58,8 @@ _TILE = 512
 # Whether the compiled module brings the loops over time of the step-by-step route.
 _CPP_STEPS = hasattr(torch.ops.seqmem, "lstm_forward_steps_")
 
-# Whether it brings the kernels that stay on the GPU over all steps, and their most launches: for
-# more batch rows a GEMM per step is quicker.
+# Whether it brings the kernels that stay on the GPU over all steps.
 _PERSISTENT = hasattr(torch.ops.seqmem, "lstm_forward_persistent_")
-_MOST_LAUNCHES = 2
 
 # Whether it brings the kernels that run in thread block clusters.
 _CLUSTERS = hasattr(torch.ops.seqmem, "lstm_forward_cluster_")
@@ -442,8 +440,7 @@ def _stays_resident(rows: Rows, like: Tensor, weight_hr: Tensor | None, hidden: 
     """Whether lstm_persistent_kernel.cu serves: 16-bit storage, no projection, not packed."""
     if not (_PERSISTENT and like.is_cuda and weight_hr is None and rows.starts is None):
         return False
-    most = torch.ops.seqmem.lstm_persistent_rows(like, rows.batch, hidden)
-    return most > 0 and triton.cdiv(rows.batch, most) <= _MOST_LAUNCHES
+    return bool(torch.ops.seqmem.lstm_persistent_serves(like, rows.batch, hidden))
 
 
 def _forward_in_clusters(
