@@ -1,6 +1,7 @@
 """Every op on the GPU at random shapes, all its options, forward and backward, against float64.
 
-    python tests/gpu_random_shapes.py [--seconds 100] [--jobs 12] [--json PATH] [--device cpu]
+    python tests/gpu_random_shapes.py [--seconds 100] [--jobs 12] [--op lstm]
+                                      [--json PATH] [--device cpu]
 
 A case is an op, a dtype and sizes drawn around those of the reference's samples. Every sample is
 run on the GPU and by the reference in float64 on the CPU. Each job draws cases of its own seeds
@@ -41,10 +42,10 @@ DIED = 3  # exit status of a job after which the GPU must be opened anew
 Record = dict[str, Any]
 
 
-def cases(seed: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+def cases(chosen: list[str], seed: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """Ops in turn; dtypes and sizes at random."""
     rng = random.Random(seed)
-    ops = rng.sample(OPS, len(OPS))
+    ops = rng.sample(chosen, len(chosen))
     while True:
         for op in ops:
             reference = importlib.import_module(f"seqmem_fast.reference.{op}")
@@ -137,13 +138,13 @@ def try_case(
         yield record
 
 
-def work(seed: int, seconds: float, path: Path, device: str) -> int:
+def work(args: argparse.Namespace) -> int:
     """One job: cases until the time is up, each sample's record a line of the file."""
     torch.set_num_threads(1)
-    end = time.monotonic() + seconds
-    with path.open("a") as file:
-        for op, dtype, sizes, number in cases(seed):
-            for record in try_case(op, dtype, sizes, number, device):
+    end = time.monotonic() + args.seconds
+    with args.lines.open("a") as file:
+        for op, dtype, sizes, number in cases(args.op, args.work):
+            for record in try_case(op, dtype, sizes, number, args.device):
                 print(json.dumps(record), file=file, flush=True)
                 if record["failed"] and "CUDA error" in record["failed"]:
                     return DIED
@@ -163,7 +164,7 @@ def campaign(args: argparse.Namespace, folder: Path) -> list[Record]:
         left = str(max(end - time.monotonic(), 1.0))
         command = [sys.executable, __file__, "--work", str(args.seed + job + args.jobs * deaths)]
         command += ["--seconds", left, "--lines", str(folder / f"{job}.jsonl")]
-        command += ["--device", args.device]
+        command += ["--device", args.device, "--op", *args.op]
         running[job] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     for job in range(args.jobs):
@@ -218,6 +219,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--op", nargs="+", default=OPS, choices=OPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", help="cpu rehearses the campaign")
     parser.add_argument("--json", type=Path, help="all records are kept here")
@@ -225,7 +227,7 @@ def main() -> int:
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        return work(args.work, args.seconds, args.lines, args.device)
+        return work(args)
     with tempfile.TemporaryDirectory() as folder:
         records = campaign(args, Path(folder))
     if args.json:
