@@ -10,11 +10,9 @@ from torch import Tensor
 
 from . import nvcc
 from .launch import Faults, Module, Output, Struct
-from .test_lstm_clusters import Case, assert_near, case
+from .lstm_cases import TYPES, Case, assert_near, case
 
 pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
-TYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def layout(c: Case) -> Struct:
@@ -62,7 +60,7 @@ def check(
     )
     launch("forward", given, dtype, tiles, forward, seed)
     for a, b in zip((output, hy, c, z, cells), right, strict=True):
-        assert_near(a, b.detach(), BOUNDS[dtype])
+        assert_near(a.to(dtype), b.detach())
 
     seeds = [torch.randn(a.shape).to(dtype) for a in right]
     loss = torch.stack([(a * b).sum() for a, b in zip(right, seeds, strict=True)]).sum()
@@ -75,7 +73,7 @@ def check(
     backward = Struct("10P", grad_output, grad_hy, *others, given.weight_hh, cx, *saved, d_c, dz)
     launch("backward", given, dtype, tiles, backward, seed + 1)
     for a, b in zip((dz, d_c), expected, strict=False):
-        assert_near(a, b, 3 * BOUNDS[dtype])
+        assert_near(a.to(dtype), b, 3)
 
 
 @pytest.mark.slow
