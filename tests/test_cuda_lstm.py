@@ -54,8 +54,8 @@ def test_the_small_cell_compiles_without_spills(arch: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "stem, number",
-    # 2 directions: 4 hidden sizes, 3 tiles; 2 types, 4 hidden sizes
-    [("lstm_cluster", 24), ("lstm_cluster_16", 16)],
+    # 2 directions: 4 hidden sizes, 3 tiles; 2 types, 4 hidden sizes; 3 types, 2 hidden sizes
+    [("lstm_cluster", 24), ("lstm_cluster_16", 16), ("lstm_block", 12)],
 )
 def test_clusters_compile_without_spills(
     stem: str, number: int, arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, Shape<kWidth>::kBlock
     }
   }
   if (steps > 0 && a.grad_hx != nullptr) {
-    cell.receive_last(receive(steps - 1));
+    cell.receive_of_this(receive(steps - 1));
   }
   cell.store_state();
 #endif

@@ -98,12 +98,14 @@ __device__ void send(uint32_t to, const float (&v)[1], uint32_t barrier) {
       : "memory");
 }
 
-__device__ float across(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
+#endif  // __CUDA_ARCH__ >= 900
+
+inline __device__ float across(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 
 // ---- gates --------------------------------------------------------------------------------------
 
 // 1 / (1 + exp(-x)); exact 0 and 1 at the ends, NaN stays NaN.
-__device__ float gate_sigmoid(float x) {
+inline __device__ float gate_sigmoid(float x) {
   float e, r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
@@ -111,7 +113,7 @@ __device__ float gate_sigmoid(float x) {
 }
 
 // tanh(x) from sigmoid(2 x), which cancels near zero: there a polynomial, as in _triton/common.py.
-__device__ float gate_tanh_from(float x, float sigmoid_2x) {
+inline __device__ float gate_tanh_from(float x, float sigmoid_2x) {
   const float s = x * x;
   float p = fmaf(-6.09671416590819757e-3f, s, 2.09971789990747506e-2f);
   p = fmaf(p, s, -5.38509095785135808e-2f);
@@ -120,31 +122,31 @@ __device__ float gate_tanh_from(float x, float sigmoid_2x) {
   const float near = fmaf(x * s, p, x), far = fmaf(2.0f, sigmoid_2x, -1.0f);
   return fabsf(x) < 0.625f ? near : far;
 }
-__device__ float gate_tanh(float x) { return gate_tanh_from(x, gate_sigmoid(2.0f * x)); }
+inline __device__ float gate_tanh(float x) { return gate_tanh_from(x, gate_sigmoid(2.0f * x)); }
 
 // ---- rows ---------------------------------------------------------------------------------------
 
 // Rows fit 32 bits: no memory holds more of them.
-__device__ int row_of(const Sequence& sequence, int t, int b) {
+inline __device__ int row_of(const Sequence& sequence, int t, int b) {
   if (t < 0 || t >= int(sequence.steps)) return 0;
   return sequence.offsets != nullptr ? int(sequence.offsets[t]) + b
                                      : t * int(sequence.t_stride) + b * int(sequence.b_stride);
 }
 
 // Steps of row b; 0 beyond the batch.
-__device__ int length_of(const Sequence& sequence, int b) {
+inline __device__ int length_of(const Sequence& sequence, int b) {
   if (b >= sequence.batch) return 0;
   if (sequence.lengths == nullptr) return int(sequence.steps);
   return int(max(int64_t(0), min(sequence.lengths[b], sequence.steps)));
 }
 
 // Whether reset cuts the state before step `seam` of a batch row, which is stored at `row`.
-__device__ bool cut_at(const Sequence& sequence, int seam, int row, int length) {
+inline __device__ bool cut_at(const Sequence& sequence, int seam, int row, int length) {
   return sequence.reset != nullptr && seam < length && sequence.reset[row];
 }
 
 // Whether it cuts the state that the row begins with.
-__device__ bool cut_at_start(const Sequence& sequence, int b, int length) {
+inline __device__ bool cut_at_start(const Sequence& sequence, int b, int length) {
   return !sequence.reverse && cut_at(sequence, 0, row_of(sequence, 0, b), length);
 }
 
@@ -213,7 +215,8 @@ class BackwardCell {
   __device__ void receive(float d_h) {
     if (was_active_) d_h_ = was_cut_ ? 0.0f : d_h;
   }
-  __device__ void receive_last(float d_h) {
+  // The same of this step.
+  __device__ void receive_of_this(float d_h) {
     if (active_) d_h_ = cut_ ? 0.0f : d_h;
   }
 
@@ -283,11 +286,15 @@ class BackwardCell {
   float d_gates_[4] = {}, d_cell_ = 0.0f, tanh_c_ = 0.0f;
 };
 
-#endif  // __CUDA_ARCH__ >= 900
-
 // ---- launches -----------------------------------------------------------------------------------
 
 }  // namespace
+
+// H up to 64, one row a block: lstm_block_kernel.cu.
+cudaError_t lstm_forward_block(Storage storage, const Sequence& sequence, const ClusterForward& a,
+                               cudaStream_t stream);
+cudaError_t lstm_backward_block(Storage storage, const Sequence& sequence, const ClusterBackward& a,
+                                cudaStream_t stream);
 
 // BFloat16 or Half, tiles of 8: lstm_cluster_16_kernel.cu.
 cudaError_t lstm_forward_cluster_16(Storage storage, const Sequence& sequence,

@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(Shape<kPerLane, kTile>::kThreads,
   }
   if (owner) {
     if (steps > 0 && a.grad_hx != nullptr) {
-      cell.receive_last(receive(steps - 1));
+      cell.receive_of_this(receive(steps - 1));
     }
     cell.store_state();
   }
@@ -392,6 +392,7 @@ cudaError_t with_kernel(int tile, int64_t hidden, const Use& use) {
 
 cudaError_t lstm_forward_cluster(Storage storage, int tile, const Sequence& sequence,
                                  const ClusterForward& a, cudaStream_t stream) {
+  if (sequence.hidden <= kBlockHidden) return lstm_forward_block(storage, sequence, a, stream);
   if (storage != Storage::Float) return lstm_forward_cluster_16(storage, sequence, a, stream);
   return with_kernel<false>(tile, sequence.hidden, [&](auto shape, auto kernel) {
     return launch_clusters(shape, kernel, tile, sequence, a, stream);
@@ -400,6 +401,7 @@ cudaError_t lstm_forward_cluster(Storage storage, int tile, const Sequence& sequ
 
 cudaError_t lstm_backward_cluster(Storage storage, int tile, const Sequence& sequence,
                                   const ClusterBackward& a, cudaStream_t stream) {
+  if (sequence.hidden <= kBlockHidden) return lstm_backward_block(storage, sequence, a, stream);
   if (storage != Storage::Float) return lstm_backward_cluster_16(storage, sequence, a, stream);
   return with_kernel<true>(tile, sequence.hidden, [&](auto shape, auto kernel) {
     return launch_clusters(shape, kernel, tile, sequence, a, stream);
@@ -438,6 +440,8 @@ double issued(Storage storage, int64_t hidden, int tile, bool backward) {
 int lstm_cluster_tile(Storage storage, int64_t hidden, int64_t batch, bool backward) {
   const bool single = storage == Storage::Float;
   if (storage == Storage::Double || hidden > (single ? 384 : 512) || batch == 0) return 0;
+  // One block a row; tensor cores take many 16-bit rows together.
+  if (hidden <= kBlockHidden) return single || batch <= 512 ? 1 : 0;
   int device = 0, major = 0, multiprocessors = 1;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

@@ -55,7 +55,11 @@ struct ClusterBackward {
   void* grad_cx;            // [batch, H], optional
 };
 
-// `tile`: how many batch rows a cluster takes: 1, 4 or 8; 8 with 16-bit storage.
+// Up to this hidden size a cluster is one block, on any GPU.
+constexpr int64_t kBlockHidden = 64;
+
+// `tile`: how many batch rows a cluster takes: 1, 4 or 8; 8 with 16-bit storage; 1 where it is one
+// block.
 cudaError_t lstm_forward_cluster(Storage storage, int tile, const Sequence& sequence,
                                  const ClusterForward& arguments, cudaStream_t stream);
 cudaError_t lstm_backward_cluster(Storage storage, int tile, const Sequence& sequence,

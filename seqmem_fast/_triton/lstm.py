@@ -9,10 +9,11 @@ end with one GEMM per weight over all steps. Backward recomputes nothing: it rea
 * On chip (lstm_on_chip.py): one kernel loops over time, weight_hh stays on chip. Float32 up to
   H = 64, 16-bit storage up to H = 128 (64 on AMD and where shared memory is below 152 kB); no
   projection.
-* In clusters (csrc/cuda/lstm_cluster_kernel.cu, lstm_cluster_16_kernel.cu): the same in CUDA C++
-  with weight_hh shared out over the blocks of a thread block cluster. Float32 with H in 65..384,
-  16-bit storage with H in 65..512, in a CUDA build, on GPUs of compute capability 9.0 and newer,
-  unless there are so many rows that another route is quicker.
+* In clusters, in a CUDA build: the same in CUDA C++, first of all where its estimate is best
+  (`lstm_cluster_tile`). Up to H = 64 one block takes a batch row (csrc/cuda/lstm_block_kernel.cu).
+  Above, weight_hh is shared out over the blocks of a thread block cluster, on GPUs of compute
+  capability 9.0 and newer: float32 up to H = 384 (lstm_cluster_kernel.cu), 16-bit storage up to
+  H = 512 (lstm_cluster_16_kernel.cu).
 * Step by step (lstm_step.py): one GEMM with weight_hh and one pointwise kernel per step. All the
   rest: larger H, float64, projections. A CUDA build runs this loop in C++.
 
@@ -393,7 +394,7 @@ def _route(
     if weight_hr is not None:
         return None, 0
     plan = on_chip_plan(weight_hh.shape[1], rows.batch, weight_hh.dtype, weight_hh.device)
-    if plan is not None and plan.block_h <= 64:
+    if plan is not None and plan.block_h <= 64 and plan.dot:
         return plan, 0
     tile = cluster_tile(weight_hh, rows.batch, backward)
     return (plan, 0) if tile == 0 else (None, tile)
