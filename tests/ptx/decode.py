@@ -166,6 +166,9 @@ class _Decoder:
     def value(self, text: str, kind: str) -> int:
         if text in self.program.symbols:
             return self.program.symbols[text]
+        for parameter in self.program.kernel.parameters:
+            if parameter.name == text:
+                return parameter.offset
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
             return int(text.rstrip("U"), 0)
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
@@ -338,15 +341,10 @@ class _Decoder:
         type_kind = _kind(modifiers[-1])
         found = [self.any(text, type_kind) for text in self.parts(operands[0])]
         fields = self.memory(modifiers)
+        kind, number, fields["immediate"] = self.address(operands[1])
+        found.append((kind, number))
         if modifiers[0].startswith("param"):
-            match = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", operands[1])
-            assert match, operands[1]
-            parameters = {p.name: p.offset for p in self.program.kernel.parameters}
-            fields["immediate"] = parameters[match[1]] + int(match[2] or 0)
             fields["space"] = 0
-        else:
-            kind, number, fields["immediate"] = self.address(operands[1])
-            found.append((kind, number))
         operation = "ld.param" if modifiers[0].startswith("param") else "ld"
         kinds, numbers = zip(*found, strict=True)
         self.emit(operation, numbers, wide=_wide(kinds), **fields)

@@ -158,14 +158,16 @@ void store(Warp& w, const Instruction& i, Mask mask) {
   });
 }
 
+// Registers, then the address, which counts from the first parameter.
 void load_parameter(Warp& w, const Instruction& i, Mask mask) {
   const auto& parameters = launch_of(w).parameters;
-  for (int k = 0; k < i.count; ++k) {
-    const size_t at = i.immediate + k * i.bytes;
-    if (at + i.bytes > parameters.size()) throw std::runtime_error("no such parameter");
-    const uint64_t value = element(parameters.data() + at, i.bytes, i.flags & kSigned);
-    each_lane(mask, [&](int lane) { w.set_any_width(i, k, lane, value); });
-  }
+  each_lane(mask, [&](int lane) {
+    for (int k = 0; k < i.count; ++k) {
+      const size_t offset = address(w, i, i.count, lane) + k * i.bytes;
+      if (offset + i.bytes > parameters.size()) throw std::runtime_error("no such parameter");
+      w.set_any_width(i, k, lane, element(parameters.data() + offset, i.bytes, i.flags & kSigned));
+    }
+  });
 }
 
 struct Add {
