@@ -82,7 +82,7 @@ def check(
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_ELEMENTS", 64)  # three blocks of slots
+    monkeypatch.setattr(launchers, "_ELEMENTS", 64)  # two blocks of slots
     check(SAMPLES[name])
 
 
@@ -95,6 +95,11 @@ def test_plain_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     check(SAMPLES["per_sample_masked"], dtype)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_fewer_numbers_than_threads(slots: int) -> None:
+    check(next(reference.sample_inputs(sizes=(1, slots, 15, 5))))
 
 
 def test_wide_slots_whose_weights_are_not_aligned() -> None:

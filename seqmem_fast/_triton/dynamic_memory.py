@@ -27,9 +27,18 @@ _ELEMENTS = 4096  # of a block of slots
 
 
 def _blocks(slots: int, width: int) -> tuple[int, int]:
-    """Slots and padded width of a block."""
+    """Slots and padded width of a block.
+
+    At least an element for every thread: of a smaller block, warps hold copies that may differ in
+    the last bit, and which of them a sum takes is not defined.
+    """
     block_d = max(16, triton.next_power_of_2(width))
-    return max(4, min(triton.next_power_of_2(slots), _ELEMENTS // block_d)), block_d
+    least = 32 * _warps(block_d) // block_d
+    return max(least, min(triton.next_power_of_2(slots), _ELEMENTS // block_d)), block_d
+
+
+def _warps(block_d: int) -> int:
+    return 4 if block_d < 64 else min(block_d // 8, 16)
 
 
 def dynamic_memory(
@@ -128,7 +137,7 @@ def _common(memory: Tensor, slots: int, block_n: int, block_d: int) -> dict[str,
         "width": memory.shape[-1],
         "BN": block_n,
         "BD": block_d,
-        "num_warps": 4 if block_d < 64 else min(block_d // 8, 16),
+        "num_warps": _warps(block_d),
     }
 
 

@@ -72,7 +72,7 @@ def hard_attention(patch: pytest.MonkeyPatch) -> None:
 
 def dynamic_memory(patch: pytest.MonkeyPatch) -> None:
     module = checks("dynamic_memory")
-    patch.setattr(module.launchers, "_ELEMENTS", 64)  # three blocks of slots
+    patch.setattr(module.launchers, "_ELEMENTS", 64)  # two blocks of slots
     module.check(module.SAMPLES["per_sample_masked"])
     module.check(module.SAMPLES["shared"])
 
