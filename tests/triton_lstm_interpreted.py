@@ -98,6 +98,13 @@ def check(sample: Any, dtype: torch.dtype, poison: bool = False) -> None:
             assert_near(grad, next(expected), dtype, 5)
 
 
+@pytest.mark.parametrize("route", ["step"], indirect=True)
+def test_one_step(route: str) -> None:
+    """Where strides do not tell which dimension time is."""
+    for sample in reference.sample_inputs(sizes=(1, 3, 2, 5)):
+        check(sample, torch.float32)
+
+
 @pytest.mark.parametrize("route, dtype", RUNS, indirect=["route"])
 def test_every_option(route: str, dtype: torch.dtype) -> None:
     batch = 2 if route == "multiply-add" else 3  # one program a row is slow to interpret

@@ -248,7 +248,6 @@ def _softmax_blocks(call: _Call) -> dict[str, Any]:
     keys = min(triton.next_power_of_2(call.keys), _SCORES)
     rows = max(1, min(_SCORES // keys, 16))
     return {
-        "scale": call.scale,
         "queries": call.queries,
         "keys": call.keys,
         "heads": 1 if len(call.lead) < 1 else call.lead[-1],
@@ -268,7 +267,8 @@ def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) 
     scores = weights if wide_type == weights.dtype else torch.empty_like(weights, dtype=wide_type)
     query, key, value = (t.flatten(0, 1) for t in (call.query, call.key, call.value))
     matrices = (call.batch, call.queries, -1)
-    torch.bmm(query.to(wide_type), key.to(wide_type).mT, out=scores.view(matrices))
+    scaled = query.to(wide_type) * call.scale
+    torch.bmm(scaled, key.to(wide_type).mT, out=scores.view(matrices))
     blocks = _softmax_blocks(call)
     kernels.attention_softmax[(call.batch * blocks["blocks"],)](
         scores_ptr=scores, weights_ptr=weights, CAUSAL=is_causal, **blocks
@@ -292,20 +292,19 @@ def _back_by_products(
     found: list[Tensor | None] = [None] * 4
     if of_query or of_key or of_mask:
         p = (g @ call.value.mT).to(wide(dtype))
-        scaled = p if p.dtype == dtype else torch.empty_like(p, dtype=dtype)
-        found[3] = torch.empty_like(p, dtype=dtype) if of_mask else None
+        scores = p if p.dtype == dtype else torch.empty_like(p, dtype=dtype)
         g_weights = None if grad_weights is None else call.scores(grad_weights)
         blocks = _softmax_blocks(call)
         kernels.attention_softmax_backward[(call.batch * blocks["blocks"],)](
             p_ptr=p,
             weights_ptr=weights.contiguous(),
             grad_weights_ptr=g_weights,
-            scaled_ptr=scaled,
-            grad_scores_ptr=found[3],
+            grad_scores_ptr=scores,
             **strides("g", g_weights, "0", "1", "i", "j"),
             **blocks,
         )
-        found[0] = scaled @ call.key if of_query else None
-        found[1] = scaled.mT @ call.query if of_key else None
+        found[0] = (scores @ call.key).mul_(call.scale) if of_query else None
+        found[1] = (scores.mT @ call.query).mul_(call.scale) if of_key else None
+        found[3] = scores if of_mask else None
     found[2] = w.mT @ g if of_value else None
     return [None if grad is None else grad.reshape(*call.lead, *grad.shape[-2:]) for grad in found]

@@ -23,7 +23,7 @@ import triton.language as tl
 from .common import masked_scores, softmax_step, softmax_weights, unmasked
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
-VARYING = ("scale", "queries", "blocks", "heads")
+VARYING = ("queries", "blocks", "heads")
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _weigh(s, m, total, out, weights_ptr, v_ptr, v_at, v_t, i, j, queries, keys,
     return out + _product(w, v, PRECISION)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("scale", *VARYING))
 def attention_forward(
     q_ptr,  # [Z0, Z1, Tq, D]
     k_ptr,  # [Z0, Z1, Tk, D]
@@ -163,7 +163,7 @@ def _grad_weights(g, v_ptr, v_at, v_t, grad_weights_ptr, g_i, g_j, i, j, queries
     return p
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("scale", *VARYING))
 def attention_backward_rows(
     grad_output_ptr,  # [Z0 * Z1, Tq, DV], dense, or None
     grad_weights_ptr,  # [Z0, Z1, Tq, Tk] or None
@@ -234,7 +234,7 @@ def attention_backward_rows(
         _store_rows(grad_q_ptr, z * queries * width, grad_q * scale, i, queries, width, BD)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("scale", *VARYING))
 def attention_backward_columns(
     grad_output_ptr,  # [Z0 * Z1, Tq, DV], dense, or None
     grad_weights_ptr,  # [Z0, Z1, Tq, Tk] or None
@@ -313,9 +313,9 @@ def _dense_block(ptr, i, j, keys, there, other):
 
 
 @triton.jit
-def _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL: tl.constexpr):
+def _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL: tl.constexpr):
     there = (i < queries)[:, None] & (j < keys)[None, :]
-    s = _dense_block(scores_ptr, i, j, keys, there, 0.0) * scale
+    s = _dense_block(scores_ptr, i, j, keys, there, 0.0)
     known = (j < keys)[None, :]
     if CAUSAL:
         known = known & (j[None, :] <= i[:, None])
@@ -324,10 +324,9 @@ def _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAU
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_softmax(
-    scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: Q K^T
+    scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: scale Q K^T
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     weights_ptr,  # [Z0 * Z1, Tq, Tk], dense; may be scores_ptr
-    scale,
     queries,
     keys,
     heads,  # Z1
@@ -348,7 +347,7 @@ def attention_softmax(
     total = tl.zeros([BM], scores_ptr.dtype.element_ty)
     if ONE_BLOCK:
         j = tl.arange(0, BN)
-        s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
+        s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
         m, total = softmax_step(s, m, total)
         there = (i < queries)[:, None] & (j < keys)[None, :]
         w = softmax_weights(s, m, total).to(weights_ptr.dtype.element_ty)
@@ -356,11 +355,11 @@ def attention_softmax(
     else:
         for start in range(0, keys, BN):
             j = start + tl.arange(0, BN)
-            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
+            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
             m, total = softmax_step(s, m, total)
         for start in range(0, keys, BN):
             j = start + tl.arange(0, BN)
-            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
+            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
             there = (i < queries)[:, None] & (j < keys)[None, :]
             w = softmax_weights(s, m, total).to(weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + i[:, None] * keys + j[None, :], w, mask=there)
@@ -378,16 +377,10 @@ def _read_gradients(p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, querie
 
 
 @triton.jit
-def _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, scaled_ptr, grad_scores_ptr, scale,
-                     i, j, keys):  # fmt: skip
-    d_scores = w * (p - delta[:, None])
-    d_scores = unmasked(d_scores, mask_ptr, i, j, m_i, m_j, there)
-    at = i[:, None] * keys + j[None, :]
-    if grad_scores_ptr is not None:
-        stored = d_scores.to(grad_scores_ptr.dtype.element_ty)
-        tl.store(grad_scores_ptr + at, stored, mask=there)
-    scaled = (d_scores * scale).to(scaled_ptr.dtype.element_ty)
-    tl.store(scaled_ptr + at, scaled, mask=there)
+def _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, grad_scores_ptr, i, j, keys):
+    d_scores = unmasked(w * (p - delta[:, None]), mask_ptr, i, j, m_i, m_j, there)
+    at = grad_scores_ptr + i[:, None] * keys + j[None, :]
+    tl.store(at, d_scores.to(grad_scores_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -396,9 +389,7 @@ def attention_softmax_backward(
     weights_ptr,  # [Z0 * Z1, Tq, Tk], dense
     grad_weights_ptr,  # [Z0, Z1, Tq, Tk], or None
     mask_ptr,  # as in the forward kernel
-    scaled_ptr,  # [Z0 * Z1, Tq, Tk], dense: scale dS; may be p_ptr
-    grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], dense: dS, or None
-    scale,
+    grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], dense: dS; may be p_ptr
     queries,
     keys,
     heads,
@@ -415,19 +406,16 @@ def attention_softmax_backward(
         mask_ptr += (z // heads) * m_0 + (z % heads) * m_1
     if grad_weights_ptr is not None:
         grad_weights_ptr += (z // heads) * g_0 + (z % heads) * g_1
-    if grad_scores_ptr is not None:
-        grad_scores_ptr += z * queries * keys
     p_ptr += z * queries * keys
     weights_ptr += z * queries * keys
-    scaled_ptr += z * queries * keys
+    grad_scores_ptr += z * queries * keys
     if ONE_BLOCK:
         j = tl.arange(0, BN)
         w, p, there = _read_gradients(
             p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, queries, keys
         )
         delta = tl.sum(w * p, axis=1)
-        _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, scaled_ptr, grad_scores_ptr,
-                         scale, i, j, keys)  # fmt: skip
+        _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, grad_scores_ptr, i, j, keys)
     else:
         delta = tl.zeros([BM], p_ptr.dtype.element_ty)
         for start in range(0, keys, BN):
@@ -441,5 +429,4 @@ def attention_softmax_backward(
             w, p, there = _read_gradients(
                 p_ptr, weights_ptr, grad_weights_ptr, g_i, g_j, i, j, queries, keys
             )
-            _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, scaled_ptr,
-                             grad_scores_ptr, scale, i, j, keys)  # fmt: skip
+            _write_gradients(w, p, delta, there, mask_ptr, m_i, m_j, grad_scores_ptr, i, j, keys)

@@ -216,7 +216,9 @@ class Rows:
             return input
         time = torch.arange(self.steps, device=input.device)
         ended = time[:, None] >= self.lengths  # [T, B]
-        return input.masked_fill((ended if self.b_stride == 1 else ended.t())[..., None], 0)
+        if self.b_stride != 1:
+            ended = ended.t()
+        return input.masked_fill(ended.reshape(*input.shape[:-1], 1), 0)  # T 1: either order
 
     def listed(self) -> tuple[Any, ...]:
         """What the loops in C++ take."""
