@@ -75,14 +75,15 @@ export python
 
 stage about 20 bash -c about
 [ $build = 1 ] && stage build 170 bash -c compile
-stage random $((seconds / 9 + 10)) "$python" tests/gpu_random_shapes.py \
-    --seconds $((seconds / 9 - 5)) --jobs "$jobs" --device $device --json "$out/random.json"
+stage random $((seconds / 12 + 10)) "$python" tests/gpu_random_shapes.py \
+    --seconds $((seconds / 12 - 5)) --jobs "$jobs" --device $device --json "$out/random.json"
 stage floors 25 "$python" -W ignore -m benchmarks.harness.gpu_floors --device $device \
     --json "$out/floors.json"
 stage host 25 "$python" -W ignore -m benchmarks.harness.gpu_host --device $device \
     --json "$out/host.json" "${host[@]}"
-stage times $((seconds * 2 / 5)) "$python" -W ignore -m benchmarks.harness.gpu --device $device \
-    --jobs "$jobs" --limit-s $((seconds * 2 / 5 - 10)) --json "$out/times.json" "${rows[@]}"
+half=$((seconds < 360 ? seconds / 2 : 180))
+stage times "$half" "$python" -W ignore -m benchmarks.harness.gpu --device $device \
+    --jobs "$jobs" --limit-s $((half - 8)) --json "$out/times.json" "${rows[@]}"
 mark=gpu
 [ $device = cpu ] && mark="gpu and not slow" # there all of them are skipped
 # Interrupted, pytest still says what has failed.
