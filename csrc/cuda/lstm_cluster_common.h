@@ -313,23 +313,29 @@ namespace {
 
 template <class Shape>
 struct ClusterLaunch {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
 
   ClusterLaunch(int64_t batch, int tile, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = Shape::kBlocks;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    // A cluster whose blocks shared a multiprocessor would be slower than one that spreads.
-    attributes[1].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-    attributes[1].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = Shape::kBlocks;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.gridDim = dim3(unsigned((batch + tile - 1) / tile) * Shape::kBlocks);
     config.blockDim = dim3(Shape::kThreads);
     config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
   }
 };
+
+// Clusters of 16 blocks; and, as a wish, a multiprocessor for each block of a cluster.
+template <class Kernel>
+cudaError_t allow_clusters(Kernel kernel) {
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeClusterSchedulingPolicyPreference,
+                           cudaClusterSchedulingPolicySpread) != cudaSuccess)
+    cudaGetLastError();
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
 
 template <class Shape, class Arguments>
 cudaError_t launch_clusters(Shape, void (*kernel)(Sequence, Arguments), int tile,
@@ -337,8 +343,7 @@ cudaError_t launch_clusters(Shape, void (*kernel)(Sequence, Arguments), int tile
                             cudaStream_t stream) {
   if (sequence.batch == 0) return cudaSuccess;
   const ClusterLaunch<Shape> launch(sequence.batch, tile, stream);
-  const auto allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  const cudaError_t allowed = allow_clusters(kernel);
   if (allowed != cudaSuccess) return allowed;
   return cudaLaunchKernelEx(&launch.config, kernel, sequence, arguments);
 }
@@ -347,8 +352,8 @@ template <class Shape, class Arguments>
 ClusterCount count_clusters(Shape, void (*kernel)(Sequence, Arguments), int tile) {
   ClusterCount count = {0, Shape::kBlocks, Shape::kThreads};
   const ClusterLaunch<Shape> launch(1, tile, nullptr);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (cudaOccupancyMaxActiveClusters(&count.active, kernel, &launch.config) != cudaSuccess) {
+  if (allow_clusters(kernel) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&count.active, kernel, &launch.config) != cudaSuccess) {
     cudaGetLastError();  // a size that the device does not take is no error of the caller's
     count.active = 0;
   }

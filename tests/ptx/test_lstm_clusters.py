@@ -1,4 +1,4 @@
-"""The LSTM's kernels for thread block clusters, as nvcc compiles them."""
+"""The LSTM's kernels for thread block clusters and for one block, as nvcc compiles them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ def sequence(c: Case) -> Struct:
 
 
 def launch(name: str, c: Case, tile: int, arguments: Struct, seed: int) -> None:
-    """As lstm_cluster_kernel.cu and, for 16 bits, lstm_cluster_16_kernel.cu do on the host."""
+    """As lstm_cluster_kernel.cu, lstm_cluster_16_kernel.cu for 16 bits, or, with a tile of 0,
+    lstm_block_kernel.cu do on the host."""
     batch, hidden = c.z.shape[1], c.z.shape[2] // 4
+    if tile == 0:
+        width = 32 if hidden <= 32 else 64
+        kernel = f"{name}_kernel<{TYPES.get(c.z.dtype, 'float')}, {width}>"
+        module = nvcc.compiled("lstm_block_kernel.cu")
+        module[kernel].launch((batch,), (4 * width,), [sequence(c), arguments], seed=seed)
+        return
     if c.z.dtype == torch.float32:
         lanes = next(n for n in (8, 12, 16, 24) if hidden <= 16 * n)
         width, threads_of_unit, file = 16 * lanes, 16, "lstm_cluster_kernel.cu"
@@ -110,6 +117,17 @@ def test_sizes_of_16_bits(hidden: int) -> None:
     check(hidden, 2, 3, 8, "lengths", torch.bfloat16, seed=8)
 
 
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options_of_one_block(kind: str) -> None:
+    check(33, 3, 5, 0, kind, seed=10)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("hidden", [5, 32, 64])
+def test_sizes_of_one_block(hidden: int, dtype: torch.dtype) -> None:
+    check(hidden, 2, 3, 0, "lengths", dtype, seed=12)
+
+
 # In every kernel of the file: a pattern, what it becomes, and what is then reported.
 PLANTED = {
     "an exchange is not waited for": (
@@ -134,3 +152,11 @@ def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernel, "launch", partialmethod(Kernel.launch, most_instructions=1 << 20))
     with pytest.raises(Faults, match=expected):
         check(70, 3, 4, 4, "plain")
+
+
+def test_one_block_without_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, count = re.subn(r"bar\.sync\s+0;", "", nvcc.ptx("lstm_block_kernel.cu"))
+    assert count > 0
+    monkeypatch.setattr(nvcc, "compiled", lambda _: Module(text))
+    with pytest.raises(Faults, match=r"race|nobody"):
+        check(33, 2, 4, 0, "plain")
