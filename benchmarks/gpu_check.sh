@@ -88,7 +88,7 @@ mark=gpu
 [ $device = cpu ] && mark="gpu and not slow" # there all of them are skipped
 # Interrupted, pytest still says what has failed.
 stop=INT stage tests 120 "$python" -m pytest -v --tb=short -m "$mark" -n "$jobs" \
-    --junitxml="$out/tests.xml" -p no:cacheprovider tests
+    --junitxml="$out/tests.xml" -p no:cacheprovider $(grep -l 'mark\.gpu' tests/test_*.py)
 stage tf32 60 "$python" -W ignore -m benchmarks.harness.gpu --device $device --op lstm --tf32 \
     --jobs "$jobs" --rows float32 --limit-s 50 --json "$out/tf32.json" "${rows[@]}"
 stage compiled 170 "$python" -W ignore -m benchmarks.harness.gpu --device $device --compiled \
