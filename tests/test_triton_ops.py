@@ -78,6 +78,18 @@ def test_every_op_has_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [*inspect.signature(launcher).parameters] == parameters
 
 
+def test_launchers_of_what_small_calls_leave_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the compiled module has a CUDA kernel that calls `seqmem::<op>_triton`, that is it."""
+    stubs: dict[str, Callable[..., Any]] = {}
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel", "seqmem::attention_triton".__eq__)
+    monkeypatch.setattr(torch.library, "impl", lambda op, key, stub: stubs.update({op: stub}))
+    _triton.register()
+    assert stubs.keys() == {"seqmem::attention_triton"}
+    with pytest.raises(TypeError, match=r"^attention\(\) missing"):
+        stubs["seqmem::attention_triton"]()
+
+
 def defines(module: ModuleType, name: str) -> bool:
     return getattr(vars(module).get(name), "__module__", "") == module.__name__
 

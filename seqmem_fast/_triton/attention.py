@@ -10,6 +10,8 @@ its precision to a few units in the last place (one where `torch.backends.cuda.m
 AMD multiplies float32 itself). Float64, heads wider than `tiles` can hold and float32 with many
 scores take torch's products with one kernel between them, for the softmax or its gradient.
 
+Where the package was built with nvcc, csrc/cuda/attention.cpp runs small calls in their place.
+
 State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
 """
 

@@ -5,6 +5,8 @@ inverse of the cumulative distribution in one kernel, the gradient in another; t
 on one number a row is torch's. Actions are not checked here, which would wait for the GPU: one out
 of range gives NaN.
 
+Where the package was built with nvcc, csrc/cuda/hard_attention.cpp runs in their place.
+
 State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
 """
 
