@@ -8,12 +8,29 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+from torch import Tensor
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"
 ARCHITECTURES = ["80", "90", "100"]
+# Largest error beside the largest value, of a result computed in float64.
+TOLERANCES = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+
+
+def assert_near(ours: Tensor, right: Tensor, name: str = "", factor: float = 1) -> None:
+    """Ours beside a result in float64."""
+    assert ours.shape == right.shape, name
+    error = (ours.double() - right).abs().max().item()
+    largest = max(right.abs().max().item(), 1e-3)
+    assert error <= factor * TOLERANCES[ours.dtype] * largest, (name, error)
 
 
 def load_on_cpu(stem: str, folder: Path) -> Any:
@@ -60,3 +77,14 @@ def compile_with_nvcc(stem: str, arch: str, folder: Path) -> list[Resources]:
         Resources(symbol, int(stack), int(stores) + int(loads), int(registers))
         for symbol, stack, stores, loads, registers in found
     ]
+
+
+def check_resources(
+    stem: str, arch: str, count: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An op's file has so many kernels, none of which spills."""
+    found = compile_with_nvcc(stem, arch, folder)
+    assert len(found) == count
+    with capsys.disabled():
+        print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")
+    assert all(kernel.stack == kernel.spilled == 0 for kernel in found)

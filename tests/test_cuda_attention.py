@@ -12,20 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_stand_in import ARCHITECTURES, compile_with_nvcc, load_on_cpu
-from torch import Tensor
+from cuda_stand_in import ARCHITECTURES, TOLERANCES, assert_near, check_resources, load_on_cpu
 
 from seqmem_fast.reference import attention as reference
 from seqmem_fast.reference.common import Sample
 
 pytestmark = pytest.mark.slow  # the sources are compiled first
-# Largest error beside the largest value, of a result computed in float64.
-TOLERANCES = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 4e-2,
-}
 SIZES = {  # (B, Tq, Tk, D, Dv)
     "odd": (3, 5, 7, 4, 6),
     "tiles": (1, 33, 70, 8, 72),
@@ -39,24 +31,14 @@ SIZES = {  # (B, Tq, Tk, D, Dv)
 def test_compiles_without_spills(
     arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compile_with_nvcc("attention", arch, tmp_path)
-    assert len(found) == 24  # 3 kernels, 4 types, vectors and single elements
-    with capsys.disabled():
-        print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")
-    assert all(kernel.stack == kernel.spilled == 0 for kernel in found)
+    # 3 kernels, 4 types, vectors and single elements
+    check_resources("attention", arch, 24, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CUDA sources on the CPU."""
     return load_on_cpu("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-def assert_near(ours: Tensor, right: Tensor, name: str, factor: float = 1) -> None:
-    assert ours.shape == right.shape, name
-    error = (ours.double() - right).abs().max().item()
-    largest = max(right.abs().max().item(), 1e-3)
-    assert error <= factor * TOLERANCES[ours.dtype] * largest, (name, error)
 
 
 def check(ops: Any, sample: Sample) -> None:

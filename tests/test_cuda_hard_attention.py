@@ -11,19 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_stand_in import ARCHITECTURES, compile_with_nvcc, load_on_cpu
-from torch import Tensor
+from cuda_stand_in import ARCHITECTURES, TOLERANCES, assert_near, check_resources, load_on_cpu
 
 from seqmem_fast.reference import hard_attention as reference
 
 pytestmark = pytest.mark.slow  # the sources are compiled first
-# Largest error beside the largest value, of a result computed in float64.
-TOLERANCES = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 4e-2,
-}
 # One action; a lane for several; rows of many blocks; more than one warp's lanes; a block a row.
 SIZES = [(3, 1), (5, 7), (256, 10), (1000, 33), (2, 1500)]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -34,23 +26,14 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 def test_compiles_without_spills(
     arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compile_with_nvcc("hard_attention", arch, tmp_path)
-    assert len(found) == 36  # 4 kernels, 4 types, warps and blocks; and a sum in each type
-    with capsys.disabled():
-        print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")
-    assert all(kernel.stack == kernel.spilled == 0 for kernel in found)
+    # 4 kernels, 4 types, warps and blocks; and a sum in each type
+    check_resources("hard_attention", arch, 36, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CUDA sources on the CPU."""
     return load_on_cpu("hard_attention", tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-def assert_near(ours: Tensor, right: Tensor, factor: float = 1) -> None:
-    assert ours.shape == right.shape
-    error = (ours.double() - right).abs().max().item()
-    assert error <= factor * TOLERANCES[ours.dtype] * max(right.abs().max().item(), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -65,13 +48,13 @@ def test_sample(ops: Any, rows: int, actions: int, dtype: torch.dtype) -> None:
     ours = ops.categorical_sample(logits, uniform)
     assert torch.equal(ours[0], right[0])
     for a, b in zip(ours[1:], right[1:], strict=True):
-        assert_near(a, b, 4)
+        assert_near(a, b, factor=4)
     seeds = [torch.randn(rows).to(dtype) for _ in range(2)]
     for given in ([seeds[0], seeds[1]], [seeds[0], None], [None, seeds[1]]):
         pairs = zip(right[1:], given, strict=True)
         loss = sum((a * s.double()).sum() for a, s in pairs if s is not None)
         (grad,) = torch.autograd.grad(loss, wide, retain_graph=True)
-        assert_near(ops.categorical_sample_backward(*given, logits, ours[0]), grad, 4)
+        assert_near(ops.categorical_sample_backward(*given, logits, ours[0]), grad, factor=4)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -95,10 +78,10 @@ def test_loss(ops: Any, rows: int, actions: int, dtype: torch.dtype) -> None:
             args = (logits, action, returns, given, weight, number)
             ours = ops.reinforce_loss(*args)
             scale = 4 if name == "none" else 4 * rows**0.5
-            assert_near(ours, right, scale)
+            assert_near(ours, right, name, scale)
             seed = torch.randn_like(ours)
             (grad,) = torch.autograd.grad(right, wide, seed.double())
-            assert_near(ops.reinforce_loss_backward(seed, *args), grad, 4)
+            assert_near(ops.reinforce_loss_backward(seed, *args), grad, factor=4)
 
 
 def test_no_rows(ops: Any) -> None:

@@ -11,19 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_stand_in import ARCHITECTURES, compile_with_nvcc, load_on_cpu
+from cuda_stand_in import ARCHITECTURES, TOLERANCES, assert_near, check_resources, load_on_cpu
 
 from seqmem_fast.reference import ntm_addressing as reference
 from seqmem_fast.reference.common import Sample
 
 pytestmark = pytest.mark.slow  # the sources are compiled first
-# Largest error beside the largest value, of a result computed in float64.
-TOLERANCES = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 4e-2,
-}
 SIZES = {  # (B, N, M, H, taps)
     "odd": (3, 8, 5, 2, 3),
     "vectors": (2, 37, 24, 3, 5),
@@ -40,23 +33,14 @@ SIZES = {  # (B, N, M, H, taps)
 def test_compiles_without_spills(
     arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = compile_with_nvcc("ntm_addressing", arch, tmp_path)
-    assert len(found) == 64  # 8 kernels, 4 types, vectors and single elements
-    with capsys.disabled():
-        print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")
-    assert all(kernel.stack == kernel.spilled == 0 for kernel in found)
+    # 8 kernels, 4 types, vectors and single elements
+    check_resources("ntm_addressing", arch, 64, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The CUDA sources on the CPU."""
     return load_on_cpu("ntm_addressing", tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-def assert_near(ours: torch.Tensor, right: torch.Tensor, name: str, factor: float = 1) -> None:
-    assert ours.shape == right.shape, name
-    error = (ours.double() - right).abs().max().item()
-    assert error <= factor * TOLERANCES[ours.dtype] * right.abs().max().item(), (name, error)
 
 
 def check(ops: Any, sample: Sample) -> None:
