@@ -518,6 +518,25 @@ class _Decoder:
         numbers = [self.operand(part, kind) for text in operands for part in self.parts(text)]
         self.emit(f"mma.{shape}.{factor}", numbers, convergent=1)
 
+    def do_wgmma(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
+        """`mma_async d, a, b, adds, scale of a, of b[, a transposed][, b transposed]`."""
+        what = modifiers[0]
+        if what == "commit_group":
+            self.emit("wgmma.commit", convergent=1)
+        elif what == "wait_group":
+            self.emit("wgmma.wait", convergent=1, immediate=int(operands[0]))
+        elif what == "mma_async":
+            d, a = self.parts(operands[0]), self.parts(operands[1])
+            if modifiers[-3] != "f32" or operands[4:6] != ("1", "1"):
+                raise Unsupported("sums in 16 bits, negated factors")
+            *left, right = [int(text) for text in operands[6:]] or [0]
+            flags = int(len(a) > 1) | sum(left) << 1 | right << 2
+            numbers = [self.operand(text, "narrow") for text in d]
+            numbers += [self.operand(text, "narrow" if len(a) > 1 else "wide") for text in a]
+            numbers += [self.operand(operands[2], "wide"), self.operand(operands[3], "pred")]
+            fields = {"count": len(d), "flags": flags}
+            self.emit(f"wgmma.{modifiers[-1]}", numbers, convergent=1, **fields)
+
     def do_ldmatrix(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
         """And stmatrix, whose address comes first."""
         where = 1 if base == "ldmatrix" else 0

@@ -8,6 +8,7 @@ processes of their own.
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parents[1]
 OPS = [file.stem for file in sorted((TESTS.parent / "csrc" / "ops").glob("*.cpp"))]
 # Measures Triton's own exp, which is coarser on a GPU (ex2.approx) than in the interpreter.
-NOT_HERE = ["--deselect", "triton_lstm_interpreted.py::test_gate_maths"]
+NOT_HERE = ["--deselect", "tests/triton_lstm_interpreted.py::test_gate_maths"]
 
 
 def checks(op: str) -> Any:
@@ -57,6 +58,7 @@ def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
 def attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("attention")
     module.check(module.SAMPLES["causal_masked"], torch.float32)
+    module.check(module.SAMPLES["causal_masked"], torch.bfloat16)  # wgmma
     patch.setattr(module.launchers, "_MANY", 0)  # scores: torch's products
     module.check(module.SAMPLES["masked"], torch.float32)
 
@@ -99,9 +101,11 @@ def test_one_call_each_way(
 @pytest.mark.parametrize("arch, seed", [(90, 0), (80, 1)])
 @pytest.mark.parametrize("op", OPS)
 def test_all(op: str, arch: int, seed: int) -> None:
-    file = f"triton_{op}_interpreted.py"
+    file = str(TESTS / f"triton_{op}_interpreted.py")
     options = ["-p", "ptx.plugin", "--ptx-arch", str(arch), "--ptx-seed", str(seed), *NOT_HERE]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *options, file]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]

@@ -21,6 +21,7 @@ const Operations& operations() {
     add_conversions(made);
     add_exchanges(made);
     add_matrix_operations(made);
+    add_group_products(made);
     add_memory_operations(made);
     add_mbarriers(made);
     return made;

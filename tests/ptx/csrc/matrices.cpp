@@ -1,9 +1,10 @@
 // Tensor cores: a warp multiplies small matrices, whose elements its lanes hold.
 //
 // Lane l holds, of 8 by 8 pieces, row l / 4 and neighbouring columns from l % 4 on.
+#include "matrices.h"
+
 #include <cstring>
 
-#include "functions.h"
 #include "memory.h"
 
 namespace ptx {
@@ -39,30 +40,14 @@ void move_matrix(Warp& w, const Instruction& i, Mask) {
       store_bytes(w, i, row, Space::Shared, at(row), 16, reinterpret_cast<uint8_t*>(rows[row]));
 }
 
-struct TF32 {};  // a float whose last 13 bits do not count
-
-template <class T>
-constexpr int elements_in_register = is_short_float<T> ? 2 : 1;
-
-template <class T>
-float element(uint32_t bits, int k) {
-  if constexpr (std::is_same_v<T, TF32>)
-    return std::bit_cast<float>(bits & ~0x1fffu);
-  else
-    return read<T>(bits >> 16 * k);
-}
-
 // d [16, 8] = a [16, K] b [K, 8] + c; operands are the registers of d, a, b and c in this order.
 template <class T, int K>
 void multiply(Warp& w, const Instruction& i, Mask) {
   constexpr int per = elements_in_register<T>, block = 4 * per, a_registers = 2 * K / block;
   float a[16][K], b[K][8], d[16][8];
+  left_factor<T, K>(w, i, 4, a);
   for (int lane = 0; lane < kLanes; ++lane) {
     const int row = lane / 4, column = lane % 4;
-    for (int r = 0; r < a_registers; ++r)
-      for (int k = 0; k < per; ++k)
-        a[row + r % 2 * 8][r / 2 * block + column * per + k] =
-            element<T>(w.lanes<uint32_t>(i, 4 + r)[lane], k);
     for (int r = 0; r < a_registers / 2; ++r)
       for (int k = 0; k < per; ++k)
         b[r * block + column * per + k][row] =

@@ -74,6 +74,15 @@ class Clock {
 
 enum class State : uint8_t { Ready, AtBarrier, AtCluster, Done };
 
+// A product of wgmma that has been asked for.
+struct Product {
+  void (*compute)(Warp&, const Product&);
+  const Instruction* instruction;
+  uint64_t left, right;  // descriptors
+  bool adds;
+  int64_t group;
+};
+
 class Warp {
  public:
   Registers registers;
@@ -91,6 +100,9 @@ class Warp {
   int lane_pc[kLanes] = {};
 
   std::vector<uint8_t> local;  // memory of each lane, made at its first use
+
+  std::vector<Product> products;  // that have not been waited for
+  int64_t product_groups = 0;
 
   Clock clock;     // the own entry is the present; accesses carry it
   Clock fenced;    // at the last fence: what later relaxed writes publish
@@ -144,6 +156,7 @@ void add_comparisons(Operations& table);
 void add_conversions(Operations& table);
 void add_exchanges(Operations& table);
 void add_matrix_operations(Operations& table);
+void add_group_products(Operations& table);
 void add_memory_operations(Operations& table);
 void add_mbarriers(Operations& table);
 
