@@ -16,8 +16,7 @@ pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
 
 
 def layout(c: Case) -> Struct:
-    steps, batch, width = c.z.shape
-    numbers = (batch, width // 4, steps, batch, 1, c.options["reverse"])
+    numbers = (c.batch, c.hidden, c.steps, c.batch, 1, c.options["reverse"])
     return Struct("5q?2P", *numbers, c.options["lengths"], c.options["reset"])
 
 
@@ -29,13 +28,12 @@ def not_yet(*shape: int, dtype: torch.dtype) -> Tensor:
 def launch(
     name: str, c: Case, dtype: torch.dtype, tiles: int, arguments: Struct, seed: int
 ) -> None:
-    batch, hidden = c.z.shape[1], c.z.shape[2] // 4
-    blocks = -(-hidden // 256) * (1 if name == "forward" else 4)
+    blocks = -(-c.hidden // 256) * (1 if name == "forward" else 4)
     columns = 4 if name == "forward" else 1
     module = nvcc.compiled("lstm_persistent_kernel.cu")
     kernel = module[f"{name}_kernel<{TYPES[dtype]}, {blocks}, {tiles}>"]
     kernel.launch(
-        (hidden // 8, -(-batch // (16 * tiles))),
+        (c.hidden // 8, -(-c.batch // (16 * tiles))),
         (256,),
         [layout(c), arguments],
         shared_bytes=2 * tiles * 8 * columns * 128 * 4,

@@ -1,4 +1,4 @@
-"""The LSTM's kernels for thread block clusters and for one block, as nvcc compiles them."""
+"""The LSTM over time in thread block clusters or single blocks, as nvcc compiles it."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ from .launch import Faults, Kernel, Module, Output, Struct
 from .lstm_cases import TYPES, Case, assert_near, case
 
 pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
-OPTIONS = ["plain", "reverse", "lengths", "reset", "lengths and reset, reverse", "no state"]
+KINDS = ["plain", "reverse", "lengths", "reset", "lengths and reset, reverse", "packed", "no state"]
 
 
 def sequence(c: Case) -> Struct:
-    steps, batch, width = c.z.shape
     lengths, reset = c.options["lengths"], c.options["reset"]
-    numbers = (batch, width // 4, steps, batch, 1, c.options["reverse"])
-    return Struct("5q?3P", *numbers, lengths, reset, None)
+    sizes, offsets, t_stride = c.options["batch_sizes"], None, c.batch
+    if sizes is not None:
+        lengths = (sizes[:, None] > torch.arange(c.batch)).sum(0)
+        offsets, t_stride = sizes.cumsum(0) - sizes, 0
+    numbers = (c.batch, c.hidden, c.steps, t_stride, 1, c.options["reverse"])
+    return Struct("5q?3P", *numbers, lengths, reset, offsets)
 
 
-def launch(name: str, c: Case, tile: int, arguments: Struct, seed: int) -> None:
-    """As lstm_cluster_kernel.cu, lstm_cluster_16_kernel.cu for 16 bits, or, with a tile of 0,
-    lstm_block_kernel.cu do on the host."""
-    batch, hidden = c.z.shape[1], c.z.shape[2] // 4
-    if tile == 0:
-        width = 32 if hidden <= 32 else 64
-        kernel = f"{name}_kernel<{TYPES.get(c.z.dtype, 'float')}, {width}>"
-        module = nvcc.compiled("lstm_block_kernel.cu")
-        module[kernel].launch((batch,), (4 * width,), [sequence(c), arguments], seed=seed)
-        return
-    if c.z.dtype == torch.float32:
-        lanes = next(n for n in (8, 12, 16, 24) if hidden <= 16 * n)
+def launch(name: str, c: Case, tile: int | None, arguments: Struct, seed: int) -> None:
+    """As the kernels' files do on the host. tile: batch rows of a cluster; None: blocks alone."""
+    dtype = c.z.dtype
+    if tile is None:
+        width, threads_of_unit, file = 32 if c.hidden <= 32 else 64, 4, "lstm_block_kernel.cu"
+        template = f"{TYPES[dtype]}, {width}"
+    elif dtype == torch.float32:
+        lanes = next(n for n in (8, 12, 16, 24) if c.hidden <= 16 * n)
         width, threads_of_unit, file = 16 * lanes, 16, "lstm_cluster_kernel.cu"
         template = f"{lanes}, {tile}"
     else:
-        width = -(-hidden // 128) * 128
-        threads_of_unit, file = 8, "lstm_cluster_16_kernel.cu"
-        template = f"{TYPES[c.z.dtype]}, {width}"
-    blocks = 8 if width <= 128 else 16
+        width, threads_of_unit = -(-c.hidden // 128) * 128, 8
+        file, template = "lstm_cluster_16_kernel.cu", f"{TYPES[dtype]}, {width}"
+    blocks = 1 if tile is None else 8 if width <= 128 else 16
     nvcc.compiled(file)[f"{name}_kernel<{template}>"].launch(
-        (-(-batch // tile) * blocks,),
+        (-(-c.batch // (tile or 1)) * blocks,),
         (width // blocks * threads_of_unit,),
         [sequence(c), arguments],
         cluster=blocks,
@@ -55,7 +53,7 @@ def check(
     hidden: int,
     batch: int,
     steps: int,
-    tile: int,
+    tile: int | None,
     kind: str,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -64,8 +62,7 @@ def check(
     exact = given.wide()
     right = exact.reference()
     z = given.z.clone()
-    output, cells = torch.empty(2, steps, batch, hidden, dtype=dtype)
-    hy, cy = torch.empty(2, batch, hidden, dtype=dtype)
+    output, hy, cy, _, cells = (torch.empty(a.shape, dtype=dtype) for a in right)
     h, c = given.state or (None, None)
     outputs = (Output(output), Output(hy), Output(cy), z, Output(cells))
     forward = Struct("11P", z, given.weight_hh, *given.biases, h, c, *outputs)
@@ -86,16 +83,16 @@ def check(
         assert_near(a, b, 3)
 
 
-@pytest.mark.parametrize("tile", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_both_ways(tile: int) -> None:
-    check(70, 3, 4, tile, "lengths and reset, reverse")
+@pytest.mark.parametrize("hidden, tile", [(70, 4), (33, None)])
+def test_both_ways(hidden: int, tile: int | None) -> None:
+    check(hidden, 3, 4, tile, "lengths and reset, reverse")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("tile", [1, 4, 8])
-def test_options(tile: int, kind: str) -> None:
-    check(70, 9, 5, tile, kind, seed=2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tile", [None, 1, 4, 8])
+def test_options(tile: int | None, kind: str) -> None:
+    check(70 if tile else 50, 9, 5, tile, kind, seed=2)
 
 
 @pytest.mark.slow
@@ -106,7 +103,7 @@ def test_sizes(tile: int, hidden: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_options_of_16_bits(kind: str) -> None:
     check(70, 9, 5, 8, kind, torch.float16, seed=6)
 
@@ -117,15 +114,11 @@ def test_sizes_of_16_bits(hidden: int) -> None:
     check(hidden, 2, 3, 8, "lengths", torch.bfloat16, seed=8)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
-def test_options_of_one_block(kind: str) -> None:
-    check(33, 3, 5, 0, kind, seed=10)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("hidden", [5, 32, 64])
-def test_sizes_of_one_block(hidden: int, dtype: torch.dtype) -> None:
-    check(hidden, 2, 3, 0, "lengths", dtype, seed=12)
+def test_sizes_of_blocks(hidden: int, dtype: torch.dtype) -> None:
+    check(hidden, 3, 4, None, "lengths and reset, reverse", dtype, seed=10)
 
 
 # In every kernel of the file: a pattern, what it becomes, and what is then reported.
@@ -152,11 +145,3 @@ def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernel, "launch", partialmethod(Kernel.launch, most_instructions=1 << 20))
     with pytest.raises(Faults, match=expected):
         check(70, 3, 4, 4, "plain")
-
-
-def test_one_block_without_barriers(monkeypatch: pytest.MonkeyPatch) -> None:
-    text, count = re.subn(r"bar\.sync\s+0;", "", nvcc.ptx("lstm_block_kernel.cu"))
-    assert count > 0
-    monkeypatch.setattr(nvcc, "compiled", lambda _: Module(text))
-    with pytest.raises(Faults, match=r"race|nobody"):
-        check(33, 2, 4, 0, "plain")
