@@ -259,7 +259,8 @@ def _softmax_blocks(call: _Call) -> dict[str, Any]:
         "ONE_BLOCK": call.keys <= keys,
         "BM": rows,
         "BN": keys,
-        "num_warps": 8,
+        # A score for every thread: copies of one would be read while its place is written.
+        "num_warps": max(1, min(8, rows * keys // 32)),
     }
 
 
