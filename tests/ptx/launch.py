@@ -29,7 +29,7 @@ _SENTENCES = (
     "uses shared memory of a block of its cluster that may have exited by then",
     "shuffles a value from a lane that does not take part",
 )
-_LANES_DISAGREE, _MISALIGNED, _SHUFFLED = 3, 5, 10
+_WRITE_AFTER_READ, _LANES_DISAGREE, _MISALIGNED, _SHUFFLED = 2, 3, 5, 10
 _SHARED, _GRID_WORKSPACE = -1, -2
 
 
@@ -104,9 +104,9 @@ class Kernel:
 
         arguments: a tensor, an Output or None for a pointer, a number, a Struct, or bytes.
         cluster: blocks in one, along x. shared_bytes: dynamic shared memory. cooperative: all
-        blocks run together and may wait for each other. replicas: lanes of one instruction may
-        write one element together, of whose values any will do (Triton lets several lanes hold a
-        value, whose last bits may differ). seed: of the order of blocks and warps.
+        blocks run together and may wait for each other. replicas: several lanes of a warp may hold
+        one value, as Triton has it: any of them may write it, though the last bits differ, after
+        all have read what was there. seed: of the order of blocks and warps.
         """
         packed = _Arguments(self.parsed.parameters, arguments)
         static = self.program.static_shared_bytes
@@ -127,8 +127,8 @@ class Kernel:
             regions.append((ctypes.addressof(data), len(data), len(names), True))
             names.append(name)
         found, why, count = machine.run(self.loaded, options, packed.bytes, regions)
-        ignored = _LANES_DISAGREE if replicas else None
-        lines = [self._line(report, names) for report in found if report.fault != ignored]
+        kept = [report for report in found if not (replicas and _of_replicas(report))]
+        lines = [self._line(report, names) for report in kept]
         if why is not None:
             lines.append(self._with_places(why))
         if lines:
@@ -169,6 +169,11 @@ class Kernel:
             number = piece.split(";")[0].split()[0]
             head += f"at {self._place(max(0, int(number)))}{piece[len(number) :]}"
         return head
+
+
+def _of_replicas(report: machine.Report) -> bool:
+    within_warp = report.warp == report.other_warp
+    return report.fault == _LANES_DISAGREE or (report.fault == _WRITE_AFTER_READ and within_warp)
 
 
 class Module:

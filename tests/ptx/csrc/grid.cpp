@@ -87,7 +87,9 @@ Region* Launch::nearest_region(uint64_t address) {
 
 void Launch::report(const Warp& w, const Instruction& i, int lane, Fault fault, int label,
                     int64_t offset, const Access& other) {
-  const auto [at, is_new] = seen_.try_emplace({fault, i.number, other.instruction}, reports.size());
+  const bool same_warp = other.warp == w.number;
+  const auto [at, is_new] =
+      seen_.try_emplace({fault, i.number, other.instruction, same_warp}, reports.size());
   if (is_new)
     reports.push_back({fault, i.number, other.instruction, int(w.number),
                        other.exists() ? int(other.warp) : -1, lane, label, offset, 0});

@@ -172,7 +172,7 @@ class Launch {
   std::mt19937_64 random_;
   std::vector<std::unique_ptr<Region>> regions_;  // by address
   Region* last_region_ = nullptr;
-  std::map<std::tuple<Fault, int, int>, size_t> seen_;
+  std::map<std::tuple<Fault, int, int, bool>, size_t> seen_;
   std::vector<uint8_t> grid_workspace_;
 };
 
