@@ -50,3 +50,18 @@ def test_only_the_op_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "row of ntm" in printed and "row of lstm" not in printed
     assert markdown.main([str(path)]) == 0
     assert "row of lstm" in capsys.readouterr().out
+
+
+def test_rows_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {"op": "lstm", "row": "LSTM 2, 3", "dtype": "bfloat16", "failed": None}
+    ours = {**labels, "side": "ours", "median_s": 2e-3, "ratio": 1.0}
+    peer = {**labels, "side": "nn.LSTM", "median_s": 5e-3, "ratio": 2.5}
+    slow = {**labels, "side": "slow", "failed": "out of memory"}
+    results = [{**r, "mode": "inference"} for r in (ours, peer, slow)]
+    results += [{**ours, "mode": "training step", "median_s": 3e-6}]
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"job": "gpu", "results": results}))
+    assert markdown.main([str(path), "--op", "lstm"]) == 0
+    head, _, line = capsys.readouterr().out.splitlines()
+    assert head == "| row | inference | training step |"
+    assert line == "| LSTM 2, 3 bf16 | 2.00 ms; nn.LSTM **2.50** | 3.00 µs |"

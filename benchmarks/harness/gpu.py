@@ -141,9 +141,11 @@ def describe() -> dict[str, Any]:
     }
 
 
-def by_row(results: Sequence[Record]) -> Iterator[tuple[Record, list[Record]]]:
+def by_row(
+    results: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
     """Each row's record of ours, and those of its peers."""
-    peers: dict[tuple[str, ...], list[Record]] = {}
+    peers: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for r in results:
         peers.setdefault((r["row"], r["dtype"], r["mode"], r["op"]), []).append(r)
     for found in peers.values():

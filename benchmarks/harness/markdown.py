@@ -1,6 +1,8 @@
 """A results file's tables as Markdown, as the README shows them.
 
 python -m benchmarks.harness.markdown benchmarks/results/bench.json [--op lstm]
+
+Of a file that benchmarks.harness.gpu wrote, the rows on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import chart, report
+from benchmarks.harness import chart, gpu, report
 from benchmarks.harness.report import SHORT_DTYPE, compiling, duration
 from benchmarks.harness.rows import MODES
 
@@ -42,13 +44,36 @@ def table(letters: str, results: Results) -> str:
     return "\n".join(out).replace(" us", " µs")
 
 
+def gpu_cell(ours: Mapping[str, Any] | None, peers: Results) -> str:
+    """ "1.6 ms; eager **48.0**": our time, and how many times that each peer takes."""
+    if ours is None or ours.get("median_s") is None:
+        return ""
+    ratios = [f"{r['side']} **{r['ratio']:.2f}**" for r in peers if r.get("ratio") is not None]
+    return "; ".join([duration(ours["median_s"]), *ratios])
+
+
+def gpu_table(results: Results) -> str:
+    """One line for each row, one column for each mode."""
+    lines: dict[str, dict[str, str]] = {}
+    for ours, peers in gpu.by_row(results):
+        row = f"{ours['row']} {SHORT_DTYPE.get(ours['dtype'], ours['dtype'])}"
+        lines.setdefault(row, {})[ours["mode"]] = gpu_cell(ours, peers)
+    out = [f"| row | {' | '.join(MODES)} |", "|---|---|---|"]
+    out += [f"| {row} | {' | '.join(c.get(m, '') for m in MODES)} |" for row, c in lines.items()]
+    return "\n".join(out).replace(" us", " µs")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables, the first of each op."""
     parser = report.parser("benchmarks.harness.markdown", main.__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--op", help="this op's table alone")
     args = parser.parse_args(argv)
-    tables = chart.first_tables(json.loads(args.results.read_text()))
+    content = json.loads(args.results.read_text())
+    if content.get("job") == "gpu":
+        print(gpu_table([r for r in content["results"] if args.op in (None, r["op"])]))
+        return 0
+    tables = chart.first_tables(content)
     wanted = [t for t in tables if args.op in (None, t["job"])]
     print("\n\n".join(table(t["letters"], t["results"]) for t in wanted))
     return 0

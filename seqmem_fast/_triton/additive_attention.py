@@ -10,7 +10,7 @@ once by rows and once by columns, recomputes t = tanh(q_i + k_j) and sums
 without atomics: each program owns its rows, dv is summed per program and then over programs, in a
 fixed order. Memory is a few times Tq Tk of the wide dtype (float32, float64 for float64).
 
-State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+State of proof: as in lstm.py.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -12,7 +12,7 @@ scores take torch's products with one kernel between them, for the softmax or it
 
 Where the package was built with nvcc, csrc/cuda/attention.cpp runs small calls in their place.
 
-State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+State of proof: as in lstm.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ is wanted. Backward: one kernel back over the hops, then a product per gradient.
 Slots wider than 128 do not keep their gate matrices on chip; they take a plain path, torch's
 operations hop by hop, in the same affine form.
 
-State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+State of proof: as in lstm.py.
 """
 
 from __future__ import annotations

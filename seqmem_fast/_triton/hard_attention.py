@@ -7,7 +7,7 @@ of range gives NaN.
 
 Where the package was built with nvcc, csrc/cuda/hard_attention.cpp runs in their place.
 
-State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+State of proof: as in lstm.py.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -10,7 +10,7 @@ the reference on the GPU, its gradient by autograd through the reference, which 
 memory. Arithmetic and state are float32 for 16-bit storage (float64 for float64); float32 is full
 precision, TF32 allowed or not, but for the products over all steps, which are torch's.
 
-State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+State of proof: as in lstm.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ above `_ELEMENTS` values a row do not fit and take the plain path: the reference
 
 Where the package was built with nvcc, csrc/cuda/ntm_addressing.cpp runs in their place.
 
-State of proof: as in lstm.py, interpreted and compiled ahead of time, never run on a GPU.
+State of proof: as in lstm.py.
 """
 
 from __future__ import annotations
