@@ -4,24 +4,6 @@
 namespace ptx {
 namespace {
 
-struct Equal {
-  template <class T>
-  bool operator()(T a, T b) const {
-    return a == b;
-  }
-};
-struct Less {
-  template <class T>
-  bool operator()(T a, T b) const {
-    return a < b;
-  }
-};
-struct LessOrEqual {
-  template <class T>
-  bool operator()(T a, T b) const {
-    return a <= b;
-  }
-};
 struct Numbers {
   template <class T>
   bool operator()(T a, T b) const {
@@ -45,23 +27,23 @@ void add_type(Operations& table, const std::string& type) {
   const auto put = [&](const char* name, Operation f) {
     table[std::string("setp.") + name + "." + type] = f;
   };
-  put("eq", compare<Equal, T>);
-  put("lt", compare<Less, T>);
-  put("le", compare<LessOrEqual, T>);
-  put("gt", compare<Less, T, true>);
-  put("ge", compare<LessOrEqual, T, true>);
+  put("eq", compare<std::equal_to<>, T>);
+  put("lt", compare<std::less<>, T>);
+  put("le", compare<std::less_equal<>, T>);
+  put("gt", compare<std::less<>, T, true>);
+  put("ge", compare<std::less_equal<>, T, true>);
   if constexpr (std::is_integral_v<T>) {
-    put("ne", compare<Equal, T, false, true>);
-    put("lo", compare<Less, T>);
-    put("ls", compare<LessOrEqual, T>);
-    put("hi", compare<Less, T, true>);
-    put("hs", compare<LessOrEqual, T, true>);
+    put("ne", compare<std::equal_to<>, T, false, true>);
+    put("lo", compare<std::less<>, T>);
+    put("ls", compare<std::less_equal<>, T>);
+    put("hi", compare<std::less<>, T, true>);
+    put("hs", compare<std::less_equal<>, T, true>);
   } else {  // with a NaN `ne` is false, and all whose names end in u are true
-    table["setp.neu." + type] = compare<Equal, T, false, true>;
-    put("ltu", compare<LessOrEqual, T, true, true>);
-    put("leu", compare<Less, T, true, true>);
-    put("gtu", compare<LessOrEqual, T, false, true>);
-    put("geu", compare<Less, T, false, true>);
+    table["setp.neu." + type] = compare<std::equal_to<>, T, false, true>;
+    put("ltu", compare<std::less_equal<>, T, true, true>);
+    put("leu", compare<std::less<>, T, true, true>);
+    put("gtu", compare<std::less_equal<>, T, false, true>);
+    put("geu", compare<std::less<>, T, false, true>);
     put("num", compare<Numbers, T>);
     put("nan", compare<Numbers, T, false, true>);
     struct Different {

@@ -70,33 +70,12 @@ void elect(Warp& w, const Instruction& i, Mask mask) {
   p = (p & ~mask) | Mask(1) << first;
 }
 
-struct Sum {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return a + b; }
-};
-struct And {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return a & b; }
-};
-struct Or {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return a | b; }
-};
-struct Xor {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return a ^ b; }
-};
-template <class T>
-struct Least {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return std::min<T>(a, b); }
-};
-template <class T>
-struct Greatest {
-  uint32_t operator()(uint32_t a, uint32_t b) const { return std::max<T>(a, b); }
-};
-
-template <class F>
+template <class F, class T>
 void reduce(Warp& w, const Instruction& i, Mask mask) {
-  const auto* a = w.lanes<uint32_t>(i, 1);
-  uint32_t result = a[std::countr_zero(mask)];
+  const auto* a = w.lanes<T>(i, 1);
+  T result = a[std::countr_zero(mask)];
   each_lane(mask & (mask - 1), [&](int lane) { result = F()(result, a[lane]); });
-  fill_lanes(mask, w.lanes<uint32_t>(i, 0), [=](int) { return result; });
+  fill_lanes(mask, w.lanes<T>(i, 0), [=](int) { return result; });
 }
 
 }  // namespace
@@ -112,14 +91,14 @@ void add_exchanges(Operations& table) {
   table["vote.ballot.b32"] = ballot;
   table["activemask.b32"] = active_mask;
   table["elect"] = elect;
-  add_names(table, "redux.add", {"u32", "s32"}, reduce<Sum>);
-  table["redux.and.b32"] = reduce<And>;
-  table["redux.or.b32"] = reduce<Or>;
-  table["redux.xor.b32"] = reduce<Xor>;
-  table["redux.min.u32"] = reduce<Least<uint32_t>>;
-  table["redux.min.s32"] = reduce<Least<int32_t>>;
-  table["redux.max.u32"] = reduce<Greatest<uint32_t>>;
-  table["redux.max.s32"] = reduce<Greatest<int32_t>>;
+  add_names(table, "redux.add", {"u32", "s32"}, reduce<std::plus<>, uint32_t>);
+  table["redux.and.b32"] = reduce<std::bit_and<>, uint32_t>;
+  table["redux.or.b32"] = reduce<std::bit_or<>, uint32_t>;
+  table["redux.xor.b32"] = reduce<std::bit_xor<>, uint32_t>;
+  table["redux.min.u32"] = reduce<Least, uint32_t>;
+  table["redux.min.s32"] = reduce<Least, int32_t>;
+  table["redux.max.u32"] = reduce<Greatest, uint32_t>;
+  table["redux.max.s32"] = reduce<Greatest, int32_t>;
 }
 
 }  // namespace ptx

@@ -9,30 +9,6 @@
 namespace ptx {
 namespace {
 
-struct Add {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Subtract {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a - b;
-  }
-};
-struct Multiply {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a * b;
-  }
-};
-struct Divide {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a / b;
-  }
-};
 struct MultiplyAdd {
   template <class T>
   T operator()(T a, T b, T c) const {
@@ -63,14 +39,14 @@ struct AddDirected {
 };
 
 // A NaN gives way to the other value, and -0 is less than 0.
-struct Least {
+struct LeastNumber {
   template <class T>
   T operator()(T a, T b) const {
     if (a != a) return b;
     return b != b || a < b || (a == b && std::signbit(a)) ? a : b;
   }
 };
-struct Greatest {
+struct GreatestNumber {
   template <class T>
   T operator()(T a, T b) const {
     if (a != a) return b;
@@ -85,12 +61,6 @@ struct KeepingNan {
   }
 };
 
-struct Negate {
-  template <class T>
-  T operator()(T a) const {
-    return -a;
-  }
-};
 struct Absolute {
   template <class T>
   T operator()(T a) const {
@@ -146,37 +116,39 @@ struct UpperWord {  // double approximations give 20 bits of mantissa
   }
 };
 
+// And, for 16 bits, the same for both halves of a register.
+template <class F, class T>
+void put(Operations& table, const std::string& name, const std::string& type, Operation single) {
+  table[name + "." + type] = single;
+  if constexpr (is_short_float<T>) table[name + "." + type + "x2"] = paired<F, T>;
+}
+
 template <class T>
 void add_type(Operations& table, const std::string& type) {
-  table["add." + type] = binary<Add, T>;
-  table["sub." + type] = binary<Subtract, T>;
-  table["mul." + type] = binary<Multiply, T>;
-  table["fma." + type] = ternary<MultiplyAdd, T>;
-  table["min." + type] = binary<Least, T>;
-  table["max." + type] = binary<Greatest, T>;
-  table["min.NaN." + type] = binary<KeepingNan<Least>, T>;
-  table["max.NaN." + type] = binary<KeepingNan<Greatest>, T>;
-  table["neg." + type] = unary<Negate, T>;
-  table["abs." + type] = unary<Absolute, T>;
+  const auto put1 = [&](auto f, const char* name) {
+    put<decltype(f), T>(table, name, type, unary<decltype(f), T>);
+  };
+  const auto put2 = [&](auto f, const char* name) {
+    put<decltype(f), T>(table, name, type, binary<decltype(f), T>);
+  };
+  put2(std::plus<>(), "add");
+  put2(std::minus<>(), "sub");
+  put2(std::multiplies<>(), "mul");
+  put2(LeastNumber(), "min");
+  put2(GreatestNumber(), "max");
+  put2(KeepingNan<LeastNumber>(), "min.NaN");
+  put2(KeepingNan<GreatestNumber>(), "max.NaN");
+  put1(std::negate<>(), "neg");
+  put1(Absolute(), "abs");
+  put<MultiplyAdd, T>(table, "fma", type, ternary<MultiplyAdd, T>);
   if constexpr (is_short_float<T>) {
-    const std::string both = type + "x2";
-    table["add." + both] = paired<Add, T>;
-    table["sub." + both] = paired<Subtract, T>;
-    table["mul." + both] = paired<Multiply, T>;
-    table["fma." + both] = paired<MultiplyAdd, T>;
-    table["min." + both] = paired<Least, T>;
-    table["max." + both] = paired<Greatest, T>;
-    table["min.NaN." + both] = paired<KeepingNan<Least>, T>;
-    table["max.NaN." + both] = paired<KeepingNan<Greatest>, T>;
-    table["neg." + both] = paired<Negate, T>;
-    table["abs." + both] = paired<Absolute, T>;
-    table["ex2." + type] = unary<Exponential2, T>;
-    table["tanh." + type] = unary<Tangent, T>;
+    put1(Exponential2(), "ex2");
+    put1(Tangent(), "tanh");
   } else {
-    table["div." + type] = binary<Divide, T>;
-    table["rcp." + type] = unary<Reciprocal, T>;
-    table["sqrt." + type] = unary<SquareRoot, T>;
-    table["copysign." + type] = binary<CopySign, T>;
+    put1(Reciprocal(), "rcp");
+    put1(SquareRoot(), "sqrt");
+    put2(std::divides<>(), "div");
+    put2(CopySign(), "copysign");
   }
 }
 

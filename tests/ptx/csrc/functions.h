@@ -1,6 +1,8 @@
 // Operations made of a function of a lane's values.
 #pragma once
 
+#include <algorithm>
+#include <functional>
 #include <initializer_list>
 
 #include "warp.h"
@@ -64,6 +66,19 @@ void paired(Warp& w, const Instruction& i, Mask mask) {
     return half(0) | half(16) << 16;
   });
 }
+
+struct Least {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::min(a, b);
+  }
+};
+struct Greatest {
+  template <class T>
+  T operator()(T a, T b) const {
+    return std::max(a, b);
+  }
+};
 
 inline void add_names(Operations& table, const std::string& stem,
                       std::initializer_list<const char*> types, Operation operation) {

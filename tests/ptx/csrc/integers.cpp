@@ -10,18 +10,6 @@ namespace {
 template <class T>
 constexpr uint32_t bits_of = sizeof(T) * 8;
 
-struct Add {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Subtract {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a - b;
-  }
-};
 struct Multiply {  // short integers would be widened to int, which overflows
   template <class T>
   T operator()(T a, T b) const {
@@ -77,42 +65,6 @@ struct Remainder {
     return a % b;
   }
 };
-struct Least {
-  template <class T>
-  T operator()(T a, T b) const {
-    return std::min(a, b);
-  }
-};
-struct Greatest {
-  template <class T>
-  T operator()(T a, T b) const {
-    return std::max(a, b);
-  }
-};
-struct And {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a & b;
-  }
-};
-struct Or {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a | b;
-  }
-};
-struct Xor {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a ^ b;
-  }
-};
-struct Not {
-  template <class T>
-  T operator()(T a) const {
-    return static_cast<T>(~a);
-  }
-};
 struct Negate {
   template <class T>
   T operator()(T a) const {
@@ -123,12 +75,6 @@ struct Absolute {
   template <class T>
   T operator()(T a) const {
     return a < 0 ? Negate()(a) : a;
-  }
-};
-struct Move {
-  template <class T>
-  T operator()(T a) const {
-    return a;
   }
 };
 struct ShiftLeft {
@@ -282,16 +228,16 @@ void add_width(Operations& table, const std::string& bits) {
     table[name + "." + u] = of_unsigned;
     table[name + "." + s] = of_signed;
   };
-  both("add", binary<Add, U>);
-  both("sub", binary<Subtract, U>);
+  both("add", binary<std::plus<>, U>);
+  both("sub", binary<std::minus<>, U>);
   both("mul.lo", binary<Multiply, U>);
   both("mad.lo", ternary<MultiplyAdd, U>);
-  both("and", binary<And, U>);
-  both("or", binary<Or, U>);
-  both("xor", binary<Xor, U>);
-  both("not", unary<Not, U>);
+  both("and", binary<std::bit_and<>, U>);
+  both("or", binary<std::bit_or<>, U>);
+  both("xor", binary<std::bit_xor<>, U>);
+  both("not", unary<std::bit_not<>, U>);
   both("neg", unary<Negate, U>);
-  both("mov", unary<Move, U>);
+  both("mov", unary<std::identity, U>);
   both("shl", shift<ShiftLeft, U>);
   table["shr." + b] = shift<ShiftRight, U>;
   table["abs." + s] = unary<Absolute, S>;
@@ -333,8 +279,8 @@ void add_integer_operations(Operations& table) {
   add_wide_products<int32_t, int64_t>(table, "s32");
   table["mul.hi.u64"] = binary<MultiplyHigh<unsigned __int128>, uint64_t>;
   table["mul.hi.s64"] = binary<MultiplyHigh<__int128>, int64_t>;
-  add_names(table, "mov", {"f32", "f16", "bf16"}, unary<Move, uint32_t>);
-  table["mov.f64"] = unary<Move, uint64_t>;
+  add_names(table, "mov", {"f32", "f16", "bf16"}, unary<std::identity, uint32_t>);
+  table["mov.f64"] = unary<std::identity, uint64_t>;
   table["brev.b32"] = unary<ReverseBits, uint32_t>;
   table["prmt.b32"] = permute_bytes;
   table["lop3.b32"] = logic3;
@@ -344,11 +290,11 @@ void add_integer_operations(Operations& table) {
   table["shf.r.clamp.b32"] = funnel_shift<false, true>;
   table["pack"] = pack;
   table["unpack"] = unpack;
-  table["and.pred"] = predicates<And>;
-  table["or.pred"] = predicates<Or>;
-  table["xor.pred"] = predicates<Xor>;
-  table["not.pred"] = predicates<Not>;
-  table["mov.pred"] = predicates<Move>;
+  table["and.pred"] = predicates<std::bit_and<>>;
+  table["or.pred"] = predicates<std::bit_or<>>;
+  table["xor.pred"] = predicates<std::bit_xor<>>;
+  table["not.pred"] = predicates<std::bit_not<>>;
+  table["mov.pred"] = predicates<std::identity>;
 }
 
 }  // namespace ptx

@@ -170,42 +170,6 @@ void load_parameter(Warp& w, const Instruction& i, Mask mask) {
   });
 }
 
-struct Add {
-  template <class T>
-  T operator()(T old, T x) const {
-    return static_cast<T>(old + x);
-  }
-};
-struct Least {
-  template <class T>
-  T operator()(T old, T x) const {
-    return std::min(old, x);
-  }
-};
-struct Greatest {
-  template <class T>
-  T operator()(T old, T x) const {
-    return std::max(old, x);
-  }
-};
-struct And {
-  template <class T>
-  T operator()(T old, T x) const {
-    return old & x;
-  }
-};
-struct Or {
-  template <class T>
-  T operator()(T old, T x) const {
-    return old | x;
-  }
-};
-struct Xor {
-  template <class T>
-  T operator()(T old, T x) const {
-    return old ^ x;
-  }
-};
 struct Exchange {
   template <class T>
   T operator()(T, T x) const {
@@ -256,16 +220,16 @@ void atomic(Warp& w, const Instruction& i, Mask mask) {
 
 template <class T>
 void add_bit_atomics(Operations& table, const std::string& bits) {
-  table["atom.and.b" + bits] = atomic<And, T>;
-  table["atom.or.b" + bits] = atomic<Or, T>;
-  table["atom.xor.b" + bits] = atomic<Xor, T>;
+  table["atom.and.b" + bits] = atomic<std::bit_and<>, T>;
+  table["atom.or.b" + bits] = atomic<std::bit_or<>, T>;
+  table["atom.xor.b" + bits] = atomic<std::bit_xor<>, T>;
   table["atom.exch.b" + bits] = atomic<Exchange, T>;
   table["atom.cas.b" + bits] = atomic<CompareAndSwap, T>;
 }
 
 template <class T>
 void add_integer_atomics(Operations& table, const std::string& type) {
-  table["atom.add." + type] = atomic<Add, T>;
+  table["atom.add." + type] = atomic<std::plus<>, T>;
   table["atom.min." + type] = atomic<Least, T>;
   table["atom.max." + type] = atomic<Greatest, T>;
 }
@@ -354,10 +318,10 @@ void add_memory_operations(Operations& table) {
   table["atom.inc.u32"] = atomic<Increment, uint32_t>;
   table["atom.dec.u32"] = atomic<Decrement, uint32_t>;
   table["atom.cas.b16"] = atomic<CompareAndSwap, uint16_t>;
-  table["atom.add.f32"] = atomic<Add, float>;
-  table["atom.add.f64"] = atomic<Add, double>;
-  table["atom.add.f16"] = atomic<Add, Half>;
-  table["atom.add.bf16"] = atomic<Add, BFloat16>;
+  table["atom.add.f32"] = atomic<std::plus<>, float>;
+  table["atom.add.f64"] = atomic<std::plus<>, double>;
+  table["atom.add.f16"] = atomic<std::plus<>, Half>;
+  table["atom.add.bf16"] = atomic<std::plus<>, BFloat16>;
 }
 
 }  // namespace ptx
