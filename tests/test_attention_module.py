@@ -173,6 +173,14 @@ def test_the_compiled_call_is_the_general_one(call: str, batch_first: bool) -> N
         assert len(seen) == 1
 
 
+def test_a_forward_of_out_proj_s_own_is_called() -> None:
+    _, ours = pair({})
+    ours.out_proj.forward = lambda x: torch.full_like(x, 3.0)
+    with torch.no_grad():
+        output, _ = ours(*inputs({}))
+    assert bool((output == 3).all())
+
+
 def test_the_compiled_call_refuses_as_the_general_one() -> None:
     _, ours = pair({})
     q, k, v = inputs({})

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../common/autograd.h"
+#include "../ops/attention_check.h"
 
 namespace seqmem::attention {
 namespace {
@@ -63,11 +64,7 @@ std::optional<std::tuple<Tensor, OptionalTensor>> module(
   Tensor output;
   OptionalTensor weights;
   if (need_weights) {
-    using Signature =
-        std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                   const OptionalTensor&, std::optional<double>, bool);
-    static const auto op = find_op<Signature>("seqmem::attention");
-    std::tie(output, weights) = op.call(q, k, v, {}, {}, false);
+    std::tie(output, weights) = ForwardOp::call(q, k, v, {}, {}, false);
     if (average) weights = heads == 1 ? weights->squeeze(1) : weights->mean(1);
   } else {
     output = at::scaled_dot_product_attention(q, k, v);

@@ -214,7 +214,7 @@ class Attention(nn.Module):
             or transform_active()
             or dynamo_traces()
             or overridden(query, key, value, self.in_proj_weight, projection.weight)
-            or type(projection).forward is not nn.Linear.forward
+            or getattr(projection.forward, "__func__", None) is not nn.Linear.forward
             or projection._forward_hooks
             or projection._forward_pre_hooks
             or projection._backward_hooks
