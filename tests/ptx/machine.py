@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .decode import KINDS, SPECIAL, Program
+from .kept import call, kept
 
-_HERE = Path(__file__).parent
+_SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = (
     "-std=c++20",
     "-O2",
@@ -148,32 +148,19 @@ def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int]:
 
 
 def _compiled() -> Path:
-    """The library, in build/ under the hash of all that makes it; one process compiles it."""
-    sources = sorted((_HERE / "csrc").glob("*.cpp"))
     compiler = os.environ.get("CXX", "c++").split()
     key = hashlib.sha256(" ".join((*compiler, *_FLAGS, platform.node())).encode())
-    for file in sorted((_HERE / "csrc").iterdir()):
+    for file in sorted(_SOURCES.iterdir()):
         key.update(file.read_bytes())
-    folder = _HERE.parents[1] / "build" / "ptx" / key.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "machine.so"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            objects = [folder / f"{file.stem}.o" for file in sources]
-            commands = [
-                [*compiler, *_FLAGS, "-c", str(file), "-o", str(to)]
-                for file, to in zip(sources, objects, strict=True)
-            ]
+
+    def make(library: Path) -> None:
+        with TemporaryDirectory() as folder:
+            objects = {
+                str(file): f"{folder}/{file.stem}.o" for file in sorted(_SOURCES.glob("*.cpp"))
+            }
+            commands = [[*compiler, *_FLAGS, "-c", *(a, "-o", b)] for a, b in objects.items()]
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(_call, commands))
-            partial = folder / "partial.so"
-            _call([*compiler, "-shared", *map(str, objects), "-o", str(partial)])
-            partial.rename(target)
-    return target
+                list(pool.map(call, commands))
+            call([*compiler, "-shared", *objects.values(), "-o", str(library)])
 
-
-def _call(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return kept(f"machine_{key.hexdigest()[:16]}.so", make)

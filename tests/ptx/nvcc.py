@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
+from .kept import ROOT, call, kept
 from .launch import Module
-
-ROOT = Path(__file__).parents[2]
 
 
 def found() -> bool:
@@ -30,14 +28,8 @@ def ptx(source: str) -> str:
     key = hashlib.sha256(" ".join((*command, source)).encode())
     for file in sorted([*folder.iterdir(), *(ROOT / "csrc" / "common").iterdir()]):
         key.update(file.read_bytes())
-    kept = ROOT / "build" / "ptx" / f"{Path(source).stem}_{key.hexdigest()[:16]}.ptx"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
-        done = subprocess.run(
-            [*command, str(folder / source), "-o", str(partial)], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise RuntimeError(done.stderr)
-        partial.rename(kept)
-    return kept.read_text()
+
+    def make(target: Path) -> None:
+        call([*command, str(folder / source), "-o", str(target)])
+
+    return kept(f"{Path(source).stem}_{key.hexdigest()[:16]}.ptx", make).read_text()

@@ -88,6 +88,12 @@ def test_every_op_is_checked() -> None:
     assert sorted(check.__name__ for check in QUICK) == OPS
 
 
+def test_every_cuda_file_is_checked() -> None:
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    for file in (TESTS.parent / "csrc" / "cuda").glob("*_kernel.cu"):
+        assert f'"{file.name}"' in tests or f'"{file.stem.removesuffix("_kernel")}"' in tests
+
+
 @pytest.mark.parametrize("check", QUICK, ids=lambda check: check.__name__)
 def test_one_call_each_way(
     check: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
