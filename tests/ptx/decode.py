@@ -32,13 +32,12 @@ ROUNDINGS = ("", "rni", "rzi", "rmi", "rpi")
 # Of clusters and grids that are lines.
 _CONSTANT_SPECIAL = {
     "%cluster_ctaid.y": 0, "%cluster_ctaid.z": 0, "%cluster_nctaid.y": 1, "%cluster_nctaid.z": 1,
-    "%is_explicit_cluster": 1, "%cluster_ctarank.y": 0,
+    "%is_explicit_cluster": 1,
 }  # fmt: skip
 
-_IGNORED = {"rn", "ftz", "approx", "full", "uni", "sync", "aligned", "noftz", "relu", "xorsign"}
+_IGNORED = {"rn", "ftz", "approx", "full", "uni", "sync", "aligned", "noftz"}
 _NOTHING = ("griddepcontrol", "prefetch", "discard", "createpolicy", "nanosleep", "applypriority",
-            "setmaxnreg", "bar.warp.arrive")  # fmt: skip
-_CONVERGENT = ("shfl", "vote", "redux", "mma", "ldmatrix", "stmatrix", "elect")
+            "setmaxnreg")  # fmt: skip
 
 
 class Unsupported(Exception):
@@ -221,7 +220,8 @@ class _Decoder:
         """Most instructions: all operands have the type that the opcode ends with."""
         kept = [m for m in modifiers if m not in _IGNORED]
         saturated = "sat" in kept and kept[-1] == "f32"
-        kept = [m for m in kept if m != "sat"]
+        if saturated:
+            kept.remove("sat")
         kind = _kind(kept[-1])
         kinds = [kind] * len(operands)
         if base in ("shl", "shr"):
@@ -291,6 +291,9 @@ class _Decoder:
         *how, to, source = (m for m in modifiers if m not in _IGNORED)
         saturated = "sat" in how and to == "f32"
         rounding = next((m for m in how if m in ROUNDINGS), "")
+        known = {*ROUNDINGS, *(["sat"] if saturated else []), *(["rna"] if to == "tf32" else [])}
+        if not known.issuperset(how):
+            raise Unsupported(f"cvt with {', '.join(how)}")
         if len(operands) == 3 or to == "tf32":
             self.emit(f"cvt.{to}.{source}", [self.operand(text, "narrow") for text in operands])
             return

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import assembly, machine
-from .assembly import Parameter, Place
+from .assembly import Parameter
 from .decode import Program, decode
 
 # Faults, as csrc/shadow.h numbers them: {what} is the memory.
@@ -153,14 +153,14 @@ class Kernel:
         return text + (f" ({report.count} times)" if report.count > 1 else "")
 
     def _place(self, instruction: int) -> str:
+        """`inner.py:3, outer.py:7, PTX line 20 `the statement``."""
         statement = self.parsed.body.statements[self.program.instructions[instruction].statement]
-        return f"{self.source(statement.place)}PTX line {statement.place.line} `{statement.text}`"
-
-    def source(self, place: Place) -> str:
-        files = (self.module.files.get(file, "?").rsplit("/", 1)[-1] for file, _ in place.source)
-        return "".join(
-            f"{file}:{line} < " for file, (_, line) in zip(files, place.source, strict=True)
-        ).replace(" < ", ", ")
+        files = self.module.files
+        source = "".join(
+            f"{files.get(file, '?').rsplit('/', 1)[-1]}:{line}, "
+            for file, line in statement.place.source
+        )
+        return f"{source}PTX line {statement.place.line} `{statement.text}`"
 
     def _with_places(self, why: str) -> str:
         """The interpreter's words, with its instructions' numbers replaced by their places."""
