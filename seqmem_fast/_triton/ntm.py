@@ -112,6 +112,10 @@ def _by_gate(t: Tensor, gates: int) -> Tensor:
     return t.unflatten(0, (-1, gates)).transpose(0, 1).flatten(0, 1)
 
 
+def _to(dtype: torch.dtype, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.to(dtype) for t in tensors]
+
+
 @dataclass(frozen=True)
 class _Controller:
     """The controller's weights in the wide dtype, gates by unit."""
@@ -177,12 +181,14 @@ def ntm(
         if lengths is not None:
             lengths = row_lengths("ntm", lengths, input.device, size.steps)
         if not size.on_chip:
+            start = NTMState(*_to(dtype, state))
             features, last, all_weightings = reference.ntm_trace(
-                input, state, controller, head_weight, head_bias,
-                **_keywords(options, initial, lengths, reset),
+                input.to(dtype), start, _to(dtype, controller), head_weight.to(dtype),
+                head_bias.to(dtype), **_keywords(options, _to(dtype, initial), lengths, reset),
             )  # fmt: skip
-            last = NTMState(*(a.clone() if a is b else a for a, b in zip(last, state, strict=True)))
-            return features, *last, all_weightings if trace or save else input.new_empty(0), *kept
+            ends = (a.clone() if a is b else a for a, b in zip(last, start, strict=True))
+            every = all_weightings if trace or save else none
+            return *_to(input.dtype, (features, *ends, every)), *kept
         features = make(size.steps, size.batch, size.control + size.read_width)
         every = make(size.steps, size.batch, size.heads, size.slots) if trace or save else None
         outs = _forward(
@@ -347,7 +353,8 @@ def ntm_backward(
             back = _Backward(size, input, state, controller, head_weight, initial, lengths, reset)
             found = back.run(grad_features, grads, grad_trace, features, trace, saved, checkpoints)
         else:
-            inputs = (input, *state, head_weight, head_bias, *initial, *controller)
+            dtype = wide(input.dtype)
+            inputs = _to(dtype, (input, *state, head_weight, head_bias, *initial, *controller))
             count = len(initial)
 
             def function(*args: Tensor) -> tuple[Tensor, ...]:
@@ -358,7 +365,9 @@ def ntm_backward(
                 )  # fmt: skip
                 return outputs[0], *outputs[1], outputs[2]
 
-            seeds = (grad_features, *grads, grad_trace)
+            seeds = [
+                None if a is None else a.to(dtype) for a in (grad_features, *grads, grad_trace)
+            ]
             with autograd_below():
                 found = [
                     None if a is None else a.detach()
