@@ -187,8 +187,8 @@ def ntm(
                 head_bias.to(dtype), **_keywords(options, _to(dtype, initial), lengths, reset),
             )  # fmt: skip
             ends = (a.clone() if a is b else a for a, b in zip(last, start, strict=True))
-            every = all_weightings if trace or save else none
-            return *_to(input.dtype, (features, *ends, every)), *kept
+            wanted = all_weightings if trace or save else none
+            return *_to(input.dtype, (features, *ends, wanted)), *kept
         features = make(size.steps, size.batch, size.control + size.read_width)
         every = make(size.steps, size.batch, size.heads, size.slots) if trace or save else None
         outs = _forward(
