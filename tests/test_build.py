@@ -385,3 +385,16 @@ def test_wheel_works_in_a_fresh_environment(tmp_path: Path) -> None:
     tests = [fresh, "-m", "pytest", "-q", "-m", "isa", "-p", "no:cacheprovider"]
     result = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("file", sorted(ROOT.glob("csrc/cuda/*_kernel.cu")), ids=lambda f: f.stem)
+def test_compiles_for_the_oldest_gpus(file: Path, tmp_path: Path) -> None:
+    """Those of torch's own builds: what they lack must be left out, not only never launched."""
+    target = "arch=compute_75,code=sm_75"
+    command = ["nvcc", "-c", "-O0", "-Xptxas", "-O0", "-std=c++17", "-gencode", target, str(file)]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -53,19 +53,24 @@ __device__ void store_through_l2(void* to, Words v) {
 
 __device__ bool not_yet(Words v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
 
+// m16n8k16, which GPUs have from 8.0 on: `choose` refuses older ones, for which this compiles
+// alone.
+#if __CUDA_ARCH__ >= 800
+#define SEQMEM_MMA(type)                                                     \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+#else
+#define SEQMEM_MMA(type)
+#endif
 __device__ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                              uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  SEQMEM_MMA("bf16");
 }
 __device__ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                              uint32_t b0, uint32_t b1, __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  SEQMEM_MMA("f16");
 }
 
 // sum += rows . weights over 32 of the inner dimension. Products take it in any order that is the
@@ -453,10 +458,12 @@ struct Grid {
 
 // Groups fill the multiprocessors before tiles fill a group.
 Grid choose(int64_t batch, int64_t hidden) {
-  int device = 0, multiprocessors = 0;
+  int device = 0, multiprocessors = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-          cudaSuccess) {
+          cudaSuccess ||
+      major < 8) {
     return {0, 0};
   }
   const int64_t most = multiprocessors / (hidden / kUnits), tiles = (batch + kTile - 1) / kTile;
