@@ -3,18 +3,15 @@
 // csrc/autograd/attention.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "../common/operand.h"
 #include "../ops/attention_check.h"
 #include "attention_kernel.h"
+#include "launcher.h"
 
 namespace seqmem::attention {
 namespace {
@@ -23,8 +20,6 @@ constexpr char kTriton[] = "seqmem::attention_triton",
                kBackwardTriton[] = "seqmem::attention_backward_triton";
 using TritonOp = Op<kTriton, ForwardOp::Signature>;
 using BackwardTritonOp = Op<kBackwardTriton, BackwardOp::Signature>;
-
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // An argument [..., rows, columns] as the kernels find it, alive as long as this.
 class Strided {

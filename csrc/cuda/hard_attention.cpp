@@ -3,19 +3,14 @@
 // holds is not checked, which would wait for the GPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../common/operand.h"
 #include "../ops/hard_attention_check.h"
 #include "hard_attention_kernel.h"
+#include "launcher.h"
 
 namespace seqmem::hard_attention {
 namespace {
-
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 cuda::Policy policy(const Tensor& logits, const Operand& dense) {
   const int64_t K = logits.size(-1);

@@ -6,15 +6,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "../common/operand.h"
 #include "../ops/lstm_check.h"
+#include "launcher.h"
 #include "lstm_cell_kernel.h"
 #include "lstm_kernel.h"
 
@@ -22,9 +19,6 @@ namespace seqmem::lstm {
 namespace {
 
 using CudaStep = cuda::Step;
-
-Tensor dense(Maybe t) { return t.has_value() ? t->contiguous() : Tensor(); }
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 cuda::CellShape cell_shape(const Sizes<int64_t>& s) { return {s.B, s.I, s.H}; }
 

@@ -1,11 +1,8 @@
 // The LSTM's loops over time in thread block clusters, as ops that `_triton/lstm.py` calls.
 #include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../common/operand.h"
+#include "launcher.h"
 #include "lstm_cluster_kernel.h"
 
 namespace seqmem::lstm {
@@ -53,8 +50,8 @@ void lstm_forward_cluster_cuda(const Tensor& z, const Tensor& output, const Tens
                                           .cells = written(cells)};
   const auto sequence = sequence_of(hy.size(0), weight_hh, lengths, reset, offsets, steps, t_stride,
                                     b_stride, reverse);
-  C10_CUDA_CHECK(cuda::lstm_forward_cluster(storage_of(z), int(tile), sequence, arguments,
-                                            c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      cuda::lstm_forward_cluster(storage_of(z), int(tile), sequence, arguments, stream()));
 }
 
 void lstm_backward_cluster_cuda(const Tensor& dz, Maybe grad_hx, Maybe grad_cx, Maybe grad_output,
@@ -78,8 +75,8 @@ void lstm_backward_cluster_cuda(const Tensor& dz, Maybe grad_hx, Maybe grad_cx, 
                                            .grad_cx = written(grad_cx)};
   const auto sequence =
       sequence_of(batch, weight_hh, lengths, reset, offsets, steps, t_stride, b_stride, reverse);
-  C10_CUDA_CHECK(cuda::lstm_backward_cluster(storage_of(dz), int(tile), sequence, arguments,
-                                             c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      cuda::lstm_backward_cluster(storage_of(dz), int(tile), sequence, arguments, stream()));
 }
 
 int64_t lstm_cluster_tile_cuda(const Tensor& weight_hh, int64_t batch, bool backward) {

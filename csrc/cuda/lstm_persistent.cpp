@@ -1,14 +1,10 @@
 // Runs lstm_persistent_kernel.cu, for lstm_sequence.cpp and, as ops, for `_triton/lstm.py`.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "../common/operand.h"
+#include "launcher.h"
 #include "lstm_persistent.h"
 #include "lstm_persistent_kernel.h"
 
@@ -24,8 +20,6 @@ const void* from(Maybe t, int64_t b, int64_t stride) {
   return static_cast<const char*>(t->const_data_ptr()) + b * stride * width * t->element_size();
 }
 void* into(Maybe t, int64_t b, int64_t stride) { return const_cast<void*>(from(t, b, stride)); }
-
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // All bytes: what the kernels wait for others to overwrite.
 void clear(const Tensor& t) {

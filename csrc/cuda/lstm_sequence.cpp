@@ -8,15 +8,12 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <string>
 
-#include "../common/operand.h"
 #include "../ops/lstm_check.h"
+#include "launcher.h"
 #include "lstm_cell_kernel.h"
 #include "lstm_cluster_kernel.h"
 #include "lstm_persistent.h"
@@ -29,23 +26,26 @@ constexpr char kTriton[] = "seqmem::lstm_triton",
 using TritonOp = Op<kTriton, SequenceOp::Signature>;
 using BackwardTritonOp = Op<kBackwardTriton, SequenceBackwardOp::Signature>;
 
-Tensor dense(Maybe t) { return t.has_value() ? t->contiguous() : Tensor(); }
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 enum class Route { kCell, kCluster, kPersistent, kTriton };
 
+struct Choice {
+  Route route;
+  int tile = 0;  // of clusters
+};
+
 // The same for forward and backward, so that neither meets what the other does not serve.
-Route choose(const Sizes<int64_t>& s, In input, const Layout& layout) {
+Choice choose(const Sizes<int64_t>& s, In input, const Layout& layout, bool backward) {
   const auto& [weight_hr, lengths, reset, batch_sizes] = layout;
   if (weight_hr.has_value() || lengths.has_value() || batch_sizes.has_value() || s.B == 0)
-    return Route::kTriton;
-  if (s.T == 1 && !reset.has_value() && cuda::small_cell({s.B, s.I, s.H})) return Route::kCell;
+    return {Route::kTriton};
+  if (s.T == 1 && !reset.has_value() && cuda::small_cell({s.B, s.I, s.H})) return {Route::kCell};
   const Storage storage = storage_of(input);
-  if (cuda::lstm_cluster_tile(storage, s.H, s.B, false) > 0 &&
-      cuda::lstm_cluster_tile(storage, s.H, s.B, true) > 0)
-    return Route::kCluster;
-  return persistent_serves(input, s.B, s.H) ? Route::kPersistent : Route::kTriton;
+  const int tile = cuda::lstm_cluster_tile(storage, s.H, s.B, backward);
+  if (tile > 0 && cuda::lstm_cluster_tile(storage, s.H, s.B, !backward) > 0)
+    return {Route::kCluster, tile};
+  return {persistent_serves(input, s.B, s.H) ? Route::kPersistent : Route::kTriton};
 }
 
 // Rows are stored with these strides in the [rows, width] tensors.
@@ -83,7 +83,7 @@ Tensors<5> by_cell(const SequenceInputs& in, const Sizes<int64_t>& s) {
 Tensors<5> sequence_cuda(const SequenceInputs& in) {
   const auto s = check_sequence<int64_t>(in);
   const c10::cuda::CUDAGuard guard(in.input.device());
-  const Route route = choose(s, in.input, in);
+  const auto [route, tile] = choose(s, in.input, in, false);
   if (route == Route::kCell) return by_cell(in, s);
   if (route == Route::kTriton)
     return TritonOp::call(in.input, in.hx, in.cx, in.weight_ih, in.weight_hh, in.bias_ih,
@@ -111,10 +111,9 @@ Tensors<5> sequence_cuda(const SequenceInputs& in) {
                                             .cy = data(cy),
                                             .gates = in.return_gates ? data(z) : nullptr,
                                             .cells = data(cells)};
-    const Storage storage = storage_of(z);
-    C10_CUDA_CHECK(cuda::lstm_forward_cluster(
-        storage, cuda::lstm_cluster_tile(storage, s.H, s.B, false),
-        sequence_of(s, reset, in.batch_first, in.reverse), arguments, stream()));
+    C10_CUDA_CHECK(cuda::lstm_forward_cluster(storage_of(z), tile,
+                                              sequence_of(s, reset, in.batch_first, in.reverse),
+                                              arguments, stream()));
   } else {
     const Strides strides(s, in.batch_first);
     const Tensor c = cx.defined() ? cx.to(at::kFloat, false, true)
@@ -170,7 +169,7 @@ Tensors<7> sequence_backward_cuda(const SequenceBackwardInputs& in) {
   const auto s = check_sequence_backward<int64_t>(in);
   const c10::cuda::CUDAGuard guard(in.input.device());
   const auto [of_input, of_state, of_weights] = in.output_mask;
-  const Route route = choose(s, in.input, in);
+  const auto [route, tile] = choose(s, in.input, in, true);
   if (route == Route::kCell) return cell_backward(in, s);
   // Of a reset row's first state a persistent kernel does not tell the gradient.
   if (route == Route::kTriton || (route == Route::kPersistent && of_state && in.reset.has_value()))
@@ -202,10 +201,9 @@ Tensors<7> sequence_backward_cuda(const SequenceBackwardInputs& in) {
                                              .dz = data(dz),
                                              .grad_hx = of_state ? data(grad_hx) : nullptr,
                                              .grad_cx = of_state ? data(grad_cx) : nullptr};
-    const Storage storage = storage_of(dz);
-    C10_CUDA_CHECK(cuda::lstm_backward_cluster(
-        storage, cuda::lstm_cluster_tile(storage, s.H, s.B, true),
-        sequence_of(s, reset, in.batch_first, in.reverse), arguments, stream()));
+    C10_CUDA_CHECK(cuda::lstm_backward_cluster(storage_of(dz), tile,
+                                               sequence_of(s, reset, in.batch_first, in.reverse),
+                                               arguments, stream()));
   } else {
     const Strides strides(s, in.batch_first);
     const Tensor d_c = grad_cy.defined() ? grad_cy.to(at::kFloat, false, true)

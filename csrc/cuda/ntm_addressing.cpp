@@ -2,21 +2,16 @@
 // takes many times longer than the kernel. Formulas: csrc/autograd/ntm_addressing.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "../common/operand.h"
 #include "../ops/ntm_addressing_check.h"
+#include "launcher.h"
 #include "ntm_addressing_kernel.h"
 
 namespace seqmem::ntm_addressing {
 namespace {
-
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // Undefined where none is needed: even an empty allocation takes the host a microsecond.
 Tensor workspace(const Tensor& like, int64_t numbers) {
