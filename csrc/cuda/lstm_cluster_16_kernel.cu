@@ -228,6 +228,11 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, Shape<kWidth>::kBlock
   constexpr int kRows = S::kBlocks / 4;  // of 16 k
   constexpr int kColumns = 4 * S::kUnits;
   constexpr uint32_t kExchangedBytes = kWidth * kTile * sizeof(float);
+#if __CUDA_ARCH__ >= 1000
+  constexpr int kPartsAtOnce = kWidth == 384 ? 2 : 8;  // more would spill there
+#else
+  constexpr int kPartsAtOnce = 8;
+#endif
   __shared__ float parts[2][S::kBlocks][S::kUnits][kTile];
   __shared__ alignas(16) uint16_t gradients[2][kTile][kRowStride<kColumns>];
   __shared__ alignas(8) uint64_t barriers[2];
@@ -253,6 +258,7 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, Shape<kWidth>::kBlock
                k < H ? 4 * (H - unit) : 0);
       }
     }
+    __syncwarp();  // or all loads are begun at once, and their addresses spill
   }
 
   // For the gates: this thread's unit and row.
@@ -262,7 +268,7 @@ __global__ void __launch_bounds__(Shape<kWidth>::kThreads, Shape<kWidth>::kBlock
     arrival.wait(exchange);
     if (thread == 0) arrival.expect(exchange % 2, kExchangedBytes);
     float d_h = 0.0f;
-#pragma unroll(8)
+#pragma unroll(kPartsAtOnce)
     for (int n = 0; n < S::kBlocks; ++n) d_h += parts[exchange % 2][n][u][row];
     return d_h;
   };

@@ -175,9 +175,9 @@ class BackwardCell {
         b_(b),
         unit_(unit),
         back_(sequence.reverse ? 1 : -1),
-        stored_(owned && unit < sequence.hidden && b < sequence.batch),
-        length_(stored_ ? length_of(sequence, b) : 0) {
-    if (stored_) {
+        length_(owned && unit < sequence.hidden && b < sequence.batch ? length_of(sequence, b)
+                                                                      : -1) {
+    if (is_stored()) {
       const int64_t state = state_offset(b);
       d_h_ = element<T>(a.grad_hy, state);
       d_c_ = element<T>(a.grad_cy, state);
@@ -191,7 +191,6 @@ class BackwardCell {
 
   // Goes on to the next step: loads what the one after it needs, and computes all that needs no dh.
   __device__ void ask() {
-    was_active_ = active_;
     was_cut_ = cut_;
     saved_ = next_;
     t_ += back_;
@@ -199,12 +198,11 @@ class BackwardCell {
     row_before_ = row_further_;
     row_further_ = row_of(sequence_, t_ + 2 * back_, b_);
     next_ = load();
-    active_ = t_ < length_;
     cut_ = sequence_.reverse ? cut_at(sequence_, t_ + 1, row_before_, length_)
                              : cut_at(sequence_, t_, row_, length_);
-    if (active_ && a_.grad_cells != nullptr)
+    if (active() && a_.grad_cells != nullptr)
       d_cell_ = element<T>(a_.grad_cells, state_offset(row_));
-    if (active_ && a_.grad_gates != nullptr) {
+    if (active() && a_.grad_gates != nullptr) {
 #pragma unroll
       for (int g = 0; g < 4; ++g) d_gates_[g] = element<T>(a_.grad_gates, gate_offset(row_, g));
     }
@@ -213,11 +211,11 @@ class BackwardCell {
 
   // dh of the step before that one, which this sum sends back; where it was not active, dh stays.
   __device__ void receive(float d_h) {
-    if (was_active_) d_h_ = was_cut_ ? 0.0f : d_h;
+    if (t_ - back_ < length_) d_h_ = was_cut_ ? 0.0f : d_h;
   }
   // The same of this step.
   __device__ void receive_of_this(float d_h) {
-    if (active_) d_h_ = cut_ ? 0.0f : d_h;
+    if (active()) d_h_ = cut_ ? 0.0f : d_h;
   }
 
   __device__ void compute(float (&dz)[4]) {
@@ -225,30 +223,33 @@ class BackwardCell {
     const float c_before = cut_ ? 0.0f : saved_.c_before;
     const float d_h = d_h_ + saved_.grad_output;
     const float d_c = d_c_ + d_cell_ + d_h * (o * (1.0f - tanh_c_ * tanh_c_));
-    dz[0] = active_ ? (d_gates_[0] + d_c * g) * (i * (1.0f - i)) : 0.0f;
-    dz[1] = active_ ? (d_gates_[1] + d_c * c_before) * (f * (1.0f - f)) : 0.0f;
-    dz[2] = active_ ? (d_gates_[2] + d_c * i) * (1.0f - g * g) : 0.0f;
-    dz[3] = active_ ? (d_gates_[3] + d_h * tanh_c_) * (o * (1.0f - o)) : 0.0f;
-    if (active_) d_c_ = cut_ ? 0.0f : d_c * f;
+    dz[0] = active() ? (d_gates_[0] + d_c * g) * (i * (1.0f - i)) : 0.0f;
+    dz[1] = active() ? (d_gates_[1] + d_c * c_before) * (f * (1.0f - f)) : 0.0f;
+    dz[2] = active() ? (d_gates_[2] + d_c * i) * (1.0f - g * g) : 0.0f;
+    dz[3] = active() ? (d_gates_[3] + d_h * tanh_c_) * (o * (1.0f - o)) : 0.0f;
+    if (active()) d_c_ = cut_ ? 0.0f : d_c * f;
     c_ = saved_.c_before;
   }
 
   __device__ void store_dz(const float (&dz)[4]) const {
-    if (!stored_ || !(active_ || sequence_.offsets == nullptr)) return;
+    if (!is_stored() || !(active() || sequence_.offsets == nullptr)) return;
 #pragma unroll
     for (int g = 0; g < 4; ++g) store<T>(a_.dz, gate_offset(row_, g), dz[g]);
   }
 
   __device__ void store_state() const {
     const int64_t state = state_offset(b_);
-    if (stored_ && a_.grad_hx != nullptr) store<T>(a_.grad_hx, state, d_h_);
-    if (stored_ && a_.grad_cx != nullptr) store<T>(a_.grad_cx, state, d_c_);
+    if (is_stored() && a_.grad_hx != nullptr) store<T>(a_.grad_hx, state, d_h_);
+    if (is_stored() && a_.grad_cx != nullptr) store<T>(a_.grad_cx, state, d_c_);
   }
 
  private:
   struct Saved {
     float gates[4], c_before, grad_output;  // c_before: c of the step before
   };
+
+  __device__ bool is_stored() const { return length_ >= 0; }
+  __device__ bool active() const { return t_ < length_; }
 
   __device__ int64_t state_offset(int row) const {
     return int64_t(row) * int(sequence_.hidden) + unit_;
@@ -277,12 +278,11 @@ class BackwardCell {
   const Sequence& sequence_;
   const ClusterBackward& a_;
   const int b_, unit_, back_;
-  const bool stored_;
-  const int length_;
+  const int length_;  // -1 where nothing is stored
   int t_, row_ = 0, row_before_, row_further_;
   float d_h_ = 0.0f, d_c_ = 0.0f, c_ = 0.0f;
   Saved saved_ = {}, next_;
-  bool active_ = false, cut_ = false, was_active_ = false, was_cut_ = false;
+  bool cut_ = false, was_cut_ = false;
   float d_gates_[4] = {}, d_cell_ = 0.0f, tanh_c_ = 0.0f;
 };
 
