@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Layers = Sequence[tuple[Tensor, ...]]
 
 MASKED = -1e9  # the score of a masked entry; a row without any other is uniform
 
@@ -24,6 +27,42 @@ def attend(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch = torch.broadcast_shapes(weights.shape[:-2], value.shape[:-2])
     weights = weights.expand(*batch, -1, -1)
     return weights @ value, weights
+
+
+def controller_layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
+    """Per layer one weight and one bias; the first weight without its columns for x_t."""
+    if kind == "feedforward":
+        joined = list(zip(controller[::2], controller[1::2], strict=True))
+    else:
+        four = zip(*(controller[k::4] for k in range(4)), strict=True)
+        joined = [(torch.cat((ih, hh), 1), b_ih + b_hh) for ih, hh, b_ih, b_hh in four]
+    (weight, bias), *rest = joined
+    return [(weight[:, width:].t(), bias), *((w.t(), b) for w, b in rest)]
+
+
+def controller_step(
+    projected: Tensor, hidden: Tensor, cell: Tensor, reads: Tensor, layers: Layers, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From W x_t + b of the first layer to hidden and cell of all, and the top layer's output.
+
+    hidden, cell [L, B, C] and reads [B, R, M] are those of the step before; layers are those of
+    :func:`controller_layers`.
+    """
+    below = reads.flatten(1)
+    if kind == "feedforward":
+        for k, (weight, bias) in enumerate(layers):
+            below = torch.tanh(torch.addmm(bias if k else projected, below, weight))
+        return hidden, cell, below
+    hiddens, cells = [], []
+    pairs = zip(layers, hidden.unbind(), cell.unbind(), strict=True)
+    for k, ((weight, bias), h, before) in enumerate(pairs):
+        z = torch.addmm(bias if k else projected, torch.cat((below, h), -1), weight)
+        i, f, g, o = z.chunk(4, -1)
+        c = torch.sigmoid(f) * before + torch.sigmoid(i) * torch.tanh(g)
+        below = torch.sigmoid(o) * torch.tanh(c)
+        hiddens.append(below)
+        cells.append(c)
+    return torch.stack(hiddens), torch.stack(cells), below
 
 
 class Draw:

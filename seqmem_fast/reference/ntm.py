@@ -30,10 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, controller_layers, controller_step
 from .ntm_addressing import NTMState, ntm_addressing, ntm_read, ntm_write
-
-Layers = Sequence[tuple[Tensor, ...]]
 
 
 def ntm(
@@ -78,7 +76,7 @@ def ntm_trace(
         valid = torch.arange(time, device=input.device)[:, None] < lengths.to(input.device)
         input = torch.where(valid[..., None], input, 0)  # padding may hold anything, even NaN
     layout = _Heads(heads, shift_range, state.memory.size(-1), squash, head_weight, head_bias)
-    layers = _layers(controller, width, controller_type)
+    layers = controller_layers(controller, width, controller_type)
     projected = F.linear(input, controller[0][:, :width], layers[0][-1]).unbind()  # T of [B, ..]
 
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -86,7 +84,9 @@ def ntm_trace(
         entered = state
         if reset is not None and initial is not None:
             entered = _choose(reset[t], _expanded(initial, state), state)
-        hidden, cell, top = _control(projected[t], entered, layers, controller_type)
+        hidden, cell, top = controller_step(
+            projected[t], entered.hidden, entered.cell, entered.reads, layers, controller_type
+        )
         memory, weightings, reads = layout.act(top, entered)
         new = NTMState(hidden, cell, memory, weightings, reads)
         steps.append((top, new.reads, new.weightings))
@@ -101,38 +101,6 @@ def ntm_trace(
         features = torch.where(valid[..., None], features, 0)
         weightings = torch.where(valid[..., None, None], weightings, 0)
     return features, state, weightings
-
-
-def _layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
-    """Per layer one weight and one bias; the first weight without its columns for x_t."""
-    if kind == "feedforward":
-        joined = list(zip(controller[::2], controller[1::2], strict=True))
-    else:
-        four = zip(*(controller[k::4] for k in range(4)), strict=True)
-        joined = [(torch.cat((ih, hh), 1), b_ih + b_hh) for ih, hh, b_ih, b_hh in four]
-    (weight, bias), *rest = joined
-    return [(weight[:, width:].t(), bias), *((w.t(), b) for w, b in rest)]
-
-
-def _control(
-    projected: Tensor, state: NTMState, layers: Layers, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From W x_t + b of the first layer to hidden and cell of all, and the top layer's output."""
-    below = state.reads.flatten(1)
-    if kind == "feedforward":
-        for k, (weight, bias) in enumerate(layers):
-            below = torch.tanh(torch.addmm(bias if k else projected, below, weight))
-        return state.hidden, state.cell, below
-    hiddens, cells = [], []
-    pairs = zip(layers, state.hidden.unbind(), state.cell.unbind(), strict=True)
-    for k, ((weight, bias), h, before) in enumerate(pairs):
-        z = torch.addmm(bias if k else projected, torch.cat((below, h), -1), weight)
-        i, f, g, o = z.chunk(4, -1)
-        c = torch.sigmoid(f) * before + torch.sigmoid(i) * torch.tanh(g)
-        below = torch.sigmoid(o) * torch.tanh(c)
-        hiddens.append(below)
-        cells.append(c)
-    return torch.stack(hiddens), torch.stack(cells), below
 
 
 class _Heads:
