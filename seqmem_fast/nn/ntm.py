@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import NTMState
+from .common import MemoryNetwork
 
 __all__ = ["NTM"]
 
-_ACTIVATIONS = {None: None, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 _MEMORY = 1e-6  # Collier & Beel's constant
 _FOCUS = 4.0  # a new head holds e^4 times as much weight on its first slot as on all others
 
 
-class NTM(nn.Module):
+class NTM(MemoryNetwork[NTMState]):
     """A Neural Turing Machine over a sequence: controller, heads, memory and an output layer.
 
     Args:
@@ -69,6 +69,7 @@ class NTM(nn.Module):
     initial_reads [R, M].
     """
 
+    _op, _state = "ntm", NTMState
     head_weight: Tensor
     head_bias: Tensor
     initial_hidden: Tensor
@@ -97,17 +98,8 @@ class NTM(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        for name, value in (
-            ("input_size", input_size),
-            ("output_size", output_size),
-            ("controller_size", controller_size),
-            ("memory_size", memory_size),
-            ("memory_dim", memory_dim),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ValueError(f"seqmem::ntm: expected {name} > 0, got {value}")
+        sizes = input_size, output_size, controller_size, memory_size, memory_dim
+        super().__init__(*sizes, controller, num_layers, batch_first, output_activation)
         if not heads or set(heads) - set("wr"):
             raise ValueError(
                 f'seqmem::ntm: expected heads as a string of "w" and "r", got {heads!r}'
@@ -117,49 +109,25 @@ class NTM(nn.Module):
                 f"seqmem::ntm: expected shift_range in 0..{memory_size // 2} for {memory_size} "
                 f"slots, got {shift_range}"
             )
-        _one_of("controller", controller, ("lstm", "feedforward"))
-        _one_of("memory_init", memory_init, ("constant", "learned", "random"))
-        _one_of("weightings_init", weightings_init, ("learned", "zeros"))
-        _one_of("reads_init", reads_init, ("learned", "random"))
-        _one_of("output_activation", output_activation, tuple(_ACTIVATIONS))
-        self.input_size, self.output_size = input_size, output_size
-        self.controller_size, self.num_layers = controller_size, num_layers
-        self.memory_size, self.memory_dim = memory_size, memory_dim
-        self.heads, self.shift_range, self.controller = heads, shift_range, controller
-        self.batch_first, self.squash, self.memory_init = batch_first, squash, memory_init
-        self.weightings_init, self.reads_init = weightings_init, reads_init
-        self.output_activation = output_activation
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
-
-        def keep(name: str, learned: bool, *shape: int) -> None:
-            if learned:
-                self.register_parameter(name, nn.Parameter(empty(*shape)))
-            else:
-                self.register_buffer(name, empty(*shape))
-
+        self.heads, self.shift_range, self.squash = heads, shift_range, squash
+        self.memory_init, self.weightings_init = memory_init, weightings_init
+        self.reads_init = reads_init
+        self._one_of("memory_init", "constant", "learned", "random")
+        self._one_of("weightings_init", "learned", "zeros")
+        self._one_of("reads_init", "learned", "random")
+        made = {"device": device, "dtype": dtype}
         reads, size = heads.count("r"), controller_size
-        self._controller_names: list[str] = []
-        for k in range(num_layers):
-            below = size if k else input_size + reads * memory_dim
-            shapes: dict[str, tuple[int, ...]] = {"weight": (size, below), "bias": (size,)}
-            if controller == "lstm":
-                shapes = {"weight_ih": (4 * size, below), "weight_hh": (4 * size, size)}
-                shapes |= {"bias_ih": (4 * size,), "bias_hh": (4 * size,)}
-            for name, shape in shapes.items():
-                self._controller_names.append(f"{name}_l{k}")
-                keep(f"{name}_l{k}", True, *shape)
+        self._add_controller(made, reads)
         rows = sum(self._head_rows())
-        keep("head_weight", True, rows, size)
-        keep("head_bias", True, rows)
-        self.output = nn.Linear(size + reads * memory_dim, output_size, device=device, dtype=dtype)
+        self._keep(made, "head_weight", True, rows, size)
+        self._keep(made, "head_bias", True, rows)
         kept = num_layers if controller == "lstm" else 0
-        keep("initial_hidden", kept > 0, kept, size)
-        keep("initial_cell", kept > 0, kept, size)
-        keep("initial_memory", memory_init == "learned", memory_size, memory_dim)
-        keep("initial_weightings", weightings_init == "learned", len(heads), memory_size)
-        keep("initial_reads", reads_init == "learned", reads, memory_dim)
+        self._keep(made, "initial_hidden", kept > 0, kept, size)
+        self._keep(made, "initial_cell", kept > 0, kept, size)
+        self._keep(made, "initial_memory", memory_init == "learned", memory_size, memory_dim)
+        learned = weightings_init == "learned"
+        self._keep(made, "initial_weightings", learned, len(heads), memory_size)
+        self._keep(made, "initial_reads", reads_init == "learned", reads, memory_dim)
         self.reset_parameters()
 
     @classmethod
@@ -209,18 +177,11 @@ class NTM(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters and buffers anew."""
-        names = self._controller_names
-        per_layer = len(names) // self.num_layers
-        for k in range(self.num_layers):
-            layer = [getattr(self, name) for name in names[k * per_layer : (k + 1) * per_layer]]
-            fan_in = self.controller_size if self.controller == "lstm" else layer[0].size(1)
-            for parameter in layer:
-                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+        self._reset_controller()
         for part in self.head_weight.detach().split(self._head_rows()):
             nn.init.xavier_uniform_(part)
         nn.init.zeros_(self.head_bias)
-        nn.init.xavier_uniform_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self._reset_output()
         nn.init.zeros_(self.initial_hidden)
         nn.init.zeros_(self.initial_cell)
         if self.memory_init == "constant":
@@ -234,32 +195,16 @@ class NTM(nn.Module):
                 self.initial_weightings[:, 0] = _FOCUS + math.log(max(self.memory_size - 1, 1))
         nn.init.normal_(self.initial_reads, std=0.01)
 
-    def init_state(self, batch_size: int | None = None) -> NTMState:
-        """What a sequence starts with, for a batch, or unbatched; differentiable.
-
-        The tensors are copies, which may be changed in place.
-        """
-        return NTMState(*(t.clone() for t in self._initial_state(batch_size)))
-
-    def _initial_state(self, batch_size: int | None = None) -> NTMState:
-        """The same without copies: views of the parameters and buffers."""
+    def _first_state(self) -> NTMState:
         weightings = self.initial_weightings
         if self.weightings_init == "learned":
             weightings = torch.softmax(weightings, -1)
-        state = NTMState(
+        return NTMState(
             self.initial_hidden,
             self.initial_cell,
             self.initial_memory,
             weightings,
             self.initial_reads,
-        )
-        if batch_size is None:
-            return state
-        hidden, cell, *rest = state
-        return NTMState(
-            hidden.unsqueeze(1).expand(-1, batch_size, -1),
-            cell.unsqueeze(1).expand(-1, batch_size, -1),
-            *(t.expand(batch_size, -1, -1) for t in rest),
         )
 
     def forward(
@@ -271,103 +216,28 @@ class NTM(nn.Module):
         reset: Tensor | None = None,
         return_weightings: bool = False,
     ) -> tuple[Tensor, NTMState] | tuple[Tensor, NTMState, Tensor]:
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"seqmem::ntm: expected input with 2 or 3 dimensions, got {input.dim()} "
-                f"(shape {list(input.shape)})"
-            )
-        unbatched = input.dim() == 2
-        if unbatched:
-            if lengths is not None or reset is not None:
-                raise ValueError(
-                    "seqmem::ntm: expected a batch beside lengths or reset, got input of shape "
-                    f"{list(input.shape)}"
-                )
-            input = input.unsqueeze(1)
-            state = None if state is None else _batched(state)
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-            reset = reset.t() if reset is not None and reset.dim() == 2 else reset
-        arguments: dict[str, Any] = {
-            "heads": self.heads,
-            "shift_range": self.shift_range,
-            "squash": self.squash,
-            "controller_type": self.controller,
-            "lengths": lengths,
-            "reset": reset,
-            "initial": None if reset is None else self._initial_state(),
-        }
-        state = self._initial_state(input.size(1)) if state is None else NTMState(*state)
-        controller = [getattr(self, name) for name in self._controller_names]
-        operands = (input, state, controller, self.head_weight, self.head_bias)
+        batched = input.dim() != 2
+        input, state, arguments = self._enter(input, state, lengths, reset)
+        arguments |= {"heads": self.heads, "shift_range": self.shift_range, "squash": self.squash}
+        operands = (input, state, self._controller(), self.head_weight, self.head_bias)
         weightings: Tensor | None = None
         if return_weightings:
             features, state, weightings = ops.ntm_trace(*operands, **arguments)
         else:
             features, state = ops.ntm(*operands, **arguments)
-        output = self.output(features)
-        activation = _ACTIVATIONS[self.output_activation]
-        if activation is not None:
-            output = activation(output)
-        if lengths is not None:
-            step = torch.arange(input.size(0), device=input.device)
-            ended = step[:, None] >= lengths.to(input.device)
-            output = output.masked_fill(ended[..., None], 0)
-        if unbatched:
-            output, state = output.squeeze(1), _unbatched(state)
-        elif self.batch_first:
-            output = output.transpose(0, 1)
+        output = self._leave(batched, self._answer(features, lengths))
+        state = self._leave_state(batched, state)
         if weightings is None:
             return output, state
-        if unbatched:
-            weightings = weightings.squeeze(1)
-        elif self.batch_first:
-            weightings = weightings.transpose(0, 1)
-        return output, state, weightings
+        return output, state, self._leave(batched, weightings)
 
     def _head_rows(self) -> list[int]:
         """How many rows of head_weight each head has."""
         read = self.memory_dim + 2 * self.shift_range + 4
         return [read + 2 * self.memory_dim * (head == "w") for head in self.heads]
 
-    def extra_repr(self) -> str:
-        said = (
-            f"{self.input_size}, {self.output_size}, {self.controller_size}, {self.memory_size}, "
-            f"{self.memory_dim}, heads={self.heads!r}"
-        )
-        defaults = {
-            "shift_range": 1,
-            "controller": "lstm",
-            "num_layers": 1,
-            "batch_first": False,
-            "squash": True,
-            "memory_init": "constant",
-            "weightings_init": "learned",
-            "reads_init": "learned",
-            "output_activation": None,
-        }
-        for name, default in defaults.items():
-            if getattr(self, name) != default:
-                said += f", {name}={getattr(self, name)!r}"
-        return said
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"seqmem::ntm: expected {name} as one of {list(allowed)}, got {value!r}")
-
 
 def _flipped_taps(rows: Tensor, width: int, taps: int) -> Tensor:
     """Head parameters whose first shift tap moves up, as ours, whose first moves down."""
     before, shift, after = rows.split([width + 2, taps, rows.size(0) - width - 2 - taps])
     return torch.cat((before, shift.flip(0), after))
-
-
-def _batched(state: NTMState) -> NTMState:
-    hidden, cell, *rest = state
-    return NTMState(hidden.unsqueeze(1), cell.unsqueeze(1), *(t.unsqueeze(0) for t in rest))
-
-
-def _unbatched(state: NTMState) -> NTMState:
-    hidden, cell, *rest = state
-    return NTMState(hidden.squeeze(1), cell.squeeze(1), *(t.squeeze(0) for t in rest))

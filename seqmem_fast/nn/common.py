@@ -1,0 +1,193 @@
+"""What the networks with a memory share: their controller, initial state, layouts and text."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+State = TypeVar("State", bound="tuple[Tensor, ...]")
+
+_ACTIVATIONS = {None: None, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+
+
+class MemoryNetwork(nn.Module, Generic[State]):
+    """A controller that reads from and writes to a memory, and a Linear on what it then knows.
+
+    The state is a NamedTuple: hidden and cell [L, B, C], then tensors that begin with B. A subclass
+    calls `_add_controller`, registers the rest, and says in `_first_state` what a sequence starts
+    with; its forward is `_enter`, its op, `_answer` and `_leave`.
+    """
+
+    _op: ClassVar[str]
+    _state: ClassVar[Any]  # the NamedTuple
+    output: nn.Linear
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        controller_size: int,
+        memory_size: int,
+        memory_dim: int,
+        controller: str,
+        num_layers: int,
+        batch_first: bool,
+        output_activation: str | None,
+    ) -> None:
+        super().__init__()
+        self.input_size, self.output_size = input_size, output_size
+        self.controller_size, self.num_layers = controller_size, num_layers
+        self.memory_size, self.memory_dim = memory_size, memory_dim
+        self.controller, self.batch_first = controller, batch_first
+        self.output_activation = output_activation
+        self._positive("input_size", "output_size", "controller_size", "memory_size")
+        self._positive("memory_dim", "num_layers")
+        self._one_of("controller", "lstm", "feedforward")
+        self._one_of("output_activation", *_ACTIVATIONS)
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"seqmem::{self._op}: expected {name} > 0, got {getattr(self, name)}"
+                )
+
+    def _one_of(self, name: str, *allowed: Any) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(
+                f"seqmem::{self._op}: expected {name} as one of {list(allowed)}, "
+                f"got {getattr(self, name)!r}"
+            )
+
+    def _keep(self, made: dict[str, Any], name: str, learned: bool, *shape: int) -> None:
+        """An empty parameter, or a buffer; `made` holds device and dtype."""
+        if learned:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **made)))
+        else:
+            self.register_buffer(name, torch.empty(shape, **made))
+
+    def _add_controller(self, made: dict[str, Any], reads: int) -> None:
+        """The controller's parameters and the output layer, for that many reads."""
+        size, wide = self.controller_size, reads * self.memory_dim
+        self._controller_names: list[str] = []
+        for k in range(self.num_layers):
+            below = size if k else self.input_size + wide
+            shapes: dict[str, tuple[int, ...]] = {"weight": (size, below), "bias": (size,)}
+            if self.controller == "lstm":
+                shapes = {"weight_ih": (4 * size, below), "weight_hh": (4 * size, size)}
+                shapes |= {"bias_ih": (4 * size,), "bias_hh": (4 * size,)}
+            for name, shape in shapes.items():
+                self._controller_names.append(f"{name}_l{k}")
+                self._keep(made, f"{name}_l{k}", True, *shape)
+        self.output = nn.Linear(size + wide, self.output_size, **made)
+
+    def _controller(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._controller_names]
+
+    def _reset_controller(self) -> None:
+        """Draws as torch.nn.LSTM and torch.nn.Linear do."""
+        parameters = self._controller()
+        per_layer = len(parameters) // self.num_layers
+        for k in range(self.num_layers):
+            layer = parameters[k * per_layer : (k + 1) * per_layer]
+            fan_in = self.controller_size if self.controller == "lstm" else layer[0].size(1)
+            for parameter in layer:
+                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    def _reset_output(self) -> None:
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def init_state(self, batch_size: int | None = None) -> State:
+        """What a sequence starts with, for a batch, or unbatched; differentiable.
+
+        The tensors are copies, which may be changed in place.
+        """
+        made: State = self._state(*(t.clone() for t in self._initial_state(batch_size)))
+        return made
+
+    def _initial_state(self, batch_size: int | None = None) -> State:
+        """The same without copies: views of the parameters and buffers."""
+        first = self._first_state()
+        if batch_size is None:
+            return first
+        hidden, cell, *rest = first
+        expanded: State = self._state(
+            hidden.unsqueeze(1).expand(-1, batch_size, -1),
+            cell.unsqueeze(1).expand(-1, batch_size, -1),
+            *(t.expand(batch_size, *[-1] * t.dim()) for t in rest),
+        )
+        return expanded
+
+    def _first_state(self) -> State:
+        raise NotImplementedError
+
+    def _enter(
+        self, input: Tensor, state: State | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, State, dict[str, Any]]:
+        """Input [T, B, I] and state as the op takes them, and its further arguments."""
+        if input.dim() not in (2, 3):
+            raise ValueError(
+                f"seqmem::{self._op}: expected input with 2 or 3 dimensions, got {input.dim()} "
+                f"(shape {list(input.shape)})"
+            )
+        if input.dim() == 2:
+            if lengths is not None or reset is not None:
+                raise ValueError(
+                    f"seqmem::{self._op}: expected a batch beside lengths or reset, got input of "
+                    f"shape {list(input.shape)}"
+                )
+            input = input.unsqueeze(1)
+            if state is not None:
+                hidden, cell, *rest = state
+                state = self._state(
+                    hidden.unsqueeze(1), cell.unsqueeze(1), *(t.unsqueeze(0) for t in rest)
+                )
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+            reset = reset.t() if reset is not None and reset.dim() == 2 else reset
+        entered: State = (
+            self._initial_state(input.size(1)) if state is None else self._state(*state)
+        )
+        arguments = {"lengths": lengths, "reset": reset}
+        initial = None if reset is None else self._initial_state()
+        return input, entered, {**arguments, "initial": initial, "controller_type": self.controller}
+
+    def _answer(self, features: Tensor, lengths: Tensor | None) -> Tensor:
+        """The output [T, B, O], zero beyond the lengths."""
+        output: Tensor = self.output(features)
+        activation = _ACTIVATIONS[self.output_activation]
+        if activation is not None:
+            output = activation(output)
+        if lengths is not None:
+            step = torch.arange(output.size(0), device=output.device)
+            ended = step[:, None] >= lengths.to(output.device)
+            output = output.masked_fill(ended[..., None], 0)
+        return output
+
+    def _leave(self, batched: bool, result: Tensor) -> Tensor:
+        """A result [T, B, *] in the layout of the input."""
+        if not batched:
+            return result.squeeze(1)
+        return result.transpose(0, 1) if self.batch_first else result
+
+    def _leave_state(self, batched: bool, state: State) -> State:
+        if batched:
+            return state
+        hidden, cell, *rest = state
+        made: State = self._state(hidden.squeeze(1), cell.squeeze(1), *(t.squeeze(0) for t in rest))
+        return made
+
+    def extra_repr(self) -> str:
+        """The sizes, and every option that is not at its default."""
+        said = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if parameter.default is parameter.empty:
+                said.append(f"{value}")
+            elif value != parameter.default:
+                said.append(f"{name}={value!r}")
+        return ", ".join(said)
