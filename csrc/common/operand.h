@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "op.h"
 #include "storage.h"
@@ -37,6 +38,28 @@ class Operand {
 
  private:
   c10::MaybeOwned<at::Tensor> tensor_;
+};
+
+// Tensors in the kernels' type and contiguous, alive as long as this.
+class Operands {
+ public:
+  explicit Operands(at::ScalarType type) : type_(type) {}
+  const void* operator()(const at::Tensor& t) {
+    kept_.push_back(t.to(type_).contiguous());
+    return kept_.back().const_data_ptr();
+  }
+  const void* operator()(const OptionalTensor& t) {
+    return t.has_value() && t->defined() ? (*this)(*t) : nullptr;
+  }
+  std::vector<const void*> operator()(at::TensorList tensors) {
+    std::vector<const void*> pointers;
+    for (const at::Tensor& t : tensors) pointers.push_back((*this)(t));
+    return pointers;
+  }
+
+ private:
+  at::ScalarType type_;
+  std::vector<at::Tensor> kept_;
 };
 
 template <class Int>

@@ -1,10 +1,15 @@
-// Logarithm and guarded exponential of several vectors at once.
+// Functions of vectors for the NTM's single steps.
 #pragma once
 
-#include "../common/kernel_util.h"
+#include "../common/machine_math.h"
 
 namespace seqmem::ntm_addressing {
 namespace {
+
+using machine::largest;
+using machine::log_of_positive;
+using machine::square_root;
+using machine::total;
 
 // Calls f(constant K, first vector) for 0..n-1, four vectors at once as long as they last: the
 // polynomials of one vector alone would wait for themselves.
@@ -14,78 +19,6 @@ SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   for (; v + 4 <= n; v += 4) f(std::integral_constant<int, 4>{}, v);
   for (; v < n; ++v) f(std::integral_constant<int, 1>{}, v);
 }
-
-template <class C>
-struct LogConstants;
-template <>
-struct LogConstants<float> {
-  static constexpr int32_t sqrt_half = 0x3f3504f3;
-  static constexpr float smallest = 0x1p-126f;
-  static constexpr int terms = 4;
-};
-template <>
-struct LogConstants<double> {
-  static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
-  static constexpr double smallest = 0x1p-1022;
-  static constexpr int terms = 10;
-};
-
-// log x for x > 0, anything finite for x <= 0; NaN and infinity stay. With x = 2^n m and m near 1,
-// log m = 2 atanh s = 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1).
-template <int K, class C>
-SEQMEM_INLINE void log_of_positive(const Vec<C> (&x)[K], Vec<C> (&out)[K]) {
-  using E = ExpConstants<C>;
-  using G = LogConstants<C>;
-  constexpr C up = C(int64_t(1) << (E::mantissa + 1));
-  Vec<C> s[K], z[K], p[K], n[K];
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const IntVec<C> tiny = x[i] < G::smallest;
-    const Vec<C> scaled = tiny ? x[i] * up : x[i];
-    const IntVec<C> bits = (IntVec<C>)scaled;
-    const IntVec<C> exponent = (bits - G::sqrt_half) >> E::mantissa;
-    const Vec<C> m = (Vec<C>)(bits - (exponent << E::mantissa));
-    n[i] = __builtin_convertvector(exponent + (tiny & -(E::mantissa + 1)), Vec<C>);
-    s[i] = (m - C(1)) / (m + C(1));
-    z[i] = s[i] * s[i];
-    p[i] = splat(C(2) / C(2 * G::terms + 1));
-  }
-  SEQMEM_UNROLL
-  for (int k = G::terms - 1; k >= 1; --k) {
-    SEQMEM_UNROLL
-    for (int i = 0; i < K; ++i) p[i] = p[i] * z[i] + C(2) / C(2 * k + 1);
-  }
-  SEQMEM_UNROLL
-  for (int i = 0; i < K; ++i) {
-    const Vec<C> log_m = s[i] * C(2) + (s[i] * z[i] * p[i] + n[i] * E::ln2_lo);
-    const Vec<C> value = n[i] * E::ln2_hi + log_m;
-    out[i] = x[i] - x[i] == C(0) ? value : x[i];
-  }
-}
-
-// Folds a vector's upper half onto its lower one, again and again, in registers.
-template <class C, int half = kLanes<C> / 2, class F>
-SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
-  if constexpr (half == 0) {
-    return v[0];
-  } else {
-    const Vec<C> upper = shuffle(v, v, [](int i) { return i < half ? half + i : 0; });
-    return fold<C, half / 2>(combine(v, upper), combine);
-  }
-}
-
-template <class C>
-SEQMEM_INLINE C total(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
-}
-
-template <class C>
-SEQMEM_INLINE C largest(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return b > a ? b : a; });
-}
-
-SEQMEM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-SEQMEM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 }  // namespace
 }  // namespace seqmem::ntm_addressing

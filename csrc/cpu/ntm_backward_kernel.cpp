@@ -1,236 +1,80 @@
-// NTM backward over a whole sequence. Every thread takes its own batch rows back through time, a
-// few of them at once, in chunks of segments:
-//   once     weights packed into panels [outputs][4 L inputs], so that dx = dz W runs over panels
-//   for each chunk of steps, for each of its segments, last first:
-//     pass 1  the memories of the segment's steps are recomputed from its checkpoint
-//     (ntm_recompute.h) for each step, last first:
-//       pass 2  the heads in reverse: from the gradients of reads, weightings and memory
-//       [M][stride],
-//               which stay in L2, to those of the heads' values dp[P] (ntm_memory_backward.h)
-//       pass 3  doutput[C] = dp head_weight + grad_features
-//       pass 4  the controller's layers in reverse: doutput -> dz (gates) -> gradients of the
-//       operand
-//   then  pass 5  dz and operands of the chunk -> weights' gradients, by all threads at once
-//                 (ntm_weight_gradients.h)
-#include "ntm_carry.h"
+// NTM backward over a whole sequence, as in common/machine_backward.h. The memories of a segment's
+// steps are recomputed from its checkpoint (ntm_recompute.h); the heads in reverse take the
+// gradients of reads, weightings and memory [M][stride], which stay in L2, to those of their values
+// (ntm_memory_backward.h).
+#include "../common/machine_backward.h"
+
 #include "ntm_memory_backward.h"
 #include "ntm_recompute.h"
-#include "ntm_weight_gradients.h"
 
 namespace seqmem::ntm {
 namespace {
 
 template <class C>
-class BackwardRun {
-  static constexpr int L = kLanes<C>;
-  static constexpr int W = 4 * L;
-
-  const Shape& s;
+class BackwardHeads {
+  const ntm::Shape& s;
   const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-  const Layout<C> layout;
+  const Layout<C, ntm::Shape>& layout;
+  const Saved<C, ntm::Shape, Backward>& saved;
   const Slots<C> slots;
-  const SlotsBackward<C> back;
+  const SlotsBackward<C> reverse;
   const HeadLayout head_layout;
-  const int64_t rows;  // that go through time together
-  const Saved<C> saved;
-  const Carries<C> carries;
-  WeightGradients<C> weights;
 
   // Shared by all threads.
-  C *panels, *panels_head;
   C *initial_memory, *initial_norm, *initial_weights;
-  Carry<C>*carry, *to_initial;  // [B]
   // This thread's own.
   typename Slots<C>::Scratch scratch;
   HeadValues<C> values;
-  Recompute<C> recompute;
-  C *dtop, *dx, *line, *dread;
-  int64_t* row;
-  const C** operand;
-  C** result;
+  Recompute<C> again;
 
  public:
-  BackwardRun(const Shape& s, const Backward& a, int thread, int threads, SpinBarrier& barrier)
+  using Shape = ntm::Shape;
+  using Arguments = Backward;
+  using Carries = machine::Carries<C, Shape>;
+
+  BackwardHeads(const Shape& s, const Backward& a, const Layout<C, Shape>& layout,
+                const Saved<C, Shape, Backward>& saved, int64_t rows)
       : s(s),
         a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        layout(s),
+        layout(layout),
+        saved(saved),
         slots(s),
-        back(slots),
+        reverse(slots),
         head_layout(s.M, s.taps),
-        rows(rows_at_once<C>(s, ceil_div(s.B, threads))),
-        saved(s, a, layout),
-        carries(s, layout, slots),
-        weights(s, a, layout, thread, threads),
         values(s),
-        recompute(s, saved, layout, slots, rows) {}
+        again(s, saved, layout, slots, rows) {}
 
-  // Places all buffers; returns the bytes used. Called with a null base to size them.
-  int64_t place(char* base) {
-    Carver take(base);
-    panels = take.array<C>(panel_offset(s.layers));
-    panels_head = take.array<C>(ceil_div(s.C, W) * W * s.P);
-    weights.place(take);
-    initial_memory = take.array<C>(s.reset ? s.M * slots.stride : 0);
+  Carries carries() const { return Carries(s, layout, slots); }
+
+  void place_shared(Carver& take) {
+    initial_memory = take.array<C>(s.reset ? slots.size() : 0);
     initial_norm = take.array<C>(s.reset ? slots.stride : 0);
     initial_weights = take.array<C>(s.reset ? s.heads * slots.stride : 0);
-    carry = carries.place(take, s.B);
-    to_initial = carries.place(take, initial_wanted() ? s.B : 0);
-    take.per_thread(thread, threads, [&] {
-      scratch.place(take, slots);
-      values.place(take);
-      recompute.place(take);
-      line = take.array<C>(max(layout.C_pad, max(layout.operand(0), layout.operand(1))));
-      dtop = take.array<C>(rows * layout.C_pad);
-      dx = take.array<C>(rows * max(layout.operand(0), layout.operand(1)));
-      dread = take.array<C>(Layout<C>::padded_width(layout.R));
-      row = take.array<int64_t>(rows);
-      operand = take.array<const C*>(rows);
-      result = take.array<C*>(rows);
-    });
-    recompute.reset_to(initial_memory, initial_norm, initial_weights);
-    return take.used();
+    again.reset_to(initial_memory, initial_norm, initial_weights);
   }
 
-  void run() {
-    pack();
+  void place_own(Carver& take) {
+    scratch.place(take, slots);
+    values.place(take);
+    again.place(take);
+  }
+
+  void prepare(int thread) {
     values.prepare();
-    const Share mine = share(s.B, thread, threads);
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
-      carries.load(a.grad_final, b, carry[b]);
-      if (initial_wanted()) carries.clear(to_initial[b]);
-    }
-    barrier.wait();
-    for (int64_t first = ceil_div(s.T, weights.chunk) * weights.chunk - weights.chunk; first >= 0;
-         first -= weights.chunk) {
-      const int64_t end = min(first + weights.chunk, s.T);
-      for (int64_t b = mine.begin; b < mine.end; b += rows)
-        run_rows(first, end, b, min(b + rows, mine.end));
-      if (!weights.wanted) continue;
-      barrier.wait();
-      weights.add((end - first) * s.B);
-      barrier.wait();
-    }
-    for (int64_t b = mine.begin; b < mine.end && a.grad_state.memory != nullptr; ++b)
-      carries.store(carry[b], a.grad_state, b, s.B);
-    barrier.wait();
-    if (weights.wanted) weights.store();
-    if (thread == 0 && a.grad_initial.memory != nullptr)
-      carries.store_initial(to_initial, s.reset == nullptr ? 0 : s.B, a.grad_initial);
-  }
-
- private:
-  bool initial_wanted() const { return s.reset != nullptr && a.grad_initial.memory != nullptr; }
-
-  int64_t panel_size(int64_t l) const { return ceil_div(layout.K(l), W) * W * layout.gates(); }
-  int64_t panel_offset(int64_t l) const { return layout.layer(l, panel_size(0), panel_size(1)); }
-
-  // ---- before the last step
-
-  void pack() {
-    for (int64_t l = 0; l < s.layers; ++l) {
-      const Share mine = share(layout.gates(), thread, threads);
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        zero(line, layout.operand(l));
-        copy(given(a.controller[layout.weight_ih(l)], j * layout.below(l)),
-             line + layout.below_offset(l), layout.below(l));
-        if (s.lstm)
-          copy(given(a.controller[layout.weight_hh(l)], j * s.C), line + layout.hidden_offset(l),
-               s.C);
-        pack_line(panels + panel_offset(l), layout.gates(), j, layout.K(l));
-      }
-    }
-    const Share mine = share(s.P, thread, threads);
-    for (int64_t j = mine.begin; j < mine.end; ++j) {
-      zero(line, layout.C_pad);
-      copy(given(a.head_weight, j * s.C), line, s.C);
-      pack_line(panels_head, s.P, j, s.C);
-    }
-    if (weights.wanted) weights.clear();
     if (s.reset == nullptr || thread != 0) return;
-    slots.load_memory(given(a.initial.memory, 0), initial_memory);
+    slots.load_memory(static_cast<const C*>(a.initial.memory), initial_memory);
     slots.norms(initial_memory, initial_norm);
+    const C* weights = static_cast<const C*>(a.initial.weightings);
     for (int64_t h = 0; h < s.heads; ++h)
-      slots.load_weights(given(a.initial.weightings, h * s.N), initial_weights + h * slots.stride);
-  }
-  static const C* given(const void* p, int64_t offset) { return Saved<C>::in(p, offset); }
-
-  // panels[p][j][4 vectors] = line
-  void pack_line(C* to, int64_t depth, int64_t j, int64_t width) {
-    for (int64_t p = 0; p * W < width; ++p)
-      for (int64_t i = 0; i < W && p * W + i < width; i += L)
-        store(to + (p * depth + j) * W + i, load(line + p * W + i));
+      slots.load_weights(weights + h * s.N, initial_weights + h * slots.stride);
   }
 
-  // ---- steps end - 1 down to first of rows begin..stop - 1
-
-  void run_rows(int64_t first, int64_t end, int64_t begin, int64_t stop) {
-    for (int64_t t0 = (end - 1) / s.segment * s.segment; t0 >= first; t0 -= s.segment) {
-      const int64_t t1 = min(t0 + s.segment, end);
-      for (int64_t b = begin; b < stop; ++b) recompute.run(t0, t1, b, b - begin);
-      for (int64_t t = t1 - 1; t >= t0; --t) step(t, begin, stop);
-    }
-  }
-
-  void step(int64_t t, int64_t begin, int64_t stop) {
-    int64_t n = 0;
-    for (int64_t b = begin; b < stop; ++b) {
-      if (layout.active(t, b)) {
-        row[n++] = b;
-      } else {
-        if (a.grad_input != nullptr) zero(grad_input(t, b), s.I);
-        if (weights.wanted) weights.keep_nothing(t, b);
-      }
-    }
-    if (n == 0) return;
-    for (int64_t j = 0; j < n; ++j) {
-      heads(t, row[j], recompute.steps_of(row[j] - begin, t));
-      operand[j] = weights.dp_of(t, row[j]);
-      result[j] = dtop + j * layout.C_pad;
-    }
-    multiply<C>(n, operand, s.P, panels_head, layout.units, nullptr, result);
-    for (int64_t j = 0; j < n; ++j) {
-      add_grad_features(t, row[j], 0, s.C, dtop + j * layout.C_pad);
-      if (weights.wanted) weights.keep_top(t, row[j], saved.features(t, row[j]));
-    }
-    for (int64_t l = s.layers - 1; l >= 0; --l) layer(t, l, n);
-    for (int64_t j = 0; j < n; ++j) {
-      if (!layout.reset(t, row[j])) continue;
-      if (initial_wanted()) carries.add(carry[row[j]], to_initial[row[j]]);
-      carries.clear(carry[row[j]]);
-    }
-  }
-
-  C* grad_input(int64_t t, int64_t b) const {
-    return static_cast<C*>(a.grad_input) + (t * s.B + b) * s.I;
-  }
-
-  // to += n values of the features' gradient, which is often one number or dense.
-  void add_grad_features(int64_t t, int64_t b, int64_t first, int64_t n, C* to) const {
-    if (a.grad_features == nullptr) return;
-    const int64_t* stride = a.grad_features_strides;
-    const C* from = given(a.grad_features, t * stride[0] + b * stride[1] + first * stride[2]);
-    const int64_t step = stride[2];
-    if (step == 0) {
-      for (int64_t i = 0; i < n; ++i) to[i] += *from;
-    } else if (step == 1) {
-      for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] += from[i * step];
-    }
-  }
+  void recompute(int64_t t0, int64_t t1, int64_t b, int64_t j) const { again.run(t0, t1, b, j); }
 
   // The heads of row b in reverse: from the carried gradients to dp and those of the step before.
   // What a head passes on to the memory waits for the head before it, to go there together.
-  void heads(int64_t t, int64_t b, HeadStep<C>* step) {
-    const Carry<C>& c = carry[b];
-    copy(c.reads, dread, layout.R);
-    add_grad_features(t, b, s.C, layout.R, dread);
-    C* dp = weights.dp_of(t, b);
+  void back(int64_t t, int64_t b, int64_t j, const Carry<C>& c, const C* dread, C* dp) {
+    const HeadStep<C>* step = again.steps_of(j, t);
     typename SlotsBackward<C>::Passing passing{};
     bool passing_writes = false;
     int64_t read = s.reads, from = s.P;
@@ -240,7 +84,7 @@ class BackwardRun {
       from -= head_layout.size(is_write, s.M);
       C *part = dp + from, *dw = c.weights + h * slots.stride;
       if (a.grad_trace != nullptr) {
-        const C* g = given(a.grad_trace, ((t * s.B + b) * s.heads + h) * s.N);
+        const C* g = static_cast<const C*>(a.grad_trace) + ((t * s.B + b) * s.heads + h) * s.N;
         for (int64_t i = 0; i < s.N; ++i) dw[i] += g[i];
       }
       if (is_write) {
@@ -251,24 +95,24 @@ class BackwardRun {
                                                        part + head_layout.erase,
                                                        part + head_layout.add};
         if (passing.memory == nullptr) {
-          back.write_weights(to, c.memory);
+          reverse.write_weights(to, c.memory);
         } else if (passing_writes) {
-          back.template pass_to_write<true>(passing, to, c.memory, scratch);
+          reverse.template pass_to_write<true>(passing, to, c.memory, scratch);
         } else {
-          back.template pass_to_write<false>(passing, to, c.memory, scratch);
+          reverse.template pass_to_write<false>(passing, to, c.memory, scratch);
         }
       } else {
         if (passing.memory != nullptr) pass(passing, passing_writes, c.memory);
-        back.read_weights(one.memory, dread + --read * s.M, dw);
+        reverse.read_weights(one.memory, dread + --read * s.M, dw);
       }
       HeadGradients<C> d{};
       d.shift = part + head_layout.shift;
       if (s.taps == 3) {
-        back.template address<3>(one.dots, one.norm, one.head, one.before, one.weights, dw, scratch,
-                                 dw, d);
+        reverse.template address<3>(one.dots, one.norm, one.head, one.before, one.weights, dw,
+                                    scratch, dw, d);
       } else {
-        back.template address<0>(one.dots, one.norm, one.head, one.before, one.weights, dw, scratch,
-                                 dw, d);
+        reverse.template address<0>(one.dots, one.norm, one.head, one.before, one.weights, dw,
+                                    scratch, dw, d);
       }
       part[head_layout.beta] = d.beta, part[head_layout.gate] = d.gate,
       part[head_layout.gamma] = d.gamma;
@@ -280,83 +124,22 @@ class BackwardRun {
     values.back(saved.values(t, b), dp);
   }
 
+ private:
   void pass(const typename SlotsBackward<C>::Passing& from, bool writes, C* dmemory) const {
     if (writes) {
-      back.template pass<true>(from, dmemory, scratch);
+      reverse.template pass<true>(from, dmemory, scratch);
     } else {
-      back.template pass<false>(from, dmemory, scratch);
+      reverse.template pass<false>(from, dmemory, scratch);
     }
-  }
-
-  // From dtop, the gradient of layer l's output, to that of what it was computed from.
-  void layer(int64_t t, int64_t l, int64_t n) {
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t b = row[j];
-      s.lstm ? lstm_gates(t, l, b, dtop + j * layout.C_pad)
-             : dense_gates(t, l, b, dtop + j * layout.C_pad);
-      operand[j] = weights.dz_of(l, t, b);
-      result[j] = dx + j * layout.operand(l);
-      if (weights.wanted)
-        weights.keep_operand(l, t, b, s.lstm ? saved.hidden_before(l, t, b) : nullptr,
-                             l > 0 ? saved.output(l - 1, t, b) : saved.input(t, b),
-                             saved.reads_before(t, b));
-    }
-    multiply<C>(n, operand, layout.gates(), panels + panel_offset(l), ceil_div(layout.K(l), L),
-                nullptr, result);
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t b = row[j];
-      const C* from = dx + j * layout.operand(l);
-      if (l == 0) {
-        if (a.grad_input != nullptr) copy(from, grad_input(t, b), s.I);
-        copy(from + s.I, carry[b].reads, layout.R);
-      } else {
-        copy(from + layout.below_offset(l), dtop + j * layout.C_pad, s.C);
-      }
-      if (s.lstm) copy(from + layout.hidden_offset(l), carry[b].hidden + l * layout.C_pad, s.C);
-    }
-  }
-
-  void lstm_gates(int64_t t, int64_t l, int64_t b, const C* dh) {
-    const C *gates = saved.gates(l, t, b), *before = saved.cell_before(l, t, b);
-    C *to = weights.dz_of(l, t, b), *dc = carry[b].cell + l * layout.C_pad;
-    const C* carried = carry[b].hidden + l * layout.C_pad;
-    auto one = [&](int64_t u, int n, Vec<C> squashed) {
-      const Vec<C> i = load_n(gates + u, n), f = load_n(gates + s.C + u, n);
-      const Vec<C> g = load_n(gates + 2 * s.C + u, n), o = load_n(gates + 3 * s.C + u, n);
-      const Vec<C> h = load(dh + u) + load(carried + u);
-      const Vec<C> c = load(dc + u) + h * o * (C(1) - squashed * squashed);
-      store_n(to + u, c * g * i * (C(1) - i), n);
-      store_n(to + s.C + u, c * load_n(before + u, n) * f * (C(1) - f), n);
-      store_n(to + 2 * s.C + u, c * i * (C(1) - g * g), n);
-      store_n(to + 3 * s.C + u, h * squashed * o * (C(1) - o), n);
-      store(dc + u, c * f);
-    };
-    const C* cell = gates + 4 * s.C;
-    int64_t u = 0;
-    for (; u + 2 * L <= s.C; u += 2 * L) {
-      const Vec<C> arguments[2] = {tanh_argument<C>(load(cell + u)),
-                                   tanh_argument<C>(load(cell + u + L))};
-      ExpParts<C> e[2];
-      exp_parts<2, C>(arguments, e);
-      one(u, L, tanh_of<C>(e[0]));
-      one(u + L, L, tanh_of<C>(e[1]));
-    }
-    for (; u < s.C; u += L) {
-      const int n = static_cast<int>(min<int64_t>(L, s.C - u));
-      one(u, n, tanh<C>(load_n(cell + u, n)));
-    }
-  }
-
-  void dense_gates(int64_t t, int64_t l, int64_t b, const C* dh) {
-    const C* y = saved.output(l, t, b);
-    C* to = weights.dz_of(l, t, b);
-    for (int64_t u = 0; u < s.C; ++u) to[u] = dh[u] * (C(1) - y[u] * y[u]);
   }
 };
+
+template <class C>
+using Run = BackwardRun<C, BackwardHeads<C>>;
 
 }  // namespace
 
 const Kernel<Backward, Shape> SEQMEM_ISA::backward_kernel =
-    Entry<BackwardRun, Types::FloatAndDouble, Backward, Shape>::table;
+    Entry<Run, Types::FloatAndDouble, Backward, Shape>::table;
 
 }  // namespace seqmem::ntm

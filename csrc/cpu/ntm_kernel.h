@@ -8,19 +8,12 @@
 #include <cstdint>
 
 #include "../common/isa.h"
+#include "../common/machine.h"
 
 namespace seqmem::ntm {
 
-// The stride of a row of N slots: whole vectors of every ISA, and no power of two, whose rows would
-// share cache sets.
-template <class Int>
-Int slot_stride(const Int& N) {
-  return ((N + 15) / 16 / 2 * 2 + 1) * 16;
-}
-
-// The forward keeps the memory that enters each segment of about sqrt(T) steps, at least so many;
-// the backward recomputes the memories in between.
-constexpr int64_t kShortestSegment = 8;
+using machine::kShortestSegment;
+using machine::slot_stride;
 
 struct Shape {
   int64_t T, B, I, layers, C, N, M;

@@ -33,7 +33,7 @@ class SlotsBackward {
   template <int Taps>
   void address(const C* dots, const C* norm, const Head<C>& head, const C* before, const C* w,
                const C* dw, const Scratch& t, C* before_grad, HeadGradients<C>& d) const {
-    const C scale = slots.template content<true>(dots, norm, head, t);
+    const C scale = slots.template content<true>(dots, norm, head.key_norm, head.beta, t);
     slots.interpolate(before, head, scale, t);
     sharpen<Taps>(head, w, dw, t, d);
     const C inside = shift<Taps>(head, before, scale, t, before_grad, d), gate = head.gate * scale;

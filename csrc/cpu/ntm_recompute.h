@@ -2,7 +2,8 @@
 // their norms, and the weightings.
 #pragma once
 
-#include "ntm_saved.h"
+#include "../common/machine_saved.h"
+#include "ntm_memory.h"
 
 namespace seqmem::ntm {
 namespace {
@@ -19,8 +20,8 @@ struct HeadStep {
 template <class C>
 class Recompute {
   const Shape& s;
-  const Saved<C>& saved;
-  const Layout<C>& layout;
+  const Saved<C, Shape, Backward>& saved;
+  const Layout<C, Shape>& layout;
   const Slots<C>& slots;
   const HeadLayout head_layout;
   const int64_t rows, matrix;
@@ -31,8 +32,8 @@ class Recompute {
   const C *initial_memory, *initial_norm, *initial_weights;
 
  public:
-  Recompute(const Shape& s, const Saved<C>& saved, const Layout<C>& layout, const Slots<C>& slots,
-            int64_t rows)
+  Recompute(const Shape& s, const Saved<C, Shape, Backward>& saved, const Layout<C, Shape>& layout,
+            const Slots<C>& slots, int64_t rows)
       : s(s),
         saved(saved),
         layout(layout),

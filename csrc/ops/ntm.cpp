@@ -23,28 +23,6 @@ using BackwardOp =
                            TensorList, In, In, TensorList, Maybe, Maybe, In, In, In, In,
                            std::string_view, int64_t, bool, bool, Mask)>;
 
-// Tensors in the kernels' type and contiguous, alive as long as this.
-class Operands {
- public:
-  explicit Operands(at::ScalarType type) : type_(type) {}
-  const void* operator()(const Tensor& t) {
-    kept_.push_back(t.to(type_).contiguous());
-    return kept_.back().const_data_ptr();
-  }
-  const void* operator()(const OptionalTensor& t) {
-    return t.has_value() && t->defined() ? (*this)(*t) : nullptr;
-  }
-  std::vector<const void*> operator()(at::TensorList tensors) {
-    std::vector<const void*> pointers;
-    for (const Tensor& t : tensors) pointers.push_back((*this)(t));
-    return pointers;
-  }
-
- private:
-  at::ScalarType type_;
-  std::vector<Tensor> kept_;
-};
-
 State<const void*> state_of(const std::vector<const void*>& parts) {
   if (parts.empty()) return {};
   return {parts[0], parts[1], parts[2], parts[3], parts[4]};

@@ -4,10 +4,10 @@
 #include <ATen/OpMathType.h>
 
 #include <array>
-#include <string>
 #include <string_view>
 
 #include "../common/check.h"
+#include "../common/machine_check.h"
 #include "../common/op.h"
 #include "../cpu/ntm_kernel.h"
 
@@ -85,27 +85,6 @@ void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList init
 }
 
 template <class Int>
-void check_controller(const Check<Int>& check, Sizes<Int>& s, TensorList controller, bool lstm) {
-  const int64_t each = lstm ? 4 : 2, count = static_cast<int64_t>(controller.size());
-  TORCH_CHECK_VALUE(count > 0 && count % each == 0, check.op(), ": expected ", each,
-                    " controller tensors a layer, got ", count, " in all");
-  s.layers = count / each;
-  s.kept = lstm ? s.layers : 0;
-  const Int rows = s.C * (lstm ? 4 : 1);
-  for (int64_t i = 0; i < count; ++i) {
-    const std::string name = "controller[" + std::to_string(i) + "]";
-    const Int below = i < each ? s.I + s.R : s.C;
-    if (i % each == 0) {
-      check.operand(name.c_str(), controller[i], {rows, below});
-    } else if (lstm && i % each == 1) {
-      check.operand(name.c_str(), controller[i], {rows, s.C});
-    } else {
-      check.operand(name.c_str(), controller[i], {rows});
-    }
-  }
-}
-
-template <class Int>
 Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options& options) {
   check.floating_input();
   check.dims("input", in.input, 3);
@@ -140,7 +119,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
                     in.head_weight.sym_sizes());
   check.shape("head_weight", in.head_weight, {s.P, s.C});
   check.operand("head_bias", in.head_bias, {s.P});
-  check_controller(check, s, in.controller, options.lstm);
+  machine::check_controller(check, s, in.controller, options.lstm);
   check_state(check, s, {"hidden", "cell", "memory", "weightings", "reads"}, in.hidden, in.cell,
               in.memory, in.weightings, in.reads);
   check_initial(check, s, in.initial, in.reset.has_value());

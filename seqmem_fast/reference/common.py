@@ -29,6 +29,13 @@ def attend(weights: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ value, weights
 
 
+def norm(x: Tensor) -> Tensor:
+    """Euclidean, over the last dimension; every derivative at the zero vector is 0, never NaN."""
+    squares = (x * x).sum(-1)
+    zero = squares == 0
+    return torch.sqrt(squares.masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
 def controller_layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
     """Per layer one weight and one bias; the first weight without its columns for x_t."""
     if kind == "feedforward":

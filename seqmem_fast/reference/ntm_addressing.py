@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, norm
 
 EPSILON = 1e-8
 
@@ -54,7 +54,7 @@ def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     if key.dim() < memory.dim():
         return ntm_content_addressing(memory, key.unsqueeze(-2), beta.unsqueeze(-1)).squeeze(-2)
     dots = key @ memory.mT  # [B, H, N]
-    norms = _norm(key).unsqueeze(-1) * _norm(memory).unsqueeze(-2)
+    norms = norm(key).unsqueeze(-1) * norm(memory).unsqueeze(-2)
     return torch.softmax(beta.unsqueeze(-1) * (dots / (norms + EPSILON)), -1)
 
 
@@ -89,13 +89,6 @@ def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Te
         # w [B, N, 1], e and a [B, 1, M]
         memory = torch.addcmul(torch.addcmul(memory, memory, w * e, value=-1), w, a)
     return memory
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Euclidean, over the last dimension; every derivative at the zero vector is 0, never NaN."""
-    squares = (x * x).sum(-1)
-    zero = squares == 0
-    return torch.sqrt(squares.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def _shift(weights: Tensor, shift: Tensor) -> Tensor:

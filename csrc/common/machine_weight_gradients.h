@@ -1,30 +1,30 @@
-// The parameters' gradients of the whole-sequence NTM. For a chunk of steps, the gradients of
+// The parameters' gradients of a machine. For a chunk of steps, the gradients of
 // pre-activations dz and the operands are kept, [steps B, width]; then
 //   dW[outputs, K] += dz^T operands
 // by all threads at once, each its own rows of every weight: 128 rows of the chunk at a time, a
 // panel of operands in the L1 cache. A one behind each operand gives the bias' gradient.
 #pragma once
 
-#include "ntm_common.h"
+#include "machine_layout.h"
 
-namespace seqmem::ntm {
+namespace seqmem::machine {
 namespace {
 
-template <class C>
+template <class C, class Shape, class Backward>
 class WeightGradients {
   static constexpr int L = kLanes<C>;
   static constexpr int64_t kChunkBytes = 8 << 20, kDepth = 128;
 
   const Shape& s;
   const Backward& a;
-  const Layout<C>& layout;
+  const Layout<C, Shape>& layout;
   const int thread, threads;
 
  public:
   const int64_t chunk;  // steps
   const bool wanted;
 
-  WeightGradients(const Shape& s, const Backward& a, const Layout<C>& layout, int thread,
+  WeightGradients(const Shape& s, const Backward& a, const Layout<C, Shape>& layout, int thread,
                   int threads)
       : s(s),
         a(a),
@@ -171,4 +171,4 @@ class WeightGradients {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm
+}  // namespace seqmem::machine

@@ -1,20 +1,20 @@
-// What the forward of the whole-sequence NTM has saved for its backward, and what came before a
-// step.
+// What a machine's forward has saved for its backward, and what came before a step.
 #pragma once
 
-#include "ntm_common.h"
+#include "machine_layout.h"
 
-namespace seqmem::ntm {
+namespace seqmem::machine {
 namespace {
 
-template <class C>
+template <class C, class Shape, class Backward>
 class Saved {
   const Shape& s;
   const Backward& a;
-  const Layout<C>& layout;
+  const Layout<C, Shape>& layout;
 
  public:
-  Saved(const Shape& s, const Backward& a, const Layout<C>& layout) : s(s), a(a), layout(layout) {}
+  Saved(const Shape& s, const Backward& a, const Layout<C, Shape>& layout)
+      : s(s), a(a), layout(layout) {}
 
   static const C* in(const void* p, int64_t offset) { return static_cast<const C*>(p) + offset; }
 
@@ -57,4 +57,4 @@ class Saved {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm
+}  // namespace seqmem::machine

@@ -1,10 +1,16 @@
-// What the forward and backward of the whole-sequence NTM share: the layout of buffers, and
-// products.
+// What the forward and backward of a machine share: the layout of buffers, and products.
+//
+// A machine is a controller with a memory of slots, over a whole sequence; an op's Shape has T, B,
+// I, layers, C, M, reads (vectors that the controller is fed), P (values of its heads), lstm,
+// lengths, reset, and record(), the values saved of a step: per layer of an LSTM the gates i, f, g,
+// o and the cell [5C]; the outputs of all layers but the last [layers - 1, C]; head values [P].
 #pragma once
 
-#include "ntm_memory.h"
+#include "gemm.h"
+#include "kernel_util.h"
+#include "machine.h"
 
-namespace seqmem::ntm {
+namespace seqmem::machine {
 namespace {
 
 // Widths and offsets that follow from a shape.
@@ -12,7 +18,7 @@ namespace {
 // A layer's operand is [x | reads | h] for the first and [h | output of the layer below] for the
 // others, h only for an LSTM. A part that is written by whole vectors may overwrite the beginning
 // of the next part, which is written later, or the padding at the end.
-template <class C>
+template <class C, class Shape>
 class Layout {
  public:
   static constexpr int L = kLanes<C>;
@@ -140,10 +146,10 @@ SEQMEM_INLINE void zero(C* to, int64_t n) {
 // How many of n rows go through time at once: few, so that what they carry stays in the L2 cache,
 // but more where the weights are too large for it, so that each pass over the weights serves many
 // rows. The groups are of nearly the same size, in whole tiles.
-template <class C>
+template <class C, class Shape>
 int64_t rows_at_once(const Shape& s, int64_t n) {
   constexpr int64_t kCache = 400 << 10;
-  const Layout<C> layout(s);
+  const Layout<C, Shape> layout(s);
   int64_t weights = s.P * s.C;
   for (int64_t l = 0; l < s.layers; ++l) weights += layout.gates() * layout.K(l);
   constexpr int64_t tile = kTileRows<C>;
@@ -153,4 +159,4 @@ int64_t rows_at_once(const Shape& s, int64_t n) {
 }
 
 }  // namespace
-}  // namespace seqmem::ntm
+}  // namespace seqmem::machine

@@ -1,9 +1,10 @@
 // Gradients that a row carries from step to step, and those of the state that `reset` returns to.
 #pragma once
 
-#include "ntm_common.h"
+#include "machine_layout.h"
+#include "machine_slots.h"
 
-namespace seqmem::ntm {
+namespace seqmem::machine {
 namespace {
 
 template <class C>
@@ -14,35 +15,37 @@ struct Carry {
   C* reads;          // room(R)
 };
 
-template <class C>
+template <class C, class Shape>
 class Carries {
   const Shape& s;
-  const Layout<C>& layout;
-  const Slots<C>& slots;
+  const Layout<C, Shape>& layout;
+  const SlotMatrix<C>& slots;
   const int64_t matrix, layers;
 
  public:
-  Carries(const Shape& s, const Layout<C>& layout, const Slots<C>& slots)
+  using Carry = machine::Carry<C>;
+
+  Carries(const Shape& s, const Layout<C, Shape>& layout, const SlotMatrix<C>& slots)
       : s(s),
         layout(layout),
         slots(slots),
         matrix(s.M * slots.stride),
         layers(s.lstm ? s.layers : 0) {}
 
-  Carry<C>* place(Carver& take, int64_t n) const {
-    auto out = take.array<Carry<C>>(n);
+  Carry* place(Carver& take, int64_t n) const {
+    auto out = take.array<Carry>(n);
     for (int64_t b = 0; b < n; ++b) {
-      const Carry<C> one = {take.array<C>(layers * layout.C_pad),
-                            take.array<C>(layers * layout.C_pad), take.array<C>(matrix),
-                            take.array<C>(s.heads * slots.stride),
-                            take.array<C>(Layout<C>::padded_width(layout.R))};
+      const Carry one = {take.array<C>(layers * layout.C_pad), take.array<C>(layers * layout.C_pad),
+                         take.array<C>(matrix), take.array<C>(s.heads * slots.stride),
+                         take.array<C>(Layout<C, Shape>::padded_width(layout.R))};
       if (out != nullptr) out[b] = one;
     }
     return out;
   }
 
   // From row b of a final state's gradients, of which any may be absent.
-  void load(const State<const void*>& from, int64_t b, const Carry<C>& to) const {
+  template <class State>
+  void load(const State& from, int64_t b, const Carry& to) const {
     auto given = [&](const void* part, int64_t offset, C* x, int64_t n) {
       if (part == nullptr) {
         zero(x, n);
@@ -66,7 +69,7 @@ class Carries {
       slots.load_memory(static_cast<const C*>(from.memory) + b * s.N * s.M, to.memory);
   }
 
-  void clear(const Carry<C>& c) const {
+  void clear(const Carry& c) const {
     zero(c.hidden, layers * layout.C_pad);
     zero(c.cell, layers * layout.C_pad);
     zero(c.memory, matrix);
@@ -74,7 +77,7 @@ class Carries {
     zero(c.reads, layout.R);
   }
 
-  void add(const Carry<C>& from, const Carry<C>& to) const {
+  void add(const Carry& from, const Carry& to) const {
     auto plus = [](const C* x, C* y, int64_t n) {
       for (int64_t i = 0; i < n; ++i) y[i] += x[i];
     };
@@ -90,7 +93,8 @@ class Carries {
   }
 
   // To row b of a state of `rows` rows.
-  void store(const Carry<C>& from, const State<void*>& state, int64_t b, int64_t rows) const {
+  template <class State>
+  void store(const Carry& from, const State& state, int64_t b, int64_t rows) const {
     for (int64_t l = 0; l < layers; ++l) {
       const int64_t row = (l * rows + b) * s.C;
       copy<C>(from.hidden + l * layout.C_pad, static_cast<C*>(state.hidden) + row, s.C);
@@ -104,7 +108,8 @@ class Carries {
   }
 
   // To the initial state: the sum of all rows' shares, formed in the first one.
-  void store_initial(const Carry<C>* shares, int64_t n, const State<void*>& to) const {
+  template <class State>
+  void store_initial(const Carry* shares, int64_t n, const State& to) const {
     if (n == 0) {
       zero(static_cast<C*>(to.hidden), layers * s.C);
       zero(static_cast<C*>(to.cell), layers * s.C);
@@ -119,4 +124,4 @@ class Carries {
 };
 
 }  // namespace
-}  // namespace seqmem::ntm
+}  // namespace seqmem::machine
