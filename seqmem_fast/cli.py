@@ -9,8 +9,8 @@ from importlib import import_module
 # command: (what it does, the module whose main(arguments) -> exit status does it)
 COMMANDS = {
     "info": ("versions, processor and build: what a bug report needs", "seqmem_fast.info"),
-    "plot": ("pictures of a trained NTM: plot copy", "seqmem_fast.plot.command"),
-    "train": ("learn one of the NTM paper's tasks: train copy", "seqmem_fast.tasks.command"),
+    "plot": ("pictures of a trained network: plot copy", "seqmem_fast.plot.command"),
+    "train": ("learn a task that needs a memory: train copy", "seqmem_fast.tasks.command"),
 }
 
 

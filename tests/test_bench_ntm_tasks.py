@@ -50,7 +50,7 @@ def test_every_seed_is_trained_judged_and_kept(
 def test_a_bar_names_the_sizes_and_the_figure_it_asks_for() -> None:
     def scored(here: float, at_40: float) -> dict[str, Score]:
         both = {ntm_tasks.TRAINED: here, "length 40": at_40}
-        return {size: Score(wrong, 0.0, 1.0, None) for size, wrong in both.items()}
+        return {size: Score(wrong, 0.0, 1.0, None, {}) for size, wrong in both.items()}
 
     assert ntm_tasks.passes("copy", scored(0.009, 0.9)) is True
     assert ntm_tasks.passes("copy", scored(0.01, 0.9)) is False

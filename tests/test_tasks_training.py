@@ -20,7 +20,8 @@ pytest.importorskip("rich")
 from seqmem_fast import cli
 from seqmem_fast.tasks import TASKS, checkpoint, command, display, loop
 from seqmem_fast.tasks.interrupt import StopRequest
-from seqmem_fast.tasks.settings import MODELS, Settings, standard
+from seqmem_fast.tasks.model import BUILDERS
+from seqmem_fast.tasks.settings import Settings, standard
 from seqmem_fast.tasks.training import Diverged, Training
 
 TINY = {"controller_size": 8, "memory_size": 6, "memory_dim": 4, "batch_size": 3}
@@ -28,6 +29,7 @@ SIZES = {
     "associative_recall": {"bits": 2, "item_length": 1, "max_items": 3},
     "copy": {"bits": 2, "max_length": 3},
     "dynamic_ngrams": {"order": 2, "length": 8},
+    "one_shot": {"classes": 2, "images": 3, "side": 8, "letters": 40},
     "priority_sort": {"bits": 2, "items": 4, "highest": 2},
     "repeat_copy": {"bits": 2, "max_length": 2, "max_repeats": 3},
 }
@@ -66,7 +68,7 @@ def steps(training: Training, count: int) -> list[float]:
     return [training.step()[0] for _ in range(count)]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", BUILDERS)
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_trains_with_every_model(task: str, model: str) -> None:
     training = Training(settings(task, model=model))
@@ -79,7 +81,7 @@ def test_every_task_trains_with_every_model(task: str, model: str) -> None:
     assert sum(moved) > len(moved) / 2
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", BUILDERS)
 def test_a_resumed_training_takes_the_same_steps(model: str, tmp_path: Path) -> None:
     whole = Training(settings(model=model))
     losses = steps(whole, 8)
@@ -344,7 +346,8 @@ def test_the_command_trains_and_judges(
 ) -> None:
     assert cli.main(arguments(tmp_path / "kept", task=task)) == 0
     printed = capsys.readouterr().out
-    assert "8/8" in printed and "wrong bits" in printed and "no, larger" in printed
+    assert "8/8" in printed and "no, larger" in printed
+    assert f"wrong {TASKS[task].unit}" in printed
     judged = json.loads((tmp_path / "kept" / "evaluation.json").read_text())
     assert judged["step"] == 8 and judged["sequences"] == 4
     assert [score["trained"] for score in judged["scores"]][:2] == [True, True]
@@ -467,7 +470,7 @@ def test_curves_go_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_verdict_says_how_far_it_reaches() -> None:
     def scored(*wrong: float) -> list[Any]:
         probes = [display.Probe(f"length {n}", {}, n < 3) for n in range(1, len(wrong) + 1)]
-        scores = [display.Score(bits, 0.0, 1.0, None) for bits in wrong]
+        scores = [display.Score(bits, 0.0, 1.0, None, {}) for bits in wrong]
         return list(zip(probes, scores, strict=True))
 
     assert display.verdict(scored(0.0, 0.0, 0.5, 7.0)) == (
@@ -475,6 +478,9 @@ def test_the_verdict_says_how_far_it_reaches() -> None:
         "length 3. It does not carry over to: length 4."
     )
     assert "still gets 2.500 bits wrong" in display.verdict(scored(2.5, 0.0, 0.0))
+    own = display.Score(4.0, 0.0, 0.0, None, {"1st": 0.2, "2nd": 0.95})
+    found = display.verdict([(display.Probe("", {}, True), own)])
+    assert found == "Right: 20.0% at the 1st, 95.0% at the 2nd."
 
 
 def test_help_names_the_tasks_own_sizes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..tasks import TASKS, wrong_bits
+from ..tasks import TASKS
 from ..tasks.checkpoint import CheckpointError
 from ..tasks.loop import resume
-from ..tasks.model import NTMModel
+from ..tasks.model import MemoryModel
 from ..tasks.training import Training
 from .ntm import ntm
 
@@ -25,12 +25,12 @@ def save_picture(training: Training, sizes: dict[str, int], seed: int, path: Pat
     size = {**training.task.probes()[0].size, **sizes}
     batch = training.task.batch(1, torch.Generator().manual_seed(seed), **size)
     weightings = None
-    if isinstance(training.model, NTMModel):
+    if isinstance(training.model, MemoryModel):
         logits, all_weightings = training.model.trace(batch.input)
         weightings = all_weightings[:, 0]
     else:
         logits = training.model(batch.input)
-    wrong = float(wrong_bits(logits, batch)[0])
+    wrong = float(training.task.wrong(logits, batch)[0])
     settings = training.settings
     described = ", ".join(f"{name} {number}" for name, number in size.items())
     figure = ntm(
@@ -40,7 +40,7 @@ def save_picture(training: Training, sizes: dict[str, int], seed: int, path: Pat
         batch.mask[:, 0],
         weightings,
         heads=settings.heads,
-        title=f"{settings.task}: {described}, {wrong:.0f} wrong bits",
+        title=f"{settings.task}: {described}, {wrong:.0f} wrong {training.task.unit}",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -66,5 +66,5 @@ def main(task: str, arguments: Sequence[str]) -> int:
     except (ValueError, CheckpointError, ImportError, OSError) as error:
         print(f"seqmem_fast plot: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {wrong:.0f} wrong bits")
+    print(f"{options.out}: {wrong:.0f} wrong {training.task.unit}")
     return 0

@@ -1,14 +1,16 @@
-"""The NTM paper's five tasks (Graves, Wayne & Danihelka, arXiv 1410.5401, section 4) as generators.
+"""Tasks that need a memory, as generators: the five of the NTM paper (Graves, Wayne & Danihelka,
+arXiv 1410.5401, section 4) and one-shot classification (Santoro et al., arXiv 1605.06065).
 
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
 Each task is a class whose fields are its sizes. `python -m seqmem_fast train copy` trains on it;
-what was tried and measured stands in docs/ntm_training.md.
+what was tried and measured stands in docs/training.md.
 """
 
 from .associative_recall import AssociativeRecallTask
 from .copy import CopyTask
 from .dynamic_ngrams import DynamicNgramsTask
+from .one_shot import OneShotTask
 from .priority_sort import PrioritySortTask
 from .repeat_copy import RepeatCopyTask
 from .task import Batch, Probe, Score, Stream, Task, evaluate, loss_of, wrong_bits
@@ -19,6 +21,7 @@ __all__ = [
     "Batch",
     "CopyTask",
     "DynamicNgramsTask",
+    "OneShotTask",
     "PrioritySortTask",
     "Probe",
     "RepeatCopyTask",
@@ -34,6 +37,7 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecallTask,
     "copy": CopyTask,
     "dynamic_ngrams": DynamicNgramsTask,
+    "one_shot": OneShotTask,
     "priority_sort": PrioritySortTask,
     "repeat_copy": RepeatCopyTask,
 }

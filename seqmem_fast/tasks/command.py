@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import TASKS, checkpoint, loop
-from .display import Bar, Board, MissingPackage, judge, new_console, show_scores
-from .settings import MODELS, Settings, standard
+from .display import Bar, Board, judge, new_console, show_scores
+from .model import BUILDERS
+from .optional import MissingPackage
+from .settings import Settings, standard
 from .training import Diverged, Training
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     """One sub-command a task, with the task's own sizes among its options."""
     whole = argparse.ArgumentParser(
         prog="python -m seqmem_fast train",
-        description="Trains on one of the NTM paper's tasks (arXiv 1410.5401, section 4), then "
-        "judges the result on fresh sequences, larger ones too.",
+        description="Trains a network with a memory, or an LSTM, on one of the tasks, then judges "
+        "the result on fresh sequences, larger ones too.",
     )
     tasks = whole.add_subparsers(dest="task", required=True, metavar="task")
     for name, kind in TASKS.items():
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
             settings.add_argument(
                 _option(each.name),
                 type=type(value),
-                choices=MODELS if each.name == "model" else None,
+                choices=tuple(BUILDERS) if each.name == "model" else None,
                 metavar=None if each.name == "model" else type(value).__name__.upper(),
                 help=f"standard: {value}",
             )
@@ -153,7 +155,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
         console.print(f"{signal.Signals(signalled).name}: --resume goes on from there")
         return 128 + signalled
     scores = judge(training, options.sequences)
-    show_scores(console, training.settings, scores)
+    show_scores(console, training.settings, training.task.unit, scores)
     content = {
         "step": training.step_count,
         "seconds": training.seconds,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .optional import MissingPackage
 from .settings import Settings
 from .task import Probe, Score, evaluate
 from .training import Training
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.02  # of the figures in the bar
 EVALUATION_SEED = 2**31  # a stream that no training's seed below 2^31 sees
-
-
-class MissingPackage(RuntimeError):
-    """An optional package is not installed."""
 
 
 def new_console() -> Console:
@@ -31,7 +28,7 @@ def new_console() -> Console:
 
 
 class Bar:
-    """A progress bar with loss, wrong bits per sequence and speed; a watcher of the loop."""
+    """A progress bar with the loss and what is wrong in a sequence; a watcher of the loop."""
 
     def __init__(self, console: Console, training: Training) -> None:
         from rich.progress import (
@@ -47,7 +44,7 @@ class Bar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.5f}"),
-            TextColumn("wrong bits {task.fields[wrong]:.3f}"),
+            TextColumn(f"wrong {training.task.unit} {{task.fields[wrong]:.3f}}"),
             TimeElapsedColumn(),
             console=console,
         )
@@ -83,7 +80,7 @@ class Bar:
 
 
 class Board:
-    """TensorBoard's curves of loss and wrong bits; a watcher of the loop."""
+    """TensorBoard's curves of the same; a watcher of the loop."""
 
     def __init__(self, folder: Path, training: Training) -> None:
         try:
@@ -97,7 +94,8 @@ class Board:
 
     def __call__(self, training: Training, loss: float, wrong: float) -> None:
         self._writer.add_scalar("loss", loss, training.step_count)
-        self._writer.add_scalar("wrong bits per sequence", wrong, training.step_count)
+        name = f"wrong {training.task.unit} per sequence"
+        self._writer.add_scalar(name, wrong, training.step_count)
 
     def close(self) -> None:
         self._writer.close()
@@ -118,7 +116,7 @@ def judge(training: Training, sequences: int) -> list[tuple[Probe, Score]]:
 
 
 def show_scores(
-    console: Console, settings: Settings, scores: Sequence[tuple[Probe, Score]]
+    console: Console, settings: Settings, unit: str, scores: Sequence[tuple[Probe, Score]]
 ) -> None:
     """The table of scores, and in a sentence how far it reaches."""
     from rich.table import Table
@@ -126,11 +124,14 @@ def show_scores(
     table = Table(title=f"{settings.task}, {settings.model}: means over fresh sequences")
     table.add_column("size")
     table.add_column("trained on")
-    for heading in ("wrong bits", "faultless", "cost in bits"):
+    for heading in (f"wrong {unit}", "faultless", "cost in bits"):
         table.add_column(heading, justify="right")
     best_known = any(score.best_cost is not None for _, score in scores)
     if best_known:
         table.add_column("least possible", justify="right")
+    further = list(scores[0][1].further)
+    for heading in further:
+        table.add_column(heading, justify="right")
     for probe, score in scores:
         row = [
             probe.label,
@@ -139,7 +140,8 @@ def show_scores(
             f"{score.perfect:.1%}",
             f"{score.cost:.3f}",
         ]
-        table.add_row(*row, *([f"{score.best_cost:.3f}"] if score.best_cost is not None else []))
+        row += [f"{score.best_cost:.3f}"] if score.best_cost is not None else []
+        table.add_row(*row, *(f"{score.further[name]:.1%}" for name in further))
     console.print(table)
     console.print(verdict(scores), highlight=False)
 
@@ -153,6 +155,9 @@ def verdict(scores: Sequence[tuple[Probe, Score]]) -> str:
             f"{score.best_cost:.2f}."
         )
     _, here = scores[0]
+    if here.further:
+        shares = ", ".join(f"{share:.1%} at the {name}" for name, share in here.further.items())
+        return f"Right: {shares}."
     learnt = "It has learnt what it was trained on"
     if here.wrong_bits >= 0.01:
         learnt = f"On what it was trained on it still gets {here.wrong_bits:.3f} bits wrong"

@@ -1,43 +1,47 @@
-"""The networks that are trained: an NTM, or an LSTM to compare with; both input -> logits."""
+"""The networks that are trained, each input [T, B, I] -> logits [T, B, O]."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import LSTM, NTM
-from .settings import Settings
 from .task import Task
 
+if TYPE_CHECKING:
+    from .settings import Settings
 
-class NTMModel(nn.Module):
-    """The NTM alone: its output layer gives the logits."""
 
-    def __init__(self, task: Task, settings: Settings) -> None:
+class MemoryModel(nn.Module):
+    """A network with a memory alone: its output layer gives the logits.
+
+    Args:
+        name: under which its weights are kept.
+        layer: called as layer(input) -> (output, state).
+        tracing: the argument that makes it return what its heads did as well.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, tracing: str) -> None:
         super().__init__()
-        self.ntm = NTM(
-            task.input_size,
-            task.output_size,
-            settings.controller_size,
-            settings.memory_size,
-            settings.memory_dim,
-            heads=settings.heads,
-            num_layers=settings.num_layers,
-        )
+        self.name, self.tracing = name, tracing
+        self.add_module(name, layer)
 
     def forward(self, input: Tensor) -> Tensor:
         """input [T, B, I] -> logits [T, B, O]."""
-        logits: Tensor = self.ntm(input)[0]
+        logits: Tensor = self.get_submodule(self.name)(input)[0]
         return logits
 
-    def trace(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Also the weightings of all heads, [T, B, Hd, N]."""
-        logits, _, weightings = self.ntm(input, return_weightings=True)
-        return logits, weightings
+    def trace(self, input: Tensor) -> tuple[Tensor, Any]:
+        """Also what the layer's heads did: an NTM's weightings [T, B, Hd, N], others' traces."""
+        logits, _, trace = self.get_submodule(self.name)(input, **{self.tracing: True})
+        return logits, trace
 
 
 class LSTMModel(nn.Module):
-    """LSTM layers and a linear output: the paper's comparison."""
+    """LSTM layers and a linear output: the comparison."""
 
     def __init__(self, task: Task, settings: Settings) -> None:
         super().__init__()
@@ -50,8 +54,28 @@ class LSTMModel(nn.Module):
         return logits
 
 
+def _ntm(task: Task, settings: Settings) -> nn.Module:
+    layer = NTM(*_sizes(task, settings), heads=settings.heads, num_layers=settings.num_layers)
+    return MemoryModel("ntm", layer, "return_weightings")
+
+
+def _sizes(task: Task, settings: Settings) -> tuple[int, int, int, int, int]:
+    """What all layers with a memory take first."""
+    controller = settings.controller_size
+    return (
+        task.input_size,
+        task.output_size,
+        controller,
+        settings.memory_size,
+        settings.memory_dim,
+    )
+
+
+BUILDERS: dict[str, Callable[[Task, Settings], nn.Module]] = {"ntm": _ntm, "lstm": LSTMModel}
+
+
 def build_model(settings: Settings, task: Task) -> nn.Module:
     """The network of these settings, its weights a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return (NTMModel if settings.model == "ntm" else LSTMModel)(task, settings)
+        return BUILDERS[settings.model](task, settings)

@@ -10,7 +10,6 @@ from .settings import Settings
 
 LOWEST = 0.02  # the share of the learning rate that training ends with
 SMOOTHING = 0.02  # of the loss: it forgets over 50 steps
-CHANCE = math.log(2)  # the loss of one who knows nothing
 
 
 class Schedule:
@@ -23,11 +22,11 @@ class Schedule:
     `settings.steps`.
     """
 
-    def __init__(self, settings: Settings, stages: int) -> None:
-        self.settings, self.stages = settings, stages
+    def __init__(self, settings: Settings, stages: int, chance: float) -> None:
+        self.settings, self.stages, self.chance = settings, stages, chance
         self.falling_steps = round(settings.fall * settings.steps)
         self.stage = 0 if settings.curriculum else stages
-        self.loss = CHANCE
+        self.loss = chance
         self.turn = settings.steps - self.falling_steps  # the step from which the rate falls
         self.learnt = False
 
@@ -36,7 +35,7 @@ class Schedule:
         self.loss += SMOOTHING * (loss - self.loss)
         if self.stage < self.stages:
             if self.loss < self.settings.curriculum:
-                self.stage, self.loss = self.stage + 1, CHANCE
+                self.stage, self.loss = self.stage + 1, self.chance
         elif not self.learnt and step < self.turn and self.loss < self.settings.learnt:
             self.turn, self.learnt = step, True
 

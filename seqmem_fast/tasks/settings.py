@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from . import TASKS
+from .model import BUILDERS
 from .task import Task
-
-MODELS = ("ntm", "lstm")
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,14 @@ class Settings:
     curriculum: float = 0.0  # sizes grow by one when the loss is under this; 0: all from the start
     fall: float = 0.5  # the last share of the steps, over which the learning rate falls
     learnt: float = 0.0  # at all sizes, the loss under which that begins early; 0: never early
-    controller_size: int = 100  # hidden units; also of the LSTM that takes the NTM's place
+    controller_size: int = 100  # hidden units; also of the LSTM alone
     num_layers: int = 1
     memory_size: int = 128  # slots
     memory_dim: int = 20
-    heads: str = "wr"
+    heads: str = "wr"  # of an NTM
 
     def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, TASKS), ("model", self.model, MODELS)):
+        for name, value, known in (("task", self.task, TASKS), ("model", self.model, BUILDERS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name in ("steps", "batch_size", "controller_size", "num_layers", "memory_size"):
@@ -87,6 +86,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
+    },
+    "one_shot": {
+        "steps": 10_000,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "controller_size": 200,
+        "memory_dim": 40,
     },
     "repeat_copy": {
         "steps": 40_000,

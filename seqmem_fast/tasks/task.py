@@ -35,7 +35,13 @@ class Probe:
 
 
 class Task(ABC):
-    """A family of sequences to learn; all that is random comes from the generator given."""
+    """A family of sequences to learn; all that is random comes from the generator given.
+
+    An answer is `output_size` bits at each step, unless a task says otherwise by :meth:`loss`,
+    :meth:`wrong`, :meth:`counted`, `chance` and `unit`.
+    """
+
+    unit: ClassVar[str] = "bits"  # what is right or wrong
 
     @property
     @abstractmethod
@@ -72,6 +78,27 @@ class Task(ABC):
     @abstractmethod
     def probes(self) -> list[Probe]:
         """The sizes that a finished training is judged by, beyond training's own too."""
+
+    @property
+    def chance(self) -> float:
+        """The loss of one who knows nothing."""
+        return math.log(2)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What is minimised: nats, the mean over all that counts; logits [T, B, O]."""
+        return loss_of(logits, batch)
+
+    def wrong(self, logits: Tensor, batch: Batch) -> Tensor:
+        """How many bits, or what else `unit` names, of each sequence come out wrong, [B]."""
+        return wrong_bits(logits, batch)
+
+    def counted(self, batch: Batch) -> float:
+        """How many there are in a batch."""
+        return float(batch.mask.sum()) * batch.target.shape[2]
+
+    def further(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Other shares from 0 to 1 to judge by: a heading, and one of each sequence, [B]."""
+        return {}
 
     def best_cost(self, batch: Batch) -> float | None:
         """The bits per sequence that no learner gets under on average; None: zero."""
@@ -130,10 +157,11 @@ class BitsTask(Task):
 class Score(NamedTuple):
     """Means over sequences."""
 
-    wrong_bits: float  # of the output rounded to 0 or 1, per sequence
+    wrong_bits: float  # of the output rounded to 0 or 1, per sequence; or answers: `Task.unit`
     cost: float  # negative log2 likelihood, bits per sequence
-    perfect: float  # share of sequences without a wrong bit
+    perfect: float  # share of sequences without a wrong one
     best_cost: float | None
+    further: dict[str, float]  # a task's own figures
 
 
 def loss_of(logits: Tensor, batch: Batch) -> Tensor:
@@ -158,22 +186,25 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     wrong, cost, best = [], 0.0, 0.0
     known = False
+    further: dict[str, list[Tensor]] = {}
     for start in range(0, sequences, batch_size):
         rows = min(batch_size, sequences - start)
         batch = task.batch(rows, generator, **(task.draw(generator) if size is None else size))
         logits = model(batch.input)
-        wrong.append(wrong_bits(logits, batch))
-        bits = float(batch.mask.sum()) * batch.target.shape[2]
-        cost += float(loss_of(logits, batch)) * bits / math.log(2)
+        wrong.append(task.wrong(logits, batch))
+        cost += float(task.loss(logits, batch)) * task.counted(batch) / math.log(2)
+        for name, share in task.further(logits, batch).items():
+            further.setdefault(name, []).append(share)
         best_here = task.best_cost(batch)
         if best_here is not None:
             known, best = True, best + best_here * rows
     each = torch.cat(wrong)
     return Score(
-        float(each.mean()),
+        float(each.float().mean()),
         cost / sequences,
         float((each == 0).float().mean()),
         best / sequences if known else None,
+        {name: float(torch.cat(shares).mean()) for name, shares in further.items()},
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .model import build_model
 from .schedule import Schedule
 from .settings import Settings
-from .task import loss_of, wrong_bits
 
 
 class Diverged(RuntimeError):
@@ -30,7 +29,7 @@ class Training:
         self.settings = settings
         self.task = settings.build_task()
         self.model = build_model(settings, self.task)
-        self.schedule = Schedule(settings, self.task.stages)
+        self.schedule = Schedule(settings, self.task.stages, self.task.chance)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -53,7 +52,7 @@ class Training:
         return self.schedule.last_step
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step on a fresh batch: loss and wrong bits per sequence before it.
+        """One optimizer step on a fresh batch: its loss, and wrong bits or answers a sequence.
 
         Raises:
             Diverged: the loss is not finite.
@@ -61,7 +60,7 @@ class Training:
         size = self.task.draw(self.generator, self.schedule.stage)
         batch = self.task.training_batch(self.settings.batch_size, self.generator, **size)
         logits = self.model(batch.input)
-        loss = loss_of(logits, batch)
+        loss = self.task.loss(logits, batch)
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(f"the loss at step {self.step_count + 1} is {value}")
@@ -73,7 +72,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         self.schedule.observe(value, self.step_count)
-        return value, float(wrong_bits(logits, batch).mean())
+        return value, float(self.task.wrong(logits, batch).float().mean())
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, optimizer state and random state, by name."""
