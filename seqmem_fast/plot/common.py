@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+STEP, CHANNEL, SLOT = 0.11, 0.09, 0.045  # inches
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "→"}  # white space a reader can see
 
 
@@ -49,3 +53,60 @@ def colour_bar(image: AxesImage, axes: Any, **place: Any) -> None:
     bar = image.figure.colorbar(image, ax=axes, **place)
     bar.ax.tick_params(labelsize=8)
     bar.ax.spines["outline"].set_visible(False)
+
+
+class Panel(NamedTuple):
+    """One band of a picture whose time goes across."""
+
+    name: str
+    values: Tensor  # [T, rows]
+    inches: float  # a row's height
+    rows: list[str] | None = None  # what each is, or the axis has `side` alone
+    side: str = "channel"
+    colours: str = "magma"
+    low: float = 0.0
+    top: float = 1.0
+
+
+def answer_panels(
+    input: Tensor, output: Tensor, target: Tensor, mask: Tensor, inches: float = CHANNEL
+) -> list[Panel]:
+    """What went in, what came out, and how far from the target it is where that counts."""
+    counted = mask.bool().unsqueeze(1)
+    nothing = torch.tensor(float("nan"))
+    low, top = min(0.0, float(input.min())), max(1.0, float(input.max()))
+    error = torch.where(counted, (output - target).abs(), nothing)
+    return [
+        Panel("input", input, inches, low=low, top=top),
+        Panel("output", torch.where(counted, output, nothing), inches),
+        Panel("error", error, inches, colours="Reds"),
+    ]
+
+
+def height_of(panel: Panel) -> float:
+    return max(0.6, panel.values.shape[1] * panel.inches)
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    shown = panel.values.detach().to("cpu", torch.float32).t().numpy()
+    image = heat(axes, shown, cmap=panel.colours, vmin=panel.low, vmax=panel.top)
+    axes.set_facecolor("0.9")
+    axes.set_title(panel.name, loc="left", fontsize=10)
+    axes.set_ylabel(panel.side, fontsize=8)
+    axes.set_yticks([])
+    if panel.rows is not None:
+        apart = max(1, len(panel.rows) // 5) if panel.side == "slot" else 1
+        some = range(0, len(panel.rows), apart)
+        axes.set_yticks(some, [panel.rows[row] for row in some], fontsize=7)
+    colour_bar(image, axes, pad=0.01, fraction=0.03, aspect=10)
+
+
+def check_shapes(
+    picture: str, found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
+) -> None:
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(
+                f"plot.{picture}: expected {name} of shape {list(expected[name])}, "
+                f"got {list(tensor.shape)}"
+            )

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from .common import colour_bar, heat, new_figure
+from .common import (
+    SLOT,
+    STEP,
+    Panel,
+    answer_panels,
+    check_shapes,
+    draw_panel,
+    height_of,
+    new_figure,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HEADS = {"w": "write weighting", "r": "read weighting"}
 USED = 0.02  # a slot that no head gives more is not worth a row
-STEP, CHANNEL, SLOT = 0.11, 0.09, 0.045  # inches
 
 
 def used_slots(weightings: Tensor, margin: int = 2) -> list[int]:
@@ -74,48 +80,21 @@ def ntm(
     if weightings is not None:
         expected["weightings"] = (steps, len(heads), weightings.shape[-1])
         found["weightings"] = weightings
-    for name, tensor in found.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"plot.ntm: expected {name} of shape {list(expected[name])}, "
-                f"got {list(tensor.shape)}"
-            )
-    counted = mask.bool().unsqueeze(1)
-    nothing = torch.tensor(float("nan"))
-    panels = [
-        ("input", input, CHANNEL),
-        ("output", torch.where(counted, output, nothing), CHANNEL),
-        ("error", torch.where(counted, (output - target).abs(), nothing), CHANNEL),
-    ]
-    slots: list[int] = []
+    check_shapes("ntm", found, expected)
+    panels = answer_panels(input, output, target, mask)
     if weightings is not None:
         slots = used_slots(weightings)
+        rows = [str(slot) for slot in slots]
         panels += [
-            (HEADS[kind], weightings[:, head, slots], SLOT) for head, kind in enumerate(heads)
+            Panel(HEADS[kind], weightings[:, head, slots], SLOT, rows, "slot")
+            for head, kind in enumerate(heads)
         ]
-    heights = [max(0.6, values.shape[1] * scale) for _, values, scale in panels]
+    heights = [height_of(panel) for panel in panels]
     figure = new_figure(max(5.0, 1.5 + STEP * steps), sum(heights) + 0.33 * len(panels) + 0.5)
     axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
-    for each, (name, values, _) in zip(axes, panels, strict=True):
-        _draw(each, name, values, slots)
+    for each, panel in zip(axes, panels, strict=True):
+        draw_panel(each, panel)
     axes[-1].set_xlabel("time step")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _draw(axes: Axes, name: str, values: Tensor, slots: list[int]) -> None:
-    shown = values.detach().to("cpu", torch.float32).t().numpy()
-    low = min(0.0, float(values.min())) if name == "input" else 0.0
-    top = max(1.0, float(values.max())) if name == "input" else 1.0
-    image = heat(axes, shown, cmap="Reds" if name == "error" else "magma", vmin=low, vmax=top)
-    axes.set_facecolor("0.9")
-    axes.set_title(name, loc="left", fontsize=10)
-    if name in HEADS.values():
-        axes.set_ylabel("slot", fontsize=8)
-        rows = range(0, len(slots), max(1, len(slots) // 5))
-        axes.set_yticks(rows, [str(slots[row]) for row in rows], fontsize=7)
-    else:
-        axes.set_ylabel("channel", fontsize=8)
-        axes.set_yticks([])
-    colour_bar(image, axes, pad=0.01, fraction=0.03, aspect=10)
