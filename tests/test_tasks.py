@@ -17,6 +17,7 @@ from seqmem_fast.tasks import TASKS, Batch, Stream, Task
 
 SMALL: dict[str, tuple[Task, dict[str, int]]] = {
     "copy": (tasks.CopyTask(bits=3), {"length": 2}),
+    "copy_in_turn": (tasks.CopyInTurnTask(bits=3), {"length": 2, "sequences": 3}),
     "repeat_copy": (tasks.RepeatCopyTask(bits=2), {"length": 2, "repeats": 3}),
     "associative_recall": (tasks.AssociativeRecallTask(bits=2, item_length=2), {"items": 3}),
     "dynamic_ngrams": (tasks.DynamicNgramsTask(order=3, length=9), {"length": 9}),
@@ -68,6 +69,19 @@ def test_copy_by_hand() -> None:
     assert torch.equal(batch.target[3:], batch.input[:2, :, :3])
     assert batch.input[2].tolist() == [[0, 0, 0, 1]] * 4
     assert not batch.input[3:].any() and not batch.input[:2, :, 3].any()
+
+
+def test_copy_in_turn_by_hand() -> None:
+    batch = draw("copy_in_turn")
+    assert batch.mask[:, 0].tolist() == [0, 0, 0, 1, 1] * 3
+    for start in (0, 5, 10):
+        assert torch.equal(
+            batch.target[start + 3 : start + 5], batch.input[start : start + 2, :, :3]
+        )
+        flags = batch.input[start : start + 5, :, 3:]
+        assert flags.transpose(0, 1).tolist() == [[[1, 0], [1, 0], [0, 1], [0, 0], [0, 0]]] * 4
+        assert not batch.input[start + 2 : start + 5, :, :3].any()
+    assert tasks.CopyInTurnTask().draw(torch.Generator(), stage=0)["sequences"] in (1, 2)
 
 
 def test_repeat_copy_by_hand() -> None:

@@ -24,10 +24,11 @@ from seqmem_fast.tasks.model import BUILDERS
 from seqmem_fast.tasks.settings import Settings, standard
 from seqmem_fast.tasks.training import Diverged, Training
 
-TINY = {"controller_size": 8, "memory_size": 6, "memory_dim": 4, "batch_size": 3}
+TINY = {"controller_size": 8, "memory_size": 6, "memory_dim": 4, "batch_size": 3, "read_heads": 2}
 SIZES = {
     "associative_recall": {"bits": 2, "item_length": 1, "max_items": 3},
     "copy": {"bits": 2, "max_length": 3},
+    "copy_in_turn": {"bits": 2, "max_length": 2, "max_sequences": 3},
     "dynamic_ngrams": {"order": 2, "length": 8},
     "one_shot": {"classes": 2, "images": 3, "side": 8, "letters": 40},
     "priority_sort": {"bits": 2, "items": 4, "highest": 2},

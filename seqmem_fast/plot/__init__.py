@@ -3,5 +3,6 @@
 from .attention import attention
 from .gates import gates, liveliest
 from .ntm import ntm
+from .one_shot import one_shot
 
-__all__ = ["attention", "gates", "liveliest", "ntm"]
+__all__ = ["attention", "gates", "liveliest", "ntm", "one_shot"]

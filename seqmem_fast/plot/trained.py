@@ -6,15 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from ..tasks import TASKS
+from ..tasks import TASKS, Batch, OneShotTask
 from ..tasks.checkpoint import CheckpointError
 from ..tasks.loop import resume
 from ..tasks.model import MemoryModel
 from ..tasks.training import Training
 from .ntm import ntm
+from .one_shot import one_shot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEED = 2**31 + 1  # sequences that no training with a smaller seed has seen
 
@@ -24,27 +30,42 @@ def save_picture(training: Training, sizes: dict[str, int], seed: int, path: Pat
     """Draws one fresh sequence of those sizes; how many bits of it came out wrong."""
     size = {**training.task.probes()[0].size, **sizes}
     batch = training.task.batch(1, torch.Generator().manual_seed(seed), **size)
-    weightings = None
+    trace = None
     if isinstance(training.model, MemoryModel):
-        logits, all_weightings = training.model.trace(batch.input)
-        weightings = all_weightings[:, 0]
+        logits, trace = training.model.trace(batch.input)
     else:
         logits = training.model(batch.input)
     wrong = float(training.task.wrong(logits, batch)[0])
-    settings = training.settings
     described = ", ".join(f"{name} {number}" for name, number in size.items())
-    figure = ntm(
-        batch.input[:, 0],
-        logits[:, 0].sigmoid(),
-        batch.target[:, 0],
-        batch.mask[:, 0],
-        weightings,
-        heads=settings.heads,
-        title=f"{settings.task}: {described}, {wrong:.0f} wrong {training.task.unit}",
-    )
+    unit = training.task.unit
+    title = f"{training.settings.task}: {described}, {wrong:.0f} wrong {unit}"
+    figure = picture(training, batch, logits, trace, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return wrong
+
+
+def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title: str) -> Figure:
+    """The figure that fits the task and the network, of a batch of one row."""
+    task, settings = training.task, training.settings
+    shown, target, mask = batch.input[:, 0], batch.target[:, 0], batch.mask[:, 0]
+    if isinstance(task, OneShotTask):
+        pictures = shown[:, : task.side**2].unflatten(1, (task.side, task.side))
+        reads = first_row(trace) if settings.model == "mann" else None
+        chances = logits[:, 0].softmax(1)
+        return one_shot(pictures, chances, target.argmax(1), reads, title=title)
+    weightings, heads = None, settings.heads
+    if settings.model == "ntm":
+        weightings = trace[:, 0]
+    elif settings.model == "mann":
+        weightings = torch.cat((trace.write_weights, trace.read_weights), 2)[:, 0]
+        heads = "w" * settings.read_heads + "r" * settings.read_heads
+    return ntm(shown, logits[:, 0].sigmoid(), target, mask, weightings, heads=heads, title=title)
+
+
+def first_row(trace: Any) -> Any:
+    """The trace of one sequence out of a batch's."""
+    return type(trace)(*(part[:, 0] for part in trace))
 
 
 def main(task: str, arguments: Sequence[str]) -> int:

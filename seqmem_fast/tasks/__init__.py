@@ -1,5 +1,6 @@
 """Tasks that need a memory, as generators: the five of the NTM paper (Graves, Wayne & Danihelka,
-arXiv 1410.5401, section 4) and one-shot classification (Santoro et al., arXiv 1605.06065).
+arXiv 1410.5401, section 4), copying in turn (the DNC paper's, Graves et al. 2016) and one-shot
+classification (Santoro et al., arXiv 1605.06065).
 
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
@@ -9,6 +10,7 @@ what was tried and measured stands in docs/training.md.
 
 from .associative_recall import AssociativeRecallTask
 from .copy import CopyTask
+from .copy_in_turn import CopyInTurnTask
 from .dynamic_ngrams import DynamicNgramsTask
 from .one_shot import OneShotTask
 from .priority_sort import PrioritySortTask
@@ -19,6 +21,7 @@ __all__ = [
     "TASKS",
     "AssociativeRecallTask",
     "Batch",
+    "CopyInTurnTask",
     "CopyTask",
     "DynamicNgramsTask",
     "OneShotTask",
@@ -36,6 +39,7 @@ __all__ = [
 TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecallTask,
     "copy": CopyTask,
+    "copy_in_turn": CopyInTurnTask,
     "dynamic_ngrams": DynamicNgramsTask,
     "one_shot": OneShotTask,
     "priority_sort": PrioritySortTask,

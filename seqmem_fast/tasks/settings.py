@@ -36,12 +36,14 @@ class Settings:
     memory_size: int = 128  # slots
     memory_dim: int = 20
     heads: str = "wr"  # of an NTM
+    read_heads: int = 4  # of a MANN, where each writes as well
 
     def __post_init__(self) -> None:
         for name, value, known in (("task", self.task, TASKS), ("model", self.model, BUILDERS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        for name in ("steps", "batch_size", "controller_size", "num_layers", "memory_size"):
+        counts = "steps", "batch_size", "controller_size", "num_layers", "memory_size", "read_heads"
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
