@@ -32,7 +32,13 @@ ROOMS = [
     "tests/test_{}.py",
     "tests/triton_{}_interpreted.py",
 ]
-SHARED = {"__init__", "common", "launcher"}  # the files of a room that belong to no single op
+SHARED = {
+    "__init__",
+    "common",
+    "launcher",
+    "machine",
+    "machine_kernels",
+}  # the files of a room that belong to no single op
 
 # Who may import which room of the package ("" is its top); a room's own op is meant unless the
 # target stands in ANY_OP. _triton falls back on the reference where no kernel fits. The top

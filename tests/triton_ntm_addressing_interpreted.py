@@ -13,6 +13,7 @@ from ahead_of_time import Kernel
 from torch import Tensor
 
 import seqmem_fast
+from seqmem_fast._triton import machine
 from seqmem_fast._triton import ntm_addressing as launchers
 from seqmem_fast.reference import ntm_addressing as reference
 
@@ -61,7 +62,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["content", "addressing", "write"])
 def test_plain_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_ELEMENTS", 8)
+    monkeypatch.setattr(machine, "_ELEMENTS", 8)
     check(SAMPLES[name], torch.float64)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton_attention_check import spread
 
 import seqmem_fast
+from seqmem_fast._triton import machine
 from seqmem_fast._triton import ntm as launchers
-from seqmem_fast._triton import ntm_addressing as functionals
 from seqmem_fast.reference import ntm as reference
 from seqmem_fast.reference.ntm_addressing import NTMState
 
@@ -82,7 +82,7 @@ def test_every_option(name: str) -> None:
 
 
 def test_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functionals, "_ELEMENTS", 8)
+    monkeypatch.setattr(machine, "_ELEMENTS", 8)
     check(SAMPLES["all_padded"], torch.float64)
     check(SAMPLES["plain"], torch.float16)  # rounded at the ends alone
 
@@ -94,7 +94,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 def test_segments() -> None:
     """More steps than one segment, their memories from checkpoints."""
-    samples = reference.sample_inputs(sizes=(2 * launchers._SHORTEST_SEGMENT + 1, 2, 2, 3, 4, 2))
+    samples = reference.sample_inputs(sizes=(2 * machine.SHORTEST_SEGMENT + 1, 2, 2, 3, 4, 2))
     check(next(s for s in samples if s.name == "all_padded"), torch.float32)
 
 

@@ -3,7 +3,7 @@ r"""NTM addressing, reading and writing on GPU: launchers of the four functional
 Formulas, shapes and errors: `ops/ntm_addressing.py`. A program holds a row's whole memory on chip:
 one kernel for all four stages of addressing, one for all writes of a row, one backward for each,
 which recompute what the forward went through. Reading is a matrix product, and torch's. Memories
-above `_ELEMENTS` values a row do not fit and take the plain path: the reference, on the GPU.
+above `machine.fits` values a row do not fit and take the plain path: the reference, on the GPU.
 
 Where the package was built with nvcc, csrc/cuda/ntm_addressing.cpp runs in their place.
 
@@ -23,20 +23,7 @@ from ..ops.common import reference_vjp
 from ..reference import ntm_addressing as reference
 from . import ntm_addressing_kernels as kernels
 from .common import accumulator, autograd_below
-
-_ELEMENTS = 8192  # N * M, both padded to powers of two, that a program keeps without spilling
-
-
-def fits(slots: int, width: int) -> bool:
-    """Whether a row's memory is kept on chip."""
-    return triton.next_power_of_2(slots) * max(16, triton.next_power_of_2(width)) <= _ELEMENTS
-
-
-def blocks(slots: int, width: int) -> dict[str, Any]:
-    """The padded memory, and the warps that hold it."""
-    block_n, block_w = triton.next_power_of_2(slots), max(16, triton.next_power_of_2(width))
-    warps = 8 if block_n * block_w > 4096 else 4
-    return {"BN": max(16, block_n), "BW": block_w, "num_warps": warps, "num_stages": 1}
+from .machine import blocks, fits
 
 
 def _shape(memory: Tensor, of_head: Tensor) -> tuple[int, int, dict[str, Any]]:

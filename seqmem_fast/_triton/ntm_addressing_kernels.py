@@ -12,31 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .machine_kernels import block_of, content_backward, similarity, softmax_of
+
 VARYING = ("count",)
-
-
-@triton.jit
-def block_of(ptr, slots, width, BN: tl.constexpr, BW: tl.constexpr):
-    """Pointers [BN, BW] into a dense [N, M], and which of them are in it."""
-    n = tl.arange(0, BN)[:, None]
-    m = tl.arange(0, BW)[None, :]
-    return ptr + n * width + m, (n < slots) & (m < width)
-
-
-@triton.jit
-def similarity(memory, key):
-    """K [BN] with what its gradient needs: the slots' norms and the key's."""
-    norms = tl.sqrt(tl.sum(memory * memory, axis=1))
-    key_norm = tl.sqrt(tl.sum(key * key, axis=0))
-    return tl.sum(memory * key[None, :], axis=1) / (norms * key_norm + 1e-8), norms, key_norm
-
-
-@triton.jit
-def softmax_of(z, there):
-    """Softmax of a vector, zero where nothing is."""
-    z = tl.where(there, z, float("-inf"))
-    e = tl.exp(z - tl.max(z, axis=0))
-    return e / tl.sum(e, axis=0)
 
 
 @triton.jit
@@ -100,22 +78,6 @@ def shifted_backward(dv, u, shift, taps, slots, BN: tl.constexpr, BS: tl.constex
         part = tl.sum(dv * _moved(u, by, slots, BN), axis=0)
         ds += tl.where(tl.arange(0, BS) == j, part, 0.0)
     return du, ds
-
-
-@triton.jit
-def content_backward(dc, c, K, norms, key_norm, beta, memory, key):
-    """Gradients of memory [BN, BW], key and beta."""
-    dy = c * (dc - tl.sum(dc * c, axis=0))
-    dd = beta * dy / (norms * key_norm + 1e-8)
-    of_norms = dd * K
-    down = tl.where(norms > 0.0, of_norms * key_norm / tl.where(norms > 0.0, norms, 1.0), 0.0)
-    # A NaN norm is not above 0; it must not turn into 0 either.
-    down = tl.where(norms == norms, down, norms)
-    d_memory = dd[:, None] * key[None, :] - down[:, None] * memory
-    pull = tl.sum(of_norms * norms, axis=0)
-    pull = tl.where(key_norm > 0.0, pull / tl.where(key_norm > 0.0, key_norm, 1.0), 0.0)
-    d_key = tl.sum(dd[:, None] * memory, axis=0) - pull * key
-    return d_memory, d_key, tl.sum(dy * K, axis=0)
 
 
 @triton.jit

@@ -6,9 +6,6 @@ touches, with a barrier between; the controller's weights are read from L2 at ev
 bounds a step from below (200 kB at C = 100: about 2 us). No launch and no grid-wide barrier per
 step, and rows do not wait for each other.
 
-Packed by the launcher, in the wide dtype: the LSTM's gates of a unit side by side, so that one
-reduction leaves each thread all four; per layer the weights of [below, h] as [K, C * G] for the
-forward and [C * G, K] for the backward, one layer after the other.
 
 Backward: memories are recomputed from a checkpoint, a segment at a time, from the weightings and
 head values that were kept; each head's memory within a step by writing anew. The memory's
@@ -25,73 +22,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import lstm_point, lstm_point_backward, sigmoid, tanh
-from .ntm_addressing_kernels import (
+from .common import sigmoid
+from .machine_kernels import (
     block_of,
     content_backward,
+    controller_backward,
+    controller_forward,
+    copy,
+    head_offset,
+    move,
+    padded,
+    similarity,
+    softmax_of,
+    softplus,
+    vector,
+)
+from .ntm_addressing_kernels import (
     gated,
     sharpened,
     sharpened_backward,
     shifted,
     shifted_backward,
-    similarity,
-    softmax_of,
     written,
     written_backward,
 )
 
 VARYING = ("steps", "batch", "record_rows", "writes", "segment")
-
-
-@triton.jit
-def _accumulate(acc, x_ptr, rows, w_ptr, stride, o, o_inside, BK: tl.constexpr):
-    """acc [BK, BO] += x[k] w[k, o], to be summed over its first dimension in the end."""
-    for start in range(0, rows, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(x_ptr + k, mask=k < rows, other=0.0)
-        at = w_ptr + k[:, None] * stride + o[None, :]
-        acc += x[:, None] * tl.load(at, mask=(k < rows)[:, None] & o_inside[None, :], other=0.0)
-    return acc
-
-
-@triton.jit
-def _copy(from_ptr, to_ptr, count, BLOCK: tl.constexpr):
-    for start in range(0, count, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        value = tl.load(from_ptr + k, mask=k < count)
-        tl.store(to_ptr + k, value.to(to_ptr.dtype.element_ty), mask=k < count)
-
-
-@triton.jit
-def _move(carry_ptr, to_ptr, count, BLOCK: tl.constexpr):
-    """to += carry, carry = 0."""
-    for start in range(0, count, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        total = tl.load(to_ptr + k, mask=k < count) + tl.load(carry_ptr + k, mask=k < count)
-        tl.debug_barrier()  # several threads load what one stores
-        tl.store(to_ptr + k, total, mask=k < count)
-        tl.store(carry_ptr + k, tl.zeros_like(total), mask=k < count)
-
-
-@triton.jit
-def _padded(ptr, BN: tl.constexpr, BW: tl.constexpr):
-    """Pointers into a padded [BN, BW] of scratch: no masks, and offsets known when compiling."""
-    return ptr + tl.arange(0, BN)[:, None] * BW + tl.arange(0, BW)[None, :]
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _vector(p_ptr, width, SQUASH: tl.constexpr, BW: tl.constexpr):
-    """A key or an add out of head values."""
-    m = tl.arange(0, BW)
-    x = tl.load(p_ptr + m, mask=m < width, other=0.0)
-    if SQUASH:
-        x = tanh(x)
-    return x
 
 
 @triton.jit
@@ -116,7 +72,7 @@ def _rewritten(memory, w_ptr, p_ptr, heads, writes, slots, width, taps, SQUASH: 
         if is_write != 0:
             at = p_ptr + width + taps + 3
             w = tl.load(w_ptr + h * slots + n, mask=n < slots, other=0.0).to(ACC)
-            add = _vector(at + width, width, SQUASH, BW)
+            add = vector(at + width, width, SQUASH, BW)
             memory = written(memory, w, _erase(at, width, BW), add)
         p_ptr += width + taps + 3 + is_write * 2 * width
     return memory
@@ -187,9 +143,7 @@ def ntm_forward(
     reads_ptr += b * read_width
     cell_ptr += b * states
     feature_width = control + read_width
-    head_at = (LAYERS - 1) * control
-    if LSTM:
-        head_at += 5 * states
+    head_at = head_offset(control, LAYERS, LSTM)
 
     for t in range(length):
         row = b + t * batch
@@ -200,14 +154,14 @@ def ntm_forward(
         if reset_ptr is not None:
             cut = tl.load(reset_ptr + row) != 0
             memory = tl.load(
-                _padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
+                padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
             )
             if cut:
                 if LSTM:
-                    _copy(initial_hidden_ptr, old, states, BC)
-                    _copy(initial_cell_ptr, cell_ptr, states, BC)
-                _copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
-                _copy(initial_reads_ptr, reads_ptr, read_width, BC)
+                    copy(initial_hidden_ptr, old, states, BC)
+                    copy(initial_cell_ptr, cell_ptr, states, BC)
+                copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
+                copy(initial_reads_ptr, reads_ptr, read_width, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
             if t % segment == 0:
@@ -215,76 +169,23 @@ def ntm_forward(
                 to, _ = block_of(at, slots, width, BN, BW)
                 tl.store(to, memory, mask=inside)
 
-        weight = weight_ptr
-        for layer in tl.static_range(LAYERS):
-            if layer == 0:
-                own = weight + read_width * control * G
-            else:
-                own = weight + control * control * G
-            for start in range(0, control, BC):
-                c = start + tl.arange(0, BC)
-                o = start * G + tl.arange(0, G * BC)
-                real = o < control * G
-                acc = tl.zeros([BK, G * BC], ACC)
-                if layer == 0:
-                    z = tl.load(zx_ptr + row * control * G + o, mask=real, other=0.0)
-                    acc = _accumulate(acc, reads_ptr, read_width, weight, control * G, o, real, BK)
-                else:
-                    z = tl.load(bias_ptr + layer * control * G + o, mask=real, other=0.0)
-                    below = new + (layer - 1) * control
-                    acc = _accumulate(acc, below, control, weight, control * G, o, real, BK)
-                if LSTM:
-                    before = old + layer * control
-                    acc = _accumulate(acc, before, control, own, control * G, o, real, BK)
-                    z += tl.sum(acc, axis=0)
-                    z_ig, z_fo = tl.split(tl.reshape(z, [BC, 2, 2]))
-                    z_i, z_g = tl.split(z_ig)
-                    z_f, z_o = tl.split(z_fo)
-                    at = cell_ptr + layer * control + c
-                    c_prev = tl.load(at, mask=c < control, other=0.0)
-                    g_i, g_f, g_g, g_o, cell, h = lstm_point(z_i, z_f, z_g, z_o, c_prev)
-                    tl.debug_barrier()  # several threads load what one stores
-                    tl.store(at, cell, mask=c < control)
-                    to = kept + layer * 5 * control + c
-                    tl.store(to, g_i, mask=c < control)
-                    tl.store(to + control, g_f, mask=c < control)
-                    tl.store(to + 2 * control, g_g, mask=c < control)
-                    tl.store(to + 3 * control, g_o, mask=c < control)
-                    tl.store(to + 4 * control, cell, mask=c < control)
-                else:
-                    h = tanh(z + tl.sum(acc, axis=0))
-                tl.store(new + layer * control + c, h, mask=c < control)
-                if layer == LAYERS - 1:
-                    tl.store(feature + c, h.to(features_ptr.dtype.element_ty), mask=c < control)
-                else:
-                    to = kept + head_at - (LAYERS - 1 - layer) * control + c
-                    tl.store(to, h, mask=c < control)
-            if LSTM:
-                weight = own + control * control * G
-            else:
-                weight = own
-            tl.debug_barrier()
-
+        controller_forward(
+            zx_ptr + row * control * G, weight_ptr, bias_ptr, head_weight_ptr, head_bias_ptr,
+            reads_ptr, old, new, cell_ptr, feature, kept, control, values, read_width, LAYERS, LSTM,
+            ACC, BC, BK,
+        )  # fmt: skip
         p = kept + head_at
-        for start in range(0, values, BC):
-            o = start + tl.arange(0, BC)
-            acc = tl.zeros([BK, BC], ACC)
-            top = new + (LAYERS - 1) * control
-            acc = _accumulate(acc, top, control, head_weight_ptr, values, o, o < values, BK)
-            bias = tl.load(head_bias_ptr + o, mask=o < values, other=0.0)
-            tl.store(p + o, bias + tl.sum(acc, axis=0), mask=o < values)
-        tl.debug_barrier()
 
         read_at = 0
         for h in range(heads):
             is_write = (writes >> h) & 1
-            key = _vector(p, width, SQUASH, BW)
+            key = vector(p, width, SQUASH, BW)
             K, _norms, _key_norm = similarity(memory, key)
-            content = softmax_of(_softplus(tl.load(p + width)) * K, there)
+            content = softmax_of(softplus(tl.load(p + width)) * K, there)
             prev = tl.load(weightings_ptr + h * slots + n, mask=there, other=0.0)
             u = gated(content, sigmoid(tl.load(p + width + 1)), prev)
             v = shifted(u, _taps(p + width + 2, taps, BS), taps, slots, BN, BS)
-            w, _log = sharpened(v, 1.0 + _softplus(tl.load(p + width + 2 + taps)))
+            w, _log = sharpened(v, 1.0 + softplus(tl.load(p + width + 2 + taps)))
             tl.debug_barrier()  # several threads load what one stores
             tl.store(weightings_ptr + h * slots + n, w, mask=there)
             if trace_ptr is not None:
@@ -292,7 +193,7 @@ def ntm_forward(
                 tl.store(to, w.to(trace_ptr.dtype.element_ty), mask=there)
             p += width + 3 + taps
             if is_write != 0:
-                add = _vector(p + width, width, SQUASH, BW)
+                add = vector(p + width, width, SQUASH, BW)
                 memory = written(memory, w, _erase(p, width, BW), add)
                 p += 2 * width
             else:
@@ -305,7 +206,7 @@ def ntm_forward(
 
     if LSTM:
         last = hidden_ptr + ((length % 2) * batch + b) * states
-        _copy(last, hidden_out_ptr + b * states, states, BC)
+        copy(last, hidden_out_ptr + b * states, states, BC)
     to, inside = block_of(memory_out_ptr + b * slots * width, slots, width, BN, BW)
     tl.store(to, memory.to(memory_out_ptr.dtype.element_ty), mask=inside)
 
@@ -379,9 +280,7 @@ def ntm_backward(
         length = tl.load(lengths_ptr + b).to(tl.int32)
     states = LAYERS * control
     feature_width = control + read_width
-    head_at = (LAYERS - 1) * control
-    if LSTM:
-        head_at += 5 * states
+    head_at = head_offset(control, LAYERS, LSTM)
     weightings_ptr += b * heads * slots
     below_ptr += b * control
     d_hidden_ptr += b * states
@@ -409,8 +308,8 @@ def ntm_backward(
             if reset_ptr is not None:
                 cut = tl.load(reset_ptr + row) != 0
                 again = there[:, None] & cut & (t > begin)
-                memory = tl.load(_padded(initial_memory_ptr, BN, BW), mask=again, other=memory)
-            tl.store(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW), memory)
+                memory = tl.load(padded(initial_memory_ptr, BN, BW), mask=again, other=memory)
+            tl.store(padded(memories_ptr + (t - begin) * BN * BW, BN, BW), memory)
             memory = _rewritten(
                 memory, trace_ptr + row * heads * slots, record_ptr + row * record + head_at,
                 heads, writes, slots, width, taps, SQUASH, ACC, BN, BW,
@@ -440,11 +339,11 @@ def ntm_backward(
                 p -= width + 3 + taps + is_write * 2 * width
                 dp -= width + 3 + taps + is_write * 2 * width
                 memory = _rewritten(
-                    tl.load(_padded(memories_ptr + (t - begin) * BN * BW, BN, BW)),
+                    tl.load(padded(memories_ptr + (t - begin) * BN * BW, BN, BW)),
                     trace_ptr + row * heads * slots, kept + head_at, h, writes, slots, width,
                     taps, SQUASH, ACC, BN, BW,
                 )  # fmt: skip
-                key = _vector(p, width, SQUASH, BW)
+                key = vector(p, width, SQUASH, BW)
                 raw_beta = tl.load(p + width)
                 gate = sigmoid(tl.load(p + width + 1))
                 shift = _taps(p + width + 2, taps, BS)
@@ -457,12 +356,12 @@ def ntm_backward(
                     at = initial_weightings_ptr + h * slots + n
                     prev += tl.load(at, mask=there & cut, other=0.0)
                 K, norms, key_norm = similarity(memory, key)
-                content = softmax_of(_softplus(raw_beta) * K, there)
+                content = softmax_of(softplus(raw_beta) * K, there)
                 u = gated(content, gate, prev)
                 v = shifted(u, shift, taps, slots, BN, BS)
-                w, log = sharpened(v, 1.0 + _softplus(raw_gamma))
+                w, log = sharpened(v, 1.0 + softplus(raw_gamma))
 
-                d_memory = tl.load(_padded(d_memory_ptr, BN, BW))
+                d_memory = tl.load(padded(d_memory_ptr, BN, BW))
                 dw = tl.load(d_weightings_ptr + h * slots + n, mask=there, other=0.0)
                 if grad_trace_ptr is not None:
                     at = grad_trace_ptr + (row * heads + h) * slots + n
@@ -470,7 +369,7 @@ def ntm_backward(
                 if is_write != 0:
                     more = width + 3 + taps
                     erase = _erase(p + more, width, BW)
-                    add = _vector(p + more + width, width, SQUASH, BW)
+                    add = vector(p + more + width, width, SQUASH, BW)
                     d_memory, d_w, d_erase, d_add = written_backward(
                         d_memory, memory, w, erase, add
                     )
@@ -489,14 +388,14 @@ def ntm_backward(
                     d_memory += w[:, None] * d_read[None, :]
 
                 dw = tl.where(there, dw, 0.0)
-                dv, d_gamma = sharpened_backward(dw, v, w, log, 1.0 + _softplus(raw_gamma))
+                dv, d_gamma = sharpened_backward(dw, v, w, log, 1.0 + softplus(raw_gamma))
                 du, d_shift = shifted_backward(dv, u, shift, taps, slots, BN, BS)
                 tl.debug_barrier()  # several threads load what one stores
                 tl.store(d_weightings_ptr + h * slots + n, (1.0 - gate) * du, mask=there)
                 part, d_key, d_beta = content_backward(
-                    gate * du, content, K, norms, key_norm, _softplus(raw_beta), memory, key
+                    gate * du, content, K, norms, key_norm, softplus(raw_beta), memory, key
                 )
-                tl.store(_padded(d_memory_ptr, BN, BW), d_memory + part)
+                tl.store(padded(d_memory_ptr, BN, BW), d_memory + part)
                 if SQUASH:
                     d_key *= 1.0 - key * key
                 tl.store(dp + m, d_key, mask=m < width)
@@ -508,86 +407,20 @@ def ntm_backward(
                 tl.store(dp + width + 2 + taps, d_gamma * sigmoid(raw_gamma))
                 tl.debug_barrier()
 
-            for layer in tl.static_range(LAYERS - 1, -1, -1):
-                dz = dz_ptr + (row * LAYERS + layer) * control * G
-                for start in range(0, control, BC):
-                    c = start + tl.arange(0, BC)
-                    real = c < control
-                    dh = tl.zeros([BC], ACC)
-                    if LSTM:
-                        dh += tl.load(d_hidden_ptr + layer * control + c, mask=real, other=0.0)
-                    if layer == LAYERS - 1:
-                        acc = tl.zeros([BK, BC], ACC)
-                        acc = _accumulate(acc, dp, values, head_weight_ptr, control, c, real, BK)
-                        dh += tl.sum(acc, axis=0)
-                        if grad_features_ptr is not None:
-                            of_control = d_feature + c.to(tl.int64) * f_c
-                            dh += tl.load(of_control, mask=real, other=0.0).to(ACC)
-                    else:
-                        dh += tl.load(below_ptr + c, mask=real, other=0.0)
-                    if LSTM:
-                        at = kept + layer * 5 * control + c
-                        g_i = tl.load(at, mask=real, other=0.0)
-                        g_f = tl.load(at + control, mask=real, other=0.0)
-                        g_g = tl.load(at + 2 * control, mask=real, other=0.0)
-                        g_o = tl.load(at + 3 * control, mask=real, other=0.0)
-                        cell = tl.load(at + 4 * control, mask=real, other=0.0)
-                        at = cell_ptr + (layer * batch + b) * control + c
-                        c_prev = tl.load(at, mask=real & first, other=0.0).to(ACC)
-                        at = record_ptr + before * record + (layer * 5 + 4) * control + c
-                        c_prev += tl.load(at, mask=real & follows, other=0.0)
-                        if reset_ptr is not None:
-                            at = initial_cell_ptr + layer * control + c
-                            c_prev += tl.load(at, mask=real & cut, other=0.0)
-                        dc = tl.load(d_cell_ptr + layer * control + c, mask=real, other=0.0)
-                        dz_i, dz_f, dz_g, dz_o, dc = lstm_point_backward(
-                            g_i, g_f, g_g, g_o, cell, c_prev, dh, dc, 0.0, 0.0, 0.0, 0.0
-                        )
-                        tl.debug_barrier()  # several threads load what one stores
-                        tl.store(d_cell_ptr + layer * control + c, dc, mask=real)
-                        tl.store(dz + 4 * c, dz_i, mask=real)
-                        tl.store(dz + 4 * c + 1, dz_f, mask=real)
-                        tl.store(dz + 4 * c + 2, dz_g, mask=real)
-                        tl.store(dz + 4 * c + 3, dz_o, mask=real)
-                    else:
-                        if layer == LAYERS - 1:
-                            at = features_ptr + row * feature_width + c
-                        else:
-                            at = kept + head_at - (LAYERS - 1 - layer) * control + c
-                        out = tl.load(at, mask=real, other=0.0).to(ACC)
-                        tl.store(dz + c, dh * (1.0 - out * out), mask=real)
-                tl.debug_barrier()
-                if layer == 0:
-                    under = read_width
-                    weight = weight_ptr
-                else:
-                    under = control
-                    K_rows = 2 * control if LSTM else control
-                    first_rows = read_width + control if LSTM else read_width
-                    weight = weight_ptr + (first_rows + (layer - 1) * K_rows) * control * G
-                inputs = under
-                if LSTM:
-                    inputs += control
-                for start in range(0, inputs, BC):
-                    o = start + tl.arange(0, BC)
-                    acc = tl.zeros([BK, BC], ACC)
-                    acc = _accumulate(acc, dz, control * G, weight, inputs, o, o < inputs, BK)
-                    down = tl.sum(acc, axis=0)
-                    if layer == 0:
-                        tl.store(d_reads_ptr + o, down, mask=o < under)
-                    else:
-                        tl.store(below_ptr + o, down, mask=o < under)
-                    if LSTM:
-                        to = d_hidden_ptr + layer * control + o - under
-                        tl.store(to, down, mask=(o >= under) & (o < inputs))
-                tl.debug_barrier()
+            controller_backward(
+                d_feature, f_c, dp, weight_ptr, head_weight_ptr, cell_ptr,
+                initial_cell_ptr, features_ptr + row * feature_width, kept,
+                record_ptr + before * record, below_ptr, d_hidden_ptr, d_cell_ptr, d_reads_ptr,
+                dz_ptr + row * LAYERS * control * G, first, follows, cut, b, batch, control, values,
+                read_width, LAYERS, LSTM, ACC, BC, BK,
+            )  # fmt: skip
 
             if reset_ptr is not None:
                 if cut:
-                    _move(d_memory_ptr, i_memory_ptr, BN * BW, BC)
+                    move(d_memory_ptr, i_memory_ptr, BN * BW, BC)
                     if LSTM:
-                        _move(d_hidden_ptr, i_hidden_ptr, states, BC)
-                        _move(d_cell_ptr, i_cell_ptr, states, BC)
-                    _move(d_weightings_ptr, i_weightings_ptr, heads * slots, BC)
-                    _move(d_reads_ptr, i_reads_ptr, read_width, BC)
+                        move(d_hidden_ptr, i_hidden_ptr, states, BC)
+                        move(d_cell_ptr, i_cell_ptr, states, BC)
+                    move(d_weightings_ptr, i_weightings_ptr, heads * slots, BC)
+                    move(d_reads_ptr, i_reads_ptr, read_width, BC)
                 tl.debug_barrier()
