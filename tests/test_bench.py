@@ -33,6 +33,7 @@ from benchmarks import (  # noqa: E402
     bench_attention,
     bench_dynamic_memory,
     bench_hard_attention,
+    bench_lrua,
     bench_lstm,
     bench_ntm,
 )
@@ -354,6 +355,7 @@ GPU_ROWS = [
     bench_hard_attention.step_row(3, 4, 5, 6),
     *bench_hard_attention.loss_rows(4, 3, on_gpu=True),
     *bench_dynamic_memory.shape_rows(2, 5, 4, on_gpu=True),
+    *bench_lrua.sequence_rows(3, 2, 5, 4, 6, 2),
     *bench_ntm.sequence_rows(3, 2, 5, 4, 6),
     *bench_ntm.step_rows("ntm_addressing", 2, 5, 4, on_gpu=True),
 ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqmem_fast import NTMState, ops
+from seqmem_fast import LRUAState, NTMState, ops
 from seqmem_fast.ops.hard_attention import sample_at
 
 ROWS, WIDTH = 2**25 + 1, 64
@@ -84,8 +84,29 @@ def ntm(x: Tensor) -> None:
     assert not found[:-1, :, 0].any() and found[-1].all()
 
 
+def lrua(x: Tensor) -> None:
+    """As ntm, with one head."""
+    time = 3 * 11 * 251
+    state = LRUAState(
+        small(1, 1, 1), small(1, 1, 1), small(1, 3, 1), small(1, 3), small(1, 1, 3), small(1, 1, 1)
+    )
+    weight, rest = small(4, 1, value=0.01), (small(4, 1), small(4), small(4))
+    head = small(3, 1, value=1), small(3)
+
+    def run(input: Tensor, columns: Tensor) -> Tensor:
+        controller = [torch.cat((columns, weight), 1), *rest]
+        return ops.lrua(input, state, controller, *head)[0]
+
+    wide = x.view(time, 1, -1)
+    found = run(wide, weight.expand(4, wide.size(2)))
+    steps = small(time, 1, 1)
+    steps[-1] = LAST.sum()
+    torch.testing.assert_close(found, run(steps, weight), rtol=0.02, atol=1e-6)
+    assert not found[:-1, :, 0].any() and found[-1].all()
+
+
 QUICK: list[Callable[[Tensor], None]] = [dynamic_memory, hard_attention]
-SLOW = [attention_of_many_queries, attention_to_many_keys, additive_attention, ntm]
+SLOW = [attention_of_many_queries, attention_to_many_keys, additive_attention, ntm, lrua]
 
 
 def run(checks: list[Callable[[Tensor], None]]) -> None:

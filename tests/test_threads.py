@@ -19,6 +19,7 @@ from seqmem_fast.reference import (
     additive_attention,
     attention,
     dynamic_memory,
+    lrua,
     ntm,
 )
 from seqmem_fast.reference import ntm_addressing as functionals
@@ -79,6 +80,7 @@ WORKS: dict[str, Callable[[], list[Work]]] = {
         sf.ops.dynamic_memory, dynamic_memory.sample_inputs, (2, 9, 8, 8), (32, 256, 32, 32)
     ),
     "hard_attention": lambda: [Work(hard_loss, torch.randn(rows, 10)) for rows in (3, 8_000)],
+    "lrua": lambda: [least_used((4, 1, 5, 16, 12, 6)), least_used((6, 37, 5, 40, 70, 20))],
     "ntm": lambda: [sequence((4, 1, 5, 16, 12, 6)), sequence((6, 37, 5, 40, 70, 20))],
     "ntm_addressing": lambda: functional("addressing"),
     "ntm_read": lambda: functional("read"),
@@ -104,6 +106,18 @@ def sequence(sizes: tuple[int, int, int, int, int, int]) -> Work:
         return sf.ops.ntm(input, sf.NTMState(*rest[:5]), rest[7:], *rest[5:7])
 
     return Work(call, input, *state, *head, *controller)
+
+
+def least_used(sizes: tuple[int, int, int, int, int, int]) -> Work:
+    """ops.lrua, likewise; usage is no argument, as it has no gradient."""
+    input, state, controller, *head = next(lrua.sample_inputs(sizes=sizes)).args
+
+    def call(input: Tensor, *rest: Tensor) -> Any:
+        given = sf.LRUAState(*rest[:3], state.usage, *rest[3:5])
+        features, last = sf.ops.lrua(input, given, rest[7:], *rest[5:7])
+        return features, last.memory, last.read_weights
+
+    return Work(call, input, *state[:3], *state[4:], *head, *controller)
 
 
 def hard_loss(logits: Tensor) -> tuple[Tensor, ...]:

@@ -10,12 +10,14 @@ from .hard_attention import (
     discounted_returns,
     reinforce_train_step,
 )
+from .lrua import MANN
 from .lstm import LSTM, LSTMCell, LSTMGates
 from .ntm import NTM
 from .ntm_addressing import NTMMemory
 
 __all__ = [
     "LSTM",
+    "MANN",
     "NTM",
     "AdditiveAttention",
     "Attention",

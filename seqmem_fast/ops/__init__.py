@@ -5,16 +5,21 @@ from .additive_attention import additive_attention
 from .attention import attention
 from .dynamic_memory import dynamic_memory
 from .hard_attention import categorical_sample, reinforce_loss
+from .lrua import LRUAState, LRUATrace, lrua, lrua_trace
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm, ntm_trace
 from .ntm_addressing import NTMState, ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
 __all__ = [
+    "LRUAState",
+    "LRUATrace",
     "NTMState",
     "additive_attention",
     "attention",
     "categorical_sample",
     "dynamic_memory",
+    "lrua",
+    "lrua_trace",
     "lstm",
     "lstm_cell",
     "lstm_trace",

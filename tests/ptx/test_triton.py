@@ -49,6 +49,11 @@ def ntm(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["all_padded"], torch.float32)
 
 
+def lrua(patch: pytest.MonkeyPatch) -> None:
+    module = checks("lrua")
+    module.check(module.SAMPLES["all_padded"], torch.float32)
+
+
 def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
     module = checks("ntm_addressing")
     for name in ("addressing_heads", "write_heads"):
@@ -80,7 +85,7 @@ def dynamic_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 QUICK: list[Callable[[pytest.MonkeyPatch], None]] = [
-    lstm, ntm, ntm_addressing, attention, additive_attention, hard_attention, dynamic_memory,
+    lstm, ntm, lrua, ntm_addressing, attention, additive_attention, hard_attention, dynamic_memory,
 ]  # fmt: skip
 
 

@@ -1,0 +1,254 @@
+// The ops of the memory with least recently used access: schemas, the CPU and Meta keys. Arguments
+// are described in seqmem_fast/ops/lrua.py.
+#include "lrua_check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../common/dispatch.h"
+#include "../common/kept_blocks.h"
+#include "../common/operand.h"
+#include "../common/team.h"
+
+namespace seqmem::lrua {
+namespace {
+
+using Sizes64 = Sizes<int64_t>;
+using ForwardOp = Op<kName, Tensors<13>(In, TensorList, TensorList, In, In, TensorList, Maybe,
+                                        Maybe, bool, bool, bool, bool, double, bool, bool)>;
+using BackwardOp = Op<kBackwardName, std::vector<Tensor>(
+                                         Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In,
+                                         TensorList, TensorList, In, In, TensorList, Maybe, Maybe,
+                                         In, In, In, In, In, bool, bool, bool, bool, double, Mask)>;
+
+State<const void*> state_of(const std::vector<const void*>& parts) {
+  if (parts.empty()) return {};
+  return {parts[kHidden], parts[kCell],        parts[kMemory],
+          parts[kUsage],  parts[kReadWeights], parts[kReads]};
+}
+
+// What both directions take, in the kernels' type and contiguous, alive as long as this.
+struct Call {
+  Operands operands;
+  const std::vector<const void*> controller;
+  const State<const void*> state, initial;
+  Tensor lengths, reset;
+  Shape shape;
+
+  Call(const Sizes64& s, const Inputs& in, const Options& options)
+      : operands(at::toOpMathType(in.input.scalar_type())),
+        controller(operands(in.controller)),
+        state(state_of(operands(in.state))),
+        initial(state_of(operands(in.initial))) {
+    if (in.lengths.has_value()) lengths = in.lengths->to(at::kLong).contiguous();
+    if (in.reset.has_value()) reset = in.reset->contiguous();
+    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.T))));
+    shape = {.T = s.T,
+             .B = s.B,
+             .I = s.I,
+             .layers = s.layers,
+             .C = s.C,
+             .N = s.N,
+             .M = s.M,
+             .heads = s.heads,
+             .reads = s.heads,
+             .P = s.P,
+             .erased = options.erase_all ? s.heads : 1,
+             .lstm = options.lstm,
+             .own_add = options.own_add,
+             .strength = options.strength,
+             .gamma = options.gamma,
+             .lengths = lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr,
+             .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr,
+             .segment = std::max(kShortestSegment, root)};
+  }
+};
+
+// Estimates for one core; they only decide how many threads are worth waking.
+constexpr double kFlopsPerMicrosecond = 40e3, kCallWorthSharing = 120;
+constexpr double kFlopsPerSlot = 60;  // of one head, beside the memory's width
+
+int threads_for(const Shape& s, double passes) {
+  double row = s.P * s.C + s.heads * s.N * (3.0 * s.M + kFlopsPerSlot);
+  row += (s.lstm ? 4.0 : 1.0) * s.C * (s.I + s.reads * s.M + s.C * (2.0 * s.layers - 1));
+  const double call = passes * 2 * row * s.T * s.B / kFlopsPerMicrosecond;
+  const double most = std::min<double>(available_threads(), std::max<int64_t>(s.B, 1));
+  return static_cast<int>(std::clamp(call / kCallWorthSharing, 1.0, most));
+}
+
+// ---- forward
+
+// Outputs of `type`.
+template <class Int>
+Tensors<13> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarType type) {
+  const auto options = in.input.options().dtype(type);
+  const auto saved = options.dtype(at::toOpMathType(in.input.scalar_type()));
+  auto make = [&](std::initializer_list<Int> sizes) { return empty_of<Int>(options, sizes); };
+  auto when = [&](bool wanted, const at::TensorOptions& like, std::initializer_list<Int> sizes) {
+    return wanted ? empty_of<Int>(like, sizes) : empty_of<Int>(like, {Int(0)});
+  };
+  auto keep = [&](std::initializer_list<Int> sizes) {
+    if (!in.save) return empty_of<Int>(saved, {Int(0)});
+    if constexpr (std::is_same_v<Int, int64_t>) {
+      return KeptBlocks::empty(sizes, saved);
+    } else {
+      return empty_of<Int>(saved, sizes);
+    }
+  };
+  const Int kept = s.kept, heads = s.heads;
+  return {make({s.T, s.B, s.C + s.R}),
+          make({kept, s.B, s.C}),
+          make({kept, s.B, s.C}),
+          make({s.B, s.N, s.M}),
+          make({s.B, s.N}),
+          make({s.B, heads, s.N}),
+          make({s.B, heads, s.M}),
+          when(in.trace, options, {s.T, s.B, s.N}),
+          when(in.trace, options, {s.T, s.B, heads, s.N}),
+          when(in.trace || in.save, options, {s.T, s.B, heads, s.N}),
+          when(in.save, options.dtype(at::kLong), {s.T, s.B, heads}),
+          keep({s.T, s.B, s.record()}),
+          keep({s.checkpoints(), s.B, s.M, slot_stride(s.N)})};
+}
+
+Tensors<13> forward_cpu(const ForwardInputs& in) {
+  const Sizes64 s = check<int64_t>(in);
+  const auto type = at::toOpMathType(in.input.scalar_type());
+  Tensors<13> out = allocate(in, s, type);
+  auto& [features, hidden, cell, memory, usage, read_weights, reads, usage_trace, write_trace,
+         read_trace, slots, saved, checkpoints] = out;
+  Call call(s, in, in);
+  const Forward arguments = {.input = call.operands(in.input),
+                             .state = call.state,
+                             .initial = call.initial,
+                             .controller = call.controller.data(),
+                             .head_weight = call.operands(in.head_weight),
+                             .head_bias = call.operands(in.head_bias),
+                             .features = data(features),
+                             .final = {data(hidden), data(cell), data(memory), data(usage),
+                                       data(read_weights), data(reads)},
+                             .usage_trace = data(usage_trace),
+                             .write_trace = data(write_trace),
+                             .trace = data(read_trace),
+                             .slots = static_cast<int64_t*>(data(slots)),
+                             .saved = data(saved),
+                             .checkpoints = data(checkpoints),
+                             .workspace = nullptr};
+  launch(SEQMEM_CHOOSE(forward_kernel), threads_for(call.shape, 1), arguments, storage_of(features),
+         call.shape);
+  if (type != in.input.scalar_type())
+    for (Tensor* t : {&features, &hidden, &cell, &memory, &usage, &read_weights, &reads,
+                      &usage_trace, &write_trace, &read_trace})
+      *t = t->to(in.input.scalar_type());
+  return out;
+}
+
+Tensors<13> forward_meta(const ForwardInputs& in) {
+  return allocate(in, check<c10::SymInt>(in), in.input.scalar_type());
+}
+
+// ---- backward
+
+// In the order input, state (6), head_weight, head_bias, initial (6 or none), controller; what is
+// not asked for stays empty, and a usage's always.
+std::vector<Tensor> allocate_gradients(const BackwardInputs& in, at::ScalarType type) {
+  const auto [of_input, of_state, of_weights, of_initial] = in.output_mask;
+  const auto options = in.input.options().dtype(type);
+  std::vector<Tensor> out;
+  auto add = [&](bool wanted, TensorList tensors) {
+    for (const Tensor& t : tensors)
+      out.push_back(wanted ? at::empty_symint(t.sym_sizes(), options) : at::empty({0}, options));
+  };
+  auto add_state = [&](bool wanted, TensorList state) {
+    for (size_t part = 0; part < state.size(); ++part)
+      add(wanted && part != kUsage, state.slice(part, 1));
+  };
+  add(of_input, in.input);
+  add_state(of_state, in.state);
+  add(of_weights, {in.head_weight, in.head_bias});
+  add_state(of_initial, in.initial);
+  add(of_weights, in.controller);
+  return out;
+}
+
+std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
+  const Sizes64 s = check_backward<int64_t>(in);
+  const auto type = at::toOpMathType(in.input.scalar_type());
+  std::vector<Tensor> out = allocate_gradients(in, type);
+  Call call(s, in, in);
+  Operands& operands = call.operands;
+  auto state_at = [&](size_t i) -> State<void*> {
+    return {data(out[i]),     data(out[i + 1]), data(out[i + 2]),
+            data(out[i + 3]), data(out[i + 4]), data(out[i + 5])};
+  };
+  constexpr size_t weights = 1 + kParts, initial = weights + 2;
+  std::vector<void*> grad_controller;
+  for (size_t i = initial + in.initial.size(); i < out.size(); ++i)
+    grad_controller.push_back(data(out[i]));
+  Backward arguments = {
+      .grad_features = nullptr,
+      .grad_features_strides = {},
+      .grad_final = {operands(in.grad_hidden), operands(in.grad_cell), operands(in.grad_memory),
+                     nullptr, operands(in.grad_read_weights), operands(in.grad_reads)},
+      .grad_write_trace = operands(in.grad_write_trace),
+      .grad_trace = operands(in.grad_read_trace),
+      .input = operands(in.input),
+      .state = call.state,
+      .initial = call.initial,
+      .controller = call.controller.data(),
+      .head_weight = operands(in.head_weight),
+      .features = operands(in.features),
+      .trace = operands(in.read_trace),
+      .slots = nullptr,
+      .saved = operands(in.saved),
+      .checkpoints = operands(in.checkpoints),
+      .grad_input = data(out[0]),
+      .grad_state = state_at(1),
+      .grad_initial = in.initial.empty() ? State<void*>() : state_at(initial),
+      .grad_controller = in.output_mask[2] ? grad_controller.data() : nullptr,
+      .grad_head_weight = data(out[weights]),
+      .grad_head_bias = data(out[weights + 1]),
+      .workspace = nullptr};
+  const Tensor slots = in.slots.contiguous().clamp(0, s.N - 1);  // what they hold is not checked
+  arguments.slots = slots.const_data_ptr<int64_t>();
+  Tensor grad_features;
+  if (in.grad_features.has_value()) {  // as it is laid out: often expanded from one number
+    grad_features = in.grad_features->to(type);
+    arguments.grad_features = grad_features.const_data_ptr();
+    std::copy_n(grad_features.strides().data(), 3, arguments.grad_features_strides);
+  }
+  launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
+         call.shape);
+  if (type != in.input.scalar_type())
+    for (Tensor& t : out) t = t.to(in.input.scalar_type());
+  return out;
+}
+
+std::vector<Tensor> backward_meta(const BackwardInputs& in) {
+  check_backward<c10::SymInt>(in);
+  return allocate_gradients(in, in.input.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(seqmem, m) {
+#define SEQMEM_INPUTS                                                                         \
+  "Tensor input, Tensor[] state, Tensor[] controller, Tensor head_weight, Tensor head_bias, " \
+  "Tensor[] initial, Tensor? lengths, Tensor? reset, "
+#define SEQMEM_OPTIONS "bool lstm, bool own_add, bool strength, bool erase_all, float gamma, "
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
+      m, "(" SEQMEM_INPUTS SEQMEM_OPTIONS
+         "bool trace, bool save) -> (Tensor features, Tensor hidden, Tensor cell, Tensor memory, "
+         "Tensor usage, Tensor read_weights, Tensor reads, Tensor usage_trace, Tensor write_trace, "
+         "Tensor read_trace, Tensor slots, Tensor saved, Tensor checkpoints)");
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
+      m,
+      "(Tensor? grad_features, Tensor? grad_hidden, Tensor? grad_cell, Tensor? grad_memory, "
+      "Tensor? grad_read_weights, Tensor? grad_reads, Tensor? grad_write_trace, "
+      "Tensor? grad_read_trace, " SEQMEM_INPUTS
+      "Tensor features, Tensor read_trace, Tensor slots, Tensor saved, "
+      "Tensor checkpoints, " SEQMEM_OPTIONS "bool[4] output_mask) -> Tensor[]");
+}
+
+}  // namespace seqmem::lrua

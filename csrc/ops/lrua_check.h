@@ -1,0 +1,160 @@
+// The arguments of the memory with least recently used access and their checks, the same for every
+// device and grad mode.
+#pragma once
+
+#include <ATen/OpMathType.h>
+
+#include <array>
+
+#include "../common/check.h"
+#include "../common/machine_check.h"
+#include "../common/op.h"
+#include "../cpu/lrua_kernel.h"
+
+namespace seqmem::lrua {
+
+using at::Tensor;
+using at::TensorList;
+
+// Gradients are asked for of: input; the state; the parameters; initial.
+using Mask = std::array<bool, 4>;
+
+struct Inputs {
+  In input;
+  TensorList state, controller;
+  In head_weight, head_bias;
+  TensorList initial;
+  Maybe lengths, reset;
+};
+
+struct Options {
+  bool lstm, own_add, strength, erase_all;
+  double gamma;
+};
+
+struct ForwardInputs : Inputs, Options {
+  bool trace, save;
+};
+
+struct Gradients {
+  Maybe grad_features, grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads,
+      grad_write_trace, grad_read_trace;
+};
+
+struct Saved {
+  In features, read_trace, slots, saved, checkpoints;
+};
+
+struct BackwardInputs : Gradients, Inputs, Saved, Options {
+  Mask output_mask;
+};
+
+// The parts of a state, and how a call's arguments name them.
+enum Part { kHidden, kCell, kMemory, kUsage, kReadWeights, kReads, kParts };
+
+template <class Int>
+struct Sizes {
+  Int T, B, I, C, N, M, heads, R, P;  // R values are read
+  int64_t layers, kept;               // `kept` layers have a state
+
+  // Of `saved`, as Shape::record().
+  Int record() const { return kept * 5 * C + (layers - 1) * C + P; }
+  Int checkpoints() const { return (T + kShortestSegment - 1) / kShortestSegment; }
+};
+
+template <class Int>
+void check_state(const Check<Int>& check, const Sizes<Int>& s, TensorList state) {
+  check.operand("hidden", state[kHidden], {Int(s.kept), s.B, s.C});
+  check.operand("cell", state[kCell], {Int(s.kept), s.B, s.C});
+  check.operand("memory", state[kMemory], {s.B, s.N, s.M});
+  check.operand("usage", state[kUsage], {s.B, s.N});
+  check.operand("read_weights", state[kReadWeights], {s.B, s.heads, s.N});
+  check.operand("reads", state[kReads], {s.B, s.heads, s.M});
+}
+
+template <class Int>
+void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial, bool needed) {
+  TORCH_CHECK_VALUE(initial.size() == kParts || (initial.empty() && !needed), check.op(),
+                    ": expected initial of 6 tensors", needed ? " beside reset" : ", or none",
+                    ", got ", initial.size());
+  if (initial.empty()) return;
+  check.operand("initial.hidden", initial[kHidden], {Int(s.kept), s.C});
+  check.operand("initial.cell", initial[kCell], {Int(s.kept), s.C});
+  check.operand("initial.memory", initial[kMemory], {s.N, s.M});
+  check.operand("initial.usage", initial[kUsage], {s.N});
+  check.operand("initial.read_weights", initial[kReadWeights], {s.heads, s.N});
+  check.operand("initial.reads", initial[kReads], {s.heads, s.M});
+}
+
+template <class Int>
+Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options& options) {
+  check.floating_input();
+  check.dims("input", in.input, 3);
+  Sizes<Int> s;
+  s.T = check.size(in.input, 0);
+  s.B = check.size(in.input, 1);
+  s.I = check.size(in.input, 2);
+  TORCH_CHECK_VALUE(in.state.size() == kParts, check.op(), ": expected state of 6 tensors, got ",
+                    in.state.size());
+  const Tensor &memory = in.state[kMemory], &weights = in.state[kReadWeights];
+  check.same_kind("memory", memory);
+  check.dims("memory", memory, 3);
+  s.N = check.size(memory, 1);
+  s.M = check.size(memory, 2);
+  TORCH_CHECK_VALUE(s.N > 0 && s.M > 0, check.op(), ": expected memory with slots, got shape ",
+                    memory.sym_sizes());
+  check.same_kind("read_weights", weights);
+  check.dims("read_weights", weights, 3);
+  s.heads = check.size(weights, 1);
+  TORCH_CHECK_VALUE(s.heads > 0 && s.N >= s.heads, check.op(), ": expected 1..", s.N,
+                    " heads in read_weights for ", s.N, " slots, got ", s.heads);
+  TORCH_CHECK_VALUE(0 <= options.gamma && options.gamma <= 1, check.op(),
+                    ": expected gamma in 0..1, got ", options.gamma);
+  s.R = s.M * s.heads;
+  s.P = (s.M * (options.own_add ? 2 : 1) + (options.strength ? 2 : 1)) * s.heads;
+  check.same_kind("head_weight", in.head_weight);
+  check.dims("head_weight", in.head_weight, 2);
+  s.C = check.size(in.head_weight, 1);
+  TORCH_CHECK_VALUE(s.C > 0, check.op(), ": expected head_weight with columns, got shape ",
+                    in.head_weight.sym_sizes());
+  check.shape("head_weight", in.head_weight, {s.P, s.C});
+  check.operand("head_bias", in.head_bias, {s.P});
+  machine::check_controller(check, s, in.controller, options.lstm);
+  check_state(check, s, in.state);
+  check_initial(check, s, in.initial, in.reset.has_value());
+  check.lengths(in.lengths, s.B, s.T);
+  check.reset(in.reset, s.T, s.B);
+  return s;
+}
+
+inline constexpr char kName[] = "seqmem::lrua", kBackwardName[] = "seqmem::lrua_backward";
+
+template <class Int>
+Sizes<Int> check(const ForwardInputs& in) {
+  return check_inputs(Check<Int>(kName, in.input), in, in);
+}
+
+template <class Int>
+Sizes<Int> check_backward(const BackwardInputs& in) {
+  const Check<Int> check(kBackwardName, in.input);
+  const auto s = check_inputs(check, in, in);
+  const auto compute_type = at::toOpMathType(in.input.scalar_type());
+  const Int kept(s.kept), heads = s.heads;
+  check.operand("features", in.features, {s.T, s.B, s.C + s.R});
+  check.operand("read_trace", in.read_trace, {s.T, s.B, heads, s.N});
+  check.typed("slots", in.slots, at::kLong, {s.T, s.B, heads});
+  check.typed("saved", in.saved, compute_type, {s.T, s.B, s.record()});
+  check.typed("checkpoints", in.checkpoints, compute_type,
+              {s.checkpoints(), s.B, s.M, slot_stride(s.N)});
+  check.operand("grad_features", in.grad_features, {s.T, s.B, s.C + s.R});
+  check.operand("grad_hidden", in.grad_hidden, {kept, s.B, s.C});
+  check.operand("grad_cell", in.grad_cell, {kept, s.B, s.C});
+  check.operand("grad_memory", in.grad_memory, {s.B, s.N, s.M});
+  check.operand("grad_read_weights", in.grad_read_weights, {s.B, heads, s.N});
+  check.operand("grad_reads", in.grad_reads, {s.B, heads, s.M});
+  check.operand("grad_write_trace", in.grad_write_trace, {s.T, s.B, heads, s.N});
+  check.operand("grad_read_trace", in.grad_read_trace, {s.T, s.B, heads, s.N});
+  return s;
+}
+
+}  // namespace seqmem::lrua
