@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 from seqmem_fast import cli, plot
 from seqmem_fast.plot.ntm import used_slots
+from seqmem_fast.tasks.model import BUILDERS
 
 T, CHANNELS, SLOTS = 6, 3, 10
 
@@ -82,7 +83,7 @@ def test_what_does_not_fit_is_named(name: str, shape: tuple[int, ...], message: 
         plot.ntm(**case(**{name: torch.zeros(shape)}))
 
 
-@pytest.mark.parametrize("model", ["ntm", "lstm"])
+@pytest.mark.parametrize("model", sorted(BUILDERS))
 def test_the_command_draws_a_checkpoint(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from seqmem_fast import cli, plot
 from seqmem_fast.plot.one_shot import RIGHT, WRONG, read_from
+from seqmem_fast.tasks.model import BUILDERS
 
 T, SIDE, CLASSES, SLOTS = 6, 4, 2, 5
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -75,7 +76,7 @@ def test_what_does_not_fit_is_named() -> None:
         plot.one_shot(torch.rand(T, SIDE, SIDE), torch.rand(T, CLASSES), LABELS[1:])
 
 
-@pytest.mark.parametrize("model", ["ntm", "lstm"])
+@pytest.mark.parametrize("model", sorted(BUILDERS))
 def test_the_command_draws_an_episode(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

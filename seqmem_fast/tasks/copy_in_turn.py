@@ -16,8 +16,8 @@ class CopyInTurnTask(BitsTask):
     one comes.
 
     What has been copied is not needed again. With more vectors in all than the memory has slots
-    (25 and 10 by default), slots must be freed and used again. One flag is on while vectors are
-    shown (one in 64 has no bits), another marks the step between a sequence and its copy. A
+    (40 by default, where 10 slots are enough), slots must be freed and used again. One flag is on while vectors are
+    shown (one in 256 has no bits), another marks the step between a sequence and its copy. A
     curriculum lets the number of sequences grow.
 
     With L vectors and K sequences: input [K (2 L + 1), B, bits + 2], target [.., B, bits], the last
@@ -30,9 +30,8 @@ class CopyInTurnTask(BitsTask):
     name = "copy_in_turn"
     flags = 2
 
-    bits: int = 6
     min_length: int = 1
-    max_length: int = 5
+    max_length: int = 8
     min_sequences: int = 1
     max_sequences: int = 5
 
@@ -43,7 +42,7 @@ class CopyInTurnTask(BitsTask):
         }
 
     def batch(
-        self, batch_size: int, generator: Generator, *, length: int = 5, sequences: int = 5
+        self, batch_size: int, generator: Generator, *, length: int = 8, sequences: int = 5
     ) -> Batch:
         require_positive(self.name, length=length, sequences=sequences)
         block = sequences, 2 * length + 1, batch_size

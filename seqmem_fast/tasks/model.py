@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import LSTM, NTM
+from ..nn import LSTM, MANN, NTM
 from .task import Task
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ def _ntm(task: Task, settings: Settings) -> nn.Module:
     return MemoryModel("ntm", layer, "return_weightings")
 
 
+def _mann(task: Task, settings: Settings) -> nn.Module:
+    sizes, heads = _sizes(task, settings), settings.read_heads
+    # Without a strength a perfect match among 128 slots gets a fiftieth of the weight.
+    layer = MANN(*sizes, read_heads=heads, num_layers=settings.num_layers, strength=True)
+    return MemoryModel("mann", layer, "return_trace")
+
+
 def _sizes(task: Task, settings: Settings) -> tuple[int, int, int, int, int]:
     """What all layers with a memory take first."""
     controller = settings.controller_size
@@ -71,7 +78,11 @@ def _sizes(task: Task, settings: Settings) -> tuple[int, int, int, int, int]:
     )
 
 
-BUILDERS: dict[str, Callable[[Task, Settings], nn.Module]] = {"ntm": _ntm, "lstm": LSTMModel}
+BUILDERS: dict[str, Callable[[Task, Settings], nn.Module]] = {
+    "ntm": _ntm,
+    "mann": _mann,
+    "lstm": LSTMModel,
+}
 
 
 def build_model(settings: Settings, task: Task) -> nn.Module:

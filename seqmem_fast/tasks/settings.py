@@ -83,6 +83,19 @@ class Settings:
 # What differs from the above, task by task.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {"steps": 8000, "weight_decay": 0.03},
+    "copy_in_turn": {
+        "steps": 4000,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.0,
+        "curriculum": 0.05,
+        "fall": 0.25,
+        "learnt": 0.005,
+        "controller_size": 32,
+        "memory_size": 10,
+        "memory_dim": 16,
+        "read_heads": 1,
+    },
     "associative_recall": {
         "steps": 10_000,
         "batch_size": 16,
@@ -90,7 +103,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.0,
     },
     "one_shot": {
-        "steps": 10_000,
+        "model": "mann",
+        "steps": 6000,
         "batch_size": 16,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
