@@ -15,10 +15,10 @@ class CopyInTurnTask(BitsTask):
     """`sequences` of `length` random vectors each, every one of which is copied before the next
     one comes.
 
-    What has been copied is not needed again. With more vectors in all than the memory has slots
-    (40 by default, where 10 slots are enough), slots must be freed and used again. One flag is on while vectors are
-    shown (one in 256 has no bits), another marks the step between a sequence and its copy. A
-    curriculum lets the number of sequences grow.
+    What has been copied is not needed again. With more vectors in all than the memory has slots (40
+    by default, where 10 slots are enough), slots must be freed and used again. One flag is on while
+    vectors are shown (one in 256 has no bits), another marks the step between a sequence and its
+    copy. A curriculum lets the number of sequences grow.
 
     With L vectors and K sequences: input [K (2 L + 1), B, bits + 2], target [.., B, bits], the last
     L steps of each sequence count.
