@@ -242,8 +242,8 @@ def results(call: Call, device: str) -> list[torch.Tensor | None]:
     torch.manual_seed(0)
     args, options = arguments(call, device)
     outputs = tensors_of(call.function(*args, **options))
-    floating = [a for a in outputs if a.is_floating_point()]
-    torch.autograd.backward(floating, [seed_like(a) for a in floating])
+    learning = [a for a in outputs if a.requires_grad]  # of floating ones, all but usages
+    torch.autograd.backward(learning, [seed_like(a) for a in learning])
     return [*outputs, *(a.grad for a in tensors_of((args, options)))]
 
 
