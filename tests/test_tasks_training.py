@@ -94,6 +94,16 @@ def test_a_resumed_training_takes_the_same_steps(model: str, tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
+def test_a_checkpoint_from_before_other_networks_resumes(tmp_path: Path) -> None:
+    """Settings that were not there yet take what was done without them; names stay as they were."""
+    usual = Training(settings(read_heads=4))
+    tensors, counters = usual.tensors(), usual.counters()
+    assert {name.split(".")[1] for name in tensors if name.startswith("model.")} == {"ntm"}
+    del counters["settings"]["read_heads"]
+    checkpoint.save(tmp_path, tensors, counters)
+    assert steps(loop.resume(tmp_path), 3) == steps(usual, 3)
+
+
 def test_the_seed_alone_decides_and_others_randomness_is_left_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()

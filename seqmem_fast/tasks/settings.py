@@ -84,7 +84,7 @@ class Settings:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {"steps": 8000, "weight_decay": 0.03},
     "copy_in_turn": {
-        "steps": 4000,
+        "steps": 12_000,
         "batch_size": 16,
         "learning_rate": 2e-3,
         "weight_decay": 0.0,
@@ -104,7 +104,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "one_shot": {
         "model": "mann",
-        "steps": 6000,
+        "steps": 5000,
+        "fall": 0.4,
         "batch_size": 16,
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
