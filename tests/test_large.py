@@ -65,6 +65,11 @@ def hard_attention(x: Tensor) -> None:
     assert not torch.equal(many[1][-1], many[1][0])
 
 
+def entmax(x: Tensor) -> None:
+    many, one = ops.sparsemax(x), ops.sparsemax(x[-1:])
+    assert torch.equal(many[-1:], one) and not torch.equal(many[-1], many[0])
+
+
 def ntm(x: Tensor) -> None:
     """The same weight for all columns, so that a step's input may be one number instead."""
     time = 3 * 11 * 251
@@ -105,7 +110,7 @@ def lrua(x: Tensor) -> None:
     assert not found[:-1, :, 0].any() and found[-1].all()
 
 
-QUICK: list[Callable[[Tensor], None]] = [dynamic_memory, hard_attention]
+QUICK: list[Callable[[Tensor], None]] = [dynamic_memory, entmax, hard_attention]
 SLOW = [attention_of_many_queries, attention_to_many_keys, additive_attention, ntm, lrua]
 
 

@@ -19,6 +19,7 @@ from seqmem_fast.reference import (
     additive_attention,
     attention,
     dynamic_memory,
+    entmax,
     lrua,
     ntm,
 )
@@ -76,6 +77,7 @@ WORKS: dict[str, Callable[[], list[Work]]] = {
         (1, 3, 9, 8, 8),
         (4, 48, 64, 16, 16),
     ),
+    "entmax": lambda: op(sf.ops.entmax15, entmax.sample_inputs, (4, 3, 7), (60, 20, 900)),
     "dynamic_memory": lambda: op(
         sf.ops.dynamic_memory, dynamic_memory.sample_inputs, (2, 9, 8, 8), (32, 256, 32, 32)
     ),

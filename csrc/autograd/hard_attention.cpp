@@ -58,15 +58,6 @@ Tensor loss_autograd(In logits, In action, In returns, Maybe baseline, double en
   return Loss::call(logits, action, returns, baseline, entropy_weight, reduction);
 }
 
-// Probabilities and losses are computed in float32, as torch's autocast has it for softmax and
-// losses; float64 is left alone.
-struct Float32 {
-  template <class... Args>
-  at::ScalarType operator()(c10::DeviceType, const Args&...) const {
-    return at::kFloat;
-  }
-};
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {

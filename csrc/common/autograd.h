@@ -150,6 +150,15 @@ struct AutocastType {
   }
 };
 
+// For ops of probabilities and losses: float32, as torch's autocast has it for softmax and losses;
+// float64 is left alone.
+struct Float32 {
+  template <class... Args>
+  at::ScalarType operator()(c10::DeviceType, const Args&...) const {
+    return at::kFloat;
+  }
+};
+
 template <c10::DeviceType device>
 struct Cast {
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);

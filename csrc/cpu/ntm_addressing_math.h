@@ -7,7 +7,6 @@ namespace seqmem::ntm_addressing {
 namespace {
 
 using machine::largest;
-using machine::log_of_positive;
 using machine::square_root;
 using machine::total;
 

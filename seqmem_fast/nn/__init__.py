@@ -4,6 +4,7 @@
 from .additive_attention import AdditiveAttention
 from .attention import Attention
 from .dynamic_memory import DynamicMemory, EpisodicMemory
+from .entmax import Entmax15, Sparsemax
 from .hard_attention import (
     HardAttention,
     MovingAverageBaseline,
@@ -22,12 +23,14 @@ __all__ = [
     "AdditiveAttention",
     "Attention",
     "DynamicMemory",
+    "Entmax15",
     "EpisodicMemory",
     "HardAttention",
     "LSTMCell",
     "LSTMGates",
     "MovingAverageBaseline",
     "NTMMemory",
+    "Sparsemax",
     "discounted_returns",
     "reinforce_train_step",
 ]

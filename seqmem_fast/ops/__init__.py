@@ -4,6 +4,7 @@
 from .additive_attention import additive_attention
 from .attention import attention
 from .dynamic_memory import dynamic_memory
+from .entmax import entmax, entmax15, sparsemax
 from .hard_attention import categorical_sample, reinforce_loss
 from .lrua import LRUAState, LRUATrace, lrua, lrua_trace
 from .lstm import lstm, lstm_cell, lstm_trace
@@ -18,6 +19,8 @@ __all__ = [
     "attention",
     "categorical_sample",
     "dynamic_memory",
+    "entmax",
+    "entmax15",
     "lrua",
     "lrua_trace",
     "lstm",
@@ -30,5 +33,6 @@ __all__ = [
     "ntm_trace",
     "ntm_write",
     "reinforce_loss",
+    "sparsemax",
 ]
 # End of what `make format` writes.

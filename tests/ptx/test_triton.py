@@ -84,8 +84,16 @@ def dynamic_memory(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["shared"])
 
 
+def entmax(patch: pytest.MonkeyPatch) -> None:
+    module = checks("entmax")
+    module.check("entmax15", torch.float32)
+    patch.setattr(module.launchers, "_BLOCK", 16)
+    module.check("own", torch.float32)
+
+
 QUICK: list[Callable[[pytest.MonkeyPatch], None]] = [
     lstm, ntm, lrua, ntm_addressing, attention, additive_attention, hard_attention, dynamic_memory,
+    entmax,
 ]  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+"""Sparsemax and entmax15 beside softmax and the sort of the entmax package.
+
+python -m benchmarks.bench_entmax [--threads 2] [--malloc D|M] [--rows TEXT]
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import random
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import measure, rows
+from seqmem_fast import ops
+
+LETTERS = "rows, K"
+SORT, PACKAGE = "eager, by sort", "entmax"
+MOST = (4096, 4096)  # of a random shape
+OURS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparsemax": ops.sparsemax,
+    "entmax15": ops.entmax15,
+}
+
+
+def sorted_sparsemax(z: Tensor) -> Tensor:
+    """The paper's algorithm 1."""
+    ordered, _ = z.sort(-1, descending=True)
+    sums, rank = ordered.cumsum(-1), torch.arange(1, z.size(-1) + 1, device=z.device)
+    support = (1 + rank * ordered > sums).sum(-1, keepdim=True)
+    return (z - (sums.gather(-1, support - 1) - 1) / support).clamp(min=0)
+
+
+def sorted_entmax15(z: Tensor) -> Tensor:
+    """The exact threshold over all prefixes of the sorted row."""
+    x = (z - z.amax(-1, keepdim=True)) / 2
+    ordered, _ = x.sort(-1, descending=True)
+    rank = torch.arange(1, z.size(-1) + 1, device=z.device)
+    mean, squares = ordered.cumsum(-1) / rank, (ordered**2).cumsum(-1) / rank
+    inside = ((1 - rank * (squares - mean**2)) / rank).clamp(min=0)
+    taus = mean - inside.sqrt()
+    support = (taus <= ordered).sum(-1, keepdim=True)
+    return (x - taus.gather(-1, support - 1)).clamp(min=0) ** 2
+
+
+def work(name: str, count: int, width: int) -> rows.Work:
+    """Rows of N(0, 1)."""
+
+    def sample(rng: torch.Generator) -> tuple[Any, ...]:
+        return (torch.randn(count, width, generator=rng),)
+
+    eager = sorted_sparsemax if name == "sparsemax" else sorted_entmax15
+    peers: dict[str, Any] = {SORT: eager}
+    if importlib.util.find_spec(PACKAGE) is not None:
+        peers[PACKAGE] = partial(getattr(importlib.import_module(PACKAGE), name), dim=-1)
+    return rows.Work(sample, OURS[name], peers)
+
+
+def pair(name: str, *shape: int, goals: dict[str, tuple[float, float]] | None = None) -> Any:
+    """Both modes of one function."""
+    text, make = ", ".join(map(str, shape)), partial(work, name, *shape)
+    return rows.pair("entmax", text, make, goals=goals or {}, name=name)
+
+
+def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
+    """One function on a random shape."""
+    count, width = rows.draw(rng, MOST)
+    return list(pair(sorted(OURS)[place % 2], count, max(2, width)))
+
+
+SHAPES = ((4096, 1000), (512, 10_000), (16_384, 256))
+ROWS = [row for shape in SHAPES for name in OURS for row in pair(name, *shape)]
+GPU_ROWS = [row for name in OURS for row in pair(name, 16_384, 1000)]
+test_row = measure.test_row
+
+if __name__ == "__main__":
+    sys.exit(measure.main("entmax", ROWS, LETTERS))

@@ -1,0 +1,282 @@
+r"""Entmax on GPU: launchers of `entmax` and its backward.
+
+Formulas, shapes and errors: `ops/entmax.py`. A program a row: the threshold by Newton's method from
+the left, on a row that stays in registers where it fits one block. alpha = 2 and 1.5 have products
+for powers; any other is computed in float64, as on CPU. What alpha holds is not checked here, which
+would wait for the GPU: one out of range gives NaN.
+
+State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import accumulator
+
+_BLOCK = 4096
+SPARSEMAX: tl.constexpr = tl.constexpr(2)  # kinds of powers
+ENTMAX15: tl.constexpr = tl.constexpr(1)
+ANY: tl.constexpr = tl.constexpr(0)
+
+
+@triton.jit
+def _powers(above, supported, power, KIND: tl.constexpr):
+    """above^power and its derivative over `power`; 0 outside the support."""
+    inside = tl.where(supported, above, 0.0)
+    if KIND == SPARSEMAX:
+        slope = tl.where(supported, inside * 0.0 + 1.0, 0.0)
+        p = inside
+    elif KIND == ENTMAX15:
+        slope = inside
+        p = inside * inside
+    else:
+        slope = tl.exp((power - 1.0) * tl.log(tl.where(supported, above, 1.0)))
+        slope = tl.where(supported, slope, 0.0)
+        p = inside * slope
+    return p, slope
+
+
+@triton.jit
+def _load(ptr, n, count, other: tl.constexpr, ACC: tl.constexpr):
+    value = tl.load(ptr + n, mask=n < count, other=other)
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)  # the interpreter knows no direct way to float64
+    return value.to(ACC)
+
+
+@triton.jit
+def _store(ptr, n, count, value):
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    tl.store(ptr + n, value.to(ptr.dtype.element_ty), mask=n < count)
+
+
+@triton.jit
+def _entries(ptr, n, count, ACC: tl.constexpr):
+    return _load(ptr, n, count, float("-inf"), ACC)
+
+
+@triton.jit
+def _sums(ptr, row, top, scale, tau, power, count, KIND, ACC, ONE, BLOCK: tl.constexpr):
+    """Of the powers and of their slopes, over the entries above tau."""
+    total = tau * 0.0
+    slope = total
+    for start in range(0, count, BLOCK):
+        z = row
+        if not ONE:
+            z = _entries(ptr, start + tl.arange(0, BLOCK), count, ACC)
+        x = (z - top) * scale
+        p, s = _powers(x - tau, x > tau, power, KIND)
+        total += tl.sum(p, axis=0)
+        slope += tl.sum(s, axis=0)
+    return total, slope
+
+
+@triton.jit
+def _step(total, slope, power, finite):
+    """Newton's; nowhere does it divide by zero or infinity."""
+    return (tl.where(finite, total, 1.0) - 1.0) / tl.where(finite, power * slope, 1.0)
+
+
+@triton.jit
+def entmax_forward_kernel(
+    input_ptr,  # [rows, K]
+    alpha_ptr,  # [rows] float64, or None for the other kinds
+    output_ptr,  # [rows, K]
+    count,  # K
+    KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    ONE: tl.constexpr,  # whether a block holds the row
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    input_ptr += row * count
+    output_ptr += row * count
+    if KIND == ANY:
+        alpha = tl.load(alpha_ptr + row)
+    else:
+        alpha = 1.0 + 0.5 * KIND
+    in_range = (alpha > 1.0) & (alpha <= 2.0)
+    scale = alpha - 1.0
+    power = 1.0 / scale
+    lanes = tl.arange(0, BLOCK)
+    first = _entries(input_ptr, lanes, count, ACC)
+    top = tl.max(first, axis=0)
+    wrong = tl.sum((first != first).to(tl.int32), axis=0)
+    for start in range(BLOCK, count, BLOCK):
+        z = _entries(input_ptr, start + lanes, count, ACC)
+        top = tl.maximum(top, tl.max(z, axis=0))
+        wrong += tl.sum((z != z).to(tl.int32), axis=0)
+    good = (wrong == 0) & (top < float("inf")) & in_range
+    empty = good & (top == float("-inf"))
+    finite = good & (top > float("-inf"))
+    shift = tl.where(finite, top, 0.0)
+
+    tau = shift * 0.0 - 1.0
+    total, slope = _sums(
+        input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
+    )  # fmt: skip
+    next = tau + _step(total, slope, power, finite)
+    while finite & (next > tau):
+        tau = next
+        total, slope = _sums(
+            input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
+        )  # fmt: skip
+        next = tau + _step(total, slope, power, finite)
+    # The last step may go back: it mends what rounding did while tau was far away.
+    tau = tl.where(finite, next, tau)
+
+    for start in range(0, count, BLOCK):
+        n = start + lanes
+        z = first
+        if not ONE:
+            z = _entries(input_ptr, n, count, ACC)
+        x = (z - shift) * scale
+        p, _ = _powers(x - tau, x > tau, power, KIND)
+        p = tl.where(finite, p, tl.where(empty, 0.0, float("nan")))
+        _store(output_ptr, n, count, p)
+
+
+@triton.jit
+def _parts(grad_ptr, output_ptr, n, count, alpha, KIND: tl.constexpr, ACC: tl.constexpr):
+    """Of a block: p, s = p^(2 - alpha) and the gradient, both 0 outside the support."""
+    p = _load(output_ptr, n, count, 0.0, ACC)
+    outside = p <= 0.0  # false for NaN, which spreads over its row
+    if KIND == SPARSEMAX:
+        s = p - p + 1.0
+    elif KIND == ENTMAX15:
+        s = tl.sqrt(p)
+    else:
+        s = tl.exp((2.0 - alpha) * tl.log(tl.where(outside, 1.0, p)))
+    g = _load(grad_ptr, n, count, 0.0, ACC)
+    return p, tl.where(outside, 0.0, s), tl.where(outside, 0.0, g)
+
+
+@triton.jit
+def entmax_backward_kernel(
+    grad_ptr,  # [rows, K], of the output
+    output_ptr,  # [rows, K]
+    alpha_ptr,  # [rows] float64, or None for the other kinds
+    grad_input_ptr,  # [rows, K], or None
+    grad_alpha_ptr,  # [rows] float64, or None
+    count,
+    KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    grad_ptr += row * count
+    output_ptr += row * count
+    alpha = 1.0 + 0.5 * KIND
+    if KIND == ANY:
+        alpha = tl.load(alpha_ptr + row)
+    total = tl.sum(tl.zeros([BLOCK], ACC), axis=0)
+    dot = total
+    of_p = total
+    of_h = total
+    entropy = total
+    for start in range(0, count, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        p, s, g = _parts(grad_ptr, output_ptr, n, count, alpha, KIND, ACC)
+        total += tl.sum(s, axis=0)
+        dot += tl.sum(s * g, axis=0)
+        if grad_alpha_ptr is not None:
+            h = -p * tl.log(tl.where(p <= 0.0, 1.0, p))
+            of_p += tl.sum(g * p, axis=0)
+            of_h += tl.sum(g * h, axis=0)
+            entropy += tl.sum(h, axis=0)
+    mean = tl.where(total == 0.0, 0.0, dot / tl.where(total == 0.0, 1.0, total))
+    if grad_alpha_ptr is not None:
+        k = 1.0 / (alpha - 1.0)
+        tl.store(grad_alpha_ptr + row, k * k * (of_p - mean) + k * (of_h - mean * entropy))
+    if grad_input_ptr is not None:
+        for start in range(0, count, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            _, s, g = _parts(grad_ptr, output_ptr, n, count, alpha, KIND, ACC)
+            _store(grad_input_ptr + row * count, n, count, s * (g - mean))
+
+
+def _rows(t: Tensor, dim: int) -> Tensor:
+    return t.movedim(dim, -1).contiguous()
+
+
+def _options(
+    input: Tensor, alpha: Tensor | None, power: float, dim: int
+) -> tuple[int, dict[str, Any]]:
+    """How many rows, and what both kernels take."""
+    count = input.shape[dim]
+    kind, by_row = {2.0: SPARSEMAX, 1.5: ENTMAX15}.get(power, ANY), None
+    if alpha is not None or kind == ANY:
+        kind = ANY
+        shape = list(input.shape)
+        shape[dim] = 1
+        wide_alpha = input.new_full((), power, dtype=torch.float64) if alpha is None else alpha
+        by_row = _rows(wide_alpha.double().expand(shape), dim)
+    block = min(_BLOCK, max(16, triton.next_power_of_2(count)))
+    options = {
+        "alpha_ptr": by_row,
+        "count": count,
+        "KIND": kind.value,
+        "ACC": tl.float64 if kind == ANY else accumulator(input.dtype),
+        "BLOCK": block,
+        "num_warps": 4 if block > 256 else 1,
+    }
+    return (input.numel() // count if count else 0), options
+
+
+def entmax(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Tensor:
+    """`seqmem::entmax` on GPU."""
+    torch.ops.seqmem.check_entmax(input, alpha, power, dim)
+    with torch.cuda.device_of(input):
+        by_row = _rows(input, dim)
+        output = torch.empty_like(by_row)
+        rows, options = _options(input, alpha, power, dim)
+        if rows:
+            one = options["count"] <= options["BLOCK"]
+            entmax_forward_kernel[(rows,)](input_ptr=by_row, output_ptr=output, ONE=one, **options)
+    return output.movedim(-1, dim)
+
+
+def entmax_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    alpha: Tensor | None,
+    power: float,
+    dim: int,
+    output: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """`seqmem::entmax_backward` on GPU."""
+    torch.ops.seqmem.check_entmax_backward(
+        grad_output, input, alpha, power, dim, output, output_mask
+    )
+    none = input.new_empty(0)
+    with torch.cuda.device_of(input):
+        of_rows = _rows(output, dim)
+        rows, options = _options(input, alpha, power, dim)
+        grad = torch.empty_like(of_rows) if output_mask[0] else None
+        by_row = None
+        if alpha is not None and output_mask[1]:
+            by_row = input.new_zeros(of_rows.shape[:-1], dtype=torch.float64)
+        if rows:
+            entmax_backward_kernel[(rows,)](
+                grad_ptr=_rows(grad_output, dim),
+                output_ptr=of_rows,
+                grad_input_ptr=grad,
+                grad_alpha_ptr=by_row,
+                **options,
+            )
+        of_alpha = none
+        if alpha is not None and by_row is not None:
+            of_alpha = by_row.unsqueeze(-1).movedim(-1, dim).sum_to_size(alpha.shape)
+            of_alpha = of_alpha.to(input.dtype)
+    return none if grad is None else grad.movedim(-1, dim), of_alpha
