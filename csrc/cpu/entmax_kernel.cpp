@@ -2,8 +2,10 @@
 // 1):
 //   pass 1  z into L1, its highest entry, and whether there is a NaN
 //   pass 2  the vectors with an entry above tau = -1, packed: nothing else can be in the support
-//   Newton  tau += (sum (x - tau)^k - 1) / (k sum (x - tau)^(k-1)), from the left: tau only climbs,
-//           for the sum is convex; vectors that it leaves behind are dropped from the packed ones
+//   Newton  for the norm (sum (x - tau)^k)^(1/k) = 1, which is nearly linear in tau: with P the sum
+//           of the powers and Q that of (x - tau)^(k-1), tau += (P - P^(2 - alpha)) / Q. From the
+//           left tau only climbs, for a norm is convex; vectors that it leaves behind are dropped
+//           from the packed ones
 //   pass 3  p = (x - tau)^k where x > tau, else 0
 // and for its gradient, with s = p^(2 - alpha) on the support:
 //   pass 1  s and g into L1; their sums
@@ -194,7 +196,8 @@ class Rows {
     };
     for (int64_t i = 0; i < end; i += L) take((load(x + i) - top) * scale);
     while (true) {
-      const C next = tau + (sum<C>(totals) - 1) / (power * sum<C>(slopes));
+      const C total = sum<C>(totals);
+      const C next = tau + (total - root(total, scale)) / sum<C>(slopes);
       // The last step may go back: it mends what rounding did while tau was far away.
       if (!(next > tau)) return next;
       tau = next;
@@ -212,6 +215,17 @@ class Rows {
       return square_root<C>(p);
     } else {
       return raised<C>(p, rest);
+    }
+  }
+
+  // total^(2 - alpha), of one number.
+  static SEQMEM_INLINE C root(C total, C scale) {
+    if constexpr (kind == Kind::Sparsemax) {
+      return 1;
+    } else if constexpr (kind == Kind::Entmax15) {
+      return static_cast<C>(__builtin_sqrt(total));
+    } else {
+      return static_cast<C>(__builtin_pow(total, 1 - double(scale)));
     }
   }
 

@@ -66,7 +66,19 @@ def _entries(ptr, n, count, ACC: tl.constexpr):
 
 
 @triton.jit
-def _sums(ptr, row, top, scale, tau, power, count, KIND, ACC, ONE, BLOCK: tl.constexpr):
+def _sums(
+    ptr,
+    row,
+    top,
+    scale,
+    tau,
+    power,
+    count,
+    KIND: tl.constexpr,
+    ACC: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Of the powers and of their slopes, over the entries above tau."""
     total = tau * 0.0
     slope = total
@@ -82,9 +94,16 @@ def _sums(ptr, row, top, scale, tau, power, count, KIND, ACC, ONE, BLOCK: tl.con
 
 
 @triton.jit
-def _step(total, slope, power, finite):
-    """Newton's; nowhere does it divide by zero or infinity."""
-    return (tl.where(finite, total, 1.0) - 1.0) / tl.where(finite, power * slope, 1.0)
+def _step(total, slope, scale, finite, KIND: tl.constexpr):
+    """Newton's, for the norm total^(alpha - 1) = 1; nowhere does it divide by zero or infinity."""
+    total = tl.where(finite, total, 1.0)
+    if KIND == SPARSEMAX:
+        root = total * 0.0 + 1.0
+    elif KIND == ENTMAX15:
+        root = tl.sqrt(total)
+    else:
+        root = tl.exp((1.0 - scale) * tl.log(total))
+    return (total - root) / tl.where(finite, slope, 1.0)
 
 
 @triton.jit
@@ -125,13 +144,13 @@ def entmax_forward_kernel(
     total, slope = _sums(
         input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
     )  # fmt: skip
-    next = tau + _step(total, slope, power, finite)
+    next = tau + _step(total, slope, scale, finite, KIND)
     while finite & (next > tau):
         tau = next
         total, slope = _sums(
             input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
         )  # fmt: skip
-        next = tau + _step(total, slope, power, finite)
+        next = tau + _step(total, slope, scale, finite, KIND)
     # The last step may go back: it mends what rounding did while tau was far away.
     tau = tl.where(finite, next, tau)
 
