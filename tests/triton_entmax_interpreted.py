@@ -69,8 +69,9 @@ def test_edges(block: None) -> None:
 
 def kernels() -> list[Kernel]:
     found = []
-    for kind, storage in ((launchers.SPARSEMAX, "bf16"), (launchers.ANY, "fp32")):
-        shape = {"BLOCK": 1024, "KIND": kind.value}
+    for kind, storage, block in ((launchers.SPARSEMAX, "bf16", 1024), (launchers.ANY, "fp32", 512)):
+        acc = launchers.tl.float64 if kind == launchers.ANY else launchers.tl.float32
+        shape = {"BLOCK": block, "KIND": kind.value, "ACC": acc}
         pointers = {"alpha_ptr": "*fp64", "grad_alpha_ptr": "*fp64"}
         label = f"kind {kind.value}"
         for name, more in (("forward", {"ONE": True}), ("backward", {})):

@@ -240,7 +240,8 @@ def _options(
         shape[dim] = 1
         wide_alpha = input.new_full((), power, dtype=torch.float64) if alpha is None else alpha
         by_row = _rows(wide_alpha.double().expand(shape), dim)
-    block = min(_BLOCK, max(16, triton.next_power_of_2(count)))
+    most = max(16, _BLOCK // 8) if kind == ANY else _BLOCK  # float64 takes the registers
+    block = min(most, max(16, triton.next_power_of_2(count)))
     options = {
         "alpha_ptr": by_row,
         "count": count,
