@@ -107,6 +107,13 @@ def _step(total, slope, scale, finite, KIND: tl.constexpr):
 
 
 @triton.jit
+def _any_lane(condition, BLOCK: tl.constexpr):
+    """The same answer in all lanes, whose sums may differ in the last bit: a multiplication before
+    a lane's own addend is fused with the addition, one before another lane's is not."""
+    return tl.max(tl.zeros([BLOCK], tl.int32) + condition.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def entmax_forward_kernel(
     input_ptr,  # [rows, K]
     alpha_ptr,  # [rows] float64, or None for the other kinds
@@ -145,8 +152,8 @@ def entmax_forward_kernel(
         input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
     )  # fmt: skip
     next = tau + _step(total, slope, scale, finite, KIND)
-    while finite & (next > tau):
-        tau = next
+    while _any_lane(finite & (next > tau), BLOCK):
+        tau = tl.maximum(tau, next)
         total, slope = _sums(
             input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
         )  # fmt: skip
