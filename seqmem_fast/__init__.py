@@ -7,12 +7,14 @@ from seqmem_fast._load import _C
 from . import _triton, nn, ops, reference, tasks
 from .accelerate import accelerate, restore
 from .nn import *  # noqa: F403
-from .ops import LRUAState, LRUATrace, NTMState
+from .ops import DNCState, DNCTrace, LRUAState, LRUATrace, NTMState
 
 if TYPE_CHECKING:
     from . import plot as plot
 
 __all__ = [
+    "DNCState",
+    "DNCTrace",
     "LRUAState",
     "LRUATrace",
     "NTMState",

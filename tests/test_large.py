@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seqmem_fast import LRUAState, NTMState, ops
 from seqmem_fast.ops.hard_attention import sample_at
+from seqmem_fast.reference.dnc import DNCState
 
 ROWS, WIDTH = 2**25 + 1, 64
 LAST = (torch.arange(WIDTH) % 2).bfloat16()  # the others are zero
@@ -110,8 +111,28 @@ def lrua(x: Tensor) -> None:
     assert not found[:-1, :, 0].any() and found[-1].all()
 
 
+def dnc(x: Tensor) -> None:
+    """As ntm: one write head and one read head, reading by content alone."""
+    time = 3 * 11 * 251
+    parts = [(1, 1, 1), (1, 1, 1), (1, 3, 1), (1, 3), (1, 0, 3, 3), (1, 0, 3), *[(1, 1, 3)] * 2]
+    state = DNCState(*(small(*shape) for shape in parts), small(1, 1, 1))
+    weight, rest = small(4, 1, value=0.01), (small(4, 1), small(4), small(4))
+    interface = small(9, 1, value=1), small(9)
+
+    def run(input: Tensor, columns: Tensor) -> Tensor:
+        controller = [torch.cat((columns, weight), 1), *rest]
+        return ops.dnc(input, state, controller, *interface, links=False)[0]
+
+    wide = x.view(time, 1, -1)
+    found = run(wide, weight.expand(4, wide.size(2)))
+    steps = small(time, 1, 1)
+    steps[-1] = LAST.sum()
+    torch.testing.assert_close(found, run(steps, weight), rtol=0.02, atol=1e-6)
+    assert not found[:-1, :, 0].any() and found[-1].all()
+
+
 QUICK: list[Callable[[Tensor], None]] = [dynamic_memory, entmax, hard_attention]
-SLOW = [attention_of_many_queries, attention_to_many_keys, additive_attention, ntm, lrua]
+SLOW = [attention_of_many_queries, attention_to_many_keys, additive_attention, ntm, lrua, dnc]
 
 
 def run(checks: list[Callable[[Tensor], None]]) -> None:

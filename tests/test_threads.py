@@ -18,6 +18,7 @@ from seqmem_fast.ops.hard_attention import sample_at
 from seqmem_fast.reference import (
     additive_attention,
     attention,
+    dnc,
     dynamic_memory,
     entmax,
     lrua,
@@ -77,6 +78,7 @@ WORKS: dict[str, Callable[[], list[Work]]] = {
         (1, 3, 9, 8, 8),
         (4, 48, 64, 16, 16),
     ),
+    "dnc": lambda: [computer((4, 1, 5, 16, 12, 6)), computer((6, 37, 5, 40, 70, 20))],
     "entmax": lambda: op(sf.ops.entmax15, entmax.sample_inputs, (4, 3, 7), (60, 20, 900)),
     "dynamic_memory": lambda: op(
         sf.ops.dynamic_memory, dynamic_memory.sample_inputs, (2, 9, 8, 8), (32, 256, 32, 32)
@@ -120,6 +122,18 @@ def least_used(sizes: tuple[int, int, int, int, int, int]) -> Work:
         return features, last.memory, last.read_weights
 
     return Work(call, input, *state[:3], *state[4:], *head, *controller)
+
+
+def computer(sizes: tuple[int, int, int, int, int, int]) -> Work:
+    """ops.dnc, likewise."""
+    input, state, controller, *interface = first(dnc.sample_inputs(sizes=sizes))
+    parts = len(state)
+
+    def call(input: Tensor, *rest: Tensor) -> Any:
+        given, weights = dnc.DNCState(*rest[:parts]), rest[parts:]
+        return sf.ops.dnc(input, given, weights[2:], *weights[:2])
+
+    return Work(call, input, *state, *interface, *controller)
 
 
 def hard_loss(logits: Tensor) -> tuple[Tensor, ...]:

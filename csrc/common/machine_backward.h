@@ -16,6 +16,7 @@
 // An op's Heads have types Shape, Arguments and Carries (as machine_carry.h), and
 //   place_shared(carver), place_own(carver)  their buffers
 //   carries()
+//   most_rows(shape)              if there is such a bound on the rows that go through time at once
 //   prepare(thread)               before the last step; all threads meet after it
 //   recompute(begin, end, b, j)   the steps of a segment of row b, the j-th of `rows`
 //   back(t, b, j, carry, dreads, dp)
@@ -81,7 +82,7 @@ class BackwardRun {
         threads(threads),
         barrier(barrier),
         layout(s),
-        rows(rows_at_once<C>(s, ceil_div(s.B, threads))),
+        rows(group(s, ceil_div(s.B, threads))),
         saved(s, a, layout),
         weights(s, a, layout, thread, threads),
         heads(s, a, layout, saved, rows),
@@ -137,6 +138,16 @@ class BackwardRun {
   }
 
  private:
+  // How many of n rows go through time at once.
+  static int64_t group(const Shape& s, int64_t n) {
+    const int64_t rows = rows_at_once<C>(s, n);
+    if constexpr (requires { Heads::most_rows(s); }) {
+      return min(rows, Heads::most_rows(s));
+    } else {
+      return rows;
+    }
+  }
+
   bool initial_wanted() const { return s.reset != nullptr && a.grad_initial.memory != nullptr; }
 
   int64_t panel_size(int64_t l) const { return ceil_div(layout.K(l), W) * W * layout.gates(); }

@@ -79,7 +79,8 @@ class SlotMatrix {
     for (; v < vectors; ++v) f(std::integral_constant<int, 1>{}, v);
   }
 
-  void norms(const C* memory, C* norm) const {
+  // norm = sqrt(M_i . M_i + floor)
+  void norms(const C* memory, C* norm, C floor = 0) const {
     for_tiles([&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
       Vec<C> total[K];
@@ -90,7 +91,7 @@ class SlotMatrix {
         total[i] += x * x;
       }
       SEQMEM_UNROLL
-      for (int i = 0; i < K; ++i) store(norm + (v + i) * L, square_root<C>(total[i]));
+      for (int i = 0; i < K; ++i) store(norm + (v + i) * L, square_root<C>(total[i] + floor));
     });
   }
 
@@ -148,8 +149,8 @@ class SlotMatrix {
   // it is far from zero. Returns the factor that makes content a softmax. With `keep`, K and 1 /
   // (...) are stored.
   template <bool keep>
-  SEQMEM_INLINE C content(const C* dots, const C* norm, C key_norm, C beta,
-                          const Content& t) const {
+  SEQMEM_INLINE C content(const C* dots, const C* norm, C key_norm, C beta, const Content& t,
+                          C eps = C(kEpsilon)) const {
     constexpr C kFar = 40;  // from here on sums could overflow or vanish
     const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
     for (C top = 0;;) {
@@ -160,7 +161,7 @@ class SlotMatrix {
         SEQMEM_UNROLL
         for (int i = 0; i < K; ++i) {
           const int64_t offset = (v + i) * L;
-          const Vec<C> inverse = C(1) / (load(norm + offset) * key_norm + C(kEpsilon));
+          const Vec<C> inverse = C(1) / (load(norm + offset) * key_norm + eps);
           const Vec<C> similar = load(dots + offset) * inverse;
           if (keep) {
             store(t.similar + offset, similar);

@@ -63,12 +63,16 @@ class Operands {
 };
 
 template <class Int>
-at::Tensor empty_of(const at::TensorOptions& options, std::initializer_list<Int> sizes) {
+at::Tensor empty_of(const at::TensorOptions& options, c10::ArrayRef<Int> sizes) {
   if constexpr (std::is_same_v<Int, int64_t>) {
-    return at::empty(at::IntArrayRef(sizes), options);
+    return at::empty(sizes, options);
   } else {
-    return at::empty_symint(c10::SymIntArrayRef(sizes), options);
+    return at::empty_symint(sizes, options);
   }
+}
+template <class Int>
+at::Tensor empty_of(const at::TensorOptions& options, std::initializer_list<Int> sizes) {
+  return empty_of<Int>(options, c10::ArrayRef<Int>(sizes));
 }
 template <class Int>
 at::Tensor empty_like_of(const at::Tensor& like, std::initializer_list<Int> sizes) {

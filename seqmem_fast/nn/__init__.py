@@ -3,6 +3,7 @@
 # Written by `make format`:
 from .additive_attention import AdditiveAttention
 from .attention import Attention
+from .dnc import DNC
 from .dynamic_memory import DynamicMemory, EpisodicMemory
 from .entmax import Entmax15, Sparsemax
 from .hard_attention import (
@@ -17,6 +18,7 @@ from .ntm import NTM
 from .ntm_addressing import NTMMemory
 
 __all__ = [
+    "DNC",
     "LSTM",
     "MANN",
     "NTM",

@@ -3,6 +3,7 @@
 # Written by `make format`:
 from .additive_attention import additive_attention
 from .attention import attention
+from .dnc import DNCOptions, DNCState, DNCTrace, dnc, dnc_trace
 from .dynamic_memory import dynamic_memory
 from .entmax import entmax, entmax15, sparsemax
 from .hard_attention import categorical_sample, reinforce_loss
@@ -12,12 +13,17 @@ from .ntm import ntm, ntm_trace
 from .ntm_addressing import NTMState, ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 
 __all__ = [
+    "DNCOptions",
+    "DNCState",
+    "DNCTrace",
     "LRUAState",
     "LRUATrace",
     "NTMState",
     "additive_attention",
     "attention",
     "categorical_sample",
+    "dnc",
+    "dnc_trace",
     "dynamic_memory",
     "entmax",
     "entmax15",

@@ -1,8 +1,9 @@
 """Pictures of what a network does inside; needs matplotlib (`pip install matplotlib`)."""
 
 from .attention import attention
+from .dnc import dnc
 from .gates import gates, liveliest
 from .ntm import ntm
 from .one_shot import one_shot
 
-__all__ = ["attention", "gates", "liveliest", "ntm", "one_shot"]
+__all__ = ["attention", "dnc", "gates", "liveliest", "ntm", "one_shot"]

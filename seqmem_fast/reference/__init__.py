@@ -7,6 +7,7 @@ from typing import Any
 from . import (
     additive_attention,
     attention,
+    dnc,
     dynamic_memory,
     entmax,
     hard_attention,
@@ -19,6 +20,7 @@ from . import (
 __all__ = [
     "additive_attention",
     "attention",
+    "dnc",
     "dynamic_memory",
     "entmax",
     "hard_attention",

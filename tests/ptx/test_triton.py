@@ -60,6 +60,11 @@ def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
         module.check(module.SAMPLES[name], torch.float32)
 
 
+def dnc(patch: pytest.MonkeyPatch) -> None:
+    module = checks("dnc")
+    module.check(module.SAMPLES["reset"], torch.float32)
+
+
 def attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("attention")
     module.check(module.SAMPLES["causal_masked"], torch.float32)
@@ -92,8 +97,8 @@ def entmax(patch: pytest.MonkeyPatch) -> None:
 
 
 QUICK: list[Callable[[pytest.MonkeyPatch], None]] = [
-    lstm, ntm, lrua, ntm_addressing, attention, additive_attention, hard_attention, dynamic_memory,
-    entmax,
+    lstm, ntm, dnc, lrua, ntm_addressing, attention, additive_attention, hard_attention,
+    dynamic_memory, entmax,
 ]  # fmt: skip
 
 

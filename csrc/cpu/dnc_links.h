@@ -1,0 +1,117 @@
+// The pass over a write head's links L [N][stride]: what is written moves them on, and both
+// directions of reading come with it,
+//   L[i, j] = (1 - w[i] - w[j]) L[i, j] + w[i] p[j], nothing on the diagonal
+//   forward = L q, backward = L^T q   for read weightings q [R][stride]
+// L is read and written once: a few rows i at once with a register of sums for each of them and
+// each read head; `backward` stays in the L1 cache.
+#pragma once
+
+#include "../common/machine_slots.h"
+
+namespace seqmem::dnc {
+namespace {
+
+using namespace machine;
+
+// Rows at once for R read heads.
+template <class C, int R>
+constexpr int link_rows() {
+  constexpr int registers = SEQMEM_VEC_BYTES == 64 ? 16 : 8;
+  constexpr int rows = registers / (R > 0 ? R : 4);
+  constexpr int most = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+  return most < kLanes<C> ? most : kLanes<C>;
+}
+
+constexpr int kMostReads = 4;  // in one pass
+
+// Calls f(constant rows, first) for blocks of slots 0..n-1 that never reach over a vector's end.
+template <int I, class F>
+SEQMEM_INLINE void for_link_rows(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + I <= n; i += I) f(std::integral_constant<int, I>{}, i);
+  for (; i < n; ++i) f(std::integral_constant<int, 1>{}, i);
+}
+
+// Calls f(vector, whether it holds the diagonal of rows from i on).
+template <class C, class F>
+SEQMEM_INLINE void for_link_columns(int64_t i, int64_t vectors, F&& f) {
+  const int64_t diagonal = i / kLanes<C>;
+  for (int64_t v = 0; v < diagonal; ++v) f(v, std::false_type{});
+  f(diagonal, std::true_type{});
+  for (int64_t v = diagonal + 1; v < vectors; ++v) f(v, std::false_type{});
+}
+
+// With `moves` the links are moved on, from -> to; else `from` is only read.
+template <int R, bool moves, class C>
+__attribute__((noinline)) void link_pass(int64_t N, int64_t stride, const C* from, C* to,
+                                         const C* w, const C* p, const C* q, C* forward,
+                                         C* backward) {
+  constexpr int L = kLanes<C>;
+  const int64_t vectors = ceil_div(N, L);
+  for_link_rows<link_rows<C, R>()>(N, [&](auto count, int64_t first) {
+    constexpr int I = decltype(count)::value;
+    Vec<C> sums[I][R > 0 ? R : 1], read[I][R > 0 ? R : 1], mine[I], rest[I];
+    start_sums(sums);
+    SEQMEM_UNROLL
+    for (int i = 0; i < I; ++i) {
+      mine[i] = splat(w[first + i]);
+      rest[i] = C(1) - mine[i];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) read[i][r] = splat(q[r * stride + first + i]);
+    }
+    for_link_columns<C>(first, vectors, [&](int64_t v, auto diagonal) {
+      Vec<C> x[I];
+      SEQMEM_UNROLL
+      for (int i = 0; i < I; ++i) {
+        x[i] = load(from + (first + i) * stride + v * L);
+        if constexpr (moves) x[i] = x[i] * (rest[i] - load(w + v * L)) + mine[i] * load(p + v * L);
+        if constexpr (decltype(diagonal)::value) x[i][(first + i) % L] = 0;
+        if constexpr (moves) store(to + (first + i) * stride + v * L, x[i]);
+      }
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vec<C> along = load(q + r * stride + v * L);
+        Vec<C> down = load(backward + r * stride + v * L);
+        SEQMEM_UNROLL
+        for (int i = 0; i < I; ++i) {
+          sums[i][r] += x[i] * along;
+          down += x[i] * read[i][r];
+        }
+        store(backward + r * stride + v * L, down);
+      }
+    });
+    if constexpr (R == 4) {
+      SEQMEM_UNROLL
+      for (int i = 0; i < I; ++i) {
+        C four[4];
+        store_sums4<C>(four, sums[i]);
+        for (int r = 0; r < R; ++r) forward[r * stride + first + i] = four[r];
+      }
+    } else {
+      for (int i = 0; i < I; ++i)
+        for (int r = 0; r < R; ++r) forward[r * stride + first + i] = total<C>(sums[i][r]);
+    }
+  });
+}
+
+// For any number of read heads; forward and backward [reads][stride].
+template <class C>
+void move_links(int64_t N, int64_t stride, const C* from, C* to, const C* w, const C* p,
+                int64_t reads, const C* q, C* forward, C* backward) {
+  if (reads == 0) return link_pass<0, true, C>(N, stride, from, to, w, p, q, forward, backward);
+  for (int64_t i = 0; i < reads * stride; ++i) forward[i] = backward[i] = 0;
+  for (int64_t r = 0; r < reads; r += kMostReads) {
+    for_count<kMostReads>(min<int64_t>(kMostReads, reads - r), [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      const int64_t at = r * stride;
+      if (r == 0) {
+        link_pass<R, true, C>(N, stride, from, to, w, p, q, forward, backward);
+      } else {
+        link_pass<R, false, C>(N, stride, to, to, w, p, q + at, forward + at, backward + at);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace seqmem::dnc
