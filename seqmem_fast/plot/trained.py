@@ -16,6 +16,7 @@ from ..tasks.checkpoint import CheckpointError
 from ..tasks.loop import resume
 from ..tasks.model import MemoryModel
 from ..tasks.training import Training
+from .dnc import dnc
 from .ntm import ntm
 from .one_shot import one_shot
 
@@ -54,13 +55,17 @@ def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title:
         reads = first_row(trace) if settings.model == "mann" else None
         chances = logits[:, 0].softmax(1)
         return one_shot(pictures, chances, target.argmax(1), reads, title=title)
+    chances = logits[:, 0].sigmoid()
+    if settings.model == "dnc":
+        row, said = first_row(trace), {"output": chances, "target": target, "mask": mask}
+        return dnc(row, input=shown, **said, title=title)
     weightings, heads = None, settings.heads
     if settings.model == "ntm":
         weightings = trace[:, 0]
     elif settings.model == "mann":
         weightings = torch.cat((trace.write_weights, trace.read_weights), 2)[:, 0]
         heads = "w" * settings.read_heads + "r" * settings.read_heads
-    return ntm(shown, logits[:, 0].sigmoid(), target, mask, weightings, heads=heads, title=title)
+    return ntm(shown, chances, target, mask, weightings, heads=heads, title=title)
 
 
 def first_row(trace: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import LSTM, MANN, NTM
+from ..nn import DNC, LSTM, MANN, NTM
 from .task import Task
 
 if TYPE_CHECKING:
@@ -59,6 +59,16 @@ def _ntm(task: Task, settings: Settings) -> nn.Module:
     return MemoryModel("ntm", layer, "return_weightings")
 
 
+def _dnc(task: Task, settings: Settings) -> nn.Module:
+    layer = DNC(
+        *_sizes(task, settings),
+        read_heads=settings.read_heads,
+        write_heads=settings.write_heads,
+        num_layers=settings.num_layers,
+    )
+    return MemoryModel("dnc", layer, "return_trace")
+
+
 def _mann(task: Task, settings: Settings) -> nn.Module:
     sizes, heads = _sizes(task, settings), settings.read_heads
     # Without a strength a perfect match among 128 slots gets a fiftieth of the weight.
@@ -80,6 +90,7 @@ def _sizes(task: Task, settings: Settings) -> tuple[int, int, int, int, int]:
 
 BUILDERS: dict[str, Callable[[Task, Settings], nn.Module]] = {
     "ntm": _ntm,
+    "dnc": _dnc,
     "mann": _mann,
     "lstm": LSTMModel,
 }

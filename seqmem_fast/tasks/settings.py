@@ -36,13 +36,15 @@ class Settings:
     memory_size: int = 128  # slots
     memory_dim: int = 20
     heads: str = "wr"  # of an NTM
-    read_heads: int = 4  # of a MANN, where each writes as well
+    read_heads: int = 4  # of a DNC or a MANN, where each writes as well
+    write_heads: int = 1  # of a DNC
 
     def __post_init__(self) -> None:
         for name, value, known in (("task", self.task, TASKS), ("model", self.model, BUILDERS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        counts = "steps", "batch_size", "controller_size", "num_layers", "memory_size", "read_heads"
+        counts = "steps", "batch_size", "controller_size", "num_layers", "memory_size"
+        counts += "read_heads", "write_heads"
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -84,6 +86,7 @@ class Settings:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "copy": {"steps": 8000, "weight_decay": 0.03},
     "copy_in_turn": {
+        "model": "dnc",
         "steps": 12_000,
         "batch_size": 16,
         "learning_rate": 2e-3,
