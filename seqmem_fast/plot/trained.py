@@ -57,8 +57,8 @@ def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title:
         return one_shot(pictures, chances, target.argmax(1), reads, title=title)
     chances = logits[:, 0].sigmoid()
     if settings.model == "dnc":
-        row, said = first_row(trace), {"output": chances, "target": target, "mask": mask}
-        return dnc(row, input=shown, **said, title=title)
+        row = first_row(trace)
+        return dnc(row, input=shown, output=chances, target=target, mask=mask, title=title)
     weightings, heads = None, settings.heads
     if settings.model == "ntm":
         weightings = trace[:, 0]

@@ -43,9 +43,15 @@ class Settings:
         for name, value, known in (("task", self.task, TASKS), ("model", self.model, BUILDERS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        counts = "steps", "batch_size", "controller_size", "num_layers", "memory_size"
-        counts += "read_heads", "write_heads"
-        for name in counts:
+        for name in (
+            "steps",
+            "batch_size",
+            "controller_size",
+            "num_layers",
+            "memory_size",
+            "read_heads",
+            "write_heads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):

@@ -1,6 +1,8 @@
-"""Time per step of an NTM as its memory and its sequences grow: both must stay linear.
+"""Time per step of a memory network as its memory and its sequences grow.
 
-python -m benchmarks.studies.ntm_scaling [--threads 2] [--seconds 1] [--out PICTURE]
+python -m benchmarks.studies.scaling [--op ntm|dnc] [--threads 2] [--seconds 1] [--out PICTURE]
+
+The NTM's must stay linear in its slots, the DNC's in their square (its links), both level in T.
 """
 
 from __future__ import annotations
@@ -11,23 +13,45 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from benchmarks.bench_ntm import sequence_work
+from benchmarks import bench_dnc, bench_ntm
 from benchmarks.harness import machine, report, rows
 
-SLOTS = (32, 128, 512, 2048, 8192)
-TIMES = (10, 100, 1000, 10000)
 BATCH, WIDTH, CONTROL, FEW, STANDARD = 4, 20, 100, 41, 128
+TIMES = (10, 100, 1000, 10000)
 
 
-def seconds_per_step(mode: str, time_steps: int, slots: int, budget_s: float) -> float:
+@dataclass(frozen=True)
+class Sweep:
+    """What grows for an op: its slots, and its work for T steps of N slots."""
+
+    slots: tuple[int, ...]
+    work: Callable[[int, int], rows.Work]
+
+
+SWEEPS = {
+    "ntm": Sweep(
+        (32, 128, 512, 2048, 8192),
+        lambda steps, slots: bench_ntm.sequence_work(steps, BATCH, slots, WIDTH, CONTROL),
+    ),
+    "dnc": Sweep(
+        (16, 32, 64, 128, 256, 512),
+        lambda steps, slots: bench_dnc.sequence_work(steps, BATCH, slots, WIDTH, CONTROL, 4),
+    ),
+}
+
+
+def seconds_per_step(
+    sweep: Sweep, mode: str, time_steps: int, slots: int, budget_s: float
+) -> float:
     """The median over calls of at most `budget_s` in all (three at least), per step."""
-    built = rows.bench(sequence_work(time_steps, BATCH, slots, WIDTH, CONTROL), mode)
+    built = rows.bench(sweep.work(time_steps, slots), mode)
     ours = built.contenders[rows.OURS]()
     inputs = itertools.cycle([ours.prepare(built.sample(seed)) for seed in range(2)])
     ours.call(next(inputs))
@@ -40,19 +64,19 @@ def seconds_per_step(mode: str, time_steps: int, slots: int, budget_s: float) ->
     return statistics.median(samples) / time_steps
 
 
-def measure(budget_s: float, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(sweep: Sweep, budget_s: float, tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """One record for each mode and size of the two sweeps."""
-    sweeps = [("N", FEW, n) for n in SLOTS] + [("T", t, STANDARD) for t in TIMES]
+    sizes = [("N", FEW, n) for n in sweep.slots] + [("T", t, STANDARD) for t in TIMES]
     found = []
-    for mode, (grows, time_steps, slots) in itertools.product(rows.MODES, sweeps):
+    for mode, (grows, time_steps, slots) in itertools.product(rows.MODES, sizes):
         tell(f"{mode}, T {time_steps}, N {slots}")
-        step_s = seconds_per_step(mode, time_steps, slots, budget_s)
+        step_s = seconds_per_step(sweep, mode, time_steps, slots, budget_s)
         found.append({"mode": mode, "grows": grows, "T": time_steps, "N": slots, "step_s": step_s})
     return found
 
 
 def draw(found: Sequence[dict[str, Any]], here: dict[str, Any]) -> Any:
-    """Two panels on logarithmic scales; linear growth has slope 1 on the left, 0 on the right."""
+    """Two panels on logarithmic scales: growth with the slots, and with the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -73,20 +97,23 @@ def draw(found: Sequence[dict[str, Any]], here: dict[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures both sweeps, prints a table, keeps JSON and the picture."""
-    parser = report.parser("benchmarks.studies.ntm_scaling", __doc__)
+    parser = report.parser("benchmarks.studies.scaling", __doc__)
+    parser.add_argument("--op", choices=SWEEPS, default="ntm")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=1.0, help="for one size in one mode")
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "ntm_scaling.json")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "ntm_scaling.png")
+    parser.add_argument("--json", type=Path, help="standard: results/<op>_scaling.json")
+    parser.add_argument("--out", type=Path, help="standard: results/<op>_scaling.png")
     args = parser.parse_args(argv)
+    job = f"{args.op}_scaling"
     torch.set_num_threads(args.threads)
     console = report.console()
     with console.status("") as status:
-        found = measure(args.seconds, status.update)
+        found = measure(SWEEPS[args.op], args.seconds, status.update)
     here = machine.describe()
-    report.write_json(args.json, {"job": "ntm_scaling", "machine": here, "results": found})
-    draw(found, here).savefig(args.out, dpi=130)
-    table = Table(title=f"B {BATCH}, M {WIDTH}, C {CONTROL}", title_justify="left")
+    kept = {"job": job, "machine": here, "results": found}
+    report.write_json(args.json or machine.RESULTS / f"{job}.json", kept)
+    draw(found, here).savefig(args.out or machine.RESULTS / f"{job}.png", dpi=130)
+    table = Table(title=f"{args.op}, B {BATCH}, M {WIDTH}, C {CONTROL}", title_justify="left")
     for name in ("mode", "T", "N", "a step"):
         table.add_column(name, justify="right")
     for r in found:
