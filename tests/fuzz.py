@@ -48,7 +48,7 @@ REFUSAL = re.compile(
     r"seqmem(::|: out of memory)|fixed-size array|allocate memory|not enough memory|overflow"
 )
 VALUES = re.compile(
-    r"(lengths|action|batch_sizes)\b"
+    r"(lengths|action|batch_sizes)\b|alpha in"
 )  # refused for what a meta tensor does not hold
 
 Arguments = list[Any]
@@ -220,7 +220,7 @@ def of_another_kind(maker: Maker, t: Tensor, others: Sequence[Tensor]) -> Tensor
         return torch._neg_view(t) if t.dtype != torch.bool else t
     if what == 5:
         return torch._efficientzerotensor(t.shape, dtype=t.dtype)
-    return t.to("meta")
+    return t.detach().to("meta").requires_grad_(t.requires_grad)  # a leaf: no way back
 
 
 def demanding(maker: Maker, t: Tensor, others: Sequence[Tensor]) -> Tensor:

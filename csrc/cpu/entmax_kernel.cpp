@@ -95,11 +95,11 @@ class Rows {
   }
 
   // grad_input and grad_alpha may be null. The latter is a difference of sums that nearly cancel:
-  // p rounded to 16 bits would not do, so that it is computed again.
+  // it is asked for in double alone, and p as it was stored would not do.
   void backward(const S* grad, const S* input, const S* output, S* grad_input, double* grad_alpha,
                 double alpha) {
     const C rest = C(2 - alpha);
-    const bool again = sizeof(S) == 2 && grad_alpha != nullptr;
+    const bool again = !std::is_same_v<S, C> && grad_alpha != nullptr;
     if (again) probabilities(input, alpha, [&](int64_t i, Vec<C> p) { store(y + i, p); });
     Vec<C> totals = {}, dots = {}, of_p = {}, of_h = {}, entropies = {};
     for (int64_t i = 0; i < K; i += L) {
@@ -271,6 +271,8 @@ class Run {
     Rows<S, kind> work(s.K, buffer, bytes());
     Rows<S, Kind::Any, double> steep(s.K, buffer, bytes());
     const Share mine = share(s.rows, thread, threads);
+    bool of_alpha = false;
+    if constexpr (std::is_same_v<Arguments, Backward>) of_alpha = a.grad_alpha != nullptr;
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const double alpha = a.alpha != nullptr ? a.alpha[row] : s.alpha;
       auto at = [&](auto* all) { return all == nullptr ? nullptr : all + row * s.K; };
@@ -284,7 +286,7 @@ class Run {
                         a.grad_alpha == nullptr ? nullptr : a.grad_alpha + row, alpha);
         }
       };
-      if (kind == Kind::Any && alpha < kSteep) {
+      if (kind == Kind::Any && (alpha < kSteep || of_alpha)) {
         run_on(steep);
       } else {
         run_on(work);
