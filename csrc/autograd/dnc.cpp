@@ -15,8 +15,7 @@
 //   allocation  from the last slot to the first, with P_j the product before j and D = 0:
 //               dv = P_j (D - g_j),  D <- g_j (1 - v_j) + v_j D
 //   content     K = D / (|M||k| + eps), softmax(beta K): as in autograd/ntm.cpp
-//   usage       u = (u' + (1 - u') what) psi: du' = du psi (1 - what),  dpsi, and dwhat if asked
-//   for
+//   usage       u = (u' + (1 - u') what) psi: du' = du psi (1 - what),  dpsi, dwhat if asked for
 // then dp through the activations and the norm, dh += W_p^T dp, the controller's layers as in
 // autograd/lstm.cpp (or dz = dh (1 - h^2)), and the operand's gradient splits into those of x,
 // reads and h before. Weights: dW = dz [operand, 1]^T, summed over all steps and rows at once.

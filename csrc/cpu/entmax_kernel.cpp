@@ -16,12 +16,14 @@
 
 #include "../common/gemm.h"
 #include "../common/kernel_util.h"
-#include "../common/log.h"
+#include "../common/machine_math.h"
 
 namespace seqmem::entmax {
 namespace {
 
 constexpr double kSteep = 1.1;
+
+using machine::square_root;
 
 enum class Kind { Sparsemax, Entmax15, Any };
 
@@ -58,12 +60,6 @@ SEQMEM_INLINE void store_as(S* to, Vec<C> v, int n) {
     for (int i = 0; i < min(n, kLanes<C>); ++i)
       store_n(to + i, splat(static_cast<compute_t<S>>(v[i])), 1);
   }
-}
-
-template <class C>
-SEQMEM_INLINE Vec<C> square_root(Vec<C> v) {
-  for (int i = 0; i < kLanes<C>; ++i) v[i] = __builtin_sqrt(v[i]);
-  return v;
 }
 
 // x^power for 0 < x <= 1.

@@ -23,7 +23,7 @@ struct Forward {
 
 struct Backward {
   const void* grad_output;  // [rows, K]
-  const void* input;        // [rows, K]
+  const void* input;        // [rows, K], read for grad_alpha alone
   const void* output;       // [rows, K]
   const double* alpha;      // [rows], or null
   void* grad_input;         // [rows, K], or null

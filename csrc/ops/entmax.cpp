@@ -106,22 +106,13 @@ int64_t check_backward(const BackwardInputs& in) {
   return dim;
 }
 
-template <class Int>
-void check_only_backward(const BackwardInputs& in) {
-  check_backward<Int>(in);
-}
-template <class Int>
-void check_only(const Inputs& in) {
-  check<Int>(in);
-}
-
 // ---- how a call is run
 
 // Estimates in nanoseconds of one core; they only decide how many threads are worth waking.
 constexpr double kPerRow = 40, kPerElement = 0.6, kCallWorthSharing = 40e3;
 
-int threads_for(const Shape& s, double factor) {
-  const double cost = s.rows * (kPerRow + kPerElement * factor * s.K);
+int threads_for(const Shape& s) {
+  const double cost = s.rows * (kPerRow + kPerElement * s.K);
   return static_cast<int>(std::clamp<double>(cost / kCallWorthSharing, 1, available_threads()));
 }
 
@@ -165,7 +156,7 @@ Tensor forward_cpu(const Inputs& in) {
                              .alpha = alphas.data(),
                              .output = out.mutable_data_ptr(),
                              .workspace = nullptr};
-  launch(SEQMEM_CHOOSE(forward_kernel), threads_for(alphas.shape, 1), arguments, storage_of(input),
+  launch(SEQMEM_CHOOSE(forward_kernel), threads_for(alphas.shape), arguments, storage_of(input),
          alphas.shape);
   return out;
 }
@@ -179,38 +170,42 @@ Tensor sum_to(const Tensor& alpha, const Tensor& by_row, const Tensor& input, in
   const Tensor of_row = Alphas::by_row(places, input, dim).contiguous();
   const int64_t* to = of_row.const_data_ptr<int64_t>();
   const double* from = by_row.const_data_ptr<double>();
-  for (int64_t row = 0; row < by_row.numel(); ++row)
-    sums.mutable_data_ptr<double>()[to[row]] += from[row];
+  double* sum = sums.mutable_data_ptr<double>();
+  for (int64_t row = 0; row < by_row.numel(); ++row) sum[to[row]] += from[row];
   return sums.to(alpha.scalar_type());
 }
 
+bool of_alpha_wanted(const BackwardInputs& in) { return in.output_mask[1] && in.alpha.has_value(); }
+
 Tensors<2> allocate_gradients(const BackwardInputs& in, int64_t dim) {
   const auto options = in.input.options();
-  const bool of_alpha = in.output_mask[1] && in.alpha.has_value();
   return {in.output_mask[0] ? allocate(in.input, dim) : at::empty({0}, options),
-          of_alpha ? at::empty_symint(in.alpha->sym_sizes(), options) : at::empty({0}, options)};
+          of_alpha_wanted(in) ? at::empty_symint(in.alpha->sym_sizes(), options)
+                              : at::empty({0}, options)};
 }
 
 Tensors<2> backward_cpu(const BackwardInputs& in) {
   const int64_t dim = check_backward<int64_t>(in);
-  const bool of_alpha = in.output_mask[1] && in.alpha.has_value();
+  const bool of_alpha = of_alpha_wanted(in);
   Tensors<2> out = allocate_gradients(in, dim);
   auto& [grad_input, grad_alpha] = out;
   const Alphas alphas(in, dim);
-  const Tensor input = rows_of(in.input, dim), output = rows_of(in.output, dim);
+  // Of alpha's gradient alone.
+  const Tensor input = of_alpha ? rows_of(in.input, dim) : Tensor();
+  const Tensor output = rows_of(in.output, dim);
   const Tensor grad_output = rows_of(in.grad_output, dim);
   Tensor by_row;
   if (of_alpha) by_row = at::zeros({alphas.shape.rows}, in.input.options().dtype(at::kDouble));
   const Backward arguments = {
       .grad_output = grad_output.const_data_ptr(),
-      .input = input.const_data_ptr(),
+      .input = const_data(input),
       .output = output.const_data_ptr(),
       .alpha = alphas.data(),
       .grad_input = in.output_mask[0] ? grad_input.mutable_data_ptr() : nullptr,
       .grad_alpha = of_alpha ? by_row.mutable_data_ptr<double>() : nullptr,
       .workspace = nullptr};
-  launch(SEQMEM_CHOOSE(backward_kernel), threads_for(alphas.shape, 1), arguments,
-         storage_of(in.input), alphas.shape);
+  launch(SEQMEM_CHOOSE(backward_kernel), threads_for(alphas.shape), arguments, storage_of(in.input),
+         alphas.shape);
   if (of_alpha) grad_alpha = sum_to(*in.alpha, by_row, in.input, dim);
   return out;
 }
@@ -222,9 +217,9 @@ Tensors<2> backward_meta(const BackwardInputs& in) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  ForwardOp::define<check_only<c10::SymInt>, forward_cpu, forward_meta>(
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
       m, "(Tensor input, Tensor? alpha, float power, int dim) -> Tensor output");
-  BackwardOp::define<check_only_backward<c10::SymInt>, backward_cpu, backward_meta>(
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
       m,
       "(Tensor grad_output, Tensor input, Tensor? alpha, float power, int dim, Tensor output, "
       "bool[2] output_mask) -> (Tensor grad_input, Tensor grad_alpha)");
