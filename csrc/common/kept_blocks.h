@@ -13,6 +13,7 @@
 #include <mutex>
 #include <vector>
 
+#include "operand.h"
 #include "pages.h"
 
 namespace seqmem {
@@ -79,5 +80,16 @@ class KeptBlocks {
   std::vector<Pages> free_;
   int64_t kept_ = 0;
 };
+
+// What a forward saves, on the CPU in a kept block; empty where no backward follows.
+template <class Int>
+at::Tensor saved_of(bool save, const at::TensorOptions& options, std::initializer_list<Int> sizes) {
+  if (!save) return empty_of<Int>(options, {Int(0)});
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    return KeptBlocks::empty(sizes, options);
+  } else {
+    return empty_of<Int>(options, sizes);
+  }
+}
 
 }  // namespace seqmem

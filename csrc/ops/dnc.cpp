@@ -109,12 +109,7 @@ Tensors<15> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarTyp
     return in.trace || in.save ? make(sizes) : make({Int(0)});
   };
   auto keep = [&](std::initializer_list<Int> sizes) {
-    if (!in.save) return empty_of<Int>(saved, {Int(0)});
-    if constexpr (std::is_same_v<Int, int64_t>) {
-      return KeptBlocks::empty(sizes, saved);
-    } else {
-      return empty_of<Int>(saved, sizes);
-    }
+    return saved_of<Int>(in.save, saved, sizes);
   };
   return {make({s.T, s.B, s.C + s.R}),
           part(kHidden),

@@ -89,12 +89,7 @@ Tensors<13> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarTyp
     return wanted ? empty_of<Int>(like, sizes) : empty_of<Int>(like, {Int(0)});
   };
   auto keep = [&](std::initializer_list<Int> sizes) {
-    if (!in.save) return empty_of<Int>(saved, {Int(0)});
-    if constexpr (std::is_same_v<Int, int64_t>) {
-      return KeptBlocks::empty(sizes, saved);
-    } else {
-      return empty_of<Int>(saved, sizes);
-    }
+    return saved_of<Int>(in.save, saved, sizes);
   };
   const Int kept = s.kept, heads = s.heads;
   return {make({s.T, s.B, s.C + s.R}),
