@@ -91,13 +91,9 @@ struct Sequence : torch::autograd::Function<Sequence> {
     const auto rest = TensorList(saved).slice(all.size());
     const int64_t of_norm = ctx->saved_data["norm"].toInt();
     const Positions at(all.size(), of_norm, ctx->saved_data["initial"].toInt());
-    auto any = [&](int64_t first, int64_t end) {
-      for (int64_t i = first; i < end; ++i)
-        if (ctx->needs_input_grad(i)) return true;
-      return false;
-    };
-    const Mask mask = {any(0, 1), any(1, at.controller), any(at.controller, at.initial),
-                       any(at.initial, at.end)};
+    const Mask mask = {any_wanted(ctx, 0, 1), any_wanted(ctx, 1, at.controller),
+                       any_wanted(ctx, at.controller, at.initial),
+                       any_wanted(ctx, at.initial, at.end)};
     auto number = [&](const char* name) { return ctx->saved_data[name].toDouble(); };
     variable_list found = run_backward<Backward>(
         optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
@@ -109,10 +105,7 @@ struct Sequence : torch::autograd::Function<Sequence> {
         optional(rest[0]), optional(rest[1]), rest[2], rest[3], rest[4], rest[5], rest[6], rest[7],
         std::string_view(ctx->saved_data["options"].toStringRef()), number("norm_floor"),
         number("eps"), number("mask_min"), mask);
-    for (int64_t i = 0; i < at.end; ++i)
-      if (!ctx->needs_input_grad(i)) found[i] = Tensor();
-    found.resize(at.end + 8);  // of_norm, of_initial, lengths, reset and the options
-    return found;
+    return only_wanted(ctx, std::move(found), 8);
   }
 };
 

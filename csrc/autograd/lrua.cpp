@@ -69,15 +69,11 @@ struct Sequence : torch::autograd::Function<Sequence> {
     const auto rest = TensorList(saved).slice(all.size());
     auto flag = [&](const char* name) { return ctx->saved_data[name].toBool(); };
     const int64_t initial_count = ctx->saved_data["initial"].toInt();
-    const int64_t controller = kInitial + initial_count, count = all.size();
-    auto any = [&](int64_t first, int64_t end) {
-      for (int64_t i = first; i < end; ++i)
-        if (ctx->needs_input_grad(i)) return true;
-      return false;
-    };
-    const Mask mask = {any(kInput, kState), any(kState, kHeadWeight),
-                       any(kHeadWeight, kInitial) || any(controller, count),
-                       any(kInitial, controller)};
+    const int64_t controller = kInitial + initial_count;
+    const Mask mask = {
+        any_wanted(ctx, kInput, kState), any_wanted(ctx, kState, kHeadWeight),
+        any_wanted(ctx, kHeadWeight, kInitial) || any_wanted(ctx, controller, all.size()),
+        any_wanted(ctx, kInitial, controller)};
     variable_list found = run_backward<Backward>(
         optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[5]), optional(grad[6]), flag("trace") ? optional(grad[8]) : std::nullopt,
@@ -86,12 +82,9 @@ struct Sequence : torch::autograd::Function<Sequence> {
         optional(rest[1]), rest[2], rest[3], rest[4], rest[5], rest[6], flag("lstm"),
         flag("own_add"), flag("strength"), flag("erase_all"), ctx->saved_data["gamma"].toDouble(),
         mask);
-    for (int64_t i = 0; i < count; ++i) {
-      const bool of_usage = i == kState + kUsage || (initial_count > 0 && i == kInitial + kUsage);
-      if (of_usage || !ctx->needs_input_grad(i)) found[i] = Tensor();
-    }
-    found.resize(count + 9);  // initial_count, lengths, reset and the options
-    return found;
+    found[kState + kUsage] = Tensor();
+    if (initial_count > 0) found[kInitial + kUsage] = Tensor();
+    return only_wanted(ctx, std::move(found), 9);
   }
 };
 

@@ -62,15 +62,11 @@ struct Sequence : torch::autograd::Function<Sequence> {
     const auto all = TensorList(saved).slice(0, saved.size() - 6);
     const auto rest = TensorList(saved).slice(all.size());
     const int64_t initial_count = ctx->saved_data["initial"].toInt();
-    const int64_t controller = kInitial + initial_count, count = all.size();
-    auto any = [&](int64_t first, int64_t end) {
-      for (int64_t i = first; i < end; ++i)
-        if (ctx->needs_input_grad(i)) return true;
-      return false;
-    };
-    const Mask mask = {any(kInput, kState), any(kState, kHeadWeight),
-                       any(kHeadWeight, kInitial) || any(controller, count),
-                       any(kInitial, controller)};
+    const int64_t controller = kInitial + initial_count;
+    const Mask mask = {
+        any_wanted(ctx, kInput, kState), any_wanted(ctx, kState, kHeadWeight),
+        any_wanted(ctx, kHeadWeight, kInitial) || any_wanted(ctx, controller, all.size()),
+        any_wanted(ctx, kInitial, controller)};
     variable_list found = run_backward<Backward>(
         optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[4]), optional(grad[5]), optional(grad[6]), all[0], all[1], all[2], all[3],
@@ -79,10 +75,7 @@ struct Sequence : torch::autograd::Function<Sequence> {
         rest[4], rest[5], std::string_view(ctx->saved_data["heads"].toStringRef()),
         ctx->saved_data["shift_range"].toInt(), ctx->saved_data["lstm"].toBool(),
         ctx->saved_data["squash"].toBool(), mask);
-    for (int64_t i = 0; i < count; ++i)
-      if (!ctx->needs_input_grad(i)) found[i] = Tensor();
-    found.resize(count + 7);  // initial_count, lengths, reset, heads, shift_range, lstm, squash
-    return found;
+    return only_wanted(ctx, std::move(found), 7);
   }
 };
 

@@ -142,6 +142,21 @@ class Wanted {
   int64_t present_;
 };
 
+// For a Function whose first arguments are one list of tensors, all of them given.
+inline bool any_wanted(AutogradContext* ctx, int64_t first, int64_t end) {
+  for (int64_t i = first; i < end; ++i)
+    if (ctx->needs_input_grad(i)) return true;
+  return false;
+}
+// What its backward returns: `gradients` of the list where wanted, nothing for the `rest` of its
+// arguments.
+inline variable_list only_wanted(AutogradContext* ctx, variable_list gradients, size_t rest) {
+  for (size_t i = 0; i < gradients.size(); ++i)
+    if (!ctx->needs_input_grad(i)) gradients[i] = at::Tensor();
+  gradients.resize(gradients.size() + rest);
+  return gradients;
+}
+
 // What an op's floating arguments are cast to under autocast: its dtype, as torch does for nn.LSTM.
 struct AutocastType {
   template <class... Args>

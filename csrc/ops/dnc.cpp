@@ -5,13 +5,11 @@
 #include <ATen/ops/cat.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../common/dispatch.h"
 #include "../common/kept_blocks.h"
-#include "../common/operand.h"
-#include "../common/team.h"
+#include "../common/machine_op.h"
 
 namespace seqmem::dnc {
 namespace {
@@ -36,22 +34,16 @@ State<Pointer> state_of(const std::vector<Pointer>& parts) {
 }
 
 // What both directions take, in the kernels' type and contiguous, alive as long as this.
-struct Call {
-  Operands operands;
-  const std::vector<const void*> controller, norm;
+struct Call : machine::Call {
+  const std::vector<const void*> norm;
   const State<const void*> state, initial;
-  Tensor lengths, reset;
   Shape shape;
 
   Call(const Sizes64& s, const Inputs& in, const Options& options)
-      : operands(at::toOpMathType(in.input.scalar_type())),
-        controller(operands(in.controller)),
+      : machine::Call(in),
         norm(in.norm.empty() ? std::vector<const void*>(2) : operands(in.norm)),
         state(state_of(operands(in.state))),
         initial(state_of(operands(in.initial))) {
-    if (in.lengths.has_value()) lengths = in.lengths->to(at::kLong).contiguous();
-    if (in.reset.has_value()) reset = in.reset->contiguous();
-    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.T))));
     const Flags& flags = s.flags;
     shape = {.T = s.T,
              .B = s.B,
@@ -76,24 +68,19 @@ struct Call {
              .norm_floor = options.norm_floor,
              .eps = options.eps,
              .mask_min = options.mask_min,
-             .lengths = lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr,
-             .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr,
-             .segment = std::max(kShortestSegment, root)};
+             .lengths = length_data(),
+             .reset = reset_data(),
+             .segment = machine::segment_of(s.T)};
   }
 };
 
-// Estimates for one core; they only decide how many threads are worth waking.
-constexpr double kFlopsPerMicrosecond = 40e3, kCallWorthSharing = 120;
 constexpr double kFlopsPerSlot = 60;  // of one head, beside the memory's width
 
 int threads_for(const Shape& s, double passes) {
   const double heads = s.reads + s.writes;
-  double row = s.P * s.C + heads * s.N * (3.0 * s.M + kFlopsPerSlot);
-  row += s.linked() * s.N * s.N * (2.0 + 2 * s.reads);
-  row += (s.lstm ? 4.0 : 1.0) * s.C * (s.I + s.reads * s.M + s.C * (2.0 * s.layers - 1));
-  const double call = passes * 2 * row * s.T * s.B / kFlopsPerMicrosecond;
-  const double most = std::min<double>(available_threads(), std::max<int64_t>(s.B, 1));
-  return static_cast<int>(std::clamp(call / kCallWorthSharing, 1.0, most));
+  return machine::threads_for(
+      s, heads * s.N * (3.0 * s.M + kFlopsPerSlot) + s.linked() * s.N * s.N * (2.0 + 2 * s.reads),
+      passes);
 }
 
 // ---- forward
@@ -175,19 +162,14 @@ Tensors<15> forward_meta(const ForwardInputs& in) {
 // initial (9 or none); what is not asked for stays empty.
 std::vector<Tensor> allocate_gradients(const BackwardInputs& in, at::ScalarType type) {
   const auto [of_input, of_state, of_weights, of_initial] = in.output_mask;
-  const auto options = in.input.options().dtype(type);
-  std::vector<Tensor> out;
-  auto add = [&](bool wanted, TensorList tensors) {
-    for (const Tensor& t : tensors)
-      out.push_back(wanted ? at::empty_symint(t.sym_sizes(), options) : at::empty({0}, options));
-  };
-  add(of_input, in.input);
-  add(of_state, in.state);
-  add(of_weights, in.controller);
-  add(of_weights, {in.interface_weight, in.interface_bias});
-  add(of_weights, in.norm);
-  add(of_initial, in.initial);
-  return out;
+  machine::GradientList out(in.input.options().dtype(type));
+  out.add(of_input, in.input);
+  out.add(of_state, in.state);
+  out.add(of_weights, in.controller);
+  out.add(of_weights, {in.interface_weight, in.interface_bias});
+  out.add(of_weights, in.norm);
+  out.add(of_initial, in.initial);
+  return out.take();
 }
 
 // to [P] = the sum over rows of from [B, 2, P]'s part `which`, rows in their order.
@@ -255,12 +237,7 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
       .grad_head_bias = pointers[interface + 1],
       .grad_norm = data(grad_norm),
       .workspace = nullptr};
-  Tensor grad_features;
-  if (in.grad_features.has_value()) {  // as it is laid out: often expanded from one number
-    grad_features = in.grad_features->to(type);
-    arguments.grad_features = grad_features.const_data_ptr();
-    std::copy_n(grad_features.strides().data(), 3, arguments.grad_features_strides);
-  }
+  const Tensor grad_features = machine::set_grad_features(arguments, in.grad_features, type);
   launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
          call.shape);
   for (int64_t which = 0; of_norm && which < 2; ++which)

@@ -105,22 +105,20 @@ struct Flags {
 };
 
 template <class Int>
-struct Sizes {
-  Int T, B, I, C, N, M, reads, writes, R, P;  // R values are read
-  int64_t layers, kept;                       // `kept` layers have a state
-  bool is_narrow;                             // 16-bit storage
+struct Sizes : machine::Sizes<Int> {
+  using Base = machine::Sizes<Int>;
+  using Base::B, Base::C, Base::M, Base::N, Base::kept, Base::record;
+  Int reads, writes;
+  bool is_narrow;  // 16-bit storage
   Flags flags;
 
   explicit Sizes(const Flags& flags) : flags(flags) {}
 
   Int linked() const { return flags.links ? writes : Int(0); }
-  // As those of Shape.
-  Int record() const { return kept * 5 * C + (layers - 1) * C + P; }
   // Of `saved`: where storage is narrow also usage and weightings, whose rounding could change the
   // order of slots.
   Int saved_width() const { return is_narrow ? record() + (reads + writes + 1) * N : record(); }
-  Int checkpoint() const { return (M + linked() * (N + 1)) * N; }
-  Int checkpoints() const { return (T + kShortestSegment - 1) / kShortestSegment; }
+  Int checkpoint() const { return (M + linked() * (N + 1)) * N; }  // as Shape's
   // Of p, in the order of seqmem_fast/ops/dnc.py.
   Int values() const {
     Int n = reads * M + writes * M * 3 + reads * 2 + writes * 3;
@@ -155,10 +153,7 @@ struct Sizes {
 };
 
 template <class Int>
-void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial, bool needed) {
-  TORCH_CHECK_VALUE(initial.size() == kParts || (initial.empty() && !needed), check.op(),
-                    ": expected initial of 9 tensors", needed ? " beside reset" : ", or none",
-                    ", got ", initial.size());
+void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial) {
   for (size_t part = 0; part < initial.size(); ++part)
     check.operand((std::string("initial.") + kPartNames[part]).c_str(), initial[part],
                   s.shape_of(static_cast<int>(part), false));
@@ -167,7 +162,6 @@ void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList init
 template <class Int>
 Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options& options) {
   check.floating_input();
-  check.dims("input", in.input, 3);
   Sizes<Int> s(Flags(check.op(), options.options));
   TORCH_CHECK_VALUE(
       options.norm_floor >= 0 && options.eps >= 0 && options.norm_floor + options.eps > 0,
@@ -176,21 +170,13 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
   TORCH_CHECK_VALUE(0 <= options.mask_min && options.mask_min < 1, check.op(),
                     ": expected 0 <= mask_min < 1, got ", options.mask_min);
   s.is_narrow = in.input.scalar_type() != at::toOpMathType(in.input.scalar_type());
-  s.T = check.size(in.input, 0);
-  s.B = check.size(in.input, 1);
-  s.I = check.size(in.input, 2);
-  TORCH_CHECK_VALUE(in.state.size() == kParts, check.op(), ": expected state of 9 tensors, got ",
-                    in.state.size());
+  machine::check_state_size(check, in.state, kParts);
+  machine::check_input_and_memory(check, s, in.input, in.state[kMemory]);
   const auto three = [&](int part) -> const Tensor& {
     check.same_kind(kPartNames[part], in.state[part]);
     check.dims(kPartNames[part], in.state[part], 3);
     return in.state[part];
   };
-  const Tensor& memory = three(kMemory);
-  s.N = check.size(memory, 1);
-  s.M = check.size(memory, 2);
-  TORCH_CHECK_VALUE(s.N > 0 && s.M > 0, check.op(), ": expected memory with slots, got shape ",
-                    memory.sym_sizes());
   s.writes = check.size(three(kWriteWeights), 1);
   s.reads = check.size(three(kReadWeights), 1);
   TORCH_CHECK_VALUE(s.writes > 0 && s.reads > 0, check.op(),
@@ -198,13 +184,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
                     s.writes, " and ", s.reads);
   s.R = s.M * s.reads;
   s.P = s.values();
-  check.same_kind("interface_weight", in.interface_weight);
-  check.dims("interface_weight", in.interface_weight, 2);
-  s.C = check.size(in.interface_weight, 1);
-  TORCH_CHECK_VALUE(s.C > 0, check.op(), ": expected interface_weight with columns, got shape ",
-                    in.interface_weight.sym_sizes());
-  check.shape("interface_weight", in.interface_weight, {s.P, s.C});
-  check.operand("interface_bias", in.interface_bias, {s.P});
+  machine::check_head_layer(check, s, "interface", in.interface_weight, in.interface_bias);
   TORCH_CHECK_VALUE(in.norm.empty() || in.norm.size() == 2, check.op(),
                     ": expected norm of 2 tensors, or none, got ", in.norm.size());
   for (size_t i = 0; i < in.norm.size(); ++i)
@@ -212,7 +192,8 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
   machine::check_controller(check, s, in.controller, s.flags.lstm);
   for (int part = 0; part < kParts; ++part)
     check.operand(kPartNames[part], in.state[part], s.shape_of(part, true));
-  check_initial(check, s, in.initial, in.reset.has_value());
+  machine::check_initial_size(check, in.initial, kParts, in.reset.has_value());
+  check_initial(check, s, in.initial);
   check.lengths(in.lengths, s.B, s.T);
   check.reset(in.reset, s.T, s.B);
   return s;

@@ -2,14 +2,11 @@
 // are described in seqmem_fast/ops/lrua.py.
 #include "lrua_check.h"
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../common/dispatch.h"
 #include "../common/kept_blocks.h"
-#include "../common/operand.h"
-#include "../common/team.h"
+#include "../common/machine_op.h"
 
 namespace seqmem::lrua {
 namespace {
@@ -29,21 +26,14 @@ State<const void*> state_of(const std::vector<const void*>& parts) {
 }
 
 // What both directions take, in the kernels' type and contiguous, alive as long as this.
-struct Call {
-  Operands operands;
-  const std::vector<const void*> controller;
+struct Call : machine::Call {
   const State<const void*> state, initial;
-  Tensor lengths, reset;
   Shape shape;
 
   Call(const Sizes64& s, const Inputs& in, const Options& options)
-      : operands(at::toOpMathType(in.input.scalar_type())),
-        controller(operands(in.controller)),
+      : machine::Call(in),
         state(state_of(operands(in.state))),
         initial(state_of(operands(in.initial))) {
-    if (in.lengths.has_value()) lengths = in.lengths->to(at::kLong).contiguous();
-    if (in.reset.has_value()) reset = in.reset->contiguous();
-    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.T))));
     shape = {.T = s.T,
              .B = s.B,
              .I = s.I,
@@ -59,22 +49,16 @@ struct Call {
              .own_add = options.own_add,
              .strength = options.strength,
              .gamma = options.gamma,
-             .lengths = lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr,
-             .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr,
-             .segment = std::max(kShortestSegment, root)};
+             .lengths = length_data(),
+             .reset = reset_data(),
+             .segment = machine::segment_of(s.T)};
   }
 };
 
-// Estimates for one core; they only decide how many threads are worth waking.
-constexpr double kFlopsPerMicrosecond = 40e3, kCallWorthSharing = 120;
 constexpr double kFlopsPerSlot = 60;  // of one head, beside the memory's width
 
 int threads_for(const Shape& s, double passes) {
-  double row = s.P * s.C + s.heads * s.N * (3.0 * s.M + kFlopsPerSlot);
-  row += (s.lstm ? 4.0 : 1.0) * s.C * (s.I + s.reads * s.M + s.C * (2.0 * s.layers - 1));
-  const double call = passes * 2 * row * s.T * s.B / kFlopsPerMicrosecond;
-  const double most = std::min<double>(available_threads(), std::max<int64_t>(s.B, 1));
-  return static_cast<int>(std::clamp(call / kCallWorthSharing, 1.0, most));
+  return machine::threads_for(s, s.heads * s.N * (3.0 * s.M + kFlopsPerSlot), passes);
 }
 
 // ---- forward
@@ -149,22 +133,17 @@ Tensors<13> forward_meta(const ForwardInputs& in) {
 // not asked for stays empty, and a usage's always.
 std::vector<Tensor> allocate_gradients(const BackwardInputs& in, at::ScalarType type) {
   const auto [of_input, of_state, of_weights, of_initial] = in.output_mask;
-  const auto options = in.input.options().dtype(type);
-  std::vector<Tensor> out;
-  auto add = [&](bool wanted, TensorList tensors) {
-    for (const Tensor& t : tensors)
-      out.push_back(wanted ? at::empty_symint(t.sym_sizes(), options) : at::empty({0}, options));
-  };
+  machine::GradientList out(in.input.options().dtype(type));
   auto add_state = [&](bool wanted, TensorList state) {
     for (size_t part = 0; part < state.size(); ++part)
-      add(wanted && part != kUsage, state.slice(part, 1));
+      out.add(wanted && part != kUsage, state.slice(part, 1));
   };
-  add(of_input, in.input);
+  out.add(of_input, in.input);
   add_state(of_state, in.state);
-  add(of_weights, {in.head_weight, in.head_bias});
+  out.add(of_weights, {in.head_weight, in.head_bias});
   add_state(of_initial, in.initial);
-  add(of_weights, in.controller);
-  return out;
+  out.add(of_weights, in.controller);
+  return out.take();
 }
 
 std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
@@ -207,12 +186,7 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
       .workspace = nullptr};
   const Tensor slots = in.slots.contiguous().clamp(0, s.N - 1);  // what they hold is not checked
   arguments.slots = slots.const_data_ptr<int64_t>();
-  Tensor grad_features;
-  if (in.grad_features.has_value()) {  // as it is laid out: often expanded from one number
-    grad_features = in.grad_features->to(type);
-    arguments.grad_features = grad_features.const_data_ptr();
-    std::copy_n(grad_features.strides().data(), 3, arguments.grad_features_strides);
-  }
+  const Tensor grad_features = machine::set_grad_features(arguments, in.grad_features, type);
   launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
          call.shape);
   if (type != in.input.scalar_type())

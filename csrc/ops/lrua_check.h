@@ -53,13 +53,8 @@ struct BackwardInputs : Gradients, Inputs, Saved, Options {
 enum Part { kHidden, kCell, kMemory, kUsage, kReadWeights, kReads, kParts };
 
 template <class Int>
-struct Sizes {
-  Int T, B, I, C, N, M, heads, R, P;  // R values are read
-  int64_t layers, kept;               // `kept` layers have a state
-
-  // Of `saved`, as Shape::record().
-  Int record() const { return kept * 5 * C + (layers - 1) * C + P; }
-  Int checkpoints() const { return (T + kShortestSegment - 1) / kShortestSegment; }
+struct Sizes : machine::Sizes<Int> {
+  Int heads;
 };
 
 template <class Int>
@@ -73,10 +68,7 @@ void check_state(const Check<Int>& check, const Sizes<Int>& s, TensorList state)
 }
 
 template <class Int>
-void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial, bool needed) {
-  TORCH_CHECK_VALUE(initial.size() == kParts || (initial.empty() && !needed), check.op(),
-                    ": expected initial of 6 tensors", needed ? " beside reset" : ", or none",
-                    ", got ", initial.size());
+void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial) {
   if (initial.empty()) return;
   check.operand("initial.hidden", initial[kHidden], {Int(s.kept), s.C});
   check.operand("initial.cell", initial[kCell], {Int(s.kept), s.C});
@@ -89,20 +81,10 @@ void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList init
 template <class Int>
 Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options& options) {
   check.floating_input();
-  check.dims("input", in.input, 3);
+  machine::check_state_size(check, in.state, kParts);
   Sizes<Int> s;
-  s.T = check.size(in.input, 0);
-  s.B = check.size(in.input, 1);
-  s.I = check.size(in.input, 2);
-  TORCH_CHECK_VALUE(in.state.size() == kParts, check.op(), ": expected state of 6 tensors, got ",
-                    in.state.size());
-  const Tensor &memory = in.state[kMemory], &weights = in.state[kReadWeights];
-  check.same_kind("memory", memory);
-  check.dims("memory", memory, 3);
-  s.N = check.size(memory, 1);
-  s.M = check.size(memory, 2);
-  TORCH_CHECK_VALUE(s.N > 0 && s.M > 0, check.op(), ": expected memory with slots, got shape ",
-                    memory.sym_sizes());
+  machine::check_input_and_memory(check, s, in.input, in.state[kMemory]);
+  const Tensor& weights = in.state[kReadWeights];
   check.same_kind("read_weights", weights);
   check.dims("read_weights", weights, 3);
   s.heads = check.size(weights, 1);
@@ -112,16 +94,11 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
                     ": expected gamma in 0..1, got ", options.gamma);
   s.R = s.M * s.heads;
   s.P = (s.M * (options.own_add ? 2 : 1) + (options.strength ? 2 : 1)) * s.heads;
-  check.same_kind("head_weight", in.head_weight);
-  check.dims("head_weight", in.head_weight, 2);
-  s.C = check.size(in.head_weight, 1);
-  TORCH_CHECK_VALUE(s.C > 0, check.op(), ": expected head_weight with columns, got shape ",
-                    in.head_weight.sym_sizes());
-  check.shape("head_weight", in.head_weight, {s.P, s.C});
-  check.operand("head_bias", in.head_bias, {s.P});
+  machine::check_head_layer(check, s, "head", in.head_weight, in.head_bias);
   machine::check_controller(check, s, in.controller, options.lstm);
   check_state(check, s, in.state);
-  check_initial(check, s, in.initial, in.reset.has_value());
+  machine::check_initial_size(check, in.initial, kParts, in.reset.has_value());
+  check_initial(check, s, in.initial);
   check.lengths(in.lengths, s.B, s.T);
   check.reset(in.reset, s.T, s.B);
   return s;

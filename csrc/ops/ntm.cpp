@@ -1,13 +1,10 @@
 // The whole-sequence NTM ops: schemas, the CPU and Meta keys. Arguments are described in
 // seqmem_fast/ops/ntm.py.
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../common/dispatch.h"
 #include "../common/kept_blocks.h"
-#include "../common/operand.h"
-#include "../common/team.h"
+#include "../common/machine_op.h"
 #include "ntm_check.h"
 
 namespace seqmem::ntm {
@@ -29,23 +26,16 @@ State<const void*> state_of(const std::vector<const void*>& parts) {
 }
 
 // What both directions take, in the kernels' type and contiguous, alive as long as this.
-struct Call {
-  Operands operands;
-  const std::vector<const void*> controller;
+struct Call : machine::Call {
   const State<const void*> state, initial;
   const std::string kinds;
-  Tensor lengths, reset;
   Shape shape;
 
   Call(const Sizes64& s, const Inputs& in, const Options& options)
-      : operands(at::toOpMathType(in.input.scalar_type())),
-        controller(operands(in.controller)),
+      : machine::Call(in),
         state(state_of(operands({in.hidden, in.cell, in.memory, in.weightings, in.reads}))),
         initial(state_of(operands(in.initial))),
         kinds(options.heads) {
-    if (in.lengths.has_value()) lengths = in.lengths->to(at::kLong).contiguous();
-    if (in.reset.has_value()) reset = in.reset->contiguous();
-    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.T))));
     shape = {.T = s.T,
              .B = s.B,
              .I = s.I,
@@ -60,22 +50,16 @@ struct Call {
              .lstm = options.lstm,
              .squash = options.squash,
              .kinds = kinds.data(),
-             .lengths = lengths.defined() ? lengths.const_data_ptr<int64_t>() : nullptr,
-             .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr,
-             .segment = std::max(kShortestSegment, root)};
+             .lengths = length_data(),
+             .reset = reset_data(),
+             .segment = machine::segment_of(s.T)};
   }
 };
 
-// Estimates for one core; they only decide how many threads are worth waking.
-constexpr double kFlopsPerMicrosecond = 40e3, kCallWorthSharing = 120;
 constexpr double kFlopsPerSlot = 150;  // of one addressing, beside the memory's width
 
 int threads_for(const Shape& s, double passes) {
-  double row = s.P * s.C + s.heads * s.N * (3.0 * s.M + kFlopsPerSlot);
-  row += (s.lstm ? 4.0 : 1.0) * s.C * (s.I + s.reads * s.M + s.C * (2.0 * s.layers - 1));
-  const double call = passes * 2 * row * s.T * s.B / kFlopsPerMicrosecond;
-  const double most = std::min<double>(available_threads(), std::max<int64_t>(s.B, 1));
-  return static_cast<int>(std::clamp(call / kCallWorthSharing, 1.0, most));
+  return machine::threads_for(s, s.heads * s.N * (3.0 * s.M + kFlopsPerSlot), passes);
 }
 
 // ---- forward
@@ -138,18 +122,13 @@ Tensors<9> forward_meta(const ForwardInputs& in) {
 // not asked for stays empty.
 std::vector<Tensor> allocate_gradients(const BackwardInputs& in, at::ScalarType type) {
   const auto [of_input, of_state, of_weights, of_initial] = in.output_mask;
-  const auto options = in.input.options().dtype(type);
-  std::vector<Tensor> out;
-  auto add = [&](bool wanted, TensorList tensors) {
-    for (const Tensor& t : tensors)
-      out.push_back(wanted ? at::empty_symint(t.sym_sizes(), options) : at::empty({0}, options));
-  };
-  add(of_input, in.input);
-  add(of_state, {in.hidden, in.cell, in.memory, in.weightings, in.reads});
-  add(of_weights, {in.head_weight, in.head_bias});
-  add(of_initial, in.initial);
-  add(of_weights, in.controller);
-  return out;
+  machine::GradientList out(in.input.options().dtype(type));
+  out.add(of_input, in.input);
+  out.add(of_state, {in.hidden, in.cell, in.memory, in.weightings, in.reads});
+  out.add(of_weights, {in.head_weight, in.head_bias});
+  out.add(of_initial, in.initial);
+  out.add(of_weights, in.controller);
+  return out.take();
 }
 
 std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
@@ -186,12 +165,7 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
       .grad_head_weight = data(out[6]),
       .grad_head_bias = data(out[7]),
       .workspace = nullptr};
-  Tensor grad_features;
-  if (in.grad_features.has_value()) {  // as it is laid out: often expanded from one number
-    grad_features = in.grad_features->to(type);
-    arguments.grad_features = grad_features.const_data_ptr();
-    std::copy_n(grad_features.strides().data(), 3, arguments.grad_features_strides);
-  }
+  const Tensor grad_features = machine::set_grad_features(arguments, in.grad_features, type);
   launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
          call.shape);
   if (type != in.input.scalar_type())

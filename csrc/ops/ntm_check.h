@@ -50,13 +50,8 @@ struct BackwardInputs : Gradients, Inputs, Saved, Options {
 };
 
 template <class Int>
-struct Sizes {
-  Int T, B, I, C, N, M, R, P;
-  int64_t layers, heads, reads, kept;  // how many; R values are read, `kept` layers have a state
-
-  // Of `saved`, as Shape::record().
-  Int record() const { return kept * 5 * C + (layers - 1) * C + P; }
-  Int checkpoints() const { return (T + kShortestSegment - 1) / kShortestSegment; }
+struct Sizes : machine::Sizes<Int> {
+  int64_t heads, reads;  // heads in all, read heads
 };
 
 // A state, or the gradients of one where they are given.
@@ -72,10 +67,7 @@ void check_state(const Check<Int>& check, const Sizes<Int>& s, const char* const
 }
 
 template <class Int>
-void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial, bool needed) {
-  TORCH_CHECK_VALUE(initial.size() == 5 || (initial.empty() && !needed), check.op(),
-                    ": expected initial of 5 tensors", needed ? " beside reset" : ", or none",
-                    ", got ", initial.size());
+void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList initial) {
   if (initial.empty()) return;
   check.operand("initial.hidden", initial[0], {Int(s.kept), s.C});
   check.operand("initial.cell", initial[1], {Int(s.kept), s.C});
@@ -87,17 +79,8 @@ void check_initial(const Check<Int>& check, const Sizes<Int>& s, TensorList init
 template <class Int>
 Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options& options) {
   check.floating_input();
-  check.dims("input", in.input, 3);
   Sizes<Int> s;
-  s.T = check.size(in.input, 0);
-  s.B = check.size(in.input, 1);
-  s.I = check.size(in.input, 2);
-  check.same_kind("memory", in.memory);
-  check.dims("memory", in.memory, 3);
-  s.N = check.size(in.memory, 1);
-  s.M = check.size(in.memory, 2);
-  TORCH_CHECK_VALUE(s.N > 0 && s.M > 0, check.op(), ": expected memory with slots, got shape ",
-                    in.memory.sym_sizes());
+  machine::check_input_and_memory(check, s, in.input, in.memory);
   s.heads = static_cast<int64_t>(options.heads.size());
   s.reads = 0;
   int64_t writes = 0;
@@ -112,17 +95,12 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
                     options.shift_range);
   s.R = s.M * s.reads;
   s.P = (s.M + 2 * options.shift_range + 4) * s.heads + s.M * (2 * writes);
-  check.same_kind("head_weight", in.head_weight);
-  check.dims("head_weight", in.head_weight, 2);
-  s.C = check.size(in.head_weight, 1);
-  TORCH_CHECK_VALUE(s.C > 0, check.op(), ": expected head_weight with columns, got shape ",
-                    in.head_weight.sym_sizes());
-  check.shape("head_weight", in.head_weight, {s.P, s.C});
-  check.operand("head_bias", in.head_bias, {s.P});
+  machine::check_head_layer(check, s, "head", in.head_weight, in.head_bias);
   machine::check_controller(check, s, in.controller, options.lstm);
   check_state(check, s, {"hidden", "cell", "memory", "weightings", "reads"}, in.hidden, in.cell,
               in.memory, in.weightings, in.reads);
-  check_initial(check, s, in.initial, in.reset.has_value());
+  machine::check_initial_size(check, in.initial, 5, in.reset.has_value());
+  check_initial(check, s, in.initial);
   check.lengths(in.lengths, s.B, s.T);
   check.reset(in.reset, s.T, s.B);
   return s;
