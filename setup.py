@@ -350,7 +350,7 @@ def extension() -> Extension:
     system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     cxx = [*COMMON_FLAGS, *system]
     cxx.append("-fopenmp")
-    files = sources("*.cpp", "ops/*.cpp", "autograd/*.cpp", "python/*.cpp")
+    files = sources("*.cpp", "common/*.cpp", "ops/*.cpp", "autograd/*.cpp", "python/*.cpp")
     arguments: dict[str, Any] = {
         "include_dirs": [str(Path(__file__).parent.resolve() / "csrc")],
         "extra_link_args": ["-fopenmp"],

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/team.h"
 
 #define SEQMEM_STRING_(x) #x
 #define SEQMEM_STRING(x) SEQMEM_STRING_(x)
@@ -69,6 +70,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of seqmem_fast; its ops are reached as torch.ops.seqmem.*";
   m.def("build_info", &build_info, "What this module was built from, and for which processors.");
   m.def("cpu_capability", &cpu_capability, "The ISA whose kernels run: baseline, avx2 or avx512.");
+  m.def("available_threads", &seqmem::available_threads,
+        "Threads that a call may use now: torch's, or fewer for a while after other programs kept "
+        "one from running.");
   seqmem::attention::bind(m);
   seqmem::lstm::bind(m);
 }

@@ -4,16 +4,18 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
-#include <new>
-
+#include "busy.h"
 #include "isa.h"
 #include "spin_barrier.h"
 #include "workspace.h"
 
 namespace seqmem {
 
-// Threads a kernel may use here: all of torch's, or one inside somebody's parallel region.
-inline int available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+// Threads a kernel may use here: all of torch's that other programs leave to it, or one inside
+// somebody's parallel region.
+inline int available_threads() {
+  return at::in_parallel_region() ? 1 : threads_left_by_others(at::get_num_threads());
+}
 
 // Calls prepare(threads) on the calling thread, then f(thread, threads, barrier) on each of at
 // most `wanted` threads. As many as OpenMP grants take part, so that the barrier never waits for
@@ -26,16 +28,19 @@ void run_team(int wanted, const Prepare& prepare, const F& f) {
     f(0, 1, alone);
     return;
   }
-  alignas(SpinBarrier) char storage[sizeof(SpinBarrier)];
-  SpinBarrier* barrier = nullptr;
+  TeamClocks clocks;
+  SpinBarrier barrier(wanted, &clocks);
 #pragma omp parallel num_threads(wanted)
   {
-    if (omp_get_thread_num() == 0) {
-      prepare(omp_get_num_threads());
-      barrier = new (storage) SpinBarrier(omp_get_num_threads());
+    const int thread = omp_get_thread_num(), granted = omp_get_num_threads();
+    if (thread == 0) {
+      prepare(granted);
+      barrier.open(granted);
+    } else {
+      barrier.enter(thread);
     }
-#pragma omp barrier
-    f(omp_get_thread_num(), omp_get_num_threads(), *barrier);
+    f(thread, granted, barrier);
+    barrier.wait();  // which notices a thread that does not get to run; OpenMP's own does not
   }
 }
 
