@@ -52,14 +52,17 @@ struct Call {
                                                                : MaskKind::Added} {}
 };
 
-// Estimates in microseconds of one core; they only steer the choices below. Waking a thread costs
-// about a hundred.
-constexpr double kFlopsPerMicrosecond = 60e3, kCallWorthSharing = 100;
+// Estimates for one core; they only steer the choices below. A share of fewer microseconds is not
+// worth a thread.
+constexpr double kFlopsPerMicrosecond = 60e3, kShareWorthWaking = 45;
+constexpr double kScoresPerMicrosecond = 500, kRowsPerMicrosecond = 20;  // beside the products
 constexpr int64_t kTasksPerThread = 4;
 
 int threads_for(const Shape& s, double products) {
-  const double flops = 2.0 * s.N * s.Tq * s.Tk * (s.D + s.Dv) * products;
-  const double share = flops / kFlopsPerMicrosecond / kCallWorthSharing;
+  const double rows = double(s.N) * s.Tq, scores = rows * s.Tk;
+  const double once = 2 * scores * (s.D + s.Dv) / kFlopsPerMicrosecond +
+                      scores / kScoresPerMicrosecond + rows / kRowsPerMicrosecond;
+  const double share = once * products / kShareWorthWaking;
   return int(std::clamp(share, 1.0, double(available_threads())));
 }
 

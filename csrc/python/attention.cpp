@@ -42,6 +42,15 @@ std::tuple<Tensor, Tensor, Tensor> projected(const Tensor& query, const Tensor& 
   return {project(query, 0), project(key, 1), project(value, 2)};
 }
 
+// Measured: up to so many, our op, weights and all, takes less time than torch's, which keeps none.
+// Longer ones are torch's, whose memory does not grow with the square of the length.
+constexpr int64_t kMostUnaskedWeights = 1 << 20;
+
+bool worth_own(const Tensor& query, const Tensor& key) {
+  return !at::GradMode::is_enabled() && query.is_cpu() &&
+         query.size(0) * query.size(1) * query.size(2) * key.size(2) <= kMostUnaskedWeights;
+}
+
 bool fits(const Tensor& t, const Tensor& weight) {
   return t.dim() == 3 && t.size(2) == weight.size(1) && t.scalar_type() == weight.scalar_type() &&
          t.device() == weight.device() && t.layout() == at::kStrided;
@@ -63,9 +72,10 @@ std::optional<std::tuple<Tensor, OptionalTensor>> module(
   const auto [q, k, v] = projected(query, key, value, in_weight, in_bias, heads, batch_first);
   Tensor output;
   OptionalTensor weights;
-  if (need_weights) {
+  if (need_weights || worth_own(q, k)) {
     std::tie(output, weights) = ForwardOp::call(q, k, v, {}, {}, false);
-    if (average) weights = heads == 1 ? weights->squeeze(1) : weights->mean(1);
+    if (!need_weights) weights.reset();
+    if (need_weights && average) weights = heads == 1 ? weights->squeeze(1) : weights->mean(1);
   } else {
     output = at::scaled_dot_product_attention(q, k, v);
   }
