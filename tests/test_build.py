@@ -293,7 +293,8 @@ def test_no_function_is_shared_between_isas() -> None:
                 assert owner.setdefault(name, isa) == isa, f"{name} in {owner[name]} and {isa}"
 
 
-KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*_kernel.cpp"))
+# And what they link to.
+KERNELS = sorted([*ROOT.glob("csrc/cpu/*_kernel.cpp"), *ROOT.glob("csrc/common/*.cpp")])
 BASELINE = ("-std=c++20", "-fopenmp", "-Wno-unknown-pragmas", "-DSEQMEM_ISA=baseline", "-Icsrc")
 
 
