@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 pytest.importorskip("matplotlib")  # whose fonts one_shot reads
 
 from seqmem_fast import tasks
-from seqmem_fast.tasks import TASKS, Batch, Stream, Task
+from seqmem_fast.tasks import TASKS, Batch, Stream, Task, underground
 
 SMALL: dict[str, tuple[Task, dict[str, int]]] = {
     "copy": (tasks.CopyTask(bits=3), {"length": 2}),
@@ -21,6 +22,10 @@ SMALL: dict[str, tuple[Task, dict[str, int]]] = {
     "repeat_copy": (tasks.RepeatCopyTask(bits=2), {"length": 2, "repeats": 3}),
     "associative_recall": (tasks.AssociativeRecallTask(bits=2, item_length=2), {"items": 3}),
     "dynamic_ngrams": (tasks.DynamicNgramsTask(order=3, length=9), {"length": 9}),
+    "graph_traversal": (
+        tasks.GraphTraversalTask(node_labels=5, edge_labels=3, max_nodes=4, max_edges=6),
+        {"nodes": 4, "edges": 6, "path": 3},
+    ),
     "one_shot": (tasks.OneShotTask(classes=3, side=10, letters=60), {"images": 4}),
     "priority_sort": (
         tasks.PrioritySortTask(bits=4, items=5, highest=3),
@@ -118,6 +123,98 @@ def test_training_meets_repeat_copy_vectors_without_bits() -> None:
     assert abs(blanks(drawn) - chance) < 0.01
     assert abs(blanks(shown) - (1 - (1 - chance) * 7 / 8)) < 0.025  # five standard deviations
     assert not torch.equal(shown.input, drawn.input)
+
+
+def edges_of(task: tasks.GraphTraversalTask, row: Tensor, told: int) -> dict[Any, int]:
+    """Source and kind -> destination, of the first steps of a row [T, I]."""
+    sizes = task.node_labels, task.edge_labels, task.node_labels, 1
+    source, kind, destination, asked = row[:told].split(sizes, 1)
+    assert all(bool((part.sum(1) == 1).all()) for part in (source, kind, destination))
+    assert not asked.any()
+    keys = zip(source.argmax(1).tolist(), kind.argmax(1).tolist(), strict=True)
+    return dict(zip(keys, destination.argmax(1).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_graph_traversal_by_hand(place: int) -> None:
+    task = tasks.GraphTraversalTask(questions=3) if place else SMALL["graph_traversal"][0]
+    assert isinstance(task, tasks.GraphTraversalTask)
+    size = {"path": 3, "map": 1} if place else SMALL["graph_traversal"][1]
+    batch = task.batch(32, torch.Generator().manual_seed(0), **size)
+    told = 20 if place else 6
+    assert batch.mask[:, 0].tolist() == [0] * told + [1] * (3 * task.questions)
+    nodes, kinds = task.node_labels, task.edge_labels
+    for row in range(32):
+        edges = edges_of(task, batch.input[:, row], told)
+        assert len(edges) == told and all(a != b for (a, _), b in edges.items())
+        at = -1
+        for step, shown in enumerate(batch.input[told:, row]):
+            assert bool(shown[:nodes].any()) == (step % 3 == 0)
+            assert not shown[nodes + kinds : -1].any() and shown[-1] == 1
+            if step % 3 == 0:
+                at = int(shown[:nodes].argmax())
+            at = edges[at, int(shown[nodes : nodes + kinds].argmax())]
+            assert batch.target[told + step, row].nonzero().flatten().tolist() == [at]
+
+
+def test_an_edge_of_a_random_graph_is_not_known_by_its_label_alone() -> None:
+    task = tasks.GraphTraversalTask()
+    batch = task.batch(50, torch.Generator().manual_seed(0), nodes=8, edges=20, path=1)
+    kinds = [{kind for _, kind in edges_of(task, batch.input[:, row], 20)} for row in range(50)]
+    assert max(map(len, kinds)) <= 13 and min(map(len, kinds)) <= 4
+    assert len(set().union(*kinds)) == task.edge_labels  # which ones differs from row to row
+
+
+def test_a_curriculum_of_graphs_lets_nodes_edges_and_paths_grow() -> None:
+    task, generator = tasks.GraphTraversalTask(), torch.Generator().manual_seed(0)
+    for stage, most in ((0, (2, 5, 1)), (3, (5, 13, 3)), (6, (8, 20, 4)), (None, (8, 20, 4))):
+        drawn = [task.draw(generator, stage) for _ in range(400)]
+        assert tuple(max(d[name] for d in drawn) for name in ("nodes", "edges", "path")) == most
+        assert all(2 <= d["nodes"] <= d["edges"] for d in drawn)
+    assert task.stages == 6
+
+
+def test_the_underground_in_words() -> None:
+    task = tasks.GraphTraversalTask()
+    batch, words = task.batch_in_words(torch.Generator().manual_seed(3), path=4, map=1)
+    inner = underground.MAPS[0]
+    assert sorted(words.edges) == sorted(inner.edges) and len(inner.edges) == 20
+    assert len(words.walks) == 4 and all(len(walk) == 4 for walk in words.walks)
+    for walk in words.walks:
+        assert set(walk) <= set(inner.edges)
+        assert all(one[2] == next_one[0] for one, next_one in pairwise(walk))
+    named = [words.nodes[label] for label in batch.target[20:, 0].argmax(1).tolist()]
+    assert named == [to for walk in words.walks for _, _, to in walk]
+    again = task.batch(1, torch.Generator().manual_seed(3), path=4, map=1)
+    assert all(map(torch.equal, batch, again))
+
+
+@pytest.mark.parametrize("place", underground.MAPS)
+def test_a_map_leads_there_and_back(place: underground.Map) -> None:
+    ways = {(one, by): other for one, by, other in place.edges}
+    assert len(ways) == len(place.edges)  # no station has two edges of one label
+    assert {one for one, _, _ in place.edges} == set(place.stations)
+    assert all((other, one) in {(a, b) for a, _, b in place.edges} for one, _, other in place.edges)
+    oxford = {by: to for (one, by), to in ways.items() if one == "Oxford Circus"}
+    assert oxford["Central east"] == "Tottenham Court Road"
+    assert oxford["Bakerloo south"] == "Piccadilly Circus"
+
+
+def test_answers_along_a_graph_are_scored_edge_by_edge() -> None:
+    task = tasks.GraphTraversalTask(questions=2)
+    batch = task.batch(3, torch.Generator().manual_seed(0), nodes=8, edges=20, path=4)
+    logits = batch.target * 50
+    assert task.wrong(logits, batch).tolist() == [0] * 3 and task.loss(logits, batch) < 1e-6
+    assert task.loss(torch.zeros_like(logits), batch).item() == pytest.approx(math.log(16))
+    logits[20 + 1, 0] *= -1  # the 2nd edge of the first of two questions
+    assert task.wrong(logits, batch).tolist() == [1, 0, 0]
+    found = task.further(logits, batch)
+    assert {name: share.tolist() for name, share in found.items()} == {
+        "1st": [1, 1, 1],
+        "2nd": [0.5, 1, 1],
+        "3rd": [1, 1, 1],
+        "4th": [1, 1, 1],
+    }
 
 
 @pytest.mark.parametrize("name", sorted(TASKS.keys() - {"repeat_copy", "one_shot"}))
@@ -286,6 +383,17 @@ def test_workers_of_a_dataloader_draw_apart() -> None:
         (lambda: tasks.OneShotTask(classes=1), "one_shot: expected classes from 2, got 1"),
         (lambda: tasks.OneShotTask(letters=40), "expected letters from 50, got 40"),
         (lambda: tasks.OneShotTask(images=0), "expected images of at least 1, got 0"),
+        (lambda: tasks.GraphTraversalTask(max_nodes=1), "expected 2 to 16 nodes, got 1"),
+        (lambda: tasks.GraphTraversalTask(max_edges=7), "expected 8 to 128 edges, got 7"),
+        (lambda: tasks.GraphTraversalTask(questions=0), "expected questions of at least 1, got 0"),
+        (
+            lambda: tasks.GraphTraversalTask().batch(1, torch.Generator(), map=3),
+            "expected map from 0 to 2, got 3",
+        ),
+        (
+            lambda: tasks.GraphTraversalTask(node_labels=8).batch(1, torch.Generator(), map=2),
+            "map 2 needs 16 labels of nodes and 14 of edges, got 8 and 16",
+        ),
         (lambda: tasks.CopyTask().batch(1, torch.Generator(), length=0), "length of at least 1"),
         (lambda: Stream(tasks.CopyTask(), 0), "batch_size of at least 1, got 0"),
     ],

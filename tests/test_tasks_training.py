@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 from seqmem_fast import cli
 from seqmem_fast.tasks import TASKS, checkpoint, command, display, loop
 from seqmem_fast.tasks.interrupt import StopRequest
-from seqmem_fast.tasks.model import BUILDERS
+from seqmem_fast.tasks.model import BUILDERS, MemoryModel
 from seqmem_fast.tasks.settings import Settings, standard
 from seqmem_fast.tasks.training import Diverged, Training
 
@@ -30,6 +30,14 @@ SIZES = {
     "copy": {"bits": 2, "max_length": 3},
     "copy_in_turn": {"bits": 2, "max_length": 2, "max_sequences": 3},
     "dynamic_ngrams": {"order": 2, "length": 8},
+    "graph_traversal": {
+        "node_labels": 3,
+        "edge_labels": 2,
+        "max_nodes": 3,
+        "max_edges": 4,
+        "max_path": 2,
+        "questions": 1,
+    },
     "one_shot": {"classes": 2, "images": 3, "side": 8, "letters": 40},
     "priority_sort": {"bits": 2, "items": 4, "highest": 2},
     "repeat_copy": {"bits": 2, "max_length": 2, "max_repeats": 3},
@@ -94,12 +102,21 @@ def test_a_resumed_training_takes_the_same_steps(model: str, tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
 
 
+def test_options_of_a_dnc_are_names() -> None:
+    model = Training(settings(model="dnc", dnc_options="masks,no_links")).model
+    assert isinstance(model, MemoryModel)
+    dnc: Any = model.get_submodule("dnc")
+    assert (dnc.links, dnc.masks, dnc.sharpen, dnc.deallocate) == (False, True, False, False)
+    with pytest.raises(ValueError, match=r"some of no_links, masks, .*, got \['links'\]"):
+        settings(dnc_options="masks,links")
+
+
 def test_a_checkpoint_from_before_other_networks_resumes(tmp_path: Path) -> None:
     """Settings that were not there yet take what was done without them; names stay as they were."""
     usual = Training(settings(read_heads=4))
     tensors, counters = usual.tensors(), usual.counters()
     assert {name.split(".")[1] for name in tensors if name.startswith("model.")} == {"ntm"}
-    del counters["settings"]["read_heads"]
+    del counters["settings"]["read_heads"], counters["settings"]["dnc_options"]
     checkpoint.save(tmp_path, tensors, counters)
     assert steps(loop.resume(tmp_path), 3) == steps(usual, 3)
 
@@ -357,7 +374,7 @@ def test_the_command_trains_and_judges(
 ) -> None:
     assert cli.main(arguments(tmp_path / "kept", task=task)) == 0
     printed = capsys.readouterr().out
-    assert "8/8" in printed and "no, larger" in printed
+    assert "8/8" in printed and "│ yes " in printed and "│ no " in printed
     assert f"wrong {TASKS[task].unit}" in printed
     judged = json.loads((tmp_path / "kept" / "evaluation.json").read_text())
     assert judged["step"] == 8 and judged["sequences"] == 4

@@ -3,7 +3,8 @@
 from .attention import attention
 from .dnc import dnc
 from .gates import gates, liveliest
+from .graph_traversal import graph_traversal
 from .ntm import ntm
 from .one_shot import one_shot
 
-__all__ = ["attention", "dnc", "gates", "liveliest", "ntm", "one_shot"]
+__all__ = ["attention", "dnc", "gates", "graph_traversal", "liveliest", "ntm", "one_shot"]

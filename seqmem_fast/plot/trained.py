@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tasks import TASKS, Batch, OneShotTask
+from ..tasks import TASKS, Batch, GraphTraversalTask, OneShotTask
 from ..tasks.checkpoint import CheckpointError
 from ..tasks.loop import resume
 from ..tasks.model import MemoryModel
 from ..tasks.training import Training
 from .dnc import dnc
+from .graph_traversal import graph_traversal, looked_at
 from .ntm import ntm
 from .one_shot import one_shot
 
@@ -30,17 +31,31 @@ SEED = 2**31 + 1  # sequences that no training with a smaller seed has seen
 def save_picture(training: Training, sizes: dict[str, int], seed: int, path: Path) -> float:
     """Draws one fresh sequence of those sizes; how many bits of it came out wrong."""
     size = {**training.task.probes()[0].size, **sizes}
-    batch = training.task.batch(1, torch.Generator().manual_seed(seed), **size)
+    task, generator = training.task, torch.Generator().manual_seed(seed)
+    words = None
+    if isinstance(task, GraphTraversalTask):
+        batch, words = task.batch_in_words(generator, **size)
+    else:
+        batch = task.batch(1, generator, **size)
     trace = None
     if isinstance(training.model, MemoryModel):
         logits, trace = training.model.trace(batch.input)
     else:
         logits = training.model(batch.input)
-    wrong = float(training.task.wrong(logits, batch)[0])
+    wrong = float(task.wrong(logits, batch)[0])
     described = ", ".join(f"{name} {number}" for name, number in size.items())
-    unit = training.task.unit
-    title = f"{training.settings.task}: {described}, {wrong:.0f} wrong {unit}"
-    figure = picture(training, batch, logits, trace, title)
+    if words is not None and size["map"]:
+        described = f"map {size['map']}, path {size['path']}"
+    title = f"{training.settings.task}: {described}, {wrong:.0f} wrong {task.unit}"
+    if words is not None:
+        said = [words.nodes[label] for label in logits[batch.mask[:, 0] > 0, 0].argmax(1).tolist()]
+        looked = None
+        if training.settings.model in ("dnc", "mann"):
+            row, told = first_row(trace), len(words.edges)
+            looked = looked_at(row.write_weights, row.read_weights, told)
+        figure = graph_traversal(words.edges, words.walks, said, looked, title=title)
+    else:
+        figure = picture(training, batch, logits, trace, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return wrong

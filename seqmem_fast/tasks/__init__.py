@@ -1,6 +1,6 @@
 """Tasks that need a memory, as generators: the five of the NTM paper (Graves, Wayne & Danihelka,
-arXiv 1410.5401, section 4), copying in turn (the DNC paper's, Graves et al. 2016) and one-shot
-classification (Santoro et al., arXiv 1605.06065).
+arXiv 1410.5401, section 4), copying in turn and graph traversal (the DNC paper, Graves et al. 2016)
+and one-shot classification (Santoro et al., arXiv 1605.06065).
 
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
@@ -12,6 +12,7 @@ from .associative_recall import AssociativeRecallTask
 from .copy import CopyTask
 from .copy_in_turn import CopyInTurnTask
 from .dynamic_ngrams import DynamicNgramsTask
+from .graph_traversal import GraphTraversalTask
 from .one_shot import OneShotTask
 from .priority_sort import PrioritySortTask
 from .repeat_copy import RepeatCopyTask
@@ -24,6 +25,7 @@ __all__ = [
     "CopyInTurnTask",
     "CopyTask",
     "DynamicNgramsTask",
+    "GraphTraversalTask",
     "OneShotTask",
     "PrioritySortTask",
     "Probe",
@@ -41,6 +43,7 @@ TASKS: dict[str, type[Task]] = {
     "copy": CopyTask,
     "copy_in_turn": CopyInTurnTask,
     "dynamic_ngrams": DynamicNgramsTask,
+    "graph_traversal": GraphTraversalTask,
     "one_shot": OneShotTask,
     "priority_sort": PrioritySortTask,
     "repeat_copy": RepeatCopyTask,

@@ -135,7 +135,7 @@ def show_scores(
     for probe, score in scores:
         row = [
             probe.label,
-            "yes" if probe.trained else "no, larger",
+            "yes" if probe.trained else "no",
             f"{score.wrong_bits:.3f}",
             f"{score.perfect:.1%}",
             f"{score.cost:.3f}",

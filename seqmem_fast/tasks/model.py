@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 
+DNC_OPTIONS: dict[str, dict[str, Any]] = {  # those of the layer that need no figure
+    "no_links": {"links": False},
+    **{name: {name: True} for name in ("masks", "deallocate", "sharpen", "layer_norm")},
+}
+
+
 class MemoryModel(nn.Module):
     """A network with a memory alone: its output layer gives the logits.
 
@@ -60,11 +66,13 @@ def _ntm(task: Task, settings: Settings) -> nn.Module:
 
 
 def _dnc(task: Task, settings: Settings) -> nn.Module:
+    chosen = [DNC_OPTIONS[name] for name in settings.dnc_options.split(",") if name]
     layer = DNC(
         *_sizes(task, settings),
         read_heads=settings.read_heads,
         write_heads=settings.write_heads,
         num_layers=settings.num_layers,
+        **{name: value for option in chosen for name, value in option.items()},
     )
     return MemoryModel("dnc", layer, "return_trace")
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from . import glyphs
-from .task import Batch, Probe, Size, Task, require_positive
+from .task import Batch, Probe, Size, Task, ordinal, require_positive
 
 SIGHTS = (1, 2, 5, 10)  # at which accuracy is told
 
@@ -129,8 +129,3 @@ class OneShotTask(Task):
 def sights(target: Tensor) -> Tensor:
     """Of [T, B, classes]: how many pictures of a step's class were there, itself included."""
     return (target.cumsum(0) * target).sum(2).long()
-
-
-def ordinal(number: int) -> str:
-    """As in "1st sight", of a number in SIGHTS."""
-    return str(number) + {1: "st", 2: "nd"}.get(number, "th")

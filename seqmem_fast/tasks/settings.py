@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from . import TASKS
-from .model import BUILDERS
+from .model import BUILDERS, DNC_OPTIONS
 from .task import Task
 
 
@@ -38,11 +38,15 @@ class Settings:
     heads: str = "wr"  # of an NTM
     read_heads: int = 4  # of a DNC or a MANN, where each writes as well
     write_heads: int = 1  # of a DNC
+    dnc_options: str = ""  # of a DNC: names of DNC_OPTIONS, by commas
 
     def __post_init__(self) -> None:
         for name, value, known in (("task", self.task, TASKS), ("model", self.model, BUILDERS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if unknown := set(self.dnc_options.split(",")) - {"", *DNC_OPTIONS}:
+            known = ", ".join(DNC_OPTIONS)
+            raise ValueError(f"dnc_options: expected some of {known}, got {sorted(unknown)}")
         for name in (
             "steps",
             "batch_size",

@@ -247,3 +247,8 @@ def require_positive(task: str, **values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{task}: expected {name} of at least 1, got {value}")
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th ... 20th."""
+    return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(number, "th")
