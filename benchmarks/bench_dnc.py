@@ -1,4 +1,4 @@
-"""DNC rows: whole sequences, beside vectorised eager PyTorch.
+"""DNC rows: whole sequences, beside vectorised eager PyTorch, torch.compile and pytorch-dnc.
 
 python -m benchmarks.bench_dnc [--threads 2] [--malloc D|M] [--rows TEXT]
 """
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import measure, rows
+from benchmarks.harness.memory import Memory
+from benchmarks.peers import dnc as peers
 from seqmem_fast import ops
 from seqmem_fast.reference import dnc as reference
 
@@ -35,7 +37,9 @@ def sequence_work(
         seed = int(torch.randint(2**31, (), generator=rng))
         return next(reference.sample_inputs(sizes=sizes, seed=seed, reads=reads)).args
 
-    return rows.Work(sample, ops.dnc, {"eager": reference.dnc})
+    missing = peers.missing()
+    given = [missing] if missing else []
+    return rows.Work(sample, ops.dnc, {"eager": reference.dnc}, missing=given)
 
 
 def sequence_rows(*sizes: int, goals: Goals = (None, None)) -> list[rows.Row]:
@@ -53,6 +57,12 @@ def compiled_rows(*sizes: int) -> list[rows.Row]:
     return rows.pair("dnc", shape, make, predicted_s=COMPILING_S.__getitem__)
 
 
+def package_rows(*sizes: int) -> list[rows.Row]:
+    """Modules with the same weights, in the way that pytorch-dnc uses them."""
+    shape, make = ", ".join(map(str, sizes)), partial(peers.package_work, *sizes, INPUT)
+    return [] if peers.missing() else rows.pair("dnc", shape, make, name="dnc.DNC")
+
+
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random sequence; None if too large."""
     time, batch, slots, width, control, reads = rows.draw(rng, MOST)
@@ -67,7 +77,16 @@ ROWS = [
     *sequence_rows(41, 16, 256, 64, 256, 4, goals=(4.5, 7)),
     *sequence_rows(200, 4, 64, 16, 100, 2, goals=(33, 60)),
     *compiled_rows(5, 16, 128, 20, 100, 4),
+    *package_rows(41, 1, 128, 20, 100, 4),
+    *package_rows(41, 16, 128, 20, 100, 4),
+    *package_rows(41, 16, 256, 64, 256, 4),
+    *package_rows(200, 4, 64, 16, 100, 2),
 ]
+MEMORY = Memory(
+    "10,000 steps of one row, N 128",
+    partial(sequence_work, 10_000, 1, 128, 20, 100, 4),
+    partial(sequence_work, 10, 1, 128, 20, 100, 4),
+)
 GPU_ROWS = [  # torch.compile would take minutes for a sequence's loop over steps
     *sequence_rows(41, 1, 128, 20, 100, 4),
     *sequence_rows(41, 16, 128, 20, 100, 4),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import growth_mib
 from torch import Tensor, nn
 
 from seqmem_fast import DNC, DNCState, DNCTrace
@@ -421,6 +422,20 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_constructor_refuses(name: str) -> None:
     with pytest.raises(ValueError, match=f"seqmem::dnc: expected {name}"):
         DNC(**{**SIZES, **REFUSED[name]})
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_train_within_100_mib() -> None:
+    """The op 86 MiB, the rest is the output layer's; all links of all steps would be 625."""
+    definitions = """
+import torch
+import seqmem_fast as sf
+torch.manual_seed(0)
+model = sf.DNC(9, 8, 100, 128, 20)
+def step(time):
+    model(torch.rand(time, 1, 9))[0].square().mean().backward()
+"""
+    assert growth_mib(definitions, "step(8)", "step(10_000)") < 100
 
 
 def test_call_refuses() -> None:

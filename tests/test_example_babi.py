@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from example_modules import load_example
 
 
@@ -60,6 +61,25 @@ def test_stories_become_numbers(babi: ModuleType) -> None:
     assert batch.support.t().tolist() == [[0, 1], [0, 0]]
     told = [babi.WORDS[number - 1] for number in batch.facts[0, 1].tolist() if number]
     assert " ".join(told) == story.facts[1]
+
+
+def test_a_dnc_is_asked_right_after_each_storys_facts(babi: ModuleType) -> None:
+    rng = random.Random(0)
+    told = [babi.one_fact_story(rng, length) for length in (2, 5, 3)]
+    model = babi.DNCReader(8, 6, 4).eval()
+    shown = model.steps(babi.batch_of(told))
+    assert shown.shape == (3, 5 + babi.HOPS, 8)
+    scores, attention = model(babi.batch_of(told))
+    assert attention.shape == (babi.HOPS, 3, 5)
+    for row, story in enumerate(told):  # each as if it were read alone
+        alone = babi.batch_of([story])
+        length = len(story.facts)
+        torch.testing.assert_close(shown[row, : length + babi.HOPS], model.steps(alone)[0])
+        assert torch.equal(shown[row, length], shown[row, length + 1])
+        torch.testing.assert_close(scores[row : row + 1], model(alone)[0])
+        torch.testing.assert_close(attention[:, row, :length], model(alone)[1][:, 0])
+    loss = torch.nn.functional.cross_entropy(scores, babi.batch_of(told).answer)
+    torch.testing.assert_close(model.loss(babi.batch_of(told)), loss)
 
 
 @pytest.mark.slow
