@@ -59,7 +59,7 @@ def compiled_rows(*sizes: int) -> list[rows.Row]:
 
 def package_rows(*sizes: int) -> list[rows.Row]:
     """Modules with the same weights, in the way that pytorch-dnc uses them."""
-    shape, make = ", ".join(map(str, sizes)), partial(peers.package_work, *sizes, INPUT)
+    shape, make = ", ".join(map(str, sizes)), partial(peers.package_work, INPUT, *sizes)
     return [] if peers.missing() else rows.pair("dnc", shape, make, name="dnc.DNC")
 
 

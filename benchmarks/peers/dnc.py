@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +27,19 @@ def missing() -> str | None:
 class _Theirs(nn.Module):
     """Its output from a start of zeros, where it would draw hidden and cell at random."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
+        self.start = module.num_hidden_layers, module.hidden_size
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        layers, units = self.module.num_hidden_layers, self.module.hidden_size
-        zeros = x.new_zeros(int(layers), x.shape[0], int(units))
+        layers, units = self.start
+        zeros = x.new_zeros(layers, x.shape[0], units)
         return (self.module(x, ([(zeros, zeros)], None, None))[0],)
 
 
 def package_work(
-    time: int, batch: int, slots: int, width: int, control: int, reads: int, inputs: int
+    inputs: int, time: int, batch: int, slots: int, width: int, control: int, reads: int
 ) -> Work:
     """Modules of one layer on [B, T, I]; what its controller never sees, ours is not shown either.
 

@@ -19,7 +19,7 @@ from benchmarks.harness import machine, report
 
 FOLDER = machine.ROOT / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
-WAYS = {"babi": ([], ["--model", "dnc"])}  # other than as it is
+WAYS: dict[str, tuple[list[str], ...]] = {"babi": ([], ["--model", "dnc"])}  # other than as it is
 
 
 def run(name: str, options: Sequence[str]) -> dict[str, Any]:

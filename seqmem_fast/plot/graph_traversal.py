@@ -13,6 +13,7 @@ from .one_shot import RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 Edge = tuple[str, str, str]  # from, by, to
 CELL = 0.19  # inches
@@ -99,7 +100,7 @@ def _marked(walk: Sequence[Edge]) -> list[tuple[bool, Edge]]:
     return [(place == 0, edge) for place, edge in enumerate(walk)]
 
 
-def _frame(corner: tuple[float, float], colour: str) -> object:
+def _frame(corner: tuple[float, float], colour: str) -> Rectangle:
     from matplotlib.patches import Rectangle
 
     return Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=1.5)

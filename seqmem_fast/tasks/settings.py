@@ -45,8 +45,8 @@ class Settings:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         if unknown := set(self.dnc_options.split(",")) - {"", *DNC_OPTIONS}:
-            known = ", ".join(DNC_OPTIONS)
-            raise ValueError(f"dnc_options: expected some of {known}, got {sorted(unknown)}")
+            names = ", ".join(DNC_OPTIONS)
+            raise ValueError(f"dnc_options: expected some of {names}, got {sorted(unknown)}")
         for name in (
             "steps",
             "batch_size",
