@@ -1,213 +1,110 @@
-"""DNC: shapes, chunks, lengths and reset, options, trace, links, and a convert's faithfulness."""
+"""DNC: the suite of machines' modules, options, trace, links, and a convert's faithfulness."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_memory import growth_mib
+from machine_module_suite import SIZES as SHARED_SIZES
+from machine_module_suite import MachineModuleSuite, check_memory_of_a_training_step, data, same
 from torch import Tensor, nn
 
 from seqmem_fast import DNC, DNCState, DNCTrace
 
-SIZES: dict[str, Any] = {
-    "input_size": 4,
-    "output_size": 3,
-    "controller_size": 6,
-    "memory_size": 8,
-    "memory_dim": 5,
-    "read_heads": 2,
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "many_heads": {"read_heads": 3, "write_heads": 2, "usage_gradient": True},
-    "deep": {"num_layers": 2, "hidden_init": "learned", "layer_norm": True},
-    "feedforward": {"controller": "feedforward", "num_layers": 2, "read_heads": 1},
-    "csordas": {"masks": True, "mask_min": 0.1, "deallocate": True, "sharpen": True},
-    "franke": {"links": False, "layer_norm": True, "bypass_dropout": 0.0},
-    "softmax": {"allocation": "softmax", "squash": True, "strength": "softplus", "norm_floor": 0.0},
-}
-variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+SIZES = {**SHARED_SIZES, "read_heads": 2}
 
 
-def make(**options: Any) -> DNC:
-    options.setdefault("dtype", torch.float64)
-    dnc = DNC(**{**SIZES, **options})
-    with torch.no_grad():  # off the initial values, at which much is zero or alike
-        for parameter in dnc.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return dnc
+class TestDNC(MachineModuleSuite):
+    module, state, noise = DNC, DNCState, 0.3
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "plain": {},
+        "many_heads": {"read_heads": 3, "write_heads": 2, "usage_gradient": True},
+        "deep": {"num_layers": 2, "hidden_init": "learned", "layer_norm": True},
+        "feedforward": {"controller": "feedforward", "num_layers": 2, "read_heads": 1},
+        "csordas": {"masks": True, "mask_min": 0.1, "deallocate": True, "sharpen": True},
+        "franke": {"links": False, "layer_norm": True, "bypass_dropout": 0.0},
+        "softmax": {
+            "allocation": "softmax",
+            "squash": True,
+            "strength": "softplus",
+            "norm_floor": 0.0,
+        },
+    }
+    starts = ({"hidden_init": "learned"},)
+    refused: ClassVar[dict[str, dict[str, Any]]] = {
+        "input_size": {"input_size": 0},
+        "memory_size": {"memory_size": 0},
+        "read_heads > 0": {"read_heads": 0},
+        "write_heads > 0": {"write_heads": 0},
+        "controller": {"controller": "gru"},
+        "strength": {"strength": "exp"},
+        "allocation": {"allocation": "topk"},
+        "hidden_init": {"hidden_init": "random"},
+        "0 <= mask_min": {"mask_min": 1.0},
+        "0 <= bypass_dropout": {"bypass_dropout": -0.1},
+        "norm_floor >= 0": {"norm_floor": -1e-6},
+        "norm_floor >= 0 and eps >= 0, one": {"norm_floor": 0.0, "eps": 0.0},
+        "output_activation": {"output_activation": "softmax"},
+    }
 
+    @classmethod
+    def make(cls, **options: Any) -> DNC:
+        return super().make(**{"read_heads": 2, **options})
 
-def data(time: int = 6, batch: int = 3) -> Tensor:
-    return torch.randn(time, batch, 4, dtype=torch.float64)
+    def asking(self, module: Any, *steps: int) -> dict[str, Any]:
+        return {"links_at": steps} if module.links else {"return_trace": True}
 
+    def shapes(self, module: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        reads, writes, linked = module.read_heads, module.write_heads, module.links
+        links = writes if linked else 0
+        state = [(8, 5), (8,), (links, 8, 8), (links, 8), (writes, 8), (reads, 8), (reads, 5)]
+        modes = (reads, 1 + 2 * writes if linked else 0)
+        return state, [(8,), (writes, 8), (reads, 8), (writes,), (writes,), (reads,), modes]
 
-def same(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    def test_its_trace_has_names(self) -> None:
+        assert isinstance(self.make()(data(), return_trace=True)[2], DNCTrace)
 
-
-@variants
-def test_shapes(options: dict[str, Any]) -> None:
-    dnc = make(**options)
-    reads, writes = dnc.read_heads, dnc.write_heads
-    output, state, trace = dnc(data(), return_trace=True)
-    layers = 0 if options.get("controller") == "feedforward" else options.get("num_layers", 1)
-    linked = writes if dnc.links else 0
-    assert output.shape == (6, 3, 3)
-    assert isinstance(state, DNCState) and isinstance(trace, DNCTrace)
-    assert [tuple(t.shape) for t in state] == [
-        (layers, 3, 6),
-        (layers, 3, 6),
-        (3, 8, 5),
-        (3, 8),
-        (3, linked, 8, 8),
-        (3, linked, 8),
-        (3, writes, 8),
-        (3, reads, 8),
-        (3, reads, 5),
-    ]
-    assert [tuple(t.shape[2:]) for t in trace] == [
-        (8,),
-        (writes, 8),
-        (reads, 8),
-        (writes,),
-        (writes,),
-        (reads,),
-        (reads, 1 + 2 * writes if dnc.links else 0),
-    ]
-    same(
-        (trace.usage[-1], trace.write_weights[-1], trace.read_weights[-1]),
-        (state.usage, state.write_weights, state.read_weights),
-    )
-    same(dnc(data()[:0])[1], dnc.init_state(3))
-
-
-@variants
-def test_it_computes_what_the_equations_say(options: dict[str, Any]) -> None:
-    """A step of the memory by hand, from the state and the gates that the trace tells of."""
-    dnc, x = make(**options), data(1)
-    _, before = dnc(data())
-    output, after, trace = dnc(x, before, return_trace=True)
-    kept = (1 - trace.free_gates[0][..., None] * before.read_weights).prod(1)
-    written = 1 - (1 - before.write_weights).prod(1)
-    same(trace.usage[0], (before.usage + (1 - before.usage) * written) * kept)
-    assert (after.write_weights.sum(-1) <= trace.write_gates[0] + 1e-12).all()
-    for h in range(dnc.write_heads if dnc.links else 0):
-        w, p = after.write_weights[:, h], before.precedence[:, h]
-        link = (1 - w[:, :, None] - w[:, None]) * before.link[:, h] + w[:, :, None] * p[:, None]
-        link.diagonal(dim1=1, dim2=2).zero_()
-        same(after.link[:, h], link)
-        same(after.precedence[:, h], (1 - w.sum(-1, keepdim=True)) * p + w)
-    same(after.reads, after.read_weights @ after.memory)
-    top = (
-        after.hidden[-1]
-        if len(after.hidden)
-        else torch.tanh(
-            F.linear(
-                torch.tanh(
-                    F.linear(
-                        torch.cat((x[0], before.reads.flatten(1)), 1), dnc.weight_l0, dnc.bias_l0
-                    )
-                ),
-                dnc.weight_l1,
-                dnc.bias_l1,
+    def test_it_computes_what_the_equations_say(self, options: dict[str, Any]) -> None:
+        """A step of the memory by hand, from the state and the gates that the trace tells of."""
+        dnc, x = self.make(**options), data(1)
+        _, before = dnc(data())
+        output, after, trace = dnc(x, before, return_trace=True)
+        kept = (1 - trace.free_gates[0][..., None] * before.read_weights).prod(1)
+        written = 1 - (1 - before.write_weights).prod(1)
+        same(trace.usage[0], (before.usage + (1 - before.usage) * written) * kept)
+        assert (after.write_weights.sum(-1) <= trace.write_gates[0] + 1e-12).all()
+        for h in range(dnc.write_heads if dnc.links else 0):
+            w, p = after.write_weights[:, h], before.precedence[:, h]
+            link = (1 - w[:, :, None] - w[:, None]) * before.link[:, h] + w[:, :, None] * p[:, None]
+            link.diagonal(dim1=1, dim2=2).zero_()
+            same(after.link[:, h], link)
+            same(after.precedence[:, h], (1 - w.sum(-1, keepdim=True)) * p + w)
+        same(after.reads, after.read_weights @ after.memory)
+        top = (
+            after.hidden[-1]
+            if len(after.hidden)
+            else torch.tanh(
+                F.linear(
+                    torch.tanh(
+                        F.linear(
+                            torch.cat((x[0], before.reads.flatten(1)), 1),
+                            dnc.weight_l0,
+                            dnc.bias_l0,
+                        )
+                    ),
+                    dnc.weight_l1,
+                    dnc.bias_l1,
+                )
             )
         )
-    )
-    same(output[0], dnc.output(torch.cat((top, after.reads.flatten(1)), 1)))
+        same(output[0], dnc.output(torch.cat((top, after.reads.flatten(1)), 1)))
 
 
-@variants
-def test_chunks_equal_the_whole(options: dict[str, Any]) -> None:
-    dnc, x = make(**options), data()
-    whole, last, trace = dnc(x, return_trace=True)
-    state, outputs, traces = None, [], []
-    for chunk in x.split((1, 3, 2)):
-        output, state, some = dnc(chunk, state, return_trace=True)
-        outputs.append(output)
-        traces.append(some)
-    same(torch.cat(outputs), whole)
-    for pieces, expected in zip(zip(*traces, strict=True), trace, strict=True):
-        same(torch.cat(pieces), expected)
-    same(state, last)
-    same(dnc(x), (whole, last))
-
-
-@variants
-def test_every_parameter_learns(options: dict[str, Any]) -> None:
-    dnc = make(**options)
-    dnc(data())[0].square().sum().backward()
-    for name, parameter in dnc.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-@variants
-def test_unbatched(options: dict[str, Any]) -> None:
-    dnc, x = make(**options), data()
-    asked: dict[str, Any] = {"links_at": (1, 4)} if dnc.links else {"return_trace": True}
-    batched = dnc(x, **asked)
-    output, state, trace, *links = dnc(x[:, 1], **asked)
-    same(output, batched[0][:, 1])
-    for found, expected in zip(trace, batched[2], strict=True):
-        same(found, expected[:, 1])
-    if dnc.links:
-        same(links[0], batched[3][:, 1])
-    again, _ = dnc(x[:, 1], state)
-    same(again, dnc(x, batched[1])[0][:, 1])
-
-
-def test_batch_first() -> None:
-    dnc, x = make(), data()
-    first = make(batch_first=True)
-    first.load_state_dict(dnc.state_dict())
-    reset = torch.rand(6, 3) < 0.3
-    lengths = torch.tensor([6, 2, 4])
-    expected = dnc(x, lengths=lengths, reset=reset, links_at=[5, 2])
-    found = first(x.transpose(0, 1), lengths=lengths, reset=reset.t(), links_at=[5, 2])
-    same(found[0].transpose(0, 1), expected[0])
-    same(found[1], expected[1])
-    same([a.transpose(0, 1) for a in found[2]], list(expected[2]))
-    same(found[3].transpose(0, 1), expected[3])
-
-
-@variants
-def test_lengths(options: dict[str, Any]) -> None:
-    dnc, x = make(**options), data()
-    lengths = [6, 0, 4]
-    x[4:, 2] = float("nan")
-    output, state, trace = dnc(x, lengths=torch.tensor(lengths), return_trace=True)
-    for b, length in enumerate(lengths):
-        alone, last, steps = dnc(x[:length, b : b + 1], return_trace=True)
-        same(output[:length, b], alone[:, 0])
-        assert not output[length:, b].any()
-        for found, expected in zip(trace, steps, strict=True):
-            same(found[:length, b], expected[:, 0])
-            assert not found[length:, b].any()
-        for k, (a, c) in enumerate(zip(state, last, strict=True)):
-            same(a.select(int(k < 2), b), c.select(int(k < 2), 0))
-    output.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in dnc.parameters() if p.grad is not None)
-
-
-@variants
-def test_reset_starts_anew(options: dict[str, Any]) -> None:
-    dnc, x = make(**options), data()
-    _, before = dnc(data())
-    reset = torch.zeros(6, 3, dtype=torch.bool)
-    reset[0, 0] = reset[4, 1] = True
-    output, _ = dnc(x, before, reset=reset)
-    same(output[:, :1], dnc(x[:, :1])[0])
-    same(output[4:, 1:2], dnc(x[4:, 1:2])[0])
-    same(output[:, 2], dnc(x, before)[0][:, 2])
-    same(output[:4, 1], dnc(x[:4], before)[0][:, 1])
+make = TestDNC.make
 
 
 @pytest.mark.parametrize("chosen", [(0,), (5,), (3, 1), (2, 2, 4), range(6)], ids=str)
@@ -241,14 +138,6 @@ def test_links_at_refuses() -> None:
             dnc(x, lengths=torch.tensor(lengths), links_at=(2,))
     with pytest.raises(ValueError, match="reset"):
         dnc(x, reset=torch.zeros(7, 3, dtype=torch.bool), links_at=(2,))
-
-
-def test_no_steps_and_no_rows() -> None:
-    dnc = make()
-    output, state, trace = dnc(data(time=0), return_trace=True)
-    assert output.shape == (0, 3, 3) and trace.usage.shape == (0, 3, 8)
-    same(state, dnc.init_state(3))
-    assert dnc(data(batch=0))[0].shape == (6, 0, 3)
 
 
 def test_one_slot_and_one_head() -> None:
@@ -299,45 +188,11 @@ def test_the_initial_hidden_is_learned_where_asked_for() -> None:
     assert dnc.initial_hidden.grad is not None and dnc.initial_cell.grad is not None
 
 
-@variants
-def test_state_dict_round_trip(options: dict[str, Any]) -> None:
-    dnc, other, x = make(**options), make(**options), data()
-    other.load_state_dict(dnc.state_dict())
-    assert torch.equal(other(x)[0], dnc(x)[0])
-    for twin in (copy.deepcopy(dnc), pickle.loads(pickle.dumps(dnc))):
-        assert torch.equal(twin(x)[0], dnc(x)[0])
-        assert repr(twin) == repr(dnc)
-    file = io.BytesIO()
-    torch.save(dnc.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-
-
 def test_repr_names_what_is_not_usual() -> None:
     assert "DNC(\n  4, 3, 6, 8, 5, read_heads=2\n" in repr(DNC(**SIZES))
     assert "5, write_heads=2, links=False" in repr(
         DNC(**{**SIZES, "read_heads": 4}, write_heads=2, links=False)
     )
-
-
-def test_a_state_detaches() -> None:
-    """As truncated backpropagation uses it."""
-    dnc = make(hidden_init="learned")
-    _, state = dnc(data())
-    dnc(data(), state.detach())[0].sum().backward()
-    assert dnc.initial_hidden.grad is None
-    assert isinstance(state.detach(), DNCState)
-
-
-@pytest.mark.parametrize("batch", [None, 2])
-def test_an_initial_state_may_be_changed_in_place(batch: int | None) -> None:
-    dnc = DNC(**SIZES, hidden_init="learned")
-    state = dnc.init_state(batch)
-    with torch.no_grad():
-        for tensor in state:
-            tensor[..., 0] = 7
-    assert not any(v.eq(7).any() for v in dnc.state_dict().values())
-    assert all(t.eq(7).sum() * t.size(-1) == t.numel() for t in state)
 
 
 def test_memory_is_kept_across_episodes_on_purpose() -> None:
@@ -349,102 +204,10 @@ def test_memory_is_kept_across_episodes_on_purpose() -> None:
     assert (dnc(x, kept)[0] - dnc(x)[0]).abs().max() > 1e-3
 
 
-def test_compile() -> None:
-    """With sizes as symbols; the op's own suite has both kinds."""
-    dnc, x = make(), data()
-    torch.compiler.reset()
-    compiled = torch.compile(dnc, fullgraph=True, backend="aot_eager", dynamic=True)
-    output, state, trace = compiled(x, return_trace=True)
-    expected = dnc(x, return_trace=True)
-    same((output, state, tuple(trace)), (*expected[:2], tuple(expected[2])))
-    output.sum().backward()
-
-
-def test_export() -> None:
-    dnc, x = make(), data()
-    program = torch.export.export(dnc, (x,))
-    same(program.module()(x)[0], dnc(x)[0])
-
-
-def test_autocast() -> None:
-    dnc = make(dtype=torch.float32)
-    x = data().float()
-    with torch.autocast("cpu", torch.bfloat16):
-        output, state = dnc(x)
-        output, _ = dnc(x, state)
-    assert output.dtype == torch.bfloat16
-    output.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in dnc.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(dtype: torch.dtype) -> None:
-    dnc = make(dtype=dtype)
-    output, _ = dnc(data().to(dtype))
-    assert output.dtype == dtype and torch.isfinite(output).all()
-
-
-def test_functional_call_and_second_derivative() -> None:
-    dnc, x = make(), data(3, 2)
-    parameters = {name: p.detach() for name, p in dnc.named_parameters()}
-
-    def loss(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(dnc, values, (x,))[0].square().sum()
-
-    grads = torch.func.grad(loss)(parameters)
-    dnc(x)[0].square().sum().backward()
-    for name, parameter in dnc.named_parameters():
-        same(grads[name], parameter.grad)
-    leaf = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(dnc(leaf)[0].square().sum(), leaf, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), leaf)
-    assert torch.isfinite(second).all() and second.any()
-
-
-REFUSED: dict[str, dict[str, Any]] = {
-    "input_size": {"input_size": 0},
-    "memory_size": {"memory_size": 0},
-    "read_heads > 0": {"read_heads": 0},
-    "write_heads > 0": {"write_heads": 0},
-    "controller": {"controller": "gru"},
-    "strength": {"strength": "exp"},
-    "allocation": {"allocation": "topk"},
-    "hidden_init": {"hidden_init": "random"},
-    "0 <= mask_min": {"mask_min": 1.0},
-    "0 <= bypass_dropout": {"bypass_dropout": -0.1},
-    "norm_floor >= 0": {"norm_floor": -1e-6},
-    "norm_floor >= 0 and eps >= 0, one": {"norm_floor": 0.0, "eps": 0.0},
-    "output_activation": {"output_activation": "softmax"},
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_constructor_refuses(name: str) -> None:
-    with pytest.raises(ValueError, match=f"seqmem::dnc: expected {name}"):
-        DNC(**{**SIZES, **REFUSED[name]})
-
-
 @pytest.mark.slow
 def test_ten_thousand_steps_train_within_100_mib() -> None:
     """The op 86 MiB, the rest is the output layer's; all links of all steps would be 625."""
-    definitions = """
-import torch
-import seqmem_fast as sf
-torch.manual_seed(0)
-model = sf.DNC(9, 8, 100, 128, 20)
-def step(time):
-    model(torch.rand(time, 1, 9))[0].square().mean().backward()
-"""
-    assert growth_mib(definitions, "step(8)", "step(10_000)") < 100
-
-
-def test_call_refuses() -> None:
-    dnc, x = make(), data()
-    for bad in (x[0, 0], x[None]):
-        with pytest.raises(ValueError, match="expected input with 2 or 3 dimensions"):
-            dnc(bad)
-    with pytest.raises(ValueError, match="expected a batch beside lengths or reset"):
-        dnc(x[:, 0], lengths=torch.tensor([3]))
+    check_memory_of_a_training_step("sf.DNC(9, 8, 100, 128, 20)", 10_000, 1, 100)
 
 
 # ---- a stand-in with the attributes of the package dnc (pytorch-dnc), after its documentation

@@ -1,181 +1,69 @@
-"""NTM and NTMMemory: shapes, chunks, lengths and reset, options, and a convert's faithfulness."""
+"""NTM and NTMMemory: the suite of machines' modules, options, and a convert's faithfulness."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_memory import growth_mib
+from machine_module_suite import (
+    SIZES,
+    MachineModuleSuite,
+    check_memory_of_a_training_step,
+    data,
+)
 from torch import Tensor, nn
 
 import seqmem_fast as sf
 from seqmem_fast import NTM, NTMMemory, NTMState
 
-SIZES: dict[str, Any] = {
-    "input_size": 4,
-    "output_size": 3,
-    "controller_size": 6,
-    "memory_size": 8,
-    "memory_dim": 5,
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "many_heads": {"heads": "wrrwr", "shift_range": 2},
-    "deep": {"num_layers": 2, "memory_init": "learned"},
-    "feedforward": {"controller": "feedforward", "num_layers": 2, "shift_range": 0},
-    "fixed": {
-        "heads": "rw",
-        "squash": False,
-        "memory_init": "random",
-        "weightings_init": "zeros",
-        "reads_init": "random",
-        "output_activation": "sigmoid",
-    },
-}
-variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
+class TestNTM(MachineModuleSuite):
+    module, state, traced = NTM, NTMState, "return_weightings"
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "plain": {},
+        "many_heads": {"heads": "wrrwr", "shift_range": 2},
+        "deep": {"num_layers": 2, "memory_init": "learned"},
+        "feedforward": {"controller": "feedforward", "num_layers": 2, "shift_range": 0},
+        "fixed": {
+            "heads": "rw",
+            "squash": False,
+            "memory_init": "random",
+            "weightings_init": "zeros",
+            "reads_init": "random",
+            "output_activation": "sigmoid",
+        },
+    }
+    starts = ({"memory_init": "learned"}, {"memory_init": "constant"})
+    refused: ClassVar[dict[str, dict[str, Any]]] = {
+        "input_size": {"input_size": 0},
+        "memory_size": {"memory_size": 0},
+        "num_layers": {"num_layers": 0},
+        "heads as a string": {"heads": "rx"},
+        "heads": {"heads": ""},
+        "shift_range": {"shift_range": 5},
+        "shift_range in": {"shift_range": -1},
+        "controller": {"controller": "gru"},
+        "memory_init": {"memory_init": "zeros"},
+        "weightings_init": {"weightings_init": "random"},
+        "reads_init": {"reads_init": "constant"},
+        "output_activation": {"output_activation": "softmax"},
+    }
 
-def make(**options: Any) -> NTM:
-    options.setdefault("dtype", torch.float64)
-    ntm = NTM(**SIZES, **options)
-    with torch.no_grad():  # off the initial values, at which much is zero or alike
-        for parameter in ntm.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return ntm
+    def shapes(self, module: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        heads = len(module.heads)
+        return [(8, 5), (heads, 8), (module.heads.count("r"), 5)], [(heads, 8)]
 
-
-def data(time: int = 6, batch: int = 3) -> Tensor:
-    return torch.randn(time, batch, 4, dtype=torch.float64)
-
-
-@variants
-def test_shapes(options: dict[str, Any]) -> None:
-    ntm, heads = make(**options), options.get("heads", "wr")
-    output, state, weightings = ntm(data(), return_weightings=True)
-    layers = 0 if options.get("controller") == "feedforward" else options.get("num_layers", 1)
-    assert output.shape == (6, 3, 3)
-    assert weightings.shape == (6, 3, len(heads), 8)
-    assert isinstance(state, NTMState)
-    assert [tuple(t.shape) for t in state] == [
-        (layers, 3, 6),
-        (layers, 3, 6),
-        (3, 8, 5),
-        (3, len(heads), 8),
-        (3, heads.count("r"), 5),
-    ]
-    torch.testing.assert_close(weightings[-1], state.weightings)
-    torch.testing.assert_close(weightings.sum(-1), torch.ones(6, 3, len(heads)).double())
-
-
-@variants
-def test_chunks_equal_the_whole(options: dict[str, Any]) -> None:
-    ntm, x = make(**options), data()
-    whole, last, weightings = ntm(x, return_weightings=True)
-    state, outputs, traces = None, [], []
-    for chunk in x.split((1, 3, 2)):
-        output, state, trace = ntm(chunk, state, return_weightings=True)
-        outputs.append(output)
-        traces.append(trace)
-    torch.testing.assert_close(torch.cat(outputs), whole)
-    torch.testing.assert_close(torch.cat(traces), weightings)
-    torch.testing.assert_close(state, last)
-
-
-@variants
-def test_every_parameter_learns(options: dict[str, Any]) -> None:
-    ntm = make(**options)
-    output, _ = ntm(data())
-    output.square().sum().backward()
-    for name, parameter in ntm.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-@variants
-def test_unbatched(options: dict[str, Any]) -> None:
-    ntm, x = make(**options), data()
-    batched = ntm(x, return_weightings=True)
-    output, state, weightings = ntm(x[:, 1], return_weightings=True)
-    torch.testing.assert_close(output, batched[0][:, 1])
-    torch.testing.assert_close(weightings, batched[2][:, 1])
-    assert [t.dim() for t in state] == [2] * 5
-    again, _ = ntm(x[:, 1], state)
-    torch.testing.assert_close(again, ntm(x, batched[1])[0][:, 1])
-
-
-def test_batch_first() -> None:
-    ntm, x = make(), data()
-    first = make(batch_first=True)
-    first.load_state_dict(ntm.state_dict())
-    reset = torch.rand(6, 3) < 0.3
-    lengths = torch.tensor([6, 2, 4])
-    expected = ntm(x, lengths=lengths, reset=reset, return_weightings=True)
-    found = first(x.transpose(0, 1), lengths=lengths, reset=reset.t(), return_weightings=True)
-    torch.testing.assert_close(found[0].transpose(0, 1), expected[0])
-    torch.testing.assert_close(found[1], expected[1])
-    torch.testing.assert_close(found[2].transpose(0, 1), expected[2])
-
-
-@variants
-def test_lengths(options: dict[str, Any]) -> None:
-    ntm, x = make(**options), data()
-    lengths = [6, 0, 4]
-    x[4:, 2] = float("nan")
-    output, state, weightings = ntm(x, lengths=torch.tensor(lengths), return_weightings=True)
-    for b, length in enumerate(lengths):
-        alone, last, trace = ntm(x[:length, b : b + 1], return_weightings=True)
-        torch.testing.assert_close(output[:length, b], alone[:, 0])
-        torch.testing.assert_close(weightings[:length, b], trace[:, 0])
-        assert not output[length:, b].any() and not weightings[length:, b].any()
-        for k, (a, c) in enumerate(zip(state, last, strict=True)):
-            torch.testing.assert_close(a.select(int(k < 2), b), c.select(int(k < 2), 0))
-    output.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in ntm.parameters() if p.grad is not None)
-
-
-@variants
-def test_reset_starts_anew(options: dict[str, Any]) -> None:
-    ntm, x = make(**options), data()
-    _, before = ntm(data())
-    reset = torch.zeros(6, 3, dtype=torch.bool)
-    reset[0, 0] = reset[4, 1] = True
-    output, _ = ntm(x, before, reset=reset)
-    torch.testing.assert_close(output[:, :1], ntm(x[:, :1])[0])
-    torch.testing.assert_close(output[4:, 1:2], ntm(x[4:, 1:2])[0])
-    torch.testing.assert_close(output[:, 2], ntm(x, before)[0][:, 2])
-    torch.testing.assert_close(output[:4, 1], ntm(x[:4], before)[0][:, 1])
-
-
-def test_no_steps_and_no_rows() -> None:
-    ntm = make()
-    output, state = ntm(data(time=0))
-    assert output.shape == (0, 3, 3)
-    torch.testing.assert_close(state, ntm.init_state(3))
-    assert ntm(data(batch=0))[0].shape == (6, 0, 3)
-
-
-@variants
-def test_state_dict_round_trip(options: dict[str, Any]) -> None:
-    ntm, other, x = make(**options), make(**options), data()
-    other.load_state_dict(ntm.state_dict())
-    assert torch.equal(other(x)[0], ntm(x)[0])
-    for twin in (copy.deepcopy(ntm), pickle.loads(pickle.dumps(ntm))):
-        assert torch.equal(twin(x)[0], ntm(x)[0])
-        assert repr(twin) == repr(ntm)
-    file = io.BytesIO()
-    torch.save(ntm.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    def test_weightings_sum_to_one(self, options: dict[str, Any]) -> None:
+        _, _, weightings = self.make(**options)(data(), return_weightings=True)
+        torch.testing.assert_close(weightings.sum(-1), torch.ones(weightings.shape[:3]).double())
 
 
 def test_the_state_is_a_pytree_and_detaches() -> None:
     """As truncated backpropagation uses it."""
-    ntm = make()
+    ntm = TestNTM.make()
     _, state = ntm(data())
     state = NTMState(*(t.detach() for t in state))
     ntm(data(), state)[0].sum().backward()
@@ -183,120 +71,11 @@ def test_the_state_is_a_pytree_and_detaches() -> None:
     assert ntm.initial_hidden.grad is None
 
 
-@pytest.mark.parametrize("batch", [None, 2])
-@pytest.mark.parametrize("init", ["learned", "constant"])
-def test_an_initial_state_may_be_changed_in_place(init: str, batch: int | None) -> None:
-    ntm = NTM(**SIZES, memory_init=init)
-    before = copy.deepcopy(ntm.state_dict())
-    state = ntm.init_state(batch)
-    with torch.no_grad():
-        for tensor in state:
-            tensor[..., 0, :] = 7
-        if batch:
-            state.memory[0] = 8
-    assert all(
-        torch.equal(a, b) for a, b in zip(ntm.state_dict().values(), before.values(), strict=True)
-    )
-    if batch:
-        assert torch.equal(state.memory[1, 1:], ntm.initial_memory[1:])
-
-
-def test_a_state_detaches() -> None:
-    state = NTM(**SIZES).init_state(2)
-    assert state.hidden.requires_grad
-    bare = state.detach()
-    assert isinstance(bare, NTMState) and not any(t.requires_grad for t in bare)
-    assert all(torch.equal(a, b) for a, b in zip(state, bare, strict=True))
-
-
 def test_a_new_layer_breaks_the_symmetry_of_its_slots() -> None:
     ntm = NTM(**SIZES)
     _, state, weightings = ntm(torch.randn(10, 2, 4), return_weightings=True)
     assert (weightings[0, 0].max(-1).values > 0.2).all()
     assert state.memory[0].std(0).min() > 1e-4
-
-
-def test_compile() -> None:
-    """With sizes as symbols; the op's own suite has both kinds."""
-    ntm, x = make(), data()
-    torch.compiler.reset()
-    compiled = torch.compile(ntm, fullgraph=True, backend="aot_eager", dynamic=True)
-    output, state, weightings = compiled(x, return_weightings=True)
-    expected = ntm(x, return_weightings=True)
-    torch.testing.assert_close((output, state, weightings), expected)
-    output.sum().backward()
-
-
-def test_export() -> None:
-    ntm, x = make(), data()
-    program = torch.export.export(ntm, (x,))
-    torch.testing.assert_close(program.module()(x)[0], ntm(x)[0])
-
-
-def test_autocast() -> None:
-    ntm = make(dtype=torch.float32)
-    x = data().float()
-    with torch.autocast("cpu", torch.bfloat16):
-        output, state = ntm(x)
-        output, _ = ntm(x, state)
-    assert output.dtype == torch.bfloat16
-    output.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ntm.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(dtype: torch.dtype) -> None:
-    ntm = make(dtype=dtype)
-    output, _ = ntm(data().to(dtype))
-    assert output.dtype == dtype and torch.isfinite(output).all()
-
-
-def test_functional_call_and_second_derivative() -> None:
-    ntm, x = make(), data(3, 2)
-    parameters = {name: p.detach() for name, p in ntm.named_parameters()}
-
-    def loss(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(ntm, values, (x,))[0].square().sum()
-
-    grads = torch.func.grad(loss)(parameters)
-    ntm(x)[0].square().sum().backward()
-    for name, parameter in ntm.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad)
-    leaf = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(ntm(leaf)[0].square().sum(), leaf, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), leaf)
-    assert torch.isfinite(second).all() and second.any()
-
-
-REFUSED: dict[str, dict[str, Any]] = {
-    "input_size": {"input_size": 0},
-    "memory_size": {"memory_size": 0},
-    "num_layers": {"num_layers": 0},
-    "heads as a string": {"heads": "rx"},
-    "heads": {"heads": ""},
-    "shift_range": {"shift_range": 5},
-    "shift_range in": {"shift_range": -1},
-    "controller": {"controller": "gru"},
-    "memory_init": {"memory_init": "zeros"},
-    "weightings_init": {"weightings_init": "random"},
-    "reads_init": {"reads_init": "constant"},
-    "output_activation": {"output_activation": "softmax"},
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_constructor_refuses(name: str) -> None:
-    with pytest.raises(ValueError, match=f"seqmem::ntm: expected {name}"):
-        NTM(**{**SIZES, **REFUSED[name]})
-
-
-def test_call_refuses() -> None:
-    ntm, x = make(), data()
-    for bad in (x[0, 0], x[None]):
-        with pytest.raises(ValueError, match="expected input with 2 or 3 dimensions"):
-            ntm(bad)
-    with pytest.raises(ValueError, match="expected a batch beside lengths or reset"):
-        ntm(x[:, 0], lengths=torch.tensor([3]))
 
 
 # ---- a stand-in with the attributes of pytorch-ntm's EncapsulatedNTM, after its documentation
@@ -453,12 +232,4 @@ def test_memory_goes_with_its_module() -> None:
 @pytest.mark.slow
 def test_memory_of_a_long_training_step() -> None:
     """Every step's memory would be 156 MiB of slots alone if all were kept."""
-    definitions = """
-import torch
-import seqmem_fast as sf
-torch.manual_seed(0)
-model = sf.NTM(9, 8, 100, 128, 20)
-def step(time):
-    model(torch.rand(time, 4, 9))[0].square().mean().backward()
-"""
-    assert growth_mib(definitions, "step(8)", "step(4000)") < 160
+    check_memory_of_a_training_step("sf.NTM(9, 8, 100, 128, 20)", 4000, 4, 160)

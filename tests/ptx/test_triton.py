@@ -44,14 +44,18 @@ def lstm(patch: pytest.MonkeyPatch) -> None:
             module.check(sample, torch.float32)
 
 
+def machine(op: str) -> None:
+    """All of its kernels, with lengths and reset."""
+    suite = checks(op).TestLaunchers()
+    suite.check(suite.sample(suite.machine.padded), torch.float32)
+
+
 def ntm(patch: pytest.MonkeyPatch) -> None:
-    module = checks("ntm")
-    module.check(module.SAMPLES["all_padded"], torch.float32)
+    machine("ntm")
 
 
 def lrua(patch: pytest.MonkeyPatch) -> None:
-    module = checks("lrua")
-    module.check(module.SAMPLES["all_padded"], torch.float32)
+    machine("lrua")
 
 
 def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
@@ -61,8 +65,7 @@ def ntm_addressing(patch: pytest.MonkeyPatch) -> None:
 
 
 def dnc(patch: pytest.MonkeyPatch) -> None:
-    module = checks("dnc")
-    module.check(module.SAMPLES["reset"], torch.float32)
+    machine("dnc")
 
 
 def attention(patch: pytest.MonkeyPatch) -> None:
