@@ -35,6 +35,7 @@ ROOMS = [
 SHARED = {
     "__init__",
     "common",
+    "controller_kernels",
     "launcher",
     "machine",
     "machine_kernels",

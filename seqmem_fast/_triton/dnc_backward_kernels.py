@@ -22,52 +22,40 @@ import triton
 import triton.language as tl
 
 from .common import sigmoid
+from .controller_kernels import controller_backward
 from .dnc_backward_parts import (
-    allocation_backward,
-    content_backward,
-    direction_backward,
     entering,
     erased,
-    links_backward,
+    next_links,
     normalised_backward,
     rewritten,
     unfreed,
     unwritten,
     zero,
 )
+from .dnc_backward_passes import reads_backward, write_heads_backward, writes_backward
 from .dnc_parts import (
     allocation,
-    content_of,
     directions,
-    element,
     head_parts,
-    links_after,
     normalised,
     preceding,
 )
 from .machine_kernels import (
-    controller_backward,
     copy,
+    hand_over,
     head_offset,
     move,
+    of_step,
+    origin,
     padded,
     softmax_of,
     softplus,
-    vector,
+    this_row,
+    with_trace,
 )
 
 VARYING = ("steps", "batch", "segment")
-
-
-@triton.jit
-def _next_links(link_ptr, next_ptr, precedence_ptr, w_ptr, slots, BN: tl.constexpr,
-                BI: tl.constexpr):  # fmt: skip
-    """One write head's links [N, N] after a step."""
-    for start in tl.range(0, slots, BI, disable_licm=True):
-        block, inside, _before, link = links_after(
-            link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
-        )
-        tl.store(next_ptr + block, link, mask=inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -77,7 +65,7 @@ def dnc_backward(
     grad_write_trace_ptr,  # [T, B, W, N]
     grad_read_trace_ptr,  # [T, B, R, N]
     weight_ptr,  # backward weights of all layers
-    interface_weight_ptr,  # [P, C]
+    head_weight_ptr,  # [P, C]
     norm_weight_ptr,  # [P] or None both
     norm_bias_ptr,
     cell_ptr,  # [L, B, C] the first state's, as the next three
@@ -165,24 +153,15 @@ def dnc_backward(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
-    d = tl.arange(0, BD)
-    there = n < slots
-    if lengths_ptr is None:
-        length = steps
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
     states = LAYERS * control
     feature_width = control + read_width
     squares = writes * slots * slots
-    modes = 1 + 2 * writes
     head_at = head_offset(control, LAYERS, LSTM)
     (
-        read_strength_at, write_key_at, write_strength_at, erase_at, add_at, free_at,
-        allocation_gate_at, write_gate_at, mode_at, write_mask_at, read_mask_at, sharpness_at,
+        _read_strength_at, _write_key_at, _write_strength_at, erase_at, add_at, free_at,
+        allocation_gate_at, write_gate_at, _mode_at, _write_mask_at, _read_mask_at, _sharpness_at,
         strength_at,
     ) = head_parts(reads, writes, width, MASKS, SHARPEN, LINKS)  # fmt: skip
     below_ptr += b * control
@@ -226,11 +205,7 @@ def dnc_backward(
         for t in tl.range(begin, end, disable_licm=True):
             row = b + t * batch
             before = row - batch
-            cut = t < 0
-            if reset_ptr is not None:
-                cut = tl.load(reset_ptr + row) != 0
-            first = (t == 0) & (cut == 0)
-            follows = (t > 0) & (cut == 0)
+            first, follows, cut = origin(reset_ptr, row, t)
             link = segment_links_ptr + (t - begin) * squares
             precedence = segment_precedences_ptr + (t - begin) * writes * slots
             if reset_ptr is not None:
@@ -261,7 +236,7 @@ def dnc_backward(
             if LINKS:
                 if t + 1 < end:
                     for h in tl.range(0, writes, disable_licm=True):
-                        _next_links(
+                        next_links(
                             link + h * slots * slots, link + squares + h * slots * slots,
                             precedence + h * slots, wrote + h * slots, slots, BN, BI,
                         )  # fmt: skip
@@ -275,11 +250,7 @@ def dnc_backward(
             t = end - 1 - back
             row = b + t * batch
             before = row - batch
-            cut = t < 0
-            if reset_ptr is not None:
-                cut = tl.load(reset_ptr + row) != 0
-            first = (t == 0) & (cut == 0)
-            follows = (t > 0) & (cut == 0)
+            first, follows, cut = origin(reset_ptr, row, t)
             kept_ptr = record_ptr + row * record
             q = kept_ptr + head_at
             dp = dp_ptr + row * values
@@ -287,9 +258,7 @@ def dnc_backward(
             if norm_weight_ptr is not None:
                 q = normalised_ptr + (b * segment + t - begin) * values
                 dq = dq_ptr + row * values
-            d_feature = grad_features_ptr
-            if grad_features_ptr is not None:
-                d_feature = grad_features_ptr + b * f_b + t.to(tl.int64) * f_t
+            d_feature = of_step(grad_features_ptr, b, t, f_b, f_t)
             link = segment_links_ptr + (t - begin) * squares
             precedence = segment_precedences_ptr + (t - begin) * writes * slots
             wrote = write_trace_ptr + row * writes * slots
@@ -334,101 +303,24 @@ def dnc_backward(
                 BN, BW,
             )  # fmt: skip
 
-            d_memory = tl.load(padded(d_memory_ptr, BN, BW))
-            for r in tl.range(0, reads, disable_licm=True):
-                d_read = tl.load(d_reads_ptr + r * width + m, mask=m < width, other=0.0)
-                if grad_features_ptr is not None:
-                    of_read = d_feature + (control + r * width + m).to(tl.int64) * f_c
-                    d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
-                dw = tl.load(d_read_weights_ptr + r * slots + n, mask=there, other=0.0)
-                if grad_read_trace_ptr is not None:
-                    at = grad_read_trace_ptr + (row * reads + r) * slots + n
-                    dw += tl.load(at, mask=there, other=0.0).to(ACC)
-                dw += tl.sum(memory * d_read[None, :], axis=1)
-                at = read_trace_ptr + (row * reads + r) * slots + n
-                w = tl.load(at, mask=there, other=0.0).to(ACC)
-                d_memory += w[:, None] * d_read[None, :]
-                dc = dw
-                if LINKS:
-                    mode = tl.load(q + mode_at + r * modes + d, mask=d < modes, other=0.0)
-                    mode = softmax_of(mode, d < modes)
-                    content = content_of(
-                        memory, vector(q + r * width, width, SQUASH, BW),
-                        tl.load(q + read_strength_at + r), q + read_mask_at + r * width, slots,
-                        width, MASKS, STRENGTH, NORM_FLOOR, EPS, MASK_MIN, BN, BW,
-                    )  # fmt: skip
-                    d_mode = tl.where(d == writes, tl.sum(dw * content, axis=0), 0.0)
-                    of_ahead = tl.sum(tl.zeros([BD], ACC), axis=0)
-                    of_back = of_ahead
-                    for h in tl.range(0, writes, disable_licm=True):
-                        offset = 2 * (h * reads + r) * slots
-                        of_mode, of_sharpness = direction_backward(
-                            direction + offset, dw, element(mode, h, BD),
-                            q + sharpness_at + reads + r, d_direction + offset, slots, SHARPEN, BN,
-                        )  # fmt: skip
-                        d_mode += tl.where(d == h, of_mode, 0.0)
-                        of_back += of_sharpness
-                        offset += slots
-                        of_mode, of_sharpness = direction_backward(
-                            direction + offset, dw, element(mode, writes + 1 + h, BD),
-                            q + sharpness_at + r, d_direction + offset, slots, SHARPEN, BN,
-                        )  # fmt: skip
-                        d_mode += tl.where(d == writes + 1 + h, of_mode, 0.0)
-                        of_ahead += of_sharpness
-                    d_mode = mode * (d_mode - tl.sum(d_mode * mode, axis=0))
-                    tl.store(dq + mode_at + r * modes + d, d_mode, mask=d < modes)
-                    if SHARPEN:
-                        tl.store(dq + sharpness_at + r, of_ahead)
-                        tl.store(dq + sharpness_at + reads + r, of_back)
-                    dc = element(mode, writes, BD) * dw
-                d_memory += content_backward(
-                    dc, memory, q + r * width, q + read_strength_at + r,
-                    q + read_mask_at + r * width, dq + r * width, dq + read_strength_at + r,
-                    dq + read_mask_at + r * width, slots, width, SQUASH, MASKS, STRENGTH,
-                    NORM_FLOOR, EPS, MASK_MIN, BN, BW,
-                )  # fmt: skip
+            d_memory = reads_backward(
+                memory, tl.load(padded(d_memory_ptr, BN, BW)), q, dq,
+                read_trace_ptr + row * reads * slots, direction, d_reads_ptr, d_read_weights_ptr,
+                grad_read_trace_ptr, row, d_feature, f_c, d_direction, control, slots, width, reads,
+                writes, SQUASH, MASKS, SHARPEN, LINKS, STRENGTH, NORM_FLOOR, EPS, MASK_MIN, ACC, BN,
+                BW, BD,
+            )  # fmt: skip
             tl.debug_barrier()  # several threads load what one stores
             tl.store(padded(d_memory_ptr, BN, BW), d_memory)
             tl.debug_barrier()
 
-            for h in tl.range(0, writes, disable_licm=True):
-                dw = tl.load(d_write_weights_ptr + h * slots + n, mask=there, other=0.0)
-                if grad_write_trace_ptr is not None:
-                    at = grad_write_trace_ptr + (row * writes + h) * slots + n
-                    dw += tl.load(at, mask=there, other=0.0).to(ACC)
-                w = tl.load(wrote + h * slots + n, mask=there, other=0.0).to(ACC)
-                if LINKS:
-                    d_since, d_p = links_backward(
-                        d_link_ptr + h * slots * slots, link + h * slots * slots,
-                        precedence + h * slots, wrote + h * slots, read_before,
-                        d_direction + 2 * h * reads * slots, d_along, d_across, d_rows, slots,
-                        reads, ACC, BN, BI,
-                    )  # fmt: skip
-                    tl.debug_barrier()
-                    dw += d_since + tl.load(d_rows + n, mask=there, other=0.0)
-                    p = tl.load(precedence + h * slots + n, mask=there, other=0.0)
-                    to = d_precedence_ptr + h * slots + n
-                    d_next = tl.load(to, mask=there, other=0.0)
-                    dw += tl.where(there, d_next - tl.sum(d_next * p, axis=0), 0.0)
-                    d_p += (1.0 - tl.sum(w, axis=0)) * d_next
-                    tl.debug_barrier()  # several threads load what one stores
-                    tl.store(to, d_p, mask=there)
-                memory = tl.load(padded(segment_memories_ptr + (t - begin) * BN * BW, BN, BW))
-                d_memory = tl.load(padded(d_memory_ptr, BN, BW))
-                erase = sigmoid(tl.load(q + erase_at + h * width + m, mask=m < width, other=0.0))
-                erase = tl.where(m < width, erase, 0.0)
-                add = vector(q + add_at + h * width, width, SQUASH, BW)
-                others = d_memory * memory * erased(
-                    kept, wrote, q + erase_at, h, writes, slots, width, DEALLOCATE, ACC, BN, BW
-                )  # fmt: skip
-                dw += tl.sum(d_memory * add[None, :] - others * erase[None, :], axis=1)
-                d_erase = -tl.sum(others * w[:, None], axis=0) * erase * (1.0 - erase)
-                tl.store(dq + erase_at + h * width + m, d_erase, mask=m < width)
-                d_add = tl.sum(d_memory * w[:, None], axis=0)
-                if SQUASH:
-                    d_add *= 1.0 - add * add
-                tl.store(dq + add_at + h * width + m, d_add, mask=m < width)
-                tl.store(d_written + h * slots + n, dw, mask=there)
+            writes_backward(
+                segment_memories_ptr + (t - begin) * BN * BW, d_memory_ptr, kept, q, dq, wrote,
+                link, precedence, read_before, d_write_weights_ptr, grad_write_trace_ptr, row,
+                d_link_ptr, d_precedence_ptr, d_direction, d_along, d_across, d_rows, d_written,
+                slots, width, reads, writes, SQUASH, MASKS, SHARPEN, LINKS, DEALLOCATE, ACC, BN, BI,
+                BW,
+            )  # fmt: skip
             memory = tl.load(padded(segment_memories_ptr + (t - begin) * BN * BW, BN, BW))
             d_memory = tl.load(padded(d_memory_ptr, BN, BW))
             d_kept = tl.zeros([BN], ACC)
@@ -442,47 +334,15 @@ def dnc_backward(
             )
             tl.debug_barrier()
 
-            du = tl.zeros([BN], ACC)
-            for h_back in tl.range(0, writes, disable_licm=True):
-                h = writes - 1 - h_back
-                dw = tl.load(d_written + h * slots + n, mask=there, other=0.0)
-                u = tl.load(allocated + 2 * h * slots + n, mask=there, other=0.0)
-                a = tl.load(allocated + (2 * h + 1) * slots + n, mask=there, other=0.0)
-                gate = sigmoid(tl.load(q + allocation_gate_at + h))
-                write = sigmoid(tl.load(q + write_gate_at + h))
-                content = content_of(
-                    memory, vector(q + write_key_at + h * width, width, SQUASH, BW),
-                    tl.load(q + write_strength_at + h), q + write_mask_at + h * width, slots,
-                    width, MASKS, STRENGTH, NORM_FLOOR, EPS, MASK_MIN, BN, BW,
-                )  # fmt: skip
-                used = tl.sum(du * (1.0 - u) * a, axis=0)
-                d_write = tl.sum(dw * (gate * a + (1.0 - gate) * content), axis=0) + gate * used
-                d_gate = write * (tl.sum(dw * (a - content), axis=0) + used)
-                tl.store(dq + write_gate_at + h, d_write * write * (1.0 - write))
-                tl.store(dq + allocation_gate_at + h, d_gate * gate * (1.0 - gate))
-                da = gate * write * (dw + du * (1.0 - u))
-                du *= 1.0 - gate * write * a
-                if SOFTMAX:
-                    raw_strength = tl.load(q + strength_at + h)
-                    dy = a * (da - tl.sum(da * a, axis=0))
-                    d_strength = tl.sum(dy * (1.0 - u), axis=0) * sigmoid(raw_strength)
-                    tl.store(dq + strength_at + h, d_strength)
-                    du -= (1.0 + softplus(raw_strength)) * dy
-                else:
-                    du += allocation_backward(da, a, u, sorting, slots, BN, BI)
-                d_memory += content_backward(
-                    write * (1.0 - gate) * dw, memory, q + write_key_at + h * width,
-                    q + write_strength_at + h, q + write_mask_at + h * width,
-                    dq + write_key_at + h * width, dq + write_strength_at + h,
-                    dq + write_mask_at + h * width, slots, width, SQUASH, MASKS, STRENGTH,
-                    NORM_FLOOR, EPS, MASK_MIN, BN, BW,
-                )  # fmt: skip
+            d_memory, du = write_heads_backward(
+                memory, d_memory, q, dq, allocated, d_written, sorting, slots, width, reads, writes,
+                SQUASH, MASKS, SHARPEN, LINKS, SOFTMAX, STRENGTH, NORM_FLOOR, EPS, MASK_MIN, ACC,
+                BN, BI, BW,
+            )  # fmt: skip
             tl.store(padded(d_memory_ptr, BN, BW), d_memory)
 
             du += tl.load(d_usage_ptr + n, mask=there, other=0.0)
-            if grad_usage_trace_ptr is not None:
-                at = grad_usage_trace_ptr + row * slots + n
-                du += tl.load(at, mask=there, other=0.0).to(ACC)
+            du = with_trace(du, grad_usage_trace_ptr, row * slots, there, ACC, BN)
             u = tl.load(usage_before + n, mask=there, other=0.0)
             free = unwritten(write_before, -1, writes, slots, ACC, BN)
             d_kept += du * (u + (1.0 - u) * (1.0 - free))
@@ -509,7 +369,7 @@ def dnc_backward(
                 normalised_backward(dq, dp, kept_ptr + head_at, norm_weight_ptr, values, ACC, BC)
                 tl.debug_barrier()
             controller_backward(
-                d_feature, f_c, dp, weight_ptr, interface_weight_ptr, cell_ptr, initial_cell_ptr,
+                d_feature, f_c, dp, weight_ptr, head_weight_ptr, cell_ptr, initial_cell_ptr,
                 features_ptr + row * feature_width, kept_ptr, record_ptr + before * record,
                 below_ptr, d_hidden_ptr, d_cell_ptr, d_reads_ptr,
                 dz_ptr + row * LAYERS * control * G, first, follows, cut, b, batch, control,
@@ -518,30 +378,18 @@ def dnc_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    move(d_memory_ptr, i_memory_ptr + b * BN * BW, BN * BW, BC)
-                    if LSTM:
-                        move(d_hidden_ptr, i_hidden_ptr + b * states, states, BC)
-                        move(d_cell_ptr, i_cell_ptr + b * states, states, BC)
+                    hand_over(
+                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
+                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
+                        BC,
+                    )  # fmt: skip
                     move(d_usage_ptr, i_usage_ptr + b * slots, slots, BC)
                     if LINKS:
                         move(d_link_ptr, i_link_ptr + b * squares, squares, 8 * BC)
-                        move(
-                            d_precedence_ptr,
-                            i_precedence_ptr + b * writes * slots,
-                            writes * slots,
-                            BC,
-                        )
-                    move(
-                        d_write_weights_ptr,
-                        i_write_weights_ptr + b * writes * slots,
-                        writes * slots,
-                        BC,
-                    )
-                    move(
-                        d_read_weights_ptr,
-                        i_read_weights_ptr + b * reads * slots,
-                        reads * slots,
-                        BC,
-                    )
-                    move(d_reads_ptr, i_reads_ptr + b * read_width, read_width, BC)
+                        to = i_precedence_ptr + b * writes * slots
+                        move(d_precedence_ptr, to, writes * slots, BC)
+                    to = i_write_weights_ptr + b * writes * slots
+                    move(d_write_weights_ptr, to, writes * slots, BC)
+                    to = i_read_weights_ptr + b * reads * slots
+                    move(d_read_weights_ptr, to, reads * slots, BC)
                 tl.debug_barrier()

@@ -227,6 +227,17 @@ def links_backward(d_link_ptr, link_ptr, precedence_ptr, w_ptr, read_ptr, d_dire
 
 
 @triton.jit
+def next_links(link_ptr, next_ptr, precedence_ptr, w_ptr, slots, BN: tl.constexpr,
+                BI: tl.constexpr):  # fmt: skip
+    """One write head's links [N, N] after a step."""
+    for start in tl.range(0, slots, BI, disable_licm=True):
+        block, inside, _before, link = links_after(
+            link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
+        )
+        tl.store(next_ptr + block, link, mask=inside)
+
+
+@triton.jit
 def normalised_backward(dq, dp, raw, weight_ptr, values, ACC: tl.constexpr, BC: tl.constexpr):
     """Layer norm: from the gradient dq [P] of its result to dp [P] of `raw`."""
     total = tl.zeros([BC], ACC)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .common import sigmoid
+from .controller_kernels import controller_forward
 from .dnc_parts import (
     allocation,
     content_of,
@@ -35,12 +36,16 @@ from .dnc_parts import (
     normalised,
 )
 from .machine_kernels import (
-    controller_forward,
     copy,
     head_offset,
+    hidden_of,
+    keep,
     padded,
+    read_out,
     softmax_of,
     softplus,
+    start_anew,
+    this_row,
     vector,
 )
 
@@ -52,8 +57,8 @@ def dnc_forward(
     zx_ptr,  # [T, B, C * G] the input's part of the first layer, with its bias
     weight_ptr,  # forward weights of all layers
     bias_ptr,  # [L, C * G]; the first layer's is in zx
-    interface_weight_ptr,  # [C, P]
-    interface_bias_ptr,  # [P]
+    head_weight_ptr,  # [C, P]
+    head_bias_ptr,  # [P]
     norm_weight_ptr,  # [P], or None both
     norm_bias_ptr,
     hidden_ptr,  # [2, B, L, C] the state, in and out, at even and odd steps; wide, as all states
@@ -122,16 +127,9 @@ def dnc_forward(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
     d = tl.arange(0, BD)
-    there = n < slots
-    if lengths_ptr is None:
-        length = steps
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
     inside = there[:, None] & (m < width)[None, :]
     of_memory = b * slots * width + n[:, None] * width + m[None, :]
     memory = tl.load(memory_ptr + of_memory, mask=inside, other=0.0).to(ACC)
@@ -156,8 +154,7 @@ def dnc_forward(
 
     for t in tl.range(0, length, disable_licm=True):
         row = b + t * batch
-        old = hidden_ptr + ((t % 2) * batch + b) * states
-        new = hidden_ptr + ((1 - t % 2) * batch + b) * states
+        old, new = hidden_of(hidden_ptr, t, b, batch, states)
         kept_ptr = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
@@ -166,16 +163,16 @@ def dnc_forward(
                 padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
             )
             if cut:
-                if LSTM:
-                    copy(initial_hidden_ptr, old, states, BC)
-                    copy(initial_cell_ptr, cell_ptr, states, BC)
+                start_anew(
+                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
+                    reads_ptr, states, read_width, LSTM, BC,
+                )  # fmt: skip
                 copy(initial_usage_ptr, usage_ptr, slots, BC)
                 if LINKS:
                     copy(initial_link_ptr, link_ptr, writes * slots * slots, 8 * BC)
                     copy(initial_precedence_ptr, precedence_ptr, writes * slots, BC)
                 copy(initial_write_weights_ptr, write_weights_ptr, writes * slots, BC)
                 copy(initial_read_weights_ptr, read_weights_ptr, reads * slots, BC)
-                copy(initial_reads_ptr, reads_ptr, read_width, BC)
             tl.debug_barrier()
         if memories_ptr is not None:
             if t % segment == 0:
@@ -186,8 +183,8 @@ def dnc_forward(
                     copy(precedence_ptr, precedences_ptr + at, writes * slots, BC)
 
         controller_forward(
-            zx_ptr + row * control * G, weight_ptr, bias_ptr, interface_weight_ptr,
-            interface_bias_ptr, reads_ptr, old, new, cell_ptr, feature, kept_ptr, control, values,
+            zx_ptr + row * control * G, weight_ptr, bias_ptr, head_weight_ptr,
+            head_bias_ptr, reads_ptr, old, new, cell_ptr, feature, kept_ptr, control, values,
             read_width, LAYERS, LSTM, ACC, BC, BK,
         )  # fmt: skip
         p = kept_ptr + head_at
@@ -207,9 +204,7 @@ def dnc_forward(
         u = (u + (1.0 - u) * (1.0 - unwritten)) * kept
         tl.debug_barrier()  # several threads load what one stores
         tl.store(usage_ptr + n, u, mask=there)
-        if usage_trace_ptr is not None:
-            to = usage_trace_ptr + row * slots + n
-            tl.store(to, u.to(usage_trace_ptr.dtype.element_ty), mask=there)
+        keep(usage_trace_ptr, row * slots, u, there, BN)
 
         for h in tl.range(0, writes, disable_licm=True):
             content = content_of(
@@ -227,9 +222,7 @@ def dnc_forward(
             w = write * (gate * a + (1.0 - gate) * content)
             u += (1.0 - u) * (gate * write) * a
             tl.store(write_weights_ptr + h * slots + n, w, mask=there)
-            if write_trace_ptr is not None:
-                to = write_trace_ptr + (row * writes + h) * slots + n
-                tl.store(to, w.to(write_trace_ptr.dtype.element_ty), mask=there)
+            keep(write_trace_ptr, (row * writes + h) * slots, w, there, BN)
         tl.debug_barrier()
         if DEALLOCATE:
             memory *= kept[:, None]
@@ -268,16 +261,12 @@ def dnc_forward(
             else:
                 w = content
             tl.store(read_weights_ptr + r * slots + n, w, mask=there)
-            if read_trace_ptr is not None:
-                to = read_trace_ptr + (row * reads + r) * slots + n
-                tl.store(to, w.to(read_trace_ptr.dtype.element_ty), mask=there)
-            read = tl.sum(w[:, None] * memory, axis=0)
-            tl.store(reads_ptr + r * width + m, read, mask=m < width)
-            seen = feature + control + r * width + m
-            tl.store(seen, read.to(features_ptr.dtype.element_ty), mask=m < width)
+            keep(read_trace_ptr, (row * reads + r) * slots, w, there, BN)
+            seen = feature + control + r * width
+            read_out(w, memory, reads_ptr + r * width, seen, width, BW)
         tl.debug_barrier()
 
     if LSTM:
-        last = hidden_ptr + ((length % 2) * batch + b) * states
+        last, _ = hidden_of(hidden_ptr, length, b, batch, states)
         copy(last, hidden_out_ptr + b * states, states, BC)
     tl.store(memory_out_ptr + of_memory, memory.to(memory_out_ptr.dtype.element_ty), mask=inside)

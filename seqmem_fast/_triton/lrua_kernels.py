@@ -3,7 +3,7 @@
 Usage stays in registers over all steps. The memory, the weightings, slots and everything that
 passes between heads rest in global scratch that only this program touches, with a barrier between:
 a memory of 128 by 40 in registers would make the controller's products spill. The controller:
-`machine_kernels.py`.
+`controller_kernels.py`.
 
 A step has three passes over the heads: they choose their slots, all write, all read. Backward: the
 memories that the steps left are recomputed from a checkpoint, a segment at a time, from the
@@ -23,76 +23,32 @@ import triton
 import triton.language as tl
 
 from .common import sigmoid
+from .controller_kernels import controller_backward, controller_forward
+from .lrua_parts import gate_at, head_size, kept_of, strength_of, write_weights_of
 from .machine_kernels import (
     block_of,
     content_backward,
-    controller_backward,
-    controller_forward,
     copy,
+    hand_over,
     head_offset,
+    hidden_of,
+    keep,
     move,
+    of_step,
+    origin,
     padded,
+    previous,
+    read_gradient,
+    read_out,
     similarity,
     softmax_of,
-    softplus,
+    start_anew,
+    this_row,
     vector,
+    with_trace,
 )
 
 VARYING = ("steps", "batch", "record_rows", "erased", "segment")
-
-
-@triton.jit
-def _gate_at(width, OWN: tl.constexpr):
-    """Where a head's gate stands among its values."""
-    if OWN:
-        width += width
-    return width
-
-
-@triton.jit
-def _head_size(width, OWN: tl.constexpr, STRENGTH: tl.constexpr):
-    size = _gate_at(width, OWN) + 1
-    if STRENGTH:
-        size += 1
-    return size
-
-
-@triton.jit
-def _strength(p_ptr, width, OWN: tl.constexpr, STRENGTH: tl.constexpr):
-    beta = 1.0
-    if STRENGTH:
-        beta = 1.0 + softplus(tl.load(p_ptr + _gate_at(width, OWN) + 1))
-    return beta
-
-
-@triton.jit
-def _write_weights(p_ptr, prev, slot, width, OWN: tl.constexpr, BN: tl.constexpr):
-    """A head's weighting to write with, and its gate."""
-    gate = sigmoid(tl.load(p_ptr + _gate_at(width, OWN)))
-    here = tl.arange(0, BN) == slot
-    return gate * prev + tl.where(here, 1.0 - gate, 0.0), gate
-
-
-@triton.jit
-def _kept(memory, slots_ptr, erased, BN: tl.constexpr):
-    """The memory without the erased slots."""
-    n = tl.arange(0, BN)
-    for h in range(erased):
-        memory = tl.where((n == tl.load(slots_ptr + h))[:, None], 0.0, memory)
-    return memory
-
-
-@triton.jit
-def _previous(state_ptr, trace_ptr, initial_ptr, h, slots, first, follows, cut, ACC: tl.constexpr,
-              BN: tl.constexpr):  # fmt: skip
-    """Head h's weighting of the step before: of the first state, the trace or the initial state."""
-    n = tl.arange(0, BN)
-    there = n < slots
-    prev = tl.load(state_ptr + h * slots + n, mask=there & first, other=0.0).to(ACC)
-    prev += tl.load(trace_ptr + h * slots + n, mask=there & follows, other=0.0).to(ACC)
-    if initial_ptr is not None:
-        prev += tl.load(initial_ptr + h * slots + n, mask=there & cut, other=0.0)
-    return prev
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -106,7 +62,7 @@ def lrua_forward(
     cell_ptr,  # [B, L, C] the state, in and out; all six are wide scratch
     memory_ptr,  # [B, BN, BW], zero outside [N, M]
     usage_ptr,  # [B, N]
-    weights_ptr,  # [B, R, N] read with
+    read_weights_ptr,  # [B, R, N] read with
     reads_ptr,  # [B, R * M]
     initial_hidden_ptr,  # [L, C] wide; what reset goes back to, or None all six
     initial_cell_ptr,
@@ -148,29 +104,21 @@ def lrua_forward(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b, length, n, _m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
-    there = n < slots
-    if lengths_ptr is None:
-        length = steps
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
     memory_ptr += b * BN * BW
     usage = tl.load(usage_ptr + b * slots + n, mask=there, other=0.0)
     states = LAYERS * control
-    weights_ptr += b * heads * slots
+    read_weights_ptr += b * heads * slots
     reads_ptr += b * read_width
     cell_ptr += b * states
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
-    size = _head_size(width, OWN, STRENGTH)
+    size = head_size(width, OWN, STRENGTH)
 
     for t in range(length):
         row = b + t * batch
-        old = hidden_ptr + ((t % 2) * batch + b) * states
-        new = hidden_ptr + ((1 - t % 2) * batch + b) * states
+        old, new = hidden_of(hidden_ptr, t, b, batch, states)
         kept = record_ptr + (b + t * record_rows) * record
         chosen = slots_ptr + (b + t * record_rows) * heads
         feature = features_ptr + row * feature_width
@@ -179,11 +127,11 @@ def lrua_forward(
             usage = tl.load(initial_usage_ptr + n, mask=there & cut, other=usage)
             if cut:
                 copy(initial_memory_ptr, memory_ptr, BN * BW, BC)
-                if LSTM:
-                    copy(initial_hidden_ptr, old, states, BC)
-                    copy(initial_cell_ptr, cell_ptr, states, BC)
-                copy(initial_read_weights_ptr, weights_ptr, heads * slots, BC)
-                copy(initial_reads_ptr, reads_ptr, read_width, BC)
+                start_anew(
+                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
+                    reads_ptr, states, read_width, LSTM, BC,
+                )  # fmt: skip
+                copy(initial_read_weights_ptr, read_weights_ptr, heads * slots, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
             if t % segment == 0:
@@ -208,18 +156,16 @@ def lrua_forward(
             tl.store(chosen + h, slot.to(tl.int64))
         tl.debug_barrier()
 
-        memory = _kept(tl.load(padded(memory_ptr, BN, BW)), chosen, erased, BN)
+        memory = kept_of(tl.load(padded(memory_ptr, BN, BW)), chosen, erased, BN)
         used = tl.zeros([BN], ACC)
         for h in range(heads):
             at = p + h * size
-            prev = tl.load(weights_ptr + h * slots + n, mask=there, other=0.0)
-            w, _gate = _write_weights(at, prev, tl.load(chosen + h), width, OWN, BN)
-            add = vector(at + _gate_at(width, OWN) - width, width, True, BW)
+            prev = tl.load(read_weights_ptr + h * slots + n, mask=there, other=0.0)
+            w, _gate = write_weights_of(at, prev, tl.load(chosen + h), width, OWN, BN)
+            add = vector(at + gate_at(width, OWN) - width, width, True, BW)
             memory += w[:, None] * add[None, :]
             used += w
-            if write_trace_ptr is not None:
-                to = write_trace_ptr + (row * heads + h) * slots + n
-                tl.store(to, w.to(write_trace_ptr.dtype.element_ty), mask=there)
+            keep(write_trace_ptr, (row * heads + h) * slots, w, there, BN)
         tl.debug_barrier()  # memory and weightings of the step before have been read
         tl.store(padded(memory_ptr, BN, BW), memory)
 
@@ -229,24 +175,18 @@ def lrua_forward(
             key = vector(at, width, True, BW)
             key_norm = tl.sqrt(tl.sum(key * key, axis=0))
             K = tl.sum(memory * key[None, :], axis=1) / (norms * key_norm + 1e-8)
-            w = softmax_of(_strength(at, width, OWN, STRENGTH) * K, there)
+            w = softmax_of(strength_of(at, width, OWN, STRENGTH) * K, there)
             used += w
-            tl.store(weights_ptr + h * slots + n, w, mask=there)
-            if read_trace_ptr is not None:
-                to = read_trace_ptr + (row * heads + h) * slots + n
-                tl.store(to, w.to(read_trace_ptr.dtype.element_ty), mask=there)
-            read = tl.sum(w[:, None] * memory, axis=0)
-            tl.store(reads_ptr + h * width + m, read, mask=m < width)
-            seen = feature + control + h * width + m
-            tl.store(seen, read.to(features_ptr.dtype.element_ty), mask=m < width)
+            tl.store(read_weights_ptr + h * slots + n, w, mask=there)
+            keep(read_trace_ptr, (row * heads + h) * slots, w, there, BN)
+            seen = feature + control + h * width
+            read_out(w, memory, reads_ptr + h * width, seen, width, BW)
         usage = GAMMA * usage + used
-        if usage_trace_ptr is not None:
-            to = usage_trace_ptr + row * slots + n
-            tl.store(to, usage.to(usage_trace_ptr.dtype.element_ty), mask=there)
+        keep(usage_trace_ptr, row * slots, usage, there, BN)
         tl.debug_barrier()
 
     if LSTM:
-        last = hidden_ptr + ((length % 2) * batch + b) * states
+        last, _ = hidden_of(hidden_ptr, length, b, batch, states)
         copy(last, hidden_out_ptr + b * states, states, BC)
     tl.store(usage_ptr + b * slots + n, usage, mask=there)
 
@@ -259,7 +199,7 @@ def lrua_backward(
     weight_ptr,  # backward weights of all layers
     head_weight_ptr,  # [P, C]
     cell_ptr,  # [L, B, C] the first state's; None without LSTM
-    weights_ptr,  # [B, R, N] the first state's
+    read_weights_ptr,  # [B, R, N] the first state's
     initial_cell_ptr,  # wide; what reset goes back to, or None all three
     initial_memory_ptr,  # [BN, BW], zero outside [N, M]
     initial_read_weights_ptr,
@@ -309,31 +249,18 @@ def lrua_backward(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
-    there = n < slots
-    if lengths_ptr is None:
-        length = steps
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
     states = LAYERS * control
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
-    size = _head_size(width, OWN, STRENGTH)
-    weights_ptr += b * heads * slots
+    size = head_size(width, OWN, STRENGTH)
+    read_weights_ptr += b * heads * slots
     below_ptr += b * control
     d_hidden_ptr += b * states
     d_cell_ptr += b * states
     d_read_weights_ptr += b * heads * slots
     d_reads_ptr += b * read_width
-    if reset_ptr is not None:
-        i_hidden_ptr += b * states
-        i_memory_ptr += b * BN * BW
-        i_cell_ptr += b * states
-        i_read_weights_ptr += b * heads * slots
-        i_reads_ptr += b * read_width
     memories_ptr += b * segment * BN * BW
     d_memory_ptr += b * BN * BW
 
@@ -353,16 +280,16 @@ def lrua_backward(
                 memory = tl.load(padded(initial_memory_ptr, BN, BW), mask=again, other=memory)
             first = (t == 0) & (cut == 0)
             follows = (t > 0) & (cut == 0)
-            memory = _kept(memory, slots_ptr + row * heads, erased, BN)
+            memory = kept_of(memory, slots_ptr + row * heads, erased, BN)
             for h in range(heads):
                 at = record_ptr + row * record + head_at + h * size
-                prev = _previous(
-                    weights_ptr, trace_ptr + (row - batch) * heads * slots,
+                prev = previous(
+                    read_weights_ptr, trace_ptr + (row - batch) * heads * slots,
                     initial_read_weights_ptr, h, slots, first, follows, cut, ACC, BN,
                 )  # fmt: skip
                 slot = tl.load(slots_ptr + row * heads + h)
-                w, _gate = _write_weights(at, prev, slot, width, OWN, BN)
-                add = vector(at + _gate_at(width, OWN) - width, width, True, BW)
+                w, _gate = write_weights_of(at, prev, slot, width, OWN, BN)
+                add = vector(at + gate_at(width, OWN) - width, width, True, BW)
                 memory += w[:, None] * add[None, :]
             tl.store(padded(memories_ptr + (t - begin) * BN * BW, BN, BW), memory)
         tl.debug_barrier()
@@ -371,18 +298,12 @@ def lrua_backward(
             t = end - 1 - back
             row = b + t * batch
             before = row - batch
-            cut = t < 0
-            if reset_ptr is not None:
-                cut = tl.load(reset_ptr + row) != 0
-            first = (t == 0) & (cut == 0)
-            follows = (t > 0) & (cut == 0)
+            first, follows, cut = origin(reset_ptr, row, t)
             kept = record_ptr + row * record
             p = kept + head_at
             dp = dp_ptr + row * values
             chosen = slots_ptr + row * heads
-            d_feature = grad_features_ptr
-            if grad_features_ptr is not None:
-                d_feature = grad_features_ptr + b * f_b + t.to(tl.int64) * f_t
+            d_feature = of_step(grad_features_ptr, b, t, f_b, f_t)
 
             # Reads: from dw and dread to the gradients of memory, key and strength.
             memory = tl.load(padded(memories_ptr + (t - begin) * BN * BW, BN, BW))
@@ -390,16 +311,14 @@ def lrua_backward(
                 at = p + h * size
                 key = vector(at, width, True, BW)
                 K, norms, key_norm = similarity(memory, key)
-                beta = _strength(at, width, OWN, STRENGTH)
+                beta = strength_of(at, width, OWN, STRENGTH)
                 w = softmax_of(beta * K, there)
                 dw = tl.load(d_read_weights_ptr + h * slots + n, mask=there, other=0.0)
-                if grad_read_trace_ptr is not None:
-                    of_trace = grad_read_trace_ptr + (row * heads + h) * slots + n
-                    dw += tl.load(of_trace, mask=there, other=0.0).to(ACC)
-                d_read = tl.load(d_reads_ptr + h * width + m, mask=m < width, other=0.0)
-                if grad_features_ptr is not None:
-                    of_read = d_feature + (control + h * width + m).to(tl.int64) * f_c
-                    d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
+                at_trace = (row * heads + h) * slots
+                dw = with_trace(dw, grad_read_trace_ptr, at_trace, there, ACC, BN)
+                d_read = read_gradient(
+                    d_reads_ptr, d_feature, f_c, control, h * width, width, ACC, BW
+                )
                 dw += tl.sum(memory * d_read[None, :], axis=1)
                 dw = tl.where(there, dw, 0.0)
                 part, d_key, d_beta = content_backward(dw, w, K, norms, key_norm, beta, memory, key)
@@ -410,7 +329,7 @@ def lrua_backward(
                     d_key *= 1.0 - key * key
                 tl.store(dp + h * size + m, d_key, mask=m < width)
                 if STRENGTH:
-                    of_strength = _gate_at(width, OWN) + 1
+                    of_strength = gate_at(width, OWN) + 1
                     slope = sigmoid(tl.load(at + of_strength))
                     tl.store(dp + h * size + of_strength, d_beta * slope)
                 tl.debug_barrier()
@@ -419,32 +338,31 @@ def lrua_backward(
             for h in range(heads):
                 at = p + h * size
                 d_memory = tl.load(padded(d_memory_ptr, BN, BW))
-                prev = _previous(
-                    weights_ptr, trace_ptr + before * heads * slots, initial_read_weights_ptr, h,
-                    slots, first, follows, cut, ACC, BN,
+                prev = previous(
+                    read_weights_ptr, trace_ptr + before * heads * slots,
+                    initial_read_weights_ptr, h, slots, first, follows, cut, ACC, BN,
                 )  # fmt: skip
                 slot = tl.load(chosen + h)
-                w, gate = _write_weights(at, prev, slot, width, OWN, BN)
-                of_add = _gate_at(width, OWN) - width
+                w, gate = write_weights_of(at, prev, slot, width, OWN, BN)
+                of_add = gate_at(width, OWN) - width
                 add = vector(at + of_add, width, True, BW)
                 d_add = tl.sum(d_memory * w[:, None], axis=0)
                 dw = tl.sum(d_memory * add[None, :], axis=1)
-                if grad_write_trace_ptr is not None:
-                    of_trace = grad_write_trace_ptr + (row * heads + h) * slots + n
-                    dw += tl.load(of_trace, mask=there, other=0.0).to(ACC)
+                at_trace = (row * heads + h) * slots
+                dw = with_trace(dw, grad_write_trace_ptr, at_trace, there, ACC, BN)
                 to = dp + h * size + of_add + m
                 if OWN == 0:  # what is added is the key
                     d_add += tl.load(to, mask=m < width, other=0.0)
                     tl.debug_barrier()  # several threads load what one stores
                 tl.store(to, d_add * (1.0 - add * add), mask=m < width)
                 d_gate = tl.sum(dw * prev, axis=0) - tl.sum(tl.where(n == slot, dw, 0.0), axis=0)
-                to_gate = dp + h * size + _gate_at(width, OWN)
+                to_gate = dp + h * size + gate_at(width, OWN)
                 tl.store(to_gate, d_gate * gate * (1.0 - gate))
                 tl.store(d_read_weights_ptr + h * slots + n, gate * dw, mask=there)
             tl.debug_barrier()
             d_memory = tl.load(padded(d_memory_ptr, BN, BW))
             tl.debug_barrier()
-            tl.store(padded(d_memory_ptr, BN, BW), _kept(d_memory, chosen, erased, BN))
+            tl.store(padded(d_memory_ptr, BN, BW), kept_of(d_memory, chosen, erased, BN))
 
             controller_backward(
                 d_feature, f_c, dp, weight_ptr, head_weight_ptr, cell_ptr,
@@ -456,10 +374,11 @@ def lrua_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    move(d_memory_ptr, i_memory_ptr, BN * BW, BC)
-                    if LSTM:
-                        move(d_hidden_ptr, i_hidden_ptr, states, BC)
-                        move(d_cell_ptr, i_cell_ptr, states, BC)
-                    move(d_read_weights_ptr, i_read_weights_ptr, heads * slots, BC)
-                    move(d_reads_ptr, i_reads_ptr, read_width, BC)
+                    hand_over(
+                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
+                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
+                        BC,
+                    )  # fmt: skip
+                    to = i_read_weights_ptr + b * heads * slots
+                    move(d_read_weights_ptr, to, heads * slots, BC)
                 tl.debug_barrier()

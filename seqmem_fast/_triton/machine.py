@@ -1,10 +1,11 @@
 """What the launchers of a whole sequence with a memory share: sizes, the controller's weights as
-`machine_kernels.py` reads them, and the products over all steps that give their gradients."""
+`controller_kernels.py` reads them, what kernels move from step to step, the products over all steps
+that give the weights' gradients, and the plain path through the reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .common import accumulator, wide
+from .common import accumulator, autograd_below, row_lengths, wide
 
 SHORTEST_SEGMENT = 8  # as csrc/common/machine.h: the checkpoints' shape is the op's
 _ELEMENTS = 8192  # N * M, both padded to powers of two, that a program keeps without spilling
@@ -88,10 +89,6 @@ def by_gate(t: Tensor, gates: int) -> Tensor:
     return t.unflatten(0, (-1, gates)).transpose(0, 1).flatten(0, 1)
 
 
-def to_dtype(dtype: torch.dtype, tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.to(dtype) for t in tensors]
-
-
 @dataclass(frozen=True)
 class Controller:
     """The controller's weights in the wide dtype, gates by unit."""
@@ -116,12 +113,6 @@ class Controller:
     def packed(self, transposed: bool) -> Tensor:
         """All layers, one after the other."""
         return torch.cat([(w.t() if transposed else w).flatten() for w in self.layers])
-
-
-def rows_of(lengths: Tensor | None, reset: Tensor | None) -> dict[str, Any]:
-    if reset is not None:
-        reset = reset.contiguous().view(torch.uint8)
-    return {"lengths_ptr": lengths, "reset_ptr": reset}
 
 
 def padded(memory: Tensor) -> Tensor:
@@ -183,3 +174,213 @@ def weight_gradients(
             weights += [d @ hidden.flatten(0, 1), d.sum(1)]
         weights.append(d.sum(1))
     return heads, weights
+
+
+class Call:
+    """The tensors of one call; lengths are on the device, `dtype` is that of the arithmetic."""
+
+    def __init__(
+        self,
+        op: str,
+        input: Tensor,
+        state: Any,  # the op's NamedTuple
+        controller: Sequence[Tensor],
+        initial: Sequence[Tensor],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+    ) -> None:
+        self.input, self.state, self.controller = input, state, controller
+        self.initial, self.reset, self.dtype = initial, reset, wide(input.dtype)
+        if lengths is not None:
+            lengths = row_lengths(op, lengths, input.device, input.shape[0])
+        self.lengths = lengths
+
+    def make(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """What the kernels fill but for the padding, which is zero."""
+        make = self.input.new_empty if self.lengths is None else self.input.new_zeros
+        return make(shape, dtype=dtype or self.input.dtype)
+
+    def pointers(self, *names: str) -> dict[str, Tensor | None]:
+        """Kernel arguments: lengths, reset, and those parts of what it goes back to."""
+        found: dict[str, Tensor | None] = {f"initial_{name}_ptr": None for name in names}
+        reset = self.reset
+        if reset is not None:
+            parts = dict(zip(self.state._fields, self.initial, strict=True))
+            wide_parts = {name: parts[name].to(self.dtype).contiguous() for name in names}
+            wide_parts["memory"] = padded(wide_parts["memory"])
+            found = {f"initial_{name}_ptr": part for name, part in wide_parts.items()}
+            reset = reset.contiguous().view(torch.uint8)
+        return {**found, "lengths_ptr": self.lengths, "reset_ptr": reset}
+
+
+class Forward:
+    """What a call's kernel moves from step to step: hidden and the parts `moved`, cell first."""
+
+    def __init__(self, size: Sizes, call: Call, *moved: str) -> None:
+        self.size, self.call = size, call
+        # [2, B, L, C]: the state before even steps, and before odd ones
+        self.hidden = call.input.new_zeros(
+            2, size.batch, size.layers, size.control, dtype=call.dtype
+        )
+        self.hidden[0, :, : size.kept] = call.state.hidden.transpose(0, 1)
+        parts = {name: getattr(call.state, name) for name in moved}
+        parts["cell"] = parts["cell"].transpose(0, 1)
+        self.moved = {  # copies, all wide
+            name: part.to(call.dtype, copy=True, memory_format=torch.contiguous_format)
+            for name, part in parts.items()
+        }
+        self.hidden_out = torch.empty_like(self.moved["cell"])
+
+    def arguments(self, head_weight: Tensor, head_bias: Tensor) -> dict[str, Any]:
+        """The controller's and the state's."""
+        call, dtype = self.call, self.call.dtype
+        packed = Controller.of(call.controller, self.size.input, self.size.gates)
+        flat = without_padding(call.input, call.lengths).to(dtype).flatten(0, 1)
+        return {
+            "zx_ptr": torch.addmm(packed.biases[0], flat, packed.of_input.t()),
+            "weight_ptr": packed.packed(transposed=True),
+            "bias_ptr": torch.stack(packed.biases),
+            "head_weight_ptr": head_weight.to(dtype).t().contiguous(),
+            "head_bias_ptr": head_bias.to(dtype).contiguous(),
+            "hidden_ptr": self.hidden,
+            "hidden_out_ptr": self.hidden_out,
+            **{f"{name}_ptr": part for name, part in self.moved.items()},
+            **call.pointers(*call.state._fields),
+        }
+
+    def last(self, memory: Tensor) -> list[Tensor]:
+        """The state after the last step."""
+        parts = {**self.moved, "hidden": self.hidden_out, "memory": memory}
+        parts |= {name: parts[name].transpose(0, 1) for name in ("hidden", "cell")}
+        call = self.call
+        return [parts[name].to(call.input.dtype).contiguous() for name in call.state._fields]
+
+
+class Backward:
+    """What a call's backward kernel carries from the last step to the first, and its results.
+
+    names: the parts of a state that have a gradient, hidden, cell and memory first.
+    """
+
+    def __init__(
+        self,
+        size: Sizes,
+        call: Call,
+        head_weight: Tensor,
+        names: Sequence[str],
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        self.size, self.call, self.names = size, call, names
+        self.controller = Controller.of(call.controller, size.input, size.gates)
+        self.head_weight = head_weight.to(call.dtype).contiguous()
+        rows, gates = (size.steps, size.batch), size.control * size.gates
+        self.dz = call.make(*rows, size.layers, gates, dtype=call.dtype)
+        self.dp = call.make(*rows, size.values, dtype=call.dtype)
+        self.carried = [
+            self._carried(name, grad) for name, grad in zip(names, grads, strict=True)
+        ]  # batch first
+        # For what reset goes back to, a row's part each.
+        self.parts = None if call.reset is None else [torch.zeros_like(a) for a in self.carried]
+
+    def _carried(self, name: str, grad: Tensor | None) -> Tensor:
+        like, dtype = getattr(self.call.state, name), self.call.dtype
+        a = torch.zeros_like(like, dtype=dtype) if grad is None else grad.to(dtype)
+        if name == "memory":
+            return padded(a)
+        a = a.transpose(0, 1) if name in ("hidden", "cell") else a
+        return a.clone(memory_format=torch.contiguous_format)
+
+    def arguments(
+        self, grad_features: Tensor | None, features: Tensor, record: Tensor
+    ) -> dict[str, Any]:
+        f_t, f_b, f_c = (0, 0, 0) if grad_features is None else grad_features.stride()
+        parts: Sequence[Tensor | None] = self.parts or [None] * len(self.names)
+        return {
+            "grad_features_ptr": grad_features,
+            "weight_ptr": self.controller.packed(transposed=False),
+            "head_weight_ptr": self.head_weight,
+            "cell_ptr": self.call.state.cell.contiguous(),
+            "features_ptr": features.contiguous(),
+            "record_ptr": record.contiguous(),
+            "below_ptr": self.dz.new_empty(self.size.batch, self.size.control),
+            **{f"d_{name}_ptr": a for name, a in zip(self.names, self.carried, strict=True)},
+            **{f"i_{name}_ptr": a for name, a in zip(self.names, parts, strict=True)},
+            "dz_ptr": self.dz,
+            "dp_ptr": self.dp,
+            "f_t": f_t,
+            "f_b": f_b,
+            "f_c": f_c,
+        }
+
+    def memories(self) -> Tensor:
+        """Scratch for what enters each step of a segment, or what it leaves."""
+        return self.dz.new_empty(self.size.batch, self.size.segment, *self.carried[2].shape[1:])
+
+    def results(
+        self, features: Tensor, record: Tensor
+    ) -> tuple[Tensor, list[Any], list[Any], list[Tensor], list[Tensor]]:
+        """Gradients of the input, of state and initial, None where a part has none, of weight and
+        bias of the head values, and of the controller."""
+        size, call = self.size, self.call
+        heads, weights = weight_gradients(
+            size, call.input, call.state, call.initial, call.lengths, call.reset, features, record,
+            self.dz.flatten(0, 1), self.dp.flatten(0, 1),
+        )  # fmt: skip
+        found = dict(zip(self.names, self._unpadded(self.carried), strict=True))
+        found |= {name: found[name].transpose(0, 1) for name in ("hidden", "cell")}
+        of_initial = dict(
+            zip(call.state._fields, map(torch.zeros_like, call.initial), strict=False)
+        )
+        if self.parts is not None:
+            sums = (a.sum(0) for a in self._unpadded(self.parts))
+            of_initial = dict(zip(self.names, sums, strict=True))
+        fields = call.state._fields
+        return (
+            (self.dz[:, :, 0] @ self.controller.of_input).view_as(call.input),
+            [found.get(name) for name in fields],
+            [of_initial.get(name) for name in fields[: len(call.initial)]],
+            heads,
+            weights,
+        )
+
+    def _unpadded(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        hidden, cell, memory, *rest = parts
+        return [hidden, cell, memory[:, : self.size.slots, : self.size.width], *rest]
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def answer(found: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> list[Tensor]:
+    """A backward's results: rounded, and empty where nobody asks for them."""
+    none = input.new_empty(0)
+    pairs = zip(found, wanted, strict=True)
+    return [none if a is None or not is_wanted else a.to(input.dtype) for a, is_wanted in pairs]
+
+
+def plain_forward(plain: Callable[..., Any], call: Call, arguments: Sequence[Any]) -> list[Tensor]:
+    """By the reference, rounded at the ends alone; the last state is no view of the first."""
+    given = {part.data_ptr() for part in call.state}
+    found = [a.to(call.input.dtype) for a in plain(*_widened(call, arguments))]
+    return [a.clone() if a.data_ptr() in given else a for a in found]
+
+
+def plain_backward(
+    vjp: Callable[..., Any], call: Call, arguments: Sequence[Any]
+) -> list[Tensor | None]:
+    """By autograd through the reference, which runs once more, rounded at the ends alone."""
+    with autograd_below():
+        found = vjp(*_widened(call, arguments))
+    return [None if a is None else a.detach() for a in found]
+
+
+def _widened(call: Call, arguments: Sequence[Any]) -> list[Any]:
+    """Floating tensors, alone or in lists, in the call's dtype."""
+
+    def wider(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return a.to(call.dtype) if a.is_floating_point() else a
+        return [wider(one) for one in a] if isinstance(a, list | tuple) else a
+
+    return [wider(a) for a in arguments]

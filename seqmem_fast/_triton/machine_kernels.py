@@ -1,17 +1,13 @@
-"""What the kernels of a whole sequence with a memory share: the memory's block, and the controller.
+"""What the kernels of a whole sequence with a memory share: the memory's block, a row's program,
+and what its steps pass on. The controller: `controller_kernels.py`.
 
 A row's memory is one block [BN, BW] in registers, N slots and M values padded to powers of two; a
 vector over slots is [BN]. Slots past N weigh nothing. The controller's vectors (state, reads, head
-values) pass through global scratch that only the row's program touches, with a barrier between; its
-weights are read from L2 at every step.
+values) pass through global scratch that only the row's program touches, with a barrier between.
 
-Packed by `machine.py`, in the wide dtype: the LSTM's gates of a unit side by side, so that one
-reduction leaves each thread all four; per layer the weights of [below, h] as [K, C * G] for the
-forward and [C * G, K] for the backward, one layer after the other.
-
-Letters: G 4 gates or 1, K = width below + C (LSTM), P head values, R read heads. A step's record:
-per layer of an LSTM the gates i, f, g, o and the cell [5C]; the outputs of all layers but the last
-[LAYERS - 1, C]; head values [P].
+Letters: C units of the controller, P head values, R read heads. A step's record: per layer of an
+LSTM the gates i, f, g, o and the cell [5C]; the outputs of all layers but the last [LAYERS - 1, C];
+head values [P].
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import lstm_point, lstm_point_backward, tanh
+from .common import tanh
 
 
 @triton.jit
@@ -62,17 +58,6 @@ def content_backward(dc, c, K, norms, key_norm, beta, memory, key):
     pull = tl.where(key_norm > 0.0, pull / tl.where(key_norm > 0.0, key_norm, 1.0), 0.0)
     d_key = tl.sum(dd[:, None] * memory, axis=0) - pull * key
     return d_memory, d_key, tl.sum(dy * K, axis=0)
-
-
-@triton.jit
-def accumulate(acc, x_ptr, rows, w_ptr, stride, o, o_inside, BK: tl.constexpr):
-    """acc [BK, BO] += x[k] w[k, o], to be summed over its first dimension in the end."""
-    for start in range(0, rows, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(x_ptr + k, mask=k < rows, other=0.0)
-        at = w_ptr + k[:, None] * stride + o[None, :]
-        acc += x[:, None] * tl.load(at, mask=(k < rows)[:, None] & o_inside[None, :], other=0.0)
-    return acc
 
 
 @triton.jit
@@ -125,195 +110,110 @@ def head_offset(control, LAYERS: tl.constexpr, LSTM: tl.constexpr):
 
 
 @triton.jit
-def controller_forward(
-    zx_ptr,  # [C * G] the input's part of the first layer, with its bias
-    weight_ptr,  # forward weights of all layers
-    bias_ptr,  # [L, C * G]; the first layer's is in zx
-    head_weight_ptr,  # [C, P]
-    head_bias_ptr,  # [P]
-    reads_ptr,  # [R * M]
-    old,  # [L, C] the hidden state before
-    new,  # and after
-    cell_ptr,  # [L, C] in and out
-    feature,  # [C]
-    kept,  # the step's record
-    control,
-    values,
-    read_width,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    ACC: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """One step: everything up to the head values, which are left in the record."""
-    G: tl.constexpr = 4 if LSTM else 1
-    head_at = head_offset(control, LAYERS, LSTM)
-    weight = weight_ptr
-    for layer in tl.static_range(LAYERS):
-        if layer == 0:
-            own = weight + read_width * control * G
-        else:
-            own = weight + control * control * G
-        for start in range(0, control, BC):
-            c = start + tl.arange(0, BC)
-            o = start * G + tl.arange(0, G * BC)
-            real = o < control * G
-            acc = tl.zeros([BK, G * BC], ACC)
-            if layer == 0:
-                z = tl.load(zx_ptr + o, mask=real, other=0.0)
-                acc = accumulate(acc, reads_ptr, read_width, weight, control * G, o, real, BK)
-            else:
-                z = tl.load(bias_ptr + layer * control * G + o, mask=real, other=0.0)
-                below = new + (layer - 1) * control
-                acc = accumulate(acc, below, control, weight, control * G, o, real, BK)
-            if LSTM:
-                before = old + layer * control
-                acc = accumulate(acc, before, control, own, control * G, o, real, BK)
-                z += tl.sum(acc, axis=0)
-                z_ig, z_fo = tl.split(tl.reshape(z, [BC, 2, 2]))
-                z_i, z_g = tl.split(z_ig)
-                z_f, z_o = tl.split(z_fo)
-                at = cell_ptr + layer * control + c
-                c_prev = tl.load(at, mask=c < control, other=0.0)
-                g_i, g_f, g_g, g_o, cell, h = lstm_point(z_i, z_f, z_g, z_o, c_prev)
-                tl.debug_barrier()  # several threads load what one stores
-                tl.store(at, cell, mask=c < control)
-                to = kept + layer * 5 * control + c
-                tl.store(to, g_i, mask=c < control)
-                tl.store(to + control, g_f, mask=c < control)
-                tl.store(to + 2 * control, g_g, mask=c < control)
-                tl.store(to + 3 * control, g_o, mask=c < control)
-                tl.store(to + 4 * control, cell, mask=c < control)
-            else:
-                h = tanh(z + tl.sum(acc, axis=0))
-            tl.store(new + layer * control + c, h, mask=c < control)
-            if layer == LAYERS - 1:
-                tl.store(feature + c, h.to(feature.dtype.element_ty), mask=c < control)
-            else:
-                to = kept + head_at - (LAYERS - 1 - layer) * control + c
-                tl.store(to, h, mask=c < control)
-        if LSTM:
-            weight = own + control * control * G
-        else:
-            weight = own
-        tl.debug_barrier()
-
-    p = kept + head_at
-    for start in range(0, values, BC):
-        o = start + tl.arange(0, BC)
-        acc = tl.zeros([BK, BC], ACC)
-        top = new + (LAYERS - 1) * control
-        acc = accumulate(acc, top, control, head_weight_ptr, values, o, o < values, BK)
-        bias = tl.load(head_bias_ptr + o, mask=o < values, other=0.0)
-        tl.store(p + o, bias + tl.sum(acc, axis=0), mask=o < values)
-    tl.debug_barrier()
+def this_row(lengths_ptr, steps, slots, BN: tl.constexpr, BW: tl.constexpr):
+    """The program's row, its steps, indices of slots and of their values, which slots there are."""
+    b = tl.program_id(0).to(tl.int64)
+    length = steps
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + b).to(tl.int32)
+    n = tl.arange(0, BN)
+    return b, length, n, tl.arange(0, BW), n < slots
 
 
 @triton.jit
-def controller_backward(
-    d_feature,  # [C], `f_c` apart, or None
-    f_c,
-    dp,  # [P]
-    weight_ptr,  # backward weights of all layers
-    head_weight_ptr,  # [P, C]
-    cell_ptr,  # [L, B, C], the first state's
-    initial_cell_ptr,  # [L, C], or None
-    features_ptr,  # [C]
-    kept,  # the step's record
-    kept_before,  # that of the step before
-    below_ptr,  # [C] scratch
-    d_hidden_ptr,  # [L, C] in and out
-    d_cell_ptr,  # [L, C] in and out
-    d_reads_ptr,  # [R * M] out
-    dz_ptr,  # [L, C * G] out
-    first,  # the step follows on the first state,
-    follows,  # on another step,
-    cut,  # or on the initial state
-    b,
-    batch,
-    control,
-    values,
-    read_width,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    ACC: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """One step: from the gradients of head values and features to those of reads and state."""
-    G: tl.constexpr = 4 if LSTM else 1
-    head_at = head_offset(control, LAYERS, LSTM)
-    for layer in tl.static_range(LAYERS - 1, -1, -1):
-        dz = dz_ptr + layer * control * G
-        for start in range(0, control, BC):
-            c = start + tl.arange(0, BC)
-            real = c < control
-            dh = tl.zeros([BC], ACC)
-            if LSTM:
-                dh += tl.load(d_hidden_ptr + layer * control + c, mask=real, other=0.0)
-            if layer == LAYERS - 1:
-                acc = tl.zeros([BK, BC], ACC)
-                acc = accumulate(acc, dp, values, head_weight_ptr, control, c, real, BK)
-                dh += tl.sum(acc, axis=0)
-                if d_feature is not None:
-                    of_control = d_feature + c.to(tl.int64) * f_c
-                    dh += tl.load(of_control, mask=real, other=0.0).to(ACC)
-            else:
-                dh += tl.load(below_ptr + c, mask=real, other=0.0)
-            if LSTM:
-                at = kept + layer * 5 * control + c
-                g_i = tl.load(at, mask=real, other=0.0)
-                g_f = tl.load(at + control, mask=real, other=0.0)
-                g_g = tl.load(at + 2 * control, mask=real, other=0.0)
-                g_o = tl.load(at + 3 * control, mask=real, other=0.0)
-                cell = tl.load(at + 4 * control, mask=real, other=0.0)
-                at = cell_ptr + (layer * batch + b) * control + c
-                c_prev = tl.load(at, mask=real & first, other=0.0).to(ACC)
-                at = kept_before + (layer * 5 + 4) * control + c
-                c_prev += tl.load(at, mask=real & follows, other=0.0)
-                if initial_cell_ptr is not None:
-                    at = initial_cell_ptr + layer * control + c
-                    c_prev += tl.load(at, mask=real & cut, other=0.0)
-                dc = tl.load(d_cell_ptr + layer * control + c, mask=real, other=0.0)
-                dz_i, dz_f, dz_g, dz_o, dc = lstm_point_backward(
-                    g_i, g_f, g_g, g_o, cell, c_prev, dh, dc, 0.0, 0.0, 0.0, 0.0
-                )
-                tl.debug_barrier()  # several threads load what one stores
-                tl.store(d_cell_ptr + layer * control + c, dc, mask=real)
-                tl.store(dz + 4 * c, dz_i, mask=real)
-                tl.store(dz + 4 * c + 1, dz_f, mask=real)
-                tl.store(dz + 4 * c + 2, dz_g, mask=real)
-                tl.store(dz + 4 * c + 3, dz_o, mask=real)
-            else:
-                if layer == LAYERS - 1:
-                    at = features_ptr + c
-                else:
-                    at = kept + head_at - (LAYERS - 1 - layer) * control + c
-                out = tl.load(at, mask=real, other=0.0).to(ACC)
-                tl.store(dz + c, dh * (1.0 - out * out), mask=real)
-        tl.debug_barrier()
-        if layer == 0:
-            under = read_width
-            weight = weight_ptr
-        else:
-            under = control
-            K_rows = 2 * control if LSTM else control
-            first_rows = read_width + control if LSTM else read_width
-            weight = weight_ptr + (first_rows + (layer - 1) * K_rows) * control * G
-        inputs = under
-        if LSTM:
-            inputs += control
-        for start in range(0, inputs, BC):
-            o = start + tl.arange(0, BC)
-            acc = tl.zeros([BK, BC], ACC)
-            acc = accumulate(acc, dz, control * G, weight, inputs, o, o < inputs, BK)
-            down = tl.sum(acc, axis=0)
-            if layer == 0:
-                tl.store(d_reads_ptr + o, down, mask=o < under)
-            else:
-                tl.store(below_ptr + o, down, mask=o < under)
-            if LSTM:
-                to = d_hidden_ptr + layer * control + o - under
-                tl.store(to, down, mask=(o >= under) & (o < inputs))
-        tl.debug_barrier()
+def hidden_of(hidden_ptr, t, b, batch, states):
+    """Where step t finds the hidden state [L, C] of all layers, and where it leaves it."""
+    old = hidden_ptr + ((t % 2) * batch + b) * states
+    return old, hidden_ptr + ((1 - t % 2) * batch + b) * states
+
+
+@triton.jit
+def origin(reset_ptr, row, t):
+    """Whether step t follows on the first state, on the step before, or on the initial state."""
+    cut = t < 0
+    if reset_ptr is not None:
+        cut = tl.load(reset_ptr + row) != 0
+    return (t == 0) & (cut == 0), (t > 0) & (cut == 0), cut
+
+
+@triton.jit
+def previous(state_ptr, trace_ptr, initial_ptr, h, slots, first, follows, cut, ACC: tl.constexpr,
+             BN: tl.constexpr):  # fmt: skip
+    """Head h's weighting of the step before: of the first state, the trace or the initial state."""
+    n = tl.arange(0, BN)
+    there = n < slots
+    prev = tl.load(state_ptr + h * slots + n, mask=there & first, other=0.0).to(ACC)
+    prev += tl.load(trace_ptr + h * slots + n, mask=there & follows, other=0.0).to(ACC)
+    if initial_ptr is not None:
+        prev += tl.load(initial_ptr + h * slots + n, mask=there & cut, other=0.0)
+    return prev
+
+
+@triton.jit
+def keep(trace_ptr, at, values, there, BN: tl.constexpr):
+    """A row of a trace [.., N]; None keeps nothing."""
+    if trace_ptr is not None:
+        to = trace_ptr + at + tl.arange(0, BN)
+        tl.store(to, values.to(trace_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def with_trace(d_values, grad_trace_ptr, at, there, ACC: tl.constexpr, BN: tl.constexpr):
+    """The gradient [BN] with that of its row of a trace, which may be None."""
+    if grad_trace_ptr is not None:
+        of_trace = grad_trace_ptr + at + tl.arange(0, BN)
+        d_values += tl.load(of_trace, mask=there, other=0.0).to(ACC)
+    return d_values
+
+
+@triton.jit
+def read_out(w, memory, reads_ptr, feature, width, BW: tl.constexpr):
+    """A head's reading, for the step after and among the features."""
+    m = tl.arange(0, BW)
+    read = tl.sum(w[:, None] * memory, axis=0)
+    tl.store(reads_ptr + m, read, mask=m < width)
+    tl.store(feature + m, read.to(feature.dtype.element_ty), mask=m < width)
+
+
+@triton.jit
+def read_gradient(d_reads_ptr, d_feature, f_c, control, at, width, ACC: tl.constexpr,
+                  BW: tl.constexpr):  # fmt: skip
+    """Of what `read_out` leaves for the step after and among the features, `at` of all reads."""
+    m = tl.arange(0, BW)
+    d_read = tl.load(d_reads_ptr + at + m, mask=m < width, other=0.0)
+    if d_feature is not None:
+        of_read = d_feature + (control + at + m).to(tl.int64) * f_c
+        d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
+    return d_read
+
+
+@triton.jit
+def of_step(grad_features_ptr, b, t, f_b, f_t):
+    """Where the gradient of a step's features begins."""
+    at = grad_features_ptr
+    if grad_features_ptr is not None:
+        at = grad_features_ptr + b * f_b + t.to(tl.int64) * f_t
+    return at
+
+
+@triton.jit
+def start_anew(initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr, reads_ptr,
+               states, read_width, LSTM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """What the controller is fed goes back to the initial state."""
+    if LSTM:
+        copy(initial_hidden_ptr, old, states, BC)
+        copy(initial_cell_ptr, cell_ptr, states, BC)
+    copy(initial_reads_ptr, reads_ptr, read_width, BC)
+
+
+@triton.jit
+def hand_over(d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr, i_cell_ptr,
+              i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM: tl.constexpr,
+              BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Gradients of the controller's state, memory and reads to the row's part of those of initial,
+    where a step has started from it."""
+    move(d_memory_ptr, i_memory_ptr + b * BN * BW, BN * BW, BC)
+    if LSTM:
+        move(d_hidden_ptr, i_hidden_ptr + b * states, states, BC)
+        move(d_cell_ptr, i_cell_ptr + b * states, states, BC)
+    move(d_reads_ptr, i_reads_ptr + b * read_width, read_width, BC)

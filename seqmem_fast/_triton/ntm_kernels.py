@@ -6,7 +6,6 @@ touches, with a barrier between; the controller's weights are read from L2 at ev
 bounds a step from below (200 kB at C = 100: about 2 us). No launch and no grid-wide barrier per
 step, and rows do not wait for each other.
 
-
 Backward: memories are recomputed from a checkpoint, a segment at a time, from the weightings and
 head values that were kept; each head's memory within a step by writing anew. The memory's
 gradient rests in global scratch between heads: in registers it would make the rest spill. Weight
@@ -23,19 +22,29 @@ import triton
 import triton.language as tl
 
 from .common import sigmoid
+from .controller_kernels import controller_backward, controller_forward
 from .machine_kernels import (
     block_of,
     content_backward,
-    controller_backward,
-    controller_forward,
     copy,
+    hand_over,
     head_offset,
+    hidden_of,
+    keep,
     move,
+    of_step,
+    origin,
     padded,
+    previous,
+    read_gradient,
+    read_out,
     similarity,
     softmax_of,
     softplus,
+    start_anew,
+    this_row,
     vector,
+    with_trace,
 )
 from .ntm_addressing_kernels import (
     gated,
@@ -127,15 +136,8 @@ def ntm_forward(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b, length, n, _m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
-    there = n < slots
-    if lengths_ptr is None:
-        length = steps
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
     block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
     memory = tl.load(block, mask=inside, other=0.0).to(ACC)
     states = LAYERS * control
@@ -147,8 +149,7 @@ def ntm_forward(
 
     for t in range(length):
         row = b + t * batch
-        old = hidden_ptr + ((t % 2) * batch + b) * states
-        new = hidden_ptr + ((1 - t % 2) * batch + b) * states
+        old, new = hidden_of(hidden_ptr, t, b, batch, states)
         kept = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
@@ -157,11 +158,11 @@ def ntm_forward(
                 padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
             )
             if cut:
-                if LSTM:
-                    copy(initial_hidden_ptr, old, states, BC)
-                    copy(initial_cell_ptr, cell_ptr, states, BC)
+                start_anew(
+                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
+                    reads_ptr, states, read_width, LSTM, BC,
+                )  # fmt: skip
                 copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
-                copy(initial_reads_ptr, reads_ptr, read_width, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
             if t % segment == 0:
@@ -188,24 +189,20 @@ def ntm_forward(
             w, _log = sharpened(v, 1.0 + softplus(tl.load(p + width + 2 + taps)))
             tl.debug_barrier()  # several threads load what one stores
             tl.store(weightings_ptr + h * slots + n, w, mask=there)
-            if trace_ptr is not None:
-                to = trace_ptr + (row * heads + h) * slots + n
-                tl.store(to, w.to(trace_ptr.dtype.element_ty), mask=there)
+            keep(trace_ptr, (row * heads + h) * slots, w, there, BN)
             p += width + 3 + taps
             if is_write != 0:
                 add = vector(p + width, width, SQUASH, BW)
                 memory = written(memory, w, _erase(p, width, BW), add)
                 p += 2 * width
             else:
-                read = tl.sum(w[:, None] * memory, axis=0)
-                tl.store(reads_ptr + read_at + m, read, mask=m < width)
-                seen = feature + control + read_at + m
-                tl.store(seen, read.to(features_ptr.dtype.element_ty), mask=m < width)
+                seen = feature + control + read_at
+                read_out(w, memory, reads_ptr + read_at, seen, width, BW)
                 read_at += width
         tl.debug_barrier()
 
     if LSTM:
-        last = hidden_ptr + ((length % 2) * batch + b) * states
+        last, _ = hidden_of(hidden_ptr, length, b, batch, states)
         copy(last, hidden_out_ptr + b * states, states, BC)
     to, inside = block_of(memory_out_ptr + b * slots * width, slots, width, BN, BW)
     tl.store(to, memory.to(memory_out_ptr.dtype.element_ty), mask=inside)
@@ -268,16 +265,9 @@ def ntm_backward(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
-    n = tl.arange(0, BN)
-    m = tl.arange(0, BW)
     s = tl.arange(0, BS)
-    there = n < slots
-    if lengths_ptr is None:
-        length = steps
-    else:
-        length = tl.load(lengths_ptr + b).to(tl.int32)
     states = LAYERS * control
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
@@ -287,12 +277,6 @@ def ntm_backward(
     d_cell_ptr += b * states
     d_weightings_ptr += b * heads * slots
     d_reads_ptr += b * read_width
-    if reset_ptr is not None:
-        i_hidden_ptr += b * states
-        i_memory_ptr += b * BN * BW
-        i_cell_ptr += b * states
-        i_weightings_ptr += b * heads * slots
-        i_reads_ptr += b * read_width
     memories_ptr += b * segment * BN * BW
     d_memory_ptr += b * BN * BW
 
@@ -320,15 +304,9 @@ def ntm_backward(
             t = end - 1 - back
             row = b + t * batch
             before = row - batch
-            cut = t < 0
-            if reset_ptr is not None:
-                cut = tl.load(reset_ptr + row) != 0
-            first = (t == 0) & (cut == 0)
-            follows = (t > 0) & (cut == 0)
+            first, follows, cut = origin(reset_ptr, row, t)
             kept = record_ptr + row * record
-            d_feature = grad_features_ptr
-            if grad_features_ptr is not None:
-                d_feature = grad_features_ptr + b * f_b + t.to(tl.int64) * f_t
+            d_feature = of_step(grad_features_ptr, b, t, f_b, f_t)
 
             p = kept + head_at + values
             dp = dp_ptr + row * values + values
@@ -348,13 +326,10 @@ def ntm_backward(
                 gate = sigmoid(tl.load(p + width + 1))
                 shift = _taps(p + width + 2, taps, BS)
                 raw_gamma = tl.load(p + width + 2 + taps)
-                at = weightings_ptr + h * slots + n
-                prev = tl.load(at, mask=there & first, other=0.0).to(ACC)
-                at = trace_ptr + (before * heads + h) * slots + n
-                prev += tl.load(at, mask=there & follows, other=0.0).to(ACC)
-                if reset_ptr is not None:
-                    at = initial_weightings_ptr + h * slots + n
-                    prev += tl.load(at, mask=there & cut, other=0.0)
+                prev = previous(
+                    weightings_ptr, trace_ptr + before * heads * slots, initial_weightings_ptr, h,
+                    slots, first, follows, cut, ACC, BN,
+                )  # fmt: skip
                 K, norms, key_norm = similarity(memory, key)
                 content = softmax_of(softplus(raw_beta) * K, there)
                 u = gated(content, gate, prev)
@@ -363,9 +338,7 @@ def ntm_backward(
 
                 d_memory = tl.load(padded(d_memory_ptr, BN, BW))
                 dw = tl.load(d_weightings_ptr + h * slots + n, mask=there, other=0.0)
-                if grad_trace_ptr is not None:
-                    at = grad_trace_ptr + (row * heads + h) * slots + n
-                    dw += tl.load(at, mask=there, other=0.0).to(ACC)
+                dw = with_trace(dw, grad_trace_ptr, (row * heads + h) * slots, there, ACC, BN)
                 if is_write != 0:
                     more = width + 3 + taps
                     erase = _erase(p + more, width, BW)
@@ -380,10 +353,9 @@ def ntm_backward(
                     tl.store(dp + more + width + m, d_add, mask=m < width)
                 else:
                     read_at -= width
-                    d_read = tl.load(d_reads_ptr + read_at + m, mask=m < width, other=0.0)
-                    if grad_features_ptr is not None:
-                        of_read = d_feature + (control + read_at + m).to(tl.int64) * f_c
-                        d_read += tl.load(of_read, mask=m < width, other=0.0).to(ACC)
+                    d_read = read_gradient(
+                        d_reads_ptr, d_feature, f_c, control, read_at, width, ACC, BW
+                    )
                     dw += tl.sum(memory * d_read[None, :], axis=1)
                     d_memory += w[:, None] * d_read[None, :]
 
@@ -417,10 +389,11 @@ def ntm_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    move(d_memory_ptr, i_memory_ptr, BN * BW, BC)
-                    if LSTM:
-                        move(d_hidden_ptr, i_hidden_ptr, states, BC)
-                        move(d_cell_ptr, i_cell_ptr, states, BC)
-                    move(d_weightings_ptr, i_weightings_ptr, heads * slots, BC)
-                    move(d_reads_ptr, i_reads_ptr, read_width, BC)
+                    hand_over(
+                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
+                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
+                        BC,
+                    )  # fmt: skip
+                    to = i_weightings_ptr + b * heads * slots
+                    move(d_weightings_ptr, to, heads * slots, BC)
                 tl.debug_barrier()
