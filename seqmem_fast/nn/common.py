@@ -24,6 +24,12 @@ class MemoryNetwork(nn.Module, Generic[State]):
     _op: ClassVar[str]
     _state: ClassVar[Any]  # the NamedTuple
     output: nn.Linear
+    memory_init: str  # as the next five, of those that call `_add_heads`
+    head_weight: Tensor
+    head_bias: Tensor
+    initial_hidden: Tensor
+    initial_cell: Tensor
+    initial_memory: Tensor
 
     def __init__(
         self,
@@ -84,6 +90,16 @@ class MemoryNetwork(nn.Module, Generic[State]):
                 self._keep(made, f"{name}_l{k}", True, *shape)
         self.output = nn.Linear(size + wide, self.output_size, **made)
 
+    def _add_heads(self, made: dict[str, Any], rows: int) -> None:
+        """The parameters that give that many head values, and what a sequence starts with."""
+        self._keep(made, "head_weight", True, rows, self.controller_size)
+        self._keep(made, "head_bias", True, rows)
+        kept = self.num_layers if self.controller == "lstm" else 0
+        self._keep(made, "initial_hidden", kept > 0, kept, self.controller_size)
+        self._keep(made, "initial_cell", kept > 0, kept, self.controller_size)
+        learned = self.memory_init == "learned"
+        self._keep(made, "initial_memory", learned, self.memory_size, self.memory_dim)
+
     def _controller(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._controller_names]
 
@@ -96,6 +112,20 @@ class MemoryNetwork(nn.Module, Generic[State]):
             fan_in = self.controller_size if self.controller == "lstm" else layer[0].size(1)
             for parameter in layer:
                 nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+    def _reset_heads(self, sizes: list[int], memory: float) -> None:
+        """Draws what `_add_heads` registered and the output; a head has that many values."""
+        for part in self.head_weight.detach().split(sizes):
+            nn.init.xavier_uniform_(part)
+        nn.init.zeros_(self.head_bias)
+        self._reset_output()
+        nn.init.zeros_(self.initial_hidden)
+        nn.init.zeros_(self.initial_cell)
+        if self.memory_init == "constant":
+            nn.init.constant_(self.initial_memory, memory)
+        else:
+            bound = (self.memory_size + self.memory_dim) ** -0.5
+            nn.init.uniform_(self.initial_memory, -bound, bound)
 
     def _reset_output(self) -> None:
         nn.init.xavier_uniform_(self.output.weight)
@@ -180,6 +210,19 @@ class MemoryNetwork(nn.Module, Generic[State]):
         hidden, cell, *rest = state
         made: State = self._state(hidden.squeeze(1), cell.squeeze(1), *(t.squeeze(0) for t in rest))
         return made
+
+    def _results(
+        self, batched: bool, lengths: Tensor | None, features: Tensor, state: State, *traces: Any
+    ) -> Any:
+        """Of what the op returns: output, state, and the trace where there is one."""
+        output = self._leave(batched, self._answer(features, lengths))
+        found: list[Any] = [output, self._leave_state(batched, state)]
+        for trace in traces:
+            if isinstance(trace, Tensor):
+                found.append(self._leave(batched, trace))
+            else:
+                found.append(type(trace)(*(self._leave(batched, each) for each in trace)))
+        return tuple(found)
 
     def extra_repr(self) -> str:
         """The sizes, and every option that is not at its default."""

@@ -287,25 +287,22 @@ class DNC(MemoryNetwork[DNCState]):
         arguments |= self._options()
         if self.layer_norm:
             arguments["norm"] = (self.norm_weight, self.norm_bias)
-        trace: DNCTrace | None = None
-        links: Tensor | None = None
+        rest: list[Any]
         if len(links_at):
-            features, state, trace, links = self._in_chunks(input, state, arguments, links_at)
+            features, *rest = self._in_chunks(input, state, arguments, links_at)
         elif return_trace:
-            features, state, trace = ops.dnc_trace(input, state, *self._weights(), **arguments)
+            features, *rest = ops.dnc_trace(input, state, *self._weights(), **arguments)
         else:
-            features, state = ops.dnc(input, state, *self._weights(), **arguments)
+            features, *rest = ops.dnc(input, state, *self._weights(), **arguments)
         if self.training and self.bypass_dropout:
             top, reads = features.tensor_split([self.controller_size], -1)
             features = torch.cat((F.dropout(top, self.bypass_dropout), reads), -1)
-        output = self._leave(batched, self._answer(features, lengths))
-        state = self._leave_state(batched, state)
-        if trace is None:
-            return output, state
-        trace = DNCTrace(*(self._leave(batched, each) for each in trace))
-        if links is None:
-            return output, state, trace
-        return output, state, trace, self._leave(batched, links)
+        found: (
+            tuple[Tensor, DNCState]
+            | tuple[Tensor, DNCState, DNCTrace]
+            | tuple[Tensor, DNCState, DNCTrace, Tensor]
+        ) = self._results(batched, lengths, features, *rest)
+        return found
 
     def _weights(self) -> tuple[list[Tensor], Tensor, Tensor]:
         return self._controller(), self.interface_weight, self.interface_bias

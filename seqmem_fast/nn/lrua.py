@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..ops import LRUAState, LRUATrace
@@ -66,11 +66,6 @@ class MANN(MemoryNetwork[LRUAState]):
     """
 
     _op, _state = "lrua", LRUAState
-    head_weight: Tensor
-    head_bias: Tensor
-    initial_hidden: Tensor
-    initial_cell: Tensor
-    initial_memory: Tensor
 
     def __init__(
         self,
@@ -107,29 +102,13 @@ class MANN(MemoryNetwork[LRUAState]):
         self._one_of("memory_init", "constant", "learned", "random")
         made = {"device": device, "dtype": dtype}
         self._add_controller(made, read_heads)
-        rows = read_heads * ((1 + (add == "own")) * memory_dim + 1 + strength)
-        self._keep(made, "head_weight", True, rows, controller_size)
-        self._keep(made, "head_bias", True, rows)
-        kept = num_layers if controller == "lstm" else 0
-        self._keep(made, "initial_hidden", kept > 0, kept, controller_size)
-        self._keep(made, "initial_cell", kept > 0, kept, controller_size)
-        self._keep(made, "initial_memory", memory_init == "learned", memory_size, memory_dim)
+        self._add_heads(made, read_heads * self._head_rows())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters and buffers anew."""
         self._reset_controller()
-        for part in self.head_weight.detach().chunk(self.read_heads):
-            nn.init.xavier_uniform_(part)
-        nn.init.zeros_(self.head_bias)
-        self._reset_output()
-        nn.init.zeros_(self.initial_hidden)
-        nn.init.zeros_(self.initial_cell)
-        if self.memory_init == "constant":
-            nn.init.constant_(self.initial_memory, _MEMORY)
-        else:
-            bound = (self.memory_size + self.memory_dim) ** -0.5
-            nn.init.uniform_(self.initial_memory, -bound, bound)
+        self._reset_heads([self._head_rows()] * self.read_heads, _MEMORY)
 
     def _first_state(self) -> LRUAState:
         zeros = self.initial_memory.new_zeros
@@ -156,13 +135,11 @@ class MANN(MemoryNetwork[LRUAState]):
         arguments |= {"add": self.add, "strength": self.strength, "erase_all": self.erase_all}
         arguments["gamma"] = self.gamma
         operands = (input, state, self._controller(), self.head_weight, self.head_bias)
-        trace: LRUATrace | None = None
-        if return_trace:
-            features, state, trace = ops.lrua_trace(*operands, **arguments)
-        else:
-            features, state = ops.lrua(*operands, **arguments)
-        output = self._leave(batched, self._answer(features, lengths))
-        state = self._leave_state(batched, state)
-        if trace is None:
-            return output, state
-        return output, state, LRUATrace(*(self._leave(batched, t) for t in trace))
+        op: Any = ops.lrua_trace if return_trace else ops.lrua
+        found: tuple[Tensor, LRUAState] | tuple[Tensor, LRUAState, LRUATrace]
+        found = self._results(batched, lengths, *op(*operands, **arguments))
+        return found
+
+    def _head_rows(self) -> int:
+        """How many rows of head_weight each head has."""
+        return (1 + (self.add == "own")) * self.memory_dim + 1 + self.strength

@@ -70,11 +70,6 @@ class NTM(MemoryNetwork[NTMState]):
     """
 
     _op, _state = "ntm", NTMState
-    head_weight: Tensor
-    head_bias: Tensor
-    initial_hidden: Tensor
-    initial_cell: Tensor
-    initial_memory: Tensor
     initial_weightings: Tensor
     initial_reads: Tensor
 
@@ -116,15 +111,9 @@ class NTM(MemoryNetwork[NTMState]):
         self._one_of("weightings_init", "learned", "zeros")
         self._one_of("reads_init", "learned", "random")
         made = {"device": device, "dtype": dtype}
-        reads, size = heads.count("r"), controller_size
+        reads = heads.count("r")
         self._add_controller(made, reads)
-        rows = sum(self._head_rows())
-        self._keep(made, "head_weight", True, rows, size)
-        self._keep(made, "head_bias", True, rows)
-        kept = num_layers if controller == "lstm" else 0
-        self._keep(made, "initial_hidden", kept > 0, kept, size)
-        self._keep(made, "initial_cell", kept > 0, kept, size)
-        self._keep(made, "initial_memory", memory_init == "learned", memory_size, memory_dim)
+        self._add_heads(made, sum(self._head_rows()))
         learned = weightings_init == "learned"
         self._keep(made, "initial_weightings", learned, len(heads), memory_size)
         self._keep(made, "initial_reads", reads_init == "learned", reads, memory_dim)
@@ -178,17 +167,7 @@ class NTM(MemoryNetwork[NTMState]):
     def reset_parameters(self) -> None:
         """Draw all parameters and buffers anew."""
         self._reset_controller()
-        for part in self.head_weight.detach().split(self._head_rows()):
-            nn.init.xavier_uniform_(part)
-        nn.init.zeros_(self.head_bias)
-        self._reset_output()
-        nn.init.zeros_(self.initial_hidden)
-        nn.init.zeros_(self.initial_cell)
-        if self.memory_init == "constant":
-            nn.init.constant_(self.initial_memory, _MEMORY)
-        else:
-            bound = (self.memory_size + self.memory_dim) ** -0.5
-            nn.init.uniform_(self.initial_memory, -bound, bound)
+        self._reset_heads(self._head_rows(), _MEMORY)
         nn.init.zeros_(self.initial_weightings)
         if self.weightings_init == "learned":
             with torch.no_grad():
@@ -220,16 +199,10 @@ class NTM(MemoryNetwork[NTMState]):
         input, state, arguments = self._enter(input, state, lengths, reset)
         arguments |= {"heads": self.heads, "shift_range": self.shift_range, "squash": self.squash}
         operands = (input, state, self._controller(), self.head_weight, self.head_bias)
-        weightings: Tensor | None = None
-        if return_weightings:
-            features, state, weightings = ops.ntm_trace(*operands, **arguments)
-        else:
-            features, state = ops.ntm(*operands, **arguments)
-        output = self._leave(batched, self._answer(features, lengths))
-        state = self._leave_state(batched, state)
-        if weightings is None:
-            return output, state
-        return output, state, self._leave(batched, weightings)
+        op: Any = ops.ntm_trace if return_weightings else ops.ntm
+        found: tuple[Tensor, NTMState] | tuple[Tensor, NTMState, Tensor]
+        found = self._results(batched, lengths, *op(*operands, **arguments))
+        return found
 
     def _head_rows(self) -> list[int]:
         """How many rows of head_weight each head has."""

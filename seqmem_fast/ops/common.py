@@ -159,6 +159,25 @@ def reference_vjp(
     return tuple(found)
 
 
+def vjp_of_lists(
+    function: Callable[..., Sequence[Tensor]],
+    lists: Sequence[Sequence[Tensor]],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool | Sequence[bool]],
+) -> Gradients:
+    """As :func:`reference_vjp`, of a function of lists of tensors; wanted: of a whole list, or of
+    each of its tensors."""
+    sizes = [len(one) for one in lists]
+    each = zip(wanted, sizes, strict=True)
+    asked = [w for some, size in each for w in ([some] * size if isinstance(some, bool) else some)]
+
+    def flat(*tensors: Tensor) -> Sequence[Tensor]:
+        rest = iter(tensors)
+        return function(*([next(rest) for _ in range(size)] for size in sizes))
+
+    return reference_vjp(flat, [t for one in lists for t in one], grads, asked)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.sizes = [len(a) if _is_tensor_list(a) else None for a in inputs]

@@ -61,7 +61,7 @@ from torch import Tensor
 
 from ..reference import dnc as reference
 from ..reference.dnc import DNCOptions, DNCState, DNCTrace
-from .common import Gradients, differentiate, fall_back, reference_vjp
+from .common import Gradients, differentiate, fall_back, vjp_of_lists
 
 __all__ = ["DNCOptions", "DNCState", "DNCTrace", "dnc", "dnc_trace"]
 
@@ -266,25 +266,20 @@ def _vjp(*arguments: Any) -> Gradients:
     grads, rest = arguments[:13], arguments[13:]
     input, state, controller, weight, bias, norm, initial, lengths, reset = rest[:9]
     of_input, of_state, of_weights, of_initial = rest[19]
-    lists = state, controller, [weight, bias], norm, initial
-    sizes = [len(one) for one in lists]
-    inputs = [input, *(t for one in lists for t in one)]
-    wanted = [of_input]
-    for size, asked in zip(
-        sizes, (of_state, of_weights, of_weights, of_weights, of_initial), strict=True
-    ):
-        wanted += [asked] * size
 
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        left = list(tensors[1:])
-        state, controller, interface, norm, initial = (
-            [left.pop(0) for _ in range(size)] for size in sizes
-        )
-        return _plain(
-            tensors[0], state, controller, *interface, norm, initial, lengths, reset, *rest[15:19]
-        )
+    def function(
+        x: list[Tensor],
+        state: list[Tensor],
+        layers: list[Tensor],
+        interface: list[Tensor],
+        norm: list[Tensor],
+        first: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        return _plain(*x, state, layers, *interface, norm, first, lengths, reset, *rest[15:19])
 
-    return reference_vjp(function, inputs, grads, wanted)
+    lists = [input], state, controller, (weight, bias), norm, initial
+    wanted = of_input, of_state, of_weights, of_weights, of_weights, of_initial
+    return vjp_of_lists(function, lists, grads, wanted)
 
 
 differentiate("dnc_backward", _vjp)

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from ..reference import lrua as reference
 from ..reference.lrua import LRUAState, LRUATrace
-from .common import Gradients, differentiate, fall_back, reference_vjp
+from .common import Gradients, differentiate, fall_back, vjp_of_lists
 
 __all__ = ["LRUAState", "LRUATrace", "lrua", "lrua_trace"]
 
@@ -128,21 +128,9 @@ def lrua(
         features [T, B, C + R * M] and the state after the last step.
     """
     features, *rest = _sequence(
-        input,
-        state,
-        controller,
-        head_weight,
-        head_bias,
-        add,
-        strength,
-        erase_all,
-        gamma,
-        controller_type,
-        initial,
-        lengths,
-        reset,
-        False,
-    )
+        input, state, controller, head_weight, head_bias, add, strength, erase_all, gamma,
+        controller_type, initial, lengths, reset, False,
+    )  # fmt: skip
     return features, LRUAState(*rest[:_STATE])
 
 
@@ -170,21 +158,9 @@ def lrua_trace(
         usage differentiable.
     """
     features, *rest = _sequence(
-        input,
-        state,
-        controller,
-        head_weight,
-        head_bias,
-        add,
-        strength,
-        erase_all,
-        gamma,
-        controller_type,
-        initial,
-        lengths,
-        reset,
-        True,
-    )
+        input, state, controller, head_weight, head_bias, add, strength, erase_all, gamma,
+        controller_type, initial, lengths, reset, True,
+    )  # fmt: skip
     return features, LRUAState(*rest[:_STATE]), LRUATrace(*rest[_STATE : _STATE + 3])
 
 
@@ -224,18 +200,22 @@ def _vjp(*arguments: Any) -> Gradients:
     grads = (of_features, of_hidden, of_cell, of_memory, None, of_weights, of_reads)
     input, state, controller, head_weight, head_bias, initial, lengths, reset = arguments[8:16]
     options, mask = arguments[21:26], arguments[26]
-    inputs = [input, *state, head_weight, head_bias, *initial, *controller]
     learns = [part != "usage" for part in LRUAState._fields]
-    wanted = [mask[0], *(mask[1] and part for part in learns), mask[2], mask[2]]
-    wanted += [mask[3] and part for part in learns[: len(initial)]] + [mask[2]] * len(controller)
 
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        input, *rest = tensors
-        state, (weight, bias), rest = rest[:_STATE], rest[_STATE : _STATE + 2], rest[_STATE + 2 :]
-        first, layers = rest[: len(initial)], rest[len(initial) :]
-        return _plain(input, state, layers, weight, bias, first, lengths, reset, *options)
+    def function(
+        x: list[Tensor],
+        state: list[Tensor],
+        head: list[Tensor],
+        first: list[Tensor],
+        layers: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        return _plain(*x, state, layers, *head, first, lengths, reset, *options)
 
-    return reference_vjp(function, inputs, (*grads, None, *of_traces), wanted)
+    lists = [input], state, (head_weight, head_bias), initial, controller
+    of_state = [mask[1] and part for part in learns]
+    of_initial = [mask[3] and part for part in learns[: len(initial)]]
+    wanted = mask[0], of_state, mask[2], of_initial, mask[2]
+    return vjp_of_lists(function, lists, (*grads, None, *of_traces), wanted)
 
 
 differentiate("lrua_backward", _vjp)

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ..reference import ntm as reference
 from ..reference.ntm_addressing import NTMState
-from .common import Gradients, differentiate, fall_back, reference_vjp
+from .common import Gradients, differentiate, fall_back, vjp_of_lists
 
 __all__ = ["ntm", "ntm_trace"]
 
@@ -116,20 +116,9 @@ def ntm(
         features [T, B, C + R * M] and the state after the last step.
     """
     features, state, _ = _sequence(
-        input,
-        state,
-        controller,
-        head_weight,
-        head_bias,
-        heads,
-        shift_range,
-        squash,
-        controller_type,
-        initial,
-        lengths,
-        reset,
-        False,
-    )
+        input, state, controller, head_weight, head_bias, heads, shift_range, squash,
+        controller_type, initial, lengths, reset, False,
+    )  # fmt: skip
     return features, state
 
 
@@ -155,20 +144,9 @@ def ntm_trace(
         ``lengths``; all of them differentiable.
     """
     return _sequence(
-        input,
-        state,
-        controller,
-        head_weight,
-        head_bias,
-        heads,
-        shift_range,
-        squash,
-        controller_type,
-        initial,
-        lengths,
-        reset,
-        True,
-    )
+        input, state, controller, head_weight, head_bias, heads, shift_range, squash,
+        controller_type, initial, lengths, reset, True,
+    )  # fmt: skip
 
 
 def _sequence(
@@ -206,17 +184,19 @@ def _vjp(*arguments: Any) -> Gradients:
     input, *state, controller, head_weight, head_bias, initial, lengths, reset = rest[:12]
     options = lengths, reset, *rest[16:20]
     of_input, of_state, of_weights, of_initial = rest[20]
-    inputs = [input, *state, head_weight, head_bias, *initial, *controller]
-    wanted = [of_input, *[of_state] * _STATE, of_weights, of_weights]
-    wanted += [of_initial] * len(initial) + [of_weights] * len(controller)
 
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        input, *rest = tensors
-        state, (weight, bias), rest = rest[:_STATE], rest[_STATE : _STATE + 2], rest[_STATE + 2 :]
-        first, layers = rest[: len(initial)], rest[len(initial) :]
-        return _plain(input, *state, layers, weight, bias, first, *options)
+    def function(
+        x: list[Tensor],
+        state: list[Tensor],
+        head: list[Tensor],
+        first: list[Tensor],
+        layers: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        return _plain(*x, *state, layers, *head, first, *options)
 
-    return reference_vjp(function, inputs, grads, wanted)
+    lists = [input], state, (head_weight, head_bias), initial, controller
+    wanted = of_input, of_state, of_weights, of_initial, of_weights
+    return vjp_of_lists(function, lists, grads, wanted)
 
 
 differentiate("ntm_backward", _vjp)

@@ -101,6 +101,15 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     colour_bar(image, axes, pad=0.01, fraction=0.03, aspect=10)
 
 
+def draw_panels(figure: Any, panels: Sequence[Panel]) -> None:
+    """One below the other, time across."""
+    heights = [height_of(panel) for panel in panels]
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
+    for each, panel in zip(axes, panels, strict=True):
+        draw_panel(each, panel)
+    axes[-1].set_xlabel("time step")
+
+
 def check_shapes(
     picture: str, found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
 ) -> None:

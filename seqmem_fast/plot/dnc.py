@@ -17,7 +17,7 @@ from .common import (
     answer_panels,
     check_shapes,
     colour_bar,
-    draw_panel,
+    draw_panels,
     heat,
     height_of,
     new_figure,
@@ -87,10 +87,7 @@ def dnc(
     if links is not None and squares:
         above, below = above.subfigures(2, 1, height_ratios=[height, squares])
         _draw_links(below, links[..., slots, :][..., slots], links_at, slots)
-    axes = above.subplots(len(panels), 1, sharex=True, height_ratios=heights)
-    for each, panel in zip(axes, panels, strict=True):
-        draw_panel(each, panel)
-    axes[-1].set_xlabel("time step")
+    draw_panels(above, panels)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

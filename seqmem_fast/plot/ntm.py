@@ -12,7 +12,7 @@ from .common import (
     Panel,
     answer_panels,
     check_shapes,
-    draw_panel,
+    draw_panels,
     height_of,
     new_figure,
 )
@@ -91,10 +91,7 @@ def ntm(
         ]
     heights = [height_of(panel) for panel in panels]
     figure = new_figure(max(5.0, 1.5 + STEP * steps), sum(heights) + 0.33 * len(panels) + 0.5)
-    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights)
-    for each, panel in zip(axes, panels, strict=True):
-        draw_panel(each, panel)
-    axes[-1].set_xlabel("time step")
+    draw_panels(figure, panels)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Layers = Sequence[tuple[Tensor, ...]]
+State = TypeVar("State", bound="tuple[Tensor, ...]")  # hidden and cell [L, B, C], others [B, ..]
 
 MASKED = -1e9  # the score of a masked entry; a row without any other is uniform
 
@@ -72,6 +74,50 @@ def controller_step(
     return torch.stack(hiddens), torch.stack(cells), below
 
 
+def without_padding(input: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """input [T, B, I], zero beyond lengths, and whether step t exists in row b [T, B]."""
+    if lengths is None:
+        return input, None
+    steps = torch.arange(input.size(0), device=input.device)[:, None]
+    valid = steps < lengths.to(input.device)
+    return where_row(valid, input, 0), valid  # padding may hold anything, even NaN
+
+
+def where_row(mask: Tensor, a: Tensor, b: Tensor | float) -> Tensor:
+    """``a`` where the mask is true, else ``b``; the mask's dimensions are a's first."""
+    return torch.where(mask.reshape(*mask.shape, *[1] * (a.dim() - mask.dim())), a, b)
+
+
+def projected_inputs(
+    input: Tensor, controller: Sequence[Tensor], layers: Layers
+) -> tuple[Tensor, ...]:
+    """W x_t + b of the first layer, T of [B, ..]."""
+    return F.linear(input, controller[0][:, : input.size(-1)], layers[0][-1]).unbind()
+
+
+def choose(where: Tensor, a: State, b: State) -> State:
+    """Row by row: ``a`` where the mask [B] is true, else ``b``."""
+    controller = (torch.where(where[:, None], x, y) for x, y in zip(a[:2], b[:2], strict=True))
+    rest = (where_row(where, x, y) for x, y in zip(a[2:], b[2:], strict=True))
+    chosen: State = type(a)(*controller, *rest)
+    return chosen
+
+
+def started(reset: Tensor | None, initial: State | None, t: int, state: State) -> State:
+    """The state that enters step t: in rows where ``reset`` [T, B] is true, the initial one."""
+    if reset is None or initial is None:
+        return state
+    hidden, cell, *rest = initial
+    expanded: State = type(
+        state
+    )(  # type: ignore[call-arg]
+        hidden.unsqueeze(1).expand_as(state[0]),
+        cell.unsqueeze(1).expand_as(state[1]),
+        *(a.expand_as(b) for a, b in zip(rest, state[2:], strict=True)),
+    )
+    return choose(reset[t], expanded, state)
+
+
 class Draw:
     """Random tensors for a sample: the same seed gives the same, whatever device and dtype."""
 
@@ -83,6 +129,16 @@ class Draw:
         """Normal, of this deviation."""
         value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return value.to(device=self.device, dtype=self.dtype)
+
+    def controller(self, kind: str, layers: int, below: int, control: int) -> tuple[Tensor, ...]:
+        """Of that many layers, on `below` values."""
+        gates, scale = (4, control**-0.5) if kind == "lstm" else (1, 1.0)
+        drawn: list[Tensor] = []
+        for _ in range(layers):
+            shapes = [(below,), ()] if kind == "feedforward" else [(below,), (control,), (), ()]
+            drawn += [self(gates * control, *rest, scale=scale) for rest in shapes]
+            below = control
+        return tuple(drawn)
 
     def mask(self, *shape: int, share: float = 0.7) -> Tensor:
         """bool, that share of it true."""

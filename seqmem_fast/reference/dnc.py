@@ -37,7 +37,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, controller_layers, controller_step
+from .common import (
+    Draw,
+    Sample,
+    choose,
+    controller_layers,
+    controller_step,
+    projected_inputs,
+    started,
+    where_row,
+    without_padding,
+)
 
 USAGE_FLOOR = 1e-6  # epsilon of allocation
 SHARPEN_FLOOR = 1e-6
@@ -164,19 +174,14 @@ def dnc_trace(
     its later features and trace are zero. options: those of :class:`DNCOptions`.
     """
     time, batch, width = input.shape
-    valid = None  # [T, B]: step t exists in row b
-    if lengths is not None:
-        valid = torch.arange(time, device=input.device)[:, None] < lengths.to(input.device)
-        input = torch.where(valid[..., None], input, 0)  # padding may hold anything, even NaN
+    input, valid = without_padding(input, lengths)
     chosen = DNCOptions(**options)
     layers = controller_layers(controller, width, controller_type)
-    projected = F.linear(input, controller[0][:, :width], layers[0][-1]).unbind()  # T of [B, ..]
+    projected = projected_inputs(input, controller, layers)
 
     columns: list[list[Tensor]] = [[] for _ in range(5)]
     for t in range(time):
-        entered = state
-        if reset is not None and initial is not None:
-            entered = _choose(reset[t], _expanded(initial, state), state)
+        entered = started(reset, initial, t, state)
         hidden, cell, top = controller_step(
             projected[t], entered.hidden, entered.cell, entered.reads, layers, controller_type
         )
@@ -188,7 +193,7 @@ def dnc_trace(
         steps = top, new.reads, new.usage, new.write_weights, new.read_weights
         for column, value in zip(columns, steps, strict=True):
             column.append(value)
-        state = new if valid is None else _choose(valid[t], new, state)
+        state = new if valid is None else choose(valid[t], new, state)
 
     tops, reads, usage, write_weights, read_weights = (
         torch.stack(column) if column else input.new_empty(0, batch, *like)
@@ -206,11 +211,11 @@ def dnc_trace(
     )
     features = torch.cat((tops, reads.flatten(2)), -1)
     if valid is not None:
-        features = torch.where(valid[..., None], features, 0)
+        features = where_row(valid, features, 0)
     gates = gates_of(features, state, interface_weight, interface_bias, norm, chosen)
     trace = DNCTrace(usage, write_weights, read_weights, *gates)
     if valid is not None:
-        trace = DNCTrace(*(torch.where(_unsqueezed(valid, a), a, 0) for a in trace))
+        trace = DNCTrace(*(where_row(valid, a, 0) for a in trace))
     return features, state, trace
 
 
@@ -365,26 +370,6 @@ def _sharpened(direction: Tensor, sharpness: Tensor) -> Tensor:
     return torch.softmax(logits, -1)
 
 
-def _unsqueezed(mask: Tensor, like: Tensor) -> Tensor:
-    """mask [T, B] with dimensions of one behind, as many as `like` has."""
-    return mask.reshape(*mask.shape, *[1] * (like.dim() - mask.dim()))
-
-
-def _choose(where: Tensor, a: DNCState, b: DNCState) -> DNCState:
-    """Row by row: ``a`` where the mask [B] is true, else ``b``."""
-    masks = [where[:, None]] * 2 + [_unsqueezed(where, x) for x in a[2:]]
-    return DNCState(*(torch.where(m, x, y) for m, x, y in zip(masks, a, b, strict=True)))
-
-
-def _expanded(initial: DNCState, like: DNCState) -> DNCState:
-    hidden, cell, *rest = initial
-    return DNCState(
-        hidden.unsqueeze(1).expand_as(like.hidden),
-        cell.unsqueeze(1).expand_as(like.cell),
-        *(a.expand_as(b) for a, b in zip(rest, like[2:], strict=True)),
-    )
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -412,12 +397,7 @@ def sample_inputs(
         kind = kwargs.get("controller_type", "lstm")
         fields = {key: value for key, value in kwargs.items() if key in DNCOptions._fields}
         options = DNCOptions(**fields)
-        gates, scale = (4, control**-0.5) if kind == "lstm" else (1, 1.0)
-        controller: list[Tensor] = []
-        for k in range(layers):
-            below = control if k else width + reads * slot
-            shapes = [(below,), ()] if kind == "feedforward" else [(below,), (control,), (), ()]
-            controller += [draw(gates * control, *rest, scale=scale) for rest in shapes]
+        controller = draw.controller(kind, layers, width + reads * slot, control)
         rows = options.interface_size(slot, reads, writes)
         weight, bias = draw(rows, control, scale=2 * control**-0.5), draw(rows)
         if norm:
@@ -444,7 +424,7 @@ def sample_inputs(
 
         if "reset" in kwargs:
             kwargs["initial"] = state()
-        args = (draw(time, batch, width), state(batch), tuple(controller), weight, bias)
+        args = (draw(time, batch, width), state(batch), controller, weight, bias)
         return Sample(name, args, kwargs, "dnc_trace")
 
     lengths = draw.whole(0, time + 1, batch)

@@ -32,7 +32,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, controller_layers, controller_step, norm
+from .common import (
+    Draw,
+    Sample,
+    choose,
+    controller_layers,
+    controller_step,
+    norm,
+    projected_inputs,
+    started,
+    where_row,
+    without_padding,
+)
 
 EPSILON = 1e-8  # beside the product of norms
 
@@ -99,27 +110,24 @@ def lrua_trace(
     write their keys. erase_all: all R slots of least usage are set to zero, not the first alone.
     """
     time, batch, width = input.shape
-    valid = None  # [T, B]: step t exists in row b
-    if lengths is not None:
-        valid = torch.arange(time, device=input.device)[:, None] < lengths.to(input.device)
-        input = torch.where(valid[..., None], input, 0)  # padding may hold anything, even NaN
+    input, valid = without_padding(input, lengths)
     heads = _Heads(state, add == "own", strength, erase_all, gamma, head_weight, head_bias)
     layers = controller_layers(controller, width, controller_type)
-    projected = F.linear(input, controller[0][:, :width], layers[0][-1]).unbind()  # T of [B, ..]
+    projected = projected_inputs(input, controller, layers)
 
     steps: list[tuple[Tensor, ...]] = []
     state = state._replace(usage=state.usage.detach())
+    if initial is not None:
+        initial = initial._replace(usage=initial.usage.detach())
     for t in range(time):
-        entered = state
-        if reset is not None and initial is not None:
-            entered = _choose(reset[t], _expanded(initial, state), state)
+        entered = started(reset, initial, t, state)
         hidden, cell, top = controller_step(
             projected[t], entered.hidden, entered.cell, entered.reads, layers, controller_type
         )
         memory, usage, write_weights, read_weights = heads.act(top, entered)
         new = LRUAState(hidden, cell, memory, usage, read_weights, read_weights @ memory)
         steps.append((top, new.reads, new.usage, write_weights, new.read_weights))
-        state = new if valid is None else _choose(valid[t], new, state)
+        state = new if valid is None else choose(valid[t], new, state)
 
     if not steps:  # T = 0
         features = input.new_zeros(0, batch, head_weight.size(1) + state.reads[0].numel())
@@ -129,11 +137,8 @@ def lrua_trace(
     tops, reads, *heads_did = (torch.stack(column) for column in zip(*steps, strict=True))
     features, trace = torch.cat((tops, reads.flatten(2)), -1), LRUATrace(*heads_did)
     if valid is not None:
-        features = torch.where(valid[..., None], features, 0)
-        trace = LRUATrace(
-            torch.where(valid[..., None], trace.usage, 0),
-            *(torch.where(valid[..., None, None], w, 0) for w in trace[1:]),
-        )
+        features = where_row(valid, features, 0)
+        trace = LRUATrace(*(where_row(valid, a, 0) for a in trace))
     return features, state, trace
 
 
@@ -191,24 +196,6 @@ class _Heads:
         return memory, self.gamma * state.usage + used, write_weights, read_weights
 
 
-def _choose(where: Tensor, a: LRUAState, b: LRUAState) -> LRUAState:
-    """Row by row: ``a`` where the mask [B] is true, else ``b``."""
-    first, second = where[:, None], where[:, None, None]
-    masks = (first, first, second, first, second, second)
-    return LRUAState(*(torch.where(m, x, y) for m, x, y in zip(masks, a, b, strict=True)))
-
-
-def _expanded(initial: LRUAState, like: LRUAState) -> LRUAState:
-    hidden, cell, memory, usage, *rest = initial
-    return LRUAState(
-        hidden.unsqueeze(1).expand_as(like.hidden),
-        cell.unsqueeze(1).expand_as(like.cell),
-        memory.expand_as(like.memory),
-        usage.detach().expand_as(like.usage),
-        *(a.expand_as(b) for a, b in zip(rest, like[4:], strict=True)),
-    )
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -226,12 +213,7 @@ def sample_inputs(
 
     def sample(name: str, heads: int = heads, layers: int = 1, **kwargs: Any) -> Sample:
         heads, kind = min(heads, slots), kwargs.get("controller_type", "lstm")
-        gates, scale = (4, control**-0.5) if kind == "lstm" else (1, 1.0)
-        controller: list[Tensor] = []
-        for k in range(layers):
-            below = control if k else width + heads * slot
-            shapes = [(below,), ()] if kind == "feedforward" else [(below,), (control,), (), ()]
-            controller += [draw(gates * control, *rest, scale=scale) for rest in shapes]
+        controller = draw.controller(kind, layers, width + heads * slot, control)
         vectors = 1 + (kwargs.get("add", "own") == "own")
         rows = heads * (vectors * slot + 1 + kwargs.get("strength", False))
         head_weight, head_bias = draw(rows, control, scale=2 * control**-0.5), draw(rows)
@@ -249,7 +231,7 @@ def sample_inputs(
 
         if "reset" in kwargs:
             kwargs["initial"] = state()
-        args = (draw(time, batch, width), state(batch), tuple(controller), head_weight, head_bias)
+        args = (draw(time, batch, width), state(batch), controller, head_weight, head_bias)
         return Sample(name, args, kwargs, "lrua_trace")
 
     lengths = draw.whole(0, time + 1, batch)

@@ -30,7 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, controller_layers, controller_step
+from .common import (
+    Draw,
+    Sample,
+    choose,
+    controller_layers,
+    controller_step,
+    projected_inputs,
+    started,
+    where_row,
+    without_padding,
+)
 from .ntm_addressing import NTMState, ntm_addressing, ntm_read, ntm_write
 
 
@@ -71,26 +81,21 @@ def ntm_trace(
     row b ends after lengths[b] steps; its later features and weightings are zero.
     """
     time, batch, width = input.shape
-    valid = None  # [T, B]: step t exists in row b
-    if lengths is not None:
-        valid = torch.arange(time, device=input.device)[:, None] < lengths.to(input.device)
-        input = torch.where(valid[..., None], input, 0)  # padding may hold anything, even NaN
+    input, valid = without_padding(input, lengths)
     layout = _Heads(heads, shift_range, state.memory.size(-1), squash, head_weight, head_bias)
     layers = controller_layers(controller, width, controller_type)
-    projected = F.linear(input, controller[0][:, :width], layers[0][-1]).unbind()  # T of [B, ..]
+    projected = projected_inputs(input, controller, layers)
 
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
     for t in range(time):
-        entered = state
-        if reset is not None and initial is not None:
-            entered = _choose(reset[t], _expanded(initial, state), state)
+        entered = started(reset, initial, t, state)
         hidden, cell, top = controller_step(
             projected[t], entered.hidden, entered.cell, entered.reads, layers, controller_type
         )
         memory, weightings, reads = layout.act(top, entered)
         new = NTMState(hidden, cell, memory, weightings, reads)
         steps.append((top, new.reads, new.weightings))
-        state = new if valid is None else _choose(valid[t], new, state)
+        state = new if valid is None else choose(valid[t], new, state)
 
     if not steps:  # T = 0
         features = input.new_zeros(0, batch, head_weight.size(1) + state.reads[0].numel())
@@ -98,8 +103,8 @@ def ntm_trace(
     tops, reads, weightings = (torch.stack(column) for column in zip(*steps, strict=True))
     features = torch.cat((tops, reads.flatten(2)), -1)
     if valid is not None:
-        features = torch.where(valid[..., None], features, 0)
-        weightings = torch.where(valid[..., None, None], weightings, 0)
+        features = where_row(valid, features, 0)
+        weightings = where_row(valid, weightings, 0)
     return features, state, weightings
 
 
@@ -174,22 +179,6 @@ class _Heads:
         return memory, torch.cat(weightings, 1), torch.cat(reads, 1) if reads else state.reads
 
 
-def _choose(where: Tensor, a: NTMState, b: NTMState) -> NTMState:
-    """Row by row: ``a`` where the mask [B] is true, else ``b``."""
-    first, second = where[:, None], where[:, None, None]
-    masks = (first, first, second, second, second)
-    return NTMState(*(torch.where(m, x, y) for m, x, y in zip(masks, a, b, strict=True)))
-
-
-def _expanded(initial: NTMState, like: NTMState) -> NTMState:
-    hidden, cell, *rest = initial
-    return NTMState(
-        hidden.unsqueeze(1).expand_as(like.hidden),
-        cell.unsqueeze(1).expand_as(like.cell),
-        *(a.expand_as(b) for a, b in zip(rest, like[2:], strict=True)),
-    )
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -205,12 +194,7 @@ def sample_inputs(
         name: str, heads: str = "wr", layers: int = 1, shift_range: int = 1, **kwargs: Any
     ) -> Sample:
         reads, kind = heads.count("r"), kwargs.get("controller_type", "lstm")
-        gates, scale = (4, control**-0.5) if kind == "lstm" else (1, 1.0)
-        controller: list[Tensor] = []
-        for k in range(layers):
-            below = control if k else width + reads * slot
-            shapes = [(below,), ()] if kind == "feedforward" else [(below,), (control,), (), ()]
-            controller += [draw(gates * control, *rest, scale=scale) for rest in shapes]
+        controller = draw.controller(kind, layers, width + reads * slot, control)
         rows = len(heads) * (slot + 2 * shift_range + 4) + heads.count("w") * 2 * slot
         head_weight, head_bias = draw(rows, control, scale=2 * control**-0.5), draw(rows)
         kept = layers if kind == "lstm" else 0
@@ -230,7 +214,7 @@ def sample_inputs(
             kwargs["heads"] = heads
         if shift_range != 1:
             kwargs["shift_range"] = shift_range
-        args = (draw(time, batch, width), state(batch), tuple(controller), head_weight, head_bias)
+        args = (draw(time, batch, width), state(batch), controller, head_weight, head_bias)
         return Sample(name, args, kwargs, "ntm_trace")
 
     lengths = draw.whole(0, time + 1, batch)
