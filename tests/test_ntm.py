@@ -17,7 +17,7 @@ from seqmem_fast.reference.ntm_addressing import NTMState
 
 class TestNtmSequence(MachineSuite):
     machine = NTM
-    names = ("feedforward", "all_padded")
+    names, all_names = ("feedforward", "all_padded"), NTM.names
     odd_sizes = (
         ("all_padded", (17, 7, 1, 13, 37, 3), {}),
         ("plain", (10, 7, 1, 13, 37, 3), {}),
