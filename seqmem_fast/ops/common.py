@@ -131,7 +131,8 @@ def reference_vjp(
         function: called with ``inputs``; returns the op's outputs.
         inputs: the op's tensor arguments, None where absent.
         grads: of each output, None for zero.
-        wanted: which inputs' gradients are asked for; the others come back as None.
+        wanted: which inputs' gradients are asked for; the others come back as None, as do those of
+            inputs that have none, such as a mask.
     """
     with torch.enable_grad():
         leaves = [
@@ -144,7 +145,8 @@ def reference_vjp(
             if grad is not None and output.requires_grad
         ]
         found: list[Tensor | None] = [None] * len(leaves)
-        asked = {k: leaf for k, leaf in enumerate(leaves) if leaf is not None and wanted[k]}
+        learning = {k: a for k, a in enumerate(leaves) if a is not None and a.requires_grad}
+        asked = {k: leaf for k, leaf in learning.items() if wanted[k]}
         if pairs and asked:
             outputs, seeds = zip(*pairs, strict=True)
             values = torch.autograd.grad(
