@@ -107,7 +107,9 @@ def test_options_of_a_dnc_are_names() -> None:
     assert isinstance(model, MemoryModel)
     dnc: Any = model.get_submodule("dnc")
     assert (dnc.links, dnc.masks, dnc.sharpen, dnc.deallocate) == (False, True, False, False)
-    with pytest.raises(ValueError, match=r"some of no_links, masks, .*, got \['links'\]"):
+    with pytest.raises(
+        ValueError, match=r"some of no_links, feedforward, masks, .*, got \['links'\]"
+    ):
         settings(dnc_options="masks,links")
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.harness import machine, report
 from benchmarks.harness.report import Result
 from benchmarks.harness.rows import OURS, Row, error
-from benchmarks.harness.timing import TORCH_POOL, Budget, Side, Timing, compare, rounds
+from benchmarks.harness.timing import CLOCKS, TORCH_POOL, Budget, Side, Timing, compare, rounds
 
 POOL_BYTES = 1 << 25  # fresh inputs enough to leave the last-level cache, within reason
 
@@ -173,14 +173,16 @@ def main(op: str, rows: Sequence[Row], letters: str, argv: Sequence[str] | None 
     parser.add_argument("--seconds", type=float, default=2.0, help="for one side of one row")
     parser.add_argument("--limit", type=float, help="leave out rows that would end after this")
     parser.add_argument("--json", type=Path, default=machine.RESULTS / f"{op}.json")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args(argv)
     machine.ensure_process(f"benchmarks.bench_{op}", args.malloc, args.threads)
 
     console = report.console()
     torch.set_num_threads(args.threads)
     chosen = [row for row in rows if args.rows in str(row)]
-    results, left_out = run(chosen, Budget(args.seconds, 12 * args.seconds), console, args.limit)
-    here = machine.describe()
+    budget = Budget(args.seconds, 12 * args.seconds, clock=args.clock)
+    results, left_out = run(chosen, budget, console, args.limit)
+    here = machine.describe() | {"clock": args.clock}
     report.write_json(args.json, report.document(op, here, results, left_out, letters))
     report.print_table(console, results, left_out, machine.one_line(here), letters)
     return 0

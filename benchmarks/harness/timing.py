@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 SAMPLE_S = 0.004  # calls shorter than this are timed several at once
 LEAD_IN_S = 0.05  # longer calls evict the caches themselves, so need no untimed call before
 SETTLE_S = 0.002  # the sides of one pool share its threads: a breath is enough
@@ -29,6 +31,7 @@ class Budget:
     cap_s: float = 12.0  # up to here at least `few` samples are taken, however slow the call
     few: int = 3
     most: int = 200
+    clock: str = "wall"  # of CLOCKS; "processor" for one thread on a machine with other work
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def wait_until_idle() -> float:
 class _Runner:
     """Runs one side and keeps its timing."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, clock: Clock) -> None:
+        self.clock = clock
         self.call = side.call
         self.first = side.first
         self.pool = side.pool
@@ -104,16 +108,16 @@ class _Runner:
 
     def timed(self, calls: int) -> float:
         call, inputs = self.call, self.inputs
-        start = time.perf_counter()
+        start = self.clock()
         for _ in range(calls):
             call(next(inputs))
-        return (time.perf_counter() - start) / calls
+        return (self.clock() - start) / calls
 
     def warm_up(self, cap_s: float) -> None:
         """The first call separately; then enough calls to know how many make one sample."""
-        start = time.perf_counter()
+        start = self.clock()
         self.timing.first_values = self.first(next(self.inputs))
-        self.timing.first_s = self.estimate_s = time.perf_counter() - start
+        self.timing.first_s = self.estimate_s = self.clock() - start
         if self.estimate_s > cap_s:  # once is all there is time for: the first call must do
             self.timing.samples.append(self.estimate_s)
             self.timing.calls = 1
@@ -154,7 +158,7 @@ def compare(sides: Sequence[Side], budget: Budget) -> dict[str, Timing]:
     threads the turn passes only when the idle threads of the one before have gone to sleep: each
     spins during its own turn, as its users have it, and takes no core from the next.
     """
-    runners = {side.name: _Runner(side) for side in sides}
+    runners = {side.name: _Runner(side, CLOCKS[budget.clock]) for side in sides}
     several_pools = len({side.pool for side in sides}) > 1
     waits = [0.0]
     gc.collect()

@@ -3,7 +3,7 @@
 python -m benchmarks.studies.scaling [--op ntm|dnc] [--threads 2] [--seconds 1] [--out PICTURE]
 
 The NTM's must stay linear in its slots, the DNC's in their square (its links), both level in T.
-On a machine that has other work, --cpu-clock counts the processor's time, with one thread.
+On a machine that has other work: --clock processor --threads 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from rich.table import Table
 
 from benchmarks import bench_dnc, bench_ntm
 from benchmarks.harness import machine, report, rows
+from benchmarks.harness.timing import CLOCKS, Clock
 
 BATCH, WIDTH, CONTROL, FEW, STANDARD = 4, 20, 100, 41, 128
 TIMES = (10, 100, 1000, 10000)
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -118,20 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=SWEEPS, default="ntm")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=1.0, help="for one size in one mode")
-    parser.add_argument("--cpu-clock", action="store_true", help="the processor's time, one thread")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--json", type=Path, help="standard: results/<op>_scaling.json")
     parser.add_argument("--out", type=Path, help="standard: results/<op>_scaling.png")
     args = parser.parse_args(argv)
     job = f"{args.op}_scaling"
-    clock = time.process_time if args.cpu_clock else time.perf_counter
-    threads = 1 if args.cpu_clock else args.threads
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     console = report.console()
     with console.status("") as status:
-        found = measure(SWEEPS[args.op], args.seconds, clock, status.update)
+        found = measure(SWEEPS[args.op], args.seconds, CLOCKS[args.clock], status.update)
     here = machine.describe()
-    of = "processor" if args.cpu_clock else "wall"
-    kept = {"job": job, "machine": here, "threads": threads, "clock": of, "results": found}
+    kept = {"job": job, "machine": here, "clock": args.clock, "results": found}
     report.write_json(args.json or machine.RESULTS / f"{job}.json", kept)
     draw(SWEEPS[args.op], found, here).savefig(args.out or machine.RESULTS / f"{job}.png", dpi=130)
     table = Table(title=f"{args.op}, B {BATCH}, M {WIDTH}, C {CONTROL}", title_justify="left")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DNC_OPTIONS: dict[str, dict[str, Any]] = {  # those of the layer that need no figure
     "no_links": {"links": False},
+    "feedforward": {"controller": "feedforward"},
     **{name: {name: True} for name in ("masks", "deallocate", "sharpen", "layer_norm")},
 }
 
