@@ -1,7 +1,7 @@
 """Element 2^31 and beyond is found by the ops; the LSTM's own test stands beside its others.
 
 Offsets are int64 throughout; were one cut to 32 bits, the last row would be read before the start.
-``python tests/test_large.py`` also runs what is too slow for the suite: two minutes and 13 GiB.
+``python tests/test_large.py`` also runs what is too slow for the suite: two minutes and 17 GiB.
 The NTM's functionals are not here: their scratch would be 26 GB.
 """
 
@@ -56,6 +56,15 @@ def dynamic_memory(x: Tensor) -> None:
     nets = (small(WIDTH, 2 * WIDTH), small(WIDTH)) * 2
     _, weights = ops.dynamic_memory(small(1, WIDTH, value=0.5), x, *nets, 1, return_memory=False)
     near(weights[0, 0, -1], math.exp(16) / (math.exp(16) + ROWS - 1))
+
+
+def delta_memory(x: Tensor) -> None:
+    """One step of each row, written and read under a key of one feature."""
+    rows = x.view(ROWS, 1, 1, WIDTH)
+    one = small(ROWS, 1, 1, 1, value=1)
+    output, state = ops.delta_memory(one, one, rows, one[..., 0])
+    assert torch.equal(output[-1, 0, 0], LAST) and not output[-2].any()
+    assert torch.equal(state[-1, 0, 0], LAST.float())
 
 
 def hard_attention(x: Tensor) -> None:
@@ -132,7 +141,15 @@ def dnc(x: Tensor) -> None:
 
 
 QUICK: list[Callable[[Tensor], None]] = [dynamic_memory, entmax, hard_attention]
-SLOW = [attention_of_many_queries, attention_to_many_keys, additive_attention, ntm, lrua, dnc]
+SLOW = [
+    attention_of_many_queries,
+    attention_to_many_keys,
+    additive_attention,
+    delta_memory,
+    ntm,
+    lrua,
+    dnc,
+]
 
 
 def run(checks: list[Callable[[Tensor], None]]) -> None:

@@ -18,6 +18,7 @@ from seqmem_fast.ops.hard_attention import sample_at
 from seqmem_fast.reference import (
     additive_attention,
     attention,
+    delta_memory,
     dnc,
     dynamic_memory,
     entmax,
@@ -77,6 +78,12 @@ WORKS: dict[str, Callable[[], list[Work]]] = {
         additive_attention.sample_inputs,
         (1, 3, 9, 8, 8),
         (4, 48, 64, 16, 16),
+    ),
+    "delta_memory": lambda: op(
+        sf.ops.delta_memory,
+        delta_memory.sample_inputs,
+        (1, 3, 1, 5, 6),
+        (2, 80, 2, 64, 40),
     ),
     "dnc": lambda: [computer((4, 1, 5, 16, 12, 6)), computer((6, 37, 5, 40, 70, 20))],
     "entmax": lambda: op(sf.ops.entmax15, entmax.sample_inputs, (4, 3, 7), (60, 20, 900)),

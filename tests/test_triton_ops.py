@@ -127,6 +127,7 @@ def built(kernel: Kernel, target: str) -> tuple[str, tuple[int, int, int]]:
 MATRIX: dict[str, list[tuple[int, ...]]] = {
     "additive_attention": [(3, 5, 7, 6, 4), (2, 64, 160, 128, 64)],
     "attention": [(3, 5, 7, 4, 6), (2, 256, 256, 64, 64), (2, 64, 320, 128, 128)],
+    "delta_memory": [(3, 5, 2, 4, 3), (2, 40, 2, 64, 64), (1, 20, 1, 128, 128)],
     "dnc": [(5, 3, 4, 6, 8, 5)],
     "dynamic_memory": [(4, 9, 6, 5), (4, 128, 64, 64), (4, 50, 128, 100)],
     "entmax": [(4, 3, 7), (4, 3, 9000)],

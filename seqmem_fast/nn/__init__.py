@@ -3,6 +3,7 @@
 # Written by `make format`:
 from .additive_attention import AdditiveAttention
 from .attention import Attention
+from .delta_memory import DeltaMemory, DeltaMemoryState
 from .dnc import DNC
 from .dynamic_memory import DynamicMemory, EpisodicMemory
 from .entmax import Entmax15, Sparsemax
@@ -24,6 +25,8 @@ __all__ = [
     "NTM",
     "AdditiveAttention",
     "Attention",
+    "DeltaMemory",
+    "DeltaMemoryState",
     "DynamicMemory",
     "Entmax15",
     "EpisodicMemory",

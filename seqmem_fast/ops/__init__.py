@@ -3,6 +3,7 @@
 # Written by `make format`:
 from .additive_attention import additive_attention
 from .attention import attention
+from .delta_memory import delta_memory
 from .dnc import DNCOptions, DNCState, DNCTrace, dnc, dnc_trace
 from .dynamic_memory import dynamic_memory
 from .entmax import entmax, entmax15, sparsemax
@@ -22,6 +23,7 @@ __all__ = [
     "additive_attention",
     "attention",
     "categorical_sample",
+    "delta_memory",
     "dnc",
     "dnc_trace",
     "dynamic_memory",

@@ -7,6 +7,7 @@ from typing import Any
 from . import (
     additive_attention,
     attention,
+    delta_memory,
     dnc,
     dynamic_memory,
     entmax,
@@ -20,6 +21,7 @@ from . import (
 __all__ = [
     "additive_attention",
     "attention",
+    "delta_memory",
     "dnc",
     "dynamic_memory",
     "entmax",

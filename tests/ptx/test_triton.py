@@ -92,6 +92,12 @@ def dynamic_memory(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["shared"])
 
 
+def delta_memory(patch: pytest.MonkeyPatch) -> None:
+    module = checks("delta_memory")
+    module.check(module.SAMPLES["ended"], torch.float32)
+    module.check(module.SAMPLES["by_feature"], torch.float32)
+
+
 def entmax(patch: pytest.MonkeyPatch) -> None:
     module = checks("entmax")
     module.check("entmax15", torch.float32)
@@ -101,7 +107,7 @@ def entmax(patch: pytest.MonkeyPatch) -> None:
 
 QUICK: list[Callable[[pytest.MonkeyPatch], None]] = [
     lstm, ntm, dnc, lrua, ntm_addressing, attention, additive_attention, hard_attention,
-    dynamic_memory, entmax,
+    dynamic_memory, entmax, delta_memory,
 ]  # fmt: skip
 
 
