@@ -1,0 +1,1 @@
+"""Other packages' models on our ops; each module is imported by name."""
