@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from seqmem_fast.tasks import Score
+from seqmem_fast.tasks import TASKS, Score
 from seqmem_fast.tasks.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +45,12 @@ def test_every_seed_is_trained_judged_and_kept(
         assert next(iter(run["scores"])) == ntm_tasks.TRAINED and "20 items" in run["scores"]
         assert 0 < run["training_s"] < run["seconds"]
     assert (tmp_path / "ntm_associative_recall.png").is_file()
+
+
+@pytest.mark.parametrize("task", ntm_tasks.BARS)
+def test_a_bar_is_of_sizes_that_are_measured(task: str) -> None:
+    measured = {ntm_tasks.TRAINED, *(probe.label for probe in TASKS[task]().probes())}
+    assert {size for size, _, _ in ntm_tasks.BARS[task]} <= measured
 
 
 def test_a_bar_names_the_sizes_and_the_figure_it_asks_for() -> None:
