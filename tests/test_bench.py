@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -94,6 +95,14 @@ def test_sides_take_turns_and_inputs_come_round() -> None:
     assert found["a"].first_values == 0
     assert [len(found[name].samples) for name in "ab"] == [2, 2]
     assert all(0.06 <= sample < 1 for sample in found["a"].samples)
+
+
+def test_another_clock_times_the_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = itertools.count()
+    monkeypatch.setitem(timing.CLOCKS, "processor", lambda: float(next(reads)))
+    side = timing.Side("a", lambda number: number, [0], lambda number: number)
+    found = timing.compare([side], timing.Budget(2.0, 9.0, few=2, clock="processor"))
+    assert found["a"].first_s == 1 and found["a"].samples == [1, 1]
 
 
 def test_a_call_longer_than_the_cap_is_made_once() -> None:
