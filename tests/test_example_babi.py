@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +81,16 @@ def test_a_dnc_is_asked_right_after_each_storys_facts(babi: ModuleType) -> None:
         torch.testing.assert_close(attention[:, row, :length], model(alone)[1][:, 0])
     loss = torch.nn.functional.cross_entropy(scores, babi.batch_of(told).answer)
     torch.testing.assert_close(model.loss(babi.batch_of(told)), loss)
+
+
+def test_the_example_runs_with_a_dnc(
+    babi: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_threads: Any
+) -> None:
+    monkeypatch.setattr(babi, "accuracy", functools.partial(babi.accuracy, count=5))
+    out = tmp_path / "reads.png"
+    found = babi.main(["--model", "dnc", "--steps", "2", "--out", str(out)])
+    assert found.keys() == babi.TASKS.keys() and all(0 <= share <= 1 for share in found.values())
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
