@@ -3,6 +3,12 @@
 # Written by `make format`:
 from .additive_attention import AdditiveAttention
 from .attention import Attention
+from .attention_compressive import (
+    Compression,
+    CompressiveAttention,
+    CompressiveMemory,
+    CompressiveState,
+)
 from .delta_memory import DeltaMemory, DeltaMemoryState
 from .dnc import DNC
 from .dynamic_memory import DynamicMemory, EpisodicMemory
@@ -25,6 +31,10 @@ __all__ = [
     "NTM",
     "AdditiveAttention",
     "Attention",
+    "Compression",
+    "CompressiveAttention",
+    "CompressiveMemory",
+    "CompressiveState",
     "DeltaMemory",
     "DeltaMemoryState",
     "DynamicMemory",

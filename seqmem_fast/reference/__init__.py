@@ -7,6 +7,7 @@ from typing import Any
 from . import (
     additive_attention,
     attention,
+    attention_compressive,
     delta_memory,
     dnc,
     dynamic_memory,
@@ -21,6 +22,7 @@ from . import (
 __all__ = [
     "additive_attention",
     "attention",
+    "attention_compressive",
     "delta_memory",
     "dnc",
     "dynamic_memory",
