@@ -83,6 +83,26 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in found)
 
 
+def joined(files: list[str], folder: Path) -> list[str]:
+    """The same sources with the C++ of each room of csrc/ in one file, included one by one.
+
+    Most of their time goes into torch's headers, which are then read once a room.
+    """
+    rooms: dict[Path, list[Path]] = {}
+    for file in map(Path, files):
+        if file.suffix == ".cpp":
+            rooms.setdefault(file.parent, []).append(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [file for file in files if Path(file).suffix != ".cpp"]
+    for room, members in rooms.items():
+        text = "".join(f'#include "{member.resolve()}"\n' for member in members)
+        file = folder / f"{room.name}.cpp"
+        if not file.exists() or file.read_text() != text:  # a new one is compiled anew
+            file.write_text(text)
+        found.append(str(file))
+    return found
+
+
 class NoTorch(build_ext):
     """Stands in for the build where torch is absent, so that sdist and metadata still work."""
 
@@ -326,6 +346,7 @@ def make_build_ext() -> type[build_ext]:
                 flags["cxx"] += SANITIZE_FLAGS
                 ext.extra_link_args += ["-fsanitize=address,undefined"]
             flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds]
+            ext.sources = joined(ext.sources, Path(self.build_temp, "joined"))
             kernels = kernel_objects(Path(self.build_temp).resolve(), kinds)
             ext.extra_objects = [*ext.extra_objects, *map(str, kernels)]
             with one_ninja_file(kernels):

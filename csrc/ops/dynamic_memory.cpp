@@ -246,4 +246,6 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
          "Tensor grad_write_weight, Tensor grad_write_bias, Tensor grad_score_query)");
 }
 
+#undef SEQMEM_INPUTS
+
 }  // namespace seqmem::dynamic_memory

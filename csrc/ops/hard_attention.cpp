@@ -203,4 +203,6 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       m, "(Tensor grad_loss, " SEQMEM_LOSS_ARGUMENTS ") -> Tensor grad_logits");
 }
 
+#undef SEQMEM_LOSS_ARGUMENTS
+
 }  // namespace seqmem::hard_attention

@@ -220,4 +220,7 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "Tensor checkpoints, " SEQMEM_OPTIONS "bool[4] output_mask) -> Tensor[]");
 }
 
+#undef SEQMEM_INPUTS
+#undef SEQMEM_OPTIONS
+
 }  // namespace seqmem::lrua

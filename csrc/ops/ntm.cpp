@@ -198,4 +198,7 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "bool[4] output_mask) -> Tensor[]");
 }
 
+#undef SEQMEM_INPUTS
+#undef SEQMEM_OPTIONS
+
 }  // namespace seqmem::ntm

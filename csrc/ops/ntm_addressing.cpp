@@ -205,4 +205,9 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
                    "Tensor grad_erase, Tensor grad_add)");
 }
 
+#undef SEQMEM_CONTENT
+#undef SEQMEM_ADDRESSING
+#undef SEQMEM_READ
+#undef SEQMEM_WRITE
+
 }  // namespace seqmem::ntm_addressing
