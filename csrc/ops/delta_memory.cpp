@@ -321,4 +321,6 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
          "Tensor grad_beta, Tensor grad_log_decay, Tensor grad_state)");
 }
 
+#undef SEQMEM_INPUTS
+
 }  // namespace seqmem::delta_memory

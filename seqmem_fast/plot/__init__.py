@@ -1,10 +1,20 @@
 """Pictures of what a network does inside; needs matplotlib (`pip install matplotlib`)."""
 
 from .attention import attention
+from .compressive import compressive
 from .dnc import dnc
 from .gates import gates, liveliest
 from .graph_traversal import graph_traversal
 from .ntm import ntm
 from .one_shot import one_shot
 
-__all__ = ["attention", "dnc", "gates", "graph_traversal", "liveliest", "ntm", "one_shot"]
+__all__ = [
+    "attention",
+    "compressive",
+    "dnc",
+    "gates",
+    "graph_traversal",
+    "liveliest",
+    "ntm",
+    "one_shot",
+]
