@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.compressive [--out FILE]
 
-Queries and keys are the inputs themselves, so a note looks where it sounded before. A note lasts two
-to six steps.
+Queries and keys are the inputs themselves, so a note looks where it sounded before. A note lasts
+two to six steps.
 """
 
 from __future__ import annotations
