@@ -88,7 +88,6 @@ def work(batch: int, steps: int, heads: int, features: int, values: int) -> rows
         sample,
         ops.delta_memory,
         peers,
-        exact=reference.delta_memory,
         compile_with=compiled,
         missing=missing,
     )

@@ -31,7 +31,8 @@ class BackwardRun {
   Run* runs;                        // [segment]
   C* memories;                      // [segment / N, K, Vp]: where runs begin
   C* nothing;                       // [K, Vp] zeros
-  C* grad_memory;                   // dS [K, Vp]
+  C* grad_memories;                 // of each unit at work: dS [K, Vp]
+  C* grad_memory;                   // of the present one
   C* turned;                        // S^T or dS^T [Vp, Kp]
   C* given;                         // [2 n, Vp]: do, then -dx
   C* grad_u;                        // [N, Vp]
@@ -62,7 +63,7 @@ class BackwardRun {
       runs = take.array<Run>(s.segment);
       memories = take.array<C>(s.segment / N * s.K * Vp);
       nothing = take.array<C>(s.reset == nullptr ? 0 : s.K * Vp);
-      grad_memory = take.array<C>(s.K * Vp);
+      grad_memories = take.array<C>(min(s.H * s.slices, together<C>(s.K * Vp)) * s.K * Vp);
       turned = take.array<C>(Vp * Kp);
       given = take.array<C>(2 * N * Vp);
       grad_u = take.array<C>(N * Vp);
@@ -80,8 +81,12 @@ class BackwardRun {
   void run() {
     if (s.reset != nullptr) fill(nothing, s.K * Vp);
     const Share mine = share(s.B * s.H * s.slices, thread, threads);
-    for (int64_t u = mine.begin; u < mine.end; ++u)
-      run_slice(u / s.slices / s.H, u / s.slices % s.H, u % s.slices);
+    for (int64_t u = mine.begin; u < mine.end;) {
+      const int64_t b = u / s.slices / s.H, row_ends = (b + 1) * s.H * s.slices;
+      const int64_t count = min(together<C>(s.K * Vp), min(mine.end, row_ends) - u);
+      run_units(b, u, count);
+      u += count;
+    }
     if (a.parts_q == nullptr) return;
     barrier.wait();
     const Share rows = share(s.B * s.T * s.Hk, thread, threads);
@@ -95,33 +100,56 @@ class BackwardRun {
 
   // ---- a slice of a head's values
 
-  void run_slice(int64_t b, int64_t h, int64_t slice) {
+  struct Unit {
+    int64_t head, h, slice;
+    int64_t first, width;  // columns of V
+    int64_t matrix;        // where its part of a memory [B, H, K, V] begins
+  };
+
+  Unit unit(int64_t u) const {
+    const int64_t head = u / s.slices, slice = u % s.slices;
     const int64_t first = vectors * slice / s.slices * L;
     const int64_t width = min(s.V, vectors * (slice + 1) / s.slices * L) - first;
-    const int64_t head = b * s.H + h, end = steps_of(s, b);
-    const int64_t offset = head * s.K * s.V + first;
-    load_matrix(grad_memory, at(a.grad_final, offset), width);
-    for (int64_t segment = ceil_div(end, s.segment) - 1; segment >= 0; --segment) {
-      const int64_t begin = segment * s.segment, stop = min(end, begin + s.segment);
-      int64_t count = 0;
-      for (int64_t t = begin; t < stop; t += runs[count++].steps)
-        runs[count] = run_from(s, b, t, stop);
-      const int64_t kept = (head * s.segments() + segment) * s.K * s.V + first;
-      load_matrix(memories, static_cast<const C*>(a.states) + kept, width);
-      for (int64_t r = 0; r + 1 < count; ++r) {
-        if (runs[r + 1].anew) continue;
-        chunk.read(a, b, h, runs[r], memory_of(r, begin), first, width);
-        chunk.advance(memory_of(r, begin), memory_of(r + 1, begin));
+    return {head, head % s.H, slice, first, width, head * s.K * s.V + first};
+  }
+
+  // Slices of heads of one batch row.
+  void run_units(int64_t b, int64_t begin, int64_t count) {
+    const int64_t end = steps_of(s, b);
+    auto for_units = [&](auto&& f) {
+      for (int64_t k = 0; k < count; ++k) {
+        grad_memory = grad_memories + k * s.K * Vp;
+        f(unit(begin + k));
       }
-      for (int64_t r = count - 1; r >= 0; --r) {
-        C* memory = memory_of(r, begin);
-        chunk.read(a, b, h, runs[r], memory, first, width);
-        take_back(b, h, slice, runs[r], memory, first, width);
-      }
+    };
+    for_units(
+        [&](const Unit& u) { load_matrix(grad_memory, at(a.grad_final, u.matrix), u.width); });
+    for (int64_t segment = ceil_div(end, s.segment) - 1; segment >= 0; --segment)
+      for_units([&](const Unit& u) { run_segment(b, u, segment, end); });
+    for_units([&](const Unit& u) {
+      C* to = static_cast<C*>(a.grad_state) + u.matrix;
+      for (int64_t i = 0; i < s.K; ++i) store_row<C>(to + i * s.V, grad_memory + i * Vp, u.width);
+      leave_zeros(b, u.h, end, u.first, u.width);
+    });
+  }
+
+  void run_segment(int64_t b, const Unit& u, int64_t segment, int64_t end) {
+    const int64_t begin = segment * s.segment, stop = min(end, begin + s.segment);
+    int64_t count = 0;
+    for (int64_t t = begin; t < stop; t += runs[count++].steps)
+      runs[count] = run_from(s, b, t, stop);
+    const int64_t kept = (u.head * s.segments() + segment) * s.K * s.V + u.first;
+    load_matrix(memories, static_cast<const C*>(a.states) + kept, u.width);
+    for (int64_t r = 0; r + 1 < count; ++r) {
+      if (runs[r + 1].anew) continue;
+      chunk.read(a, b, u.h, runs[r], memory_of(r, begin), u.first, u.width);
+      chunk.advance(memory_of(r, begin), memory_of(r + 1, begin));
     }
-    C* to = static_cast<C*>(a.grad_state) + offset;
-    for (int64_t i = 0; i < s.K; ++i) store_row<C>(to + i * s.V, grad_memory + i * Vp, width);
-    leave_zeros(b, h, end, first, width);
+    for (int64_t r = count - 1; r >= 0; --r) {
+      C* memory = memory_of(r, begin);
+      chunk.read(a, b, u.h, runs[r], memory, u.first, u.width);
+      take_back(b, u.h, u.slice, runs[r], memory, u.first, u.width);
+    }
   }
 
   C* memory_of(int64_t r, int64_t begin) const {

@@ -39,7 +39,8 @@ class ForwardRun {
     take.per_thread(thread, threads, [&] {
       steps.place(take);
       ahead = take.array<C>(kChunk * steps.Kp);
-      memory = take.array<C>(slices() * s.K * kVectors * L);
+      const int64_t slice = s.K * kVectors * L;
+      memory = take.array<C>(min(s.H * slices(), together<C>(slice)) * slice);
     });
     return take.used();
   }
@@ -47,29 +48,37 @@ class ForwardRun {
   void run() {
     const Share mine = share(s.B * s.H * slices(), thread, threads);
     for (int64_t u = mine.begin; u < mine.end;) {
-      const int64_t head = u / slices(), first = u % slices();
-      const int64_t last = min(slices(), first + mine.end - u);
-      run_head(head / s.H, head % s.H, first, last);
-      u += last - first;
+      const int64_t b = u / slices() / s.H, row_ends = (b + 1) * s.H * slices();
+      const int64_t count = min(together<C>(s.K * kVectors * L), min(mine.end, row_ends) - u);
+      run_units(b, u, count);
+      u += count;
     }
   }
 
  private:
-  void run_head(int64_t b, int64_t h, int64_t first, int64_t last) {
+  // Slices of heads of one batch row.
+  void run_units(int64_t b, int64_t first, int64_t count) {
     const int64_t end = steps_of(s, b);
+    auto for_units = [&](auto&& f) {
+      for (int64_t u = first; u < first + count; ++u) {
+        const int64_t j = u % slices();
+        for_slice(j, [&](auto vectors) { f(vectors, u / slices() % s.H, j, u - first); });
+      }
+    };
     for (int64_t t = 0; t < end;) {
       const Run run = run_from(s, b, t, end);
-      read(b, h, run);
-      for (int64_t j = first; j < last; ++j)
-        for_slice(j, [&](auto count) { run_slice<decltype(count)::value>(b, h, j, run, end); });
+      for_units([&](auto vectors, int64_t h, int64_t j, int64_t place) {
+        if (place == 0 || j == 0) read(b, h, run);
+        run_slice<decltype(vectors)::value>(b, h, j, place, run, end);
+      });
       t += run.steps;
     }
-    for (int64_t j = first; j < last; ++j) {
-      if (end == 0) for_slice(j, [&](auto n) { hand_on<decltype(n)::value>(b * s.H + h, j); });
+    for_units([&](auto vectors, int64_t h, int64_t j, int64_t) {
+      if (end == 0) hand_on<decltype(vectors)::value>(b * s.H + h, j);
       for (int64_t t = end; t < s.T; ++t)
         for (int64_t c = j * kVectors * L; c < min(s.V, (j + 1) * kVectors * L); ++c)
           output(b, t, h)[c] = S{};
-    }
+    });
   }
 
   template <class F>
@@ -122,10 +131,10 @@ class ForwardRun {
   }
 
   template <int NV>
-  void run_slice(int64_t b, int64_t h, int64_t j, const Run& run, int64_t end) {
+  void run_slice(int64_t b, int64_t h, int64_t j, int64_t place, const Run& run, int64_t end) {
     const int64_t head = b * s.H + h, c = j * kVectors * L, left = s.V - c;
     const bool whole = left >= NV * L, last = run.begin + run.steps == end;
-    const Place mine = {memory + j * s.K * kVectors * L, NV * L};
+    const Place mine = {memory + place * s.K * kVectors * L, NV * L};
     const Place result = in_tensor(a.final_state, head, c);
     Place from = mine;
     if (run.anew) {
@@ -139,8 +148,8 @@ class ForwardRun {
       }
     }
     if (a.states != nullptr && run.begin % s.segment == 0) {
-      const int64_t place = head * s.segments() + run.begin / s.segment;
-      copy<NV>(in_tensor(a.states, place, c), from, left);
+      const int64_t kept = head * s.segments() + run.begin / s.segment;
+      copy<NV>(in_tensor(a.states, kept, c), from, left);
     }
     const Place to = last && whole ? result : mine;
     switch (s.decay) {

@@ -39,6 +39,14 @@ SEQMEM_INLINE Run run_from(const Shape& s, int64_t b, int64_t t, int64_t end) {
   return {t, stop - t, reset != nullptr && reset[t]};
 }
 
+// Rows of neighbouring heads lie side by side: their units of work, of `elements` of memory each,
+// go through the steps together, as many as the L2 cache keeps beside the rest.
+template <class C>
+SEQMEM_INLINE int64_t together(int64_t elements) {
+  constexpr int64_t kBytes = 128 << 10;
+  return max<int64_t>(kBytes / (max<int64_t>(elements, 1) * static_cast<int64_t>(sizeof(C))), 1);
+}
+
 template <class S>
 class Steps {
   using C = compute_t<S>;
