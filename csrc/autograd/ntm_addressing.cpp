@@ -17,12 +17,12 @@ namespace {
 
 using at::Tensor;
 
-// All four functionals take tensors alone and have one output.
-template <class Forward, class Backward>
+// All four functionals take tensors alone and have one output. Torch spells a Function's whole name
+// at every backward, so those below have short ones.
+template <class Self, class Forward, class Backward>
 struct Derivative;
-template <const char* name, class... Args, class Backward>
-struct Derivative<Op<name, Tensor(Args...)>, Backward>
-    : torch::autograd::Function<Derivative<Op<name, Tensor(Args...)>, Backward>> {
+template <class Self, const char* name, class... Args, class Backward>
+struct Derivative<Self, Op<name, Tensor(Args...)>, Backward> : torch::autograd::Function<Self> {
   using Forward = Op<name, Tensor(Args...)>;
 
   static Tensor forward(AutogradContext* ctx, Args... tensors) {
@@ -46,19 +46,18 @@ struct Derivative<Op<name, Tensor(Args...)>, Backward>
   }
 };
 
-template <class Ops>
-void differentiate_all(torch::Library& m) {
-  differentiate<typename Ops::Forward, Derivative<typename Ops::Forward, typename Ops::Backward>>(
-      m);
-}
+struct Content : Derivative<Content, ContentOps::Forward, ContentOps::Backward> {};
+struct Addressing : Derivative<Addressing, AddressingOps::Forward, AddressingOps::Backward> {};
+struct Read : Derivative<Read, ReadOps::Forward, ReadOps::Backward> {};
+struct Write : Derivative<Write, WriteOps::Forward, WriteOps::Backward> {};
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-  differentiate_all<ContentOps>(m);
-  differentiate_all<AddressingOps>(m);
-  differentiate_all<ReadOps>(m);
-  differentiate_all<WriteOps>(m);
+  differentiate<ContentOps::Forward, Content>(m);
+  differentiate<AddressingOps::Forward, Addressing>(m);
+  differentiate<ReadOps::Forward, Read>(m);
+  differentiate<WriteOps::Forward, Write>(m);
 }
 
 }  // namespace seqmem::ntm_addressing
