@@ -230,11 +230,6 @@ Tensors<3> forward_meta(const ForwardInputs& in) { return allocate(in, check<c10
 
 // ---- backward
 
-Tensor gradient(bool wanted, Maybe like) {
-  if (!wanted || !like.has_value()) return {};
-  return at::empty_symint(like->sym_sizes(), like->options());
-}
-
 Tensors<6> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
   Call call(in, s);
