@@ -45,7 +45,8 @@ SANITIZE_FLAGS = [
     "-fno-sanitize-recover=undefined",
 ]
 
-# One row per ISA: name, the compiler's flags, the names by which ATen's vector headers know it.
+# One row per ISA: name, the compiler's flags, the names by which ATen's vector headers know it. The
+# last has tiles beside AVX-512: inline assembly, so that the compiler need not know them.
 ISA_FLAGS = {
     "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
@@ -55,6 +56,7 @@ ISA_FLAGS = {
         *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     ],
 }
+ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 
 def fail(sentence: str) -> NoReturn:
@@ -253,20 +255,27 @@ def check_tools() -> None:
         fail(f"ninja is missing: run `pip install ninja`, then `{INSTALL}`")
 
 
-def kernel_objects(folder: Path, kinds: list[str]) -> dict[Path, tuple[str, Path]]:
-    """The object files of the CPU kernels: each with its ISA and source, large sources first."""
-    kernels = [Path(file).resolve() for file in sources("cpu/*_kernel.cpp")]
-    kernels.sort(key=lambda file: file.stat().st_size, reverse=True)
-    below = Path("csrc", "cpu")
-    return {
-        folder / isa / below / f"{kernel.stem}.o": (isa, kernel)
-        for kernel in kernels
-        for isa in kinds
-    }
+def kernel_objects(
+    folder: Path, kinds: list[str], emulated: str | None
+) -> dict[Path, tuple[list[str], Path]]:
+    """The object files of the CPU kernels: each with its flags and source, large sources first.
+
+    Tiles are emulated beside the vectors of the ISA `emulated`, if it is given.
+    """
+    folders = {isa: (isa, ISA_FLAGS[isa]) for isa in kinds}
+    if emulated is not None:
+        flags = ["-DSEQMEM_EMULATE_TILES", *ISA_FLAGS[emulated]]
+        folders["amx"] = (f"amx-emulated-{emulated}", flags)
+    found = []
+    for isa, (name, flags) in folders.items():
+        for file in sources("cpu/*_tiles.cpp" if isa == "amx" else "cpu/*_kernel.cpp"):
+            target = folder / name / Path(file).with_suffix(".o")
+            found.append((target, ([f"-DSEQMEM_ISA={isa}", *flags], Path(file).resolve())))
+    return dict(sorted(found, key=lambda item: item[1][1].stat().st_size, reverse=True))
 
 
 @contextlib.contextmanager
-def one_ninja_file(kernels: dict[Path, tuple[str, Path]]) -> Iterator[None]:
+def one_ninja_file(kernels: dict[Path, tuple[list[str], Path]]) -> Iterator[None]:
     """Put the kernels at the head of the ninja file that torch writes for the other sources.
 
     So all objects share one pool of jobs, and the ones that take longest start first.
@@ -277,10 +286,9 @@ def one_ninja_file(kernels: dict[Path, tuple[str, Path]]) -> Iterator[None]:
         return str(path).replace(" ", "$ ")
 
     edges = ""
-    for target, (isa, source) in kernels.items():
-        flags = " ".join([f"-DSEQMEM_ISA={isa}", *ISA_FLAGS[isa]])
+    for target, (flags, source) in kernels.items():
         edges += f"\nbuild {escape(target)}: compile {escape(source)}\n"
-        edges += f"  post_cflags = $post_cflags {flags}\n"
+        edges += f"  post_cflags = $post_cflags {' '.join(flags)}\n"
     run_ninja = cpp_extension._run_ninja_build
 
     def add_and_run(build_directory: str, verbose: bool, error_prefix: str) -> None:
@@ -305,9 +313,15 @@ def make_build_ext() -> type[build_ext]:
             *build_ext.user_options,
             ("sanitize", None, "build with AddressSanitizer and UndefinedBehaviorSanitizer"),
             ("isas=", None, "compile the CPU kernels for these ISAs alone, as in avx2,avx512"),
+            ("emulate-tiles", None, "run the kernels on tiles without these, as --sanitize does"),
         ]
-        boolean_options = [*build_ext.boolean_options, "sanitize"]  # noqa: RUF012
+        boolean_options = [  # noqa: RUF012
+            *build_ext.boolean_options,
+            "sanitize",
+            "emulate-tiles",
+        ]
         sanitize: bool
+        emulate_tiles: bool
         isas: str | None
         build_temp: str
         extensions: list[Extension]
@@ -315,6 +329,7 @@ def make_build_ext() -> type[build_ext]:
         def initialize_options(self) -> None:
             super().initialize_options()
             self.sanitize = False
+            self.emulate_tiles = False
             self.isas = None
 
         def finalize_options(self) -> None:
@@ -345,9 +360,13 @@ def make_build_ext() -> type[build_ext]:
             if self.sanitize:
                 flags["cxx"] += SANITIZE_FLAGS
                 ext.extra_link_args += ["-fsanitize=address,undefined"]
-            flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds]
+            # Only the kernels on tiles differ where these are emulated, or none are compiled.
+            flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds if isa != "amx"]
+            emulated = None
+            if self.sanitize or self.emulate_tiles:  # a sanitizer sees nothing of inline assembly
+                emulated = [isa for isa in isas_of_this_machine() if isa in kinds][-1]
             ext.sources = joined(ext.sources, Path(self.build_temp, "joined"))
-            kernels = kernel_objects(Path(self.build_temp).resolve(), kinds)
+            kernels = kernel_objects(Path(self.build_temp).resolve(), kinds, emulated)
             ext.extra_objects = [*ext.extra_objects, *map(str, kernels)]
             with one_ninja_file(kernels):
                 super().build_extension(ext)

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "common/dispatch.h"
 #include "common/team.h"
+#include "common/tiles_in_use.h"
 
 #define SEQMEM_STRING_(x) #x
 #define SEQMEM_STRING(x) SEQMEM_STRING_(x)
@@ -35,6 +35,11 @@ std::vector<std::string> compiled_isas() {
   };
 }
 
+std::string compiled_tiles() {
+  if (&seqmem::amx::tiles_build == nullptr) return "none";
+  return seqmem::amx::tiles_build.emulated ? "emulated" : "amx";
+}
+
 std::string cpu_capability() {
   switch (seqmem::isa_in_use()) {
     case seqmem::Isa::Avx512: return "avx512";
@@ -55,6 +60,7 @@ pybind11::dict build_info() {
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["torch"] = TORCH_VERSION;
   info["isas"] = compiled_isas();
+  info["tiles"] = compiled_tiles();
 #if defined(SEQMEM_WITH_CUDA)
   info["cuda"] = true;
 #else
@@ -73,6 +79,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("available_threads", &seqmem::available_threads,
         "Threads that a call may use now: torch's, or fewer for a while after other programs kept "
         "one from running.");
+  m.def("tiles_in_use", &seqmem::tiles_in_use, "Whether bf16 LSTMs run on tiles.");
   seqmem::attention::bind(m);
   seqmem::lstm::bind(m);
 }

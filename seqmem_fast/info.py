@@ -41,6 +41,7 @@ def collect() -> dict[str, str | int]:
         "ISA in use": _C.cpu_capability(),
         "ISA available": ", ".join(available_isas(build["isas"])),
         "ISA compiled": ", ".join(build["isas"]),
+        "bf16 tiles": tiles(build["tiles"]),
         "ATEN_CPU_CAPABILITY": os.environ.get("ATEN_CPU_CAPABILITY", "not set"),
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
@@ -61,6 +62,15 @@ def available_isas(compiled: Sequence[str]) -> list[str]:
         "avx512": ("avx512_f", "avx512_vl", "avx512_bw", "avx512_dq", "fma3"),
     }
     return [isa for isa in compiled if all(has.get(flag, False) for flag in needs[isa])]
+
+
+def tiles(compiled: str) -> str:
+    """Whether bf16 LSTMs run on AMX tiles."""
+    if compiled == "none":
+        return "not built"
+    if not _C.tiles_in_use():
+        return "not in use"
+    return "emulated" if compiled == "emulated" else "in use"
 
 
 def processor() -> str:

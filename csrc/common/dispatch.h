@@ -6,9 +6,9 @@
 
 #include <string>
 
-namespace seqmem {
+#include "isa.h"
 
-enum class Isa { Baseline, Avx2, Avx512 };
+namespace seqmem {
 
 // The best ISA that was compiled in and that torch uses, which honours ATEN_CPU_CAPABILITY.
 inline Isa isa_in_use() {

@@ -18,7 +18,23 @@
   __VA_ARGS__                    \
   }
 
+// The same for kernels on tiles; in a build without them their addresses are null.
+#define SEQMEM_FOR_TILES(...) \
+  namespace amx {             \
+  __VA_ARGS__                 \
+  }
+#define SEQMEM_IF_BUILT __attribute__((weak))
+
 namespace seqmem {
+
+enum class Isa { Baseline, Avx2, Avx512 };
+
+// What the kernels on tiles were compiled for beside the tiles, which may be emulated.
+struct TilesBuild {
+  Isa vectors;
+  bool emulated;
+};
+SEQMEM_FOR_TILES(SEQMEM_IF_BUILT extern const TilesBuild tiles_build;)
 
 // The entry points of one ISA's kernel; Shapes are what its work is laid out by. `workspace` gives
 // the bytes that Arguments::workspace must have, 64-byte aligned. Call `run` from `threads` threads

@@ -78,22 +78,26 @@ SEQMEM_INLINE Vec<compute_t<S>> load_strided(const S* from, int64_t stride, int 
 }
 
 // The storage types that a kernel is compiled for.
-enum class Types { All, FloatAndDouble };
+enum class Types { All, FloatAndDouble, BFloat16 };
 
 // Calls f with a value of the storage type.
 template <Types types = Types::All, class F>
 SEQMEM_INLINE int64_t with_storage(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::Float: return f(float{});
-    case Storage::Double: return f(double{});
-    case Storage::BFloat16:
-      if constexpr (types == Types::All) return f(bf16{});
-      break;
-    case Storage::Half:
-      if constexpr (types == Types::All) return f(fp16{});
-      break;
+  if constexpr (types == Types::BFloat16) {
+    return f(bf16{});
+  } else {
+    switch (storage) {
+      case Storage::Float: return f(float{});
+      case Storage::Double: return f(double{});
+      case Storage::BFloat16:
+        if constexpr (types == Types::All) return f(bf16{});
+        break;
+      case Storage::Half:
+        if constexpr (types == Types::All) return f(fp16{});
+        break;
+    }
+    return 0;
   }
-  return 0;
 }
 
 // The table of a kernel that is written as a class Run<S> of the storage type S: constructed from

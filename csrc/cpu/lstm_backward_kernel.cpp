@@ -223,16 +223,8 @@ class BackwardRun : Walk {
 
   SEQMEM_INLINE Vec<C> previous_cell(int64_t t, int64_t r, int64_t unit, int lanes, bool cut) {
     if (cut) return Vec<C>{};
-    const S* from = previous(a.cells, a.cx, t, r, s.H);
+    const S* from = previous<S>(a.cells, a.cx, t, r, s.H);
     return from == nullptr ? Vec<C>{} : load_n(from + unit, lanes);
-  }
-
-  // Row r's state before time t: in the sequence tensor, or the initial one (null if zero).
-  const S* previous(const void* sequence, const void* initial, int64_t t, int64_t r,
-                    int64_t width) {
-    const bool begins = s.reverse ? r >= s.active[t + 1] : t == 0;
-    if (begins) return optional_row<S>(initial, s.order[r], width);
-    return static_cast<const S*>(sequence) + index(s.reverse ? t + 1 : t - 1, r) * width;
   }
 
   // This thread's share of the chunk's copies of x_t and h_{t-1}, and of their row indices.
@@ -243,7 +235,7 @@ class BackwardRun : Walk {
       if (a.grad_weight_ih == nullptr) continue;
       load_row(sums.x + (n + r) * sums.x_stride, static_cast<const S*>(a.input) + index(t, r) * s.I,
                s.I);
-      const S* before = is_cut(s, t, r) ? nullptr : previous(a.output, a.hx, t, r, s.P);
+      const S* before = is_cut(s, t, r) ? nullptr : previous<S>(a.output, a.hx, t, r, s.P);
       load_row_or_zero(sums.h + (n + r) * sums.h_stride, before, s.P);
     }
   }

@@ -7,6 +7,12 @@
 namespace seqmem::lstm {
 namespace {
 
+// Row r of an optional tensor, or null.
+template <class S>
+SEQMEM_INLINE const S* optional_row(const void* base, int64_t r, int64_t width) {
+  return base == nullptr ? nullptr : static_cast<const S*>(base) + r * width;
+}
+
 // The rows of one thread, and their positions in memory.
 struct Walk {
   const Shape& s;
@@ -23,6 +29,15 @@ struct Walk {
     const int64_t n = s.active[t] - row_begin;
     return n <= 0 ? 0 : ceil_div(n, row_step);
   }
+
+  // Row r's state before time t: in the sequence tensor, or the initial one (null if zero).
+  template <class S>
+  const S* previous(const void* sequence, const void* initial, int64_t t, int64_t r,
+                    int64_t width) const {
+    const bool begins = s.reverse ? r >= s.active[t + 1] : t == 0;
+    if (begins) return optional_row<S>(initial, s.order[r], width);
+    return static_cast<const S*>(sequence) + index(s.reverse ? t + 1 : t - 1, r) * width;
+  }
 };
 
 // to[0..padded(n)-1] = from[0..n-1], then zeros; all zeros where from is null.
@@ -31,12 +46,6 @@ SEQMEM_INLINE void load_row_or_zero(compute_t<S>* to, const S* from, int64_t n) 
   using C = compute_t<S>;
   for (int64_t i = 0; i < n; i += kLanes<C>)
     store(to + i, from == nullptr ? Vec<C>{} : load_n(from + i, static_cast<int>(n - i)));
-}
-
-// Row r of an optional tensor, or null.
-template <class S>
-SEQMEM_INLINE const S* optional_row(const void* base, int64_t r, int64_t width) {
-  return base == nullptr ? nullptr : static_cast<const S*>(base) + r * width;
 }
 
 // The i-th of n blocks, from the other end at every second step: a pass over weights that are too

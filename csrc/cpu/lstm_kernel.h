@@ -29,7 +29,7 @@ struct Shape {
 struct Plan {
   bool by_rows;   // required where weight_hr is given
   bool pack;      // weights are copied into panels first; pays when many rows use them
-  int64_t chunk;  // time steps projected, or differentiated, at once
+  int64_t chunk;  // time steps projected, or differentiated, at once; on tiles 0 is none projected
 };
 
 // Storage type S is float, double, bf16 or fp16; null where optional and absent.
@@ -78,5 +78,8 @@ struct Backward {
 
 SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape, Plan> forward_kernel;
                     extern const Kernel<Backward, Shape, Plan> backward_kernel;)
+// bf16 alone, no projection.
+SEQMEM_FOR_TILES(SEQMEM_IF_BUILT extern const Kernel<Forward, Shape, Plan> forward_kernel;
+                 SEQMEM_IF_BUILT extern const Kernel<Backward, Shape, Plan> backward_kernel;)
 
 }  // namespace seqmem::lstm

@@ -7,18 +7,16 @@
 #include <numeric>
 #include <tuple>
 
-#include "../common/dispatch.h"
 #include "../common/kept_blocks.h"
 #include "../common/operand.h"
 #include "../common/team.h"
 #include "../cpu/lstm_kernel.h"
 #include "lstm_check.h"
+#include "lstm_schedule.h"
 
 namespace seqmem::lstm {
 
 namespace {
-
-using Sizes64 = Sizes<int64_t>;
 
 // Where the rows are stored and which are active when: see Shape.
 struct Rows {
@@ -74,46 +72,6 @@ struct Call {
   explicit Call(const Sizes64& s) : Call(s, {{}, {}, {}, {}}, false, false) {}
 };
 
-struct Schedule {
-  Plan plan;
-  int threads;
-};
-
-// Estimates in microseconds of one core; they only steer the choices below. A barrier costs little,
-// but where another program holds the other core each one may wait for a time slice, so short steps
-// stay on one thread; shorter ones of a single row do not, for it has no rows to share.
-constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
-constexpr double kStepWorthSharing = 3, kLoneStepWorthSharing = 0.7;
-constexpr double kCallWorthSharing = 50;
-constexpr int64_t kSecondCache = 256 << 10;
-constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from the third cache
-
-// Threads share rows where each gets several, and many if the weights do not stay in its cache;
-// else they share hidden units, which halves the weights each thread reads but needs a barrier per
-// step.
-Schedule share_out(const Sizes64& s, int64_t element, bool projected, int64_t recurrent_width) {
-  const int available = available_threads();
-  const double flops = 8.0 * s.H * s.B * recurrent_width;
-  const double bytes = 4.0 * s.H * recurrent_width * element;
-  const double step = std::max(flops / kFlopsPerMicrosecond, bytes / kBytesPerMicrosecond);
-  const double call = step * s.T * (1 + double(s.I) / recurrent_width);
-  auto limit = [&](double threads) { return int(std::clamp(threads, 1.0, double(available))); };
-  const int by_rows = std::min<int64_t>(limit(call / kCallWorthSharing), std::max<int64_t>(s.B, 1));
-  const double step_worth = s.B == 1 ? kLoneStepWorthSharing : kStepWorthSharing;
-  const int by_units = std::min<int64_t>(
-      limit(std::min(step / step_worth, call / kCallWorthSharing)), std::max<int64_t>(s.H / 16, 1));
-  const int64_t enough = bytes <= kSecondCache ? 6 : kRowsPerWeight;
-  const bool rows = projected || s.B >= enough * by_rows || by_units == 1;
-  return {{rows, true, 1}, rows ? by_rows : by_units};
-}
-
-// Packing pays when several steps, or many rows of one step, reuse the weights; widths hardly
-// matter, measured.
-bool worth_packing(const Sizes64& s) { return s.T > 1 ? s.T * (s.B + 8) > 60 : s.B >= 100; }
-
-// In the backward packing is a plain copy, but the products run slower without it.
-constexpr int64_t kRowsWorthPacking = 48;
-
 // A gradient [..., width]. Rows that are all one and the same, as those of a sum's gradient are,
 // are not copied out: one stands for all.
 class RowsGradient {
@@ -148,20 +106,20 @@ class RowsGradient {
 };
 
 void run_forward(const Call& call, const Sizes64& s, const Tensor& like, const Forward& arguments) {
-  Schedule schedule = share_out(s, like.element_size(), call.shape.projected, s.P);
-  schedule.plan.pack = worth_packing(s);
-  schedule.plan.chunk = std::max<int64_t>(1, 128 / std::max<int64_t>(s.B, 1));
-  launch(SEQMEM_CHOOSE(forward_kernel), schedule.threads, arguments, storage_of(like), call.shape,
-         schedule.plan);
+  const bool tiles = runs_on_tiles(s, like.scalar_type(), call.shape.projected);
+  const Schedule schedule = tiles ? schedule_forward_on_tiles(s)
+                                  : schedule_forward(s, like.element_size(), call.shape.projected);
+  launch(tiles ? amx::forward_kernel : SEQMEM_CHOOSE(forward_kernel), schedule.threads, arguments,
+         storage_of(like), call.shape, schedule.plan);
 }
 
 void run_backward(const Call& call, const Sizes64& s, const Tensor& like,
                   const Backward& arguments) {
-  Schedule schedule = share_out(s, like.element_size(), call.shape.projected, s.P);
-  schedule.plan.pack = s.T * s.B > kRowsWorthPacking;
-  schedule.plan.chunk = std::max<int64_t>(1, 256 / std::max<int64_t>(s.B, 1));
-  launch(SEQMEM_CHOOSE(backward_kernel), schedule.threads, arguments, storage_of(like), call.shape,
-         schedule.plan);
+  const bool tiles = runs_on_tiles(s, like.scalar_type(), call.shape.projected);
+  const Schedule schedule = tiles ? schedule_backward_on_tiles(s)
+                                  : schedule_backward(s, like.element_size(), call.shape.projected);
+  launch(tiles ? amx::backward_kernel : SEQMEM_CHOOSE(backward_kernel), schedule.threads, arguments,
+         storage_of(like), call.shape, schedule.plan);
 }
 
 void* data_if(bool wanted, const Tensor& t) { return wanted ? data(t) : nullptr; }
