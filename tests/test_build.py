@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -283,7 +286,7 @@ def test_no_function_is_shared_between_isas() -> None:
     if shutil.which("nm") is None or not object_files("baseline"):
         pytest.skip("needs nm and the objects of a build in place")
     owner: dict[str, str] = {}
-    for isa in _C.build_info()["isas"]:
+    for isa in (*_C.build_info()["isas"], "amx"):
         for file in object_files(isa):
             names = subprocess.check_output(
                 ["nm", "--defined-only", "--extern-only", "--format=just-symbols", file], text=True
@@ -295,21 +298,26 @@ def test_no_function_is_shared_between_isas() -> None:
 
 # And what they link to.
 KERNELS = sorted([*ROOT.glob("csrc/cpu/*_kernel.cpp"), *ROOT.glob("csrc/common/*.cpp")])
-BASELINE = ("-std=c++20", "-fopenmp", "-Wno-unknown-pragmas", "-DSEQMEM_ISA=baseline", "-Icsrc")
+TILES = sorted((ROOT / "csrc" / "cpu").glob("*_tiles.cpp"))
+COMMON = ("-std=c++20", "-fopenmp", "-Wno-unknown-pragmas", "-Icsrc")
+BASELINE, ON_TILES = (*COMMON, "-DSEQMEM_ISA=baseline"), (*COMMON, "-DSEQMEM_ISA=amx")
+AVX512 = [f"-mavx512{part}" for part in ("f", "dq", "vl", "bw", "bf16")]
 
 
-def compile_kernels(*command: str) -> None:
-    """Run the command on each kernel source for the baseline, two at a time."""
+def compile_kernels(
+    *command: str, kernels: Sequence[Path] = KERNELS, flags: Sequence[str] = BASELINE
+) -> None:
+    """Run the command on each kernel source, by default for the baseline, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         runs = [
             pool.submit(
                 subprocess.run,
-                [word.format(stem=kernel.stem) for word in (*command, *BASELINE, str(kernel))],
+                [word.format(stem=kernel.stem) for word in (*command, *flags, str(kernel))],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
             )
-            for kernel in KERNELS
+            for kernel in kernels
         ]
     for run in runs:
         assert run.result().returncode == 0, run.result().stderr
@@ -318,7 +326,44 @@ def compile_kernels(*command: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs Clang")
 def test_kernels_are_understood_by_clang() -> None:
-    compile_kernels("clang++", "-fsyntax-only", "-Wall", "-Wextra", "-Werror")
+    command = ("clang++", "-fsyntax-only", "-Wall", "-Wextra", "-Werror")
+    compile_kernels(*command)
+    compile_kernels(*command, kernels=TILES, flags=(*ON_TILES, "-DSEQMEM_EMULATE_TILES"))
+    if platform.machine() == "x86_64":
+        compile_kernels(*command, kernels=TILES, flags=(*ON_TILES, *AVX512))
+
+
+EVERY_TILE_INSTRUCTION = """
+#include "common/tiles.h"
+void use(void* p, int64_t stride) {
+  seqmem::tiles_configure(5);
+  seqmem::tile_zero<3>();
+  seqmem::tile_load<6>(p, stride);
+  seqmem::tile_product<0, 4, 7>();
+  seqmem::tile_store<1>(p, stride);
+  seqmem::tiles_release();
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_tile_instructions_are_those_meant(tmp_path: Path) -> None:
+    """All that a machine without tiles can tell of the hardware's side of common/tiles.h."""
+    source = tmp_path / "every_tile.cpp"
+    source.write_text(EVERY_TILE_INSTRUCTION)
+    target = str(tmp_path / "every.o")
+    compile_kernels("c++", "-O2", "-c", "-o", target, kernels=[source], flags=ON_TILES)
+    text = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", target], text=True)
+    found = re.findall(r"\t(ldtilecfg|tile\w+|tdp\w+) *(\S*)", text)
+    assert found[0][0] == "ldtilecfg"
+    assert found[1:] == [
+        ("tilezero", "%tmm3"),
+        ("tileloadd", "(%rdi,%rsi,1),%tmm6"),
+        ("tdpbf16ps", "%tmm7,%tmm4,%tmm0"),
+        ("tilestored", "%tmm1,(%rdi,%rsi,1)"),
+        ("tilerelease", ""),
+    ]
 
 
 @pytest.mark.slow

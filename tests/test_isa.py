@@ -1,17 +1,21 @@
-"""The tests marked ``isa`` once more under each ATEN_CPU_CAPABILITY below the one in use."""
+"""The tests marked ``isa`` once more under each ATEN_CPU_CAPABILITY below the one in use, and those
+of bf16 LSTMs on emulated tiles."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from seqmem_fast import _C
 from seqmem_fast.info import available_isas
 
+ROOT = Path(__file__).parents[1]
 ISA_OF = {"default": "baseline", "avx2": "avx2"}
 
 
@@ -29,10 +33,36 @@ def test_under_capability(capability: str) -> None:
         pytest.skip("this processor has no such instructions")
     if ISA_OF[capability] == _C.cpu_capability():
         pytest.skip("what this run uses anyway")
+    run_python(ROOT, "-m", "pytest", "-m", "isa", *QUIET, "tests", ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.slow
+def test_on_emulated_tiles(tmp_path: Path) -> None:
+    """In a copy that shares all objects with this build but those of the kernels on tiles."""
+    info = _C.build_info()
+    if info["tiles"] == "emulated":
+        pytest.skip("what this run uses anyway")
+    if not list(ROOT.glob(f"build/temp.*-torch{torch.__version__}/{info['isas'][0]}")):
+        pytest.skip("needs the objects of a build in place")
+    build = ("build_ext", "--emulate-tiles", "--isas", ",".join(info["isas"]))
+    target = ("--build-lib", str(tmp_path))
+    run_python(ROOT, "setup.py", "--quiet", "build_py", *target, *build, *target)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    emulates = "from seqmem_fast import _C; assert _C.tiles_in_use(), _C.__file__"
+    run_python(tmp_path, "-c", emulates)
+    files = [f"tests/test_lstm{name}.py" for name in ("", "_module", "_tiles")]
+    run_python(tmp_path, "-m", "pytest", "-k", "bfloat16 or lstm_tiles", *QUIET, *files)
+
+
+QUIET = ("-p", "no:cacheprovider", "-q")
+
+
+def run_python(cwd: Path, *arguments: str, **env: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "isa", "-p", "no:cacheprovider", "-q", "tests"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
     )

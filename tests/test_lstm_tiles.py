@@ -102,7 +102,9 @@ def test_cell_as_exact_as_nn_lstm_cell(batch: int) -> None:
         x, h, c = (t.to(dtype).requires_grad_() for t in tensors)
         outputs = cell(x, (h, c))
         wanted = [x, h, c, *cell.parameters()]
-        results.append([*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), wanted)])
+        results.append(
+            [*outputs, *torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), wanted)]
+        )
     for exact, eager, mine in zip(*results, strict=True):
         assert error(mine, exact) <= 1.3 * error(eager, exact) + 1e-3
 

@@ -48,7 +48,7 @@ SEQMEM_INLINE void tile_store(void* p, int64_t stride_bytes) {
 }
 // sums += left * right
 template <int sums, int left, int right>
-SEQMEM_INLINE void tile_multiply() {
+SEQMEM_INLINE void tile_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left), "i"(right));
 }
 
@@ -78,7 +78,7 @@ void tile_store(void* p, int64_t stride_bytes) {
 }
 // As the instruction is defined: the pairs' first members are summed apart from the second ones.
 template <int sums, int left, int right>
-void tile_multiply() {
+void tile_product() {
   constexpr int L = kLanes<float>;
   const auto* bits = emulated_tiles[right];
   for (int row = 0; row < emulated_rows; ++row)

@@ -183,6 +183,7 @@ class BackwardRun : Walk {
           for (int64_t u = v_done * 4; u < min(v_done * 4 + 4, units); ++u)
             differentiate(t_before, end, j, u);
       });
+      tiles_fence();
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t v = my_panels.begin + zigzag(step, i, blocks);
         for (int64_t from = 0; from < count;) {
@@ -198,7 +199,6 @@ class BackwardRun : Walk {
       pending.finish();
     }
     if (step > first) differentiate_rows(t_before, end, going_on, active(t_before));
-    tiles_fence();
     return s.active[t];
   }
 

@@ -100,19 +100,19 @@ class Panels {
     for (int64_t k = 0; k < depth; ++k, a += kDepth, b += kDepth, w += columns * kTile) {
       tile_load<4>(a, stride * 2);
       tile_load<6>(w, 64);
-      tile_multiply<0, 4, 6>();
+      tile_product<0, 4, 6>();
       tile_load<7>(w + kTile, 64);
-      tile_multiply<1, 4, 7>();
+      tile_product<1, 4, 7>();
       if constexpr (columns == 4) {
         tile_load<6>(w + 2 * kTile, 64);
-        tile_multiply<2, 4, 6>();
+        tile_product<2, 4, 6>();
         tile_load<7>(w + 3 * kTile, 64);
-        tile_multiply<3, 4, 7>();
+        tile_product<3, 4, 7>();
       }
       if constexpr (blocks == 2) {
         tile_load<5>(b, stride * 2);
-        tile_multiply<2, 5, 6>();
-        tile_multiply<3, 5, 7>();
+        tile_product<2, 5, 6>();
+        tile_product<3, 5, 7>();
       }
       slice();
     }
