@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <type_traits>
 #include <utility>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define SEQMEM_VEC_BYTES 64
@@ -86,10 +89,14 @@ SEQMEM_INLINE Vec<float> widen(HalfVec h, bf16) {
 }
 
 SEQMEM_INLINE HalfVec narrow(Vec<float> x, bf16) {
+#if defined(__AVX512BF16__)  // subnormal numbers become zero
+  return (HalfVec)_mm512_cvtneps_pbh((__m512)x);
+#else
   UintVec u = (UintVec)x;
   UintVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   UintVec nan = (UintVec)(x != x);
   return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), HalfVec);
+#endif
 }
 
 SEQMEM_INLINE Vec<float> widen(HalfVec h, fp16) {
