@@ -364,7 +364,10 @@ def make_build_ext() -> type[build_ext]:
             flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds if isa != "amx"]
             emulated = None
             if self.sanitize or self.emulate_tiles:  # a sanitizer sees nothing of inline assembly
-                emulated = [isa for isa in isas_of_this_machine() if isa in kinds][-1]
+                runs_here = [isa for isa in isas_of_this_machine() if isa in kinds]
+                if not runs_here:
+                    fail(f"tiles are emulated for this machine, which runs none of {kinds}")
+                emulated = runs_here[-1]
             ext.sources = joined(ext.sources, Path(self.build_temp, "joined"))
             kernels = kernel_objects(Path(self.build_temp).resolve(), kinds, emulated)
             ext.extra_objects = [*ext.extra_objects, *map(str, kernels)]

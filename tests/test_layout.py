@@ -35,6 +35,7 @@ ROOMS = [
 SHARED = {
     "__init__",
     "common",
+    "isa_tiles",
     "controller_kernels",
     "launcher",
     "machine",
