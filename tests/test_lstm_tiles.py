@@ -204,12 +204,14 @@ import torch
 import seqmem_fast as sf
 from seqmem_fast import _C
 torch.manual_seed(0)
-x, lstm = torch.randn(5, 3, 20), sf.LSTM(20, 40)
-with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-    cast = lstm(x)[0]
-with torch.no_grad():
-    plain = lstm.to(torch.bfloat16)(x.to(torch.bfloat16))[0]
-print(_C.tiles_in_use(), cast.equal(plain), float(plain.double().sin().sum()).hex())
+x, lstm = torch.randn(5, 9, 20), sf.LSTM(20, 40)
+with torch.autocast("cpu", torch.bfloat16):
+    lstm(x)[0].float().sum().backward()
+cast = lstm.weight_hh_l0.grad.bfloat16()
+lstm.to(torch.bfloat16).zero_grad()
+lstm(x.to(torch.bfloat16))[0].float().sum().backward()
+plain = lstm.weight_hh_l0.grad
+print(_C.tiles_in_use(), cast.equal(plain), plain.view(torch.int16).tolist())
 """
 
 
@@ -230,7 +232,10 @@ def test_autocast_and_modules_in_bf16_arrive_there() -> None:
     """Both give the tiles' bits, which differ from those of the float32 kernels."""
     if "baseline" not in _C.build_info()["isas"] or _C.cpu_capability() == "baseline":
         pytest.skip("no lesser kernels to compare with")
-    bits = {name: python("-c", BITS, ATEN_CPU_CAPABILITY=name).split() for name in ("", "default")}
+    bits = {
+        name: python("-c", BITS, ATEN_CPU_CAPABILITY=name).split(maxsplit=2)
+        for name in ("", "default")
+    }
     assert bits[""][:2] == ["True", "True"] and bits["default"][:2] == ["False", "True"]
     assert bits[""][2] != bits["default"][2]
 
