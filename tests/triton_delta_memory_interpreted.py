@@ -88,7 +88,7 @@ def test_no_rows_no_steps_and_wrong_shapes() -> None:
 
 
 def kernels() -> list[Kernel]:
-    shape = {"BK": 128, "BV": 32, "FEATURE": False}
+    shape = {"BK": 128, "BV": 32, "SCALE": 0.1, "FEATURE": False}
     wide = "beta decay state final states scratch grad_final grad_q grad_k grad_beta grad_decay"
     pointers = {f"{name}_ptr": "*fp32" for name in (*wide.split(), "grad_state")}
     pointers |= {"lengths_ptr": "*i64", "reset_ptr": "*u8"}

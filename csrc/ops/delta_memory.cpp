@@ -270,7 +270,7 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
       .workspace = nullptr};
   launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 12), arguments, storage_of(in.q),
          call.shape);
-  const Tensor none = at::empty({0}, in.q.options());
+  const auto none = [&] { return at::empty({0}, in.q.options()); };  // each its own
   // Of all slices, one after the other.
   auto summed = [&](const Tensor& each, const Tensor& like) {
     Tensor total = each[0];
@@ -278,21 +278,21 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
     return total.to(like.scalar_type());
   };
   const Mask& mask = in.output_mask;
-  return {mask[0] ? grad_q : none,
-          mask[1] ? grad_k : none,
-          mask[2] ? grad_v : none,
-          mask[3] ? summed(grad_beta, in.beta) : none,
-          mask[4] && in.log_decay.has_value() ? summed(grad_decay, *in.log_decay) : none,
-          mask[5] && in.state.has_value() ? grad_state.to(in.state->scalar_type()) : none};
+  return {mask[0] ? grad_q : none(),
+          mask[1] ? grad_k : none(),
+          mask[2] ? grad_v : none(),
+          mask[3] ? summed(grad_beta, in.beta) : none(),
+          mask[4] && in.log_decay.has_value() ? summed(grad_decay, *in.log_decay) : none(),
+          mask[5] && in.state.has_value() ? grad_state.to(in.state->scalar_type()) : none()};
 }
 
 Tensors<6> backward_meta(const BackwardInputs& in) {
   check_backward<c10::SymInt>(in);
-  const Tensor none = at::empty({0}, in.q.options());
+  const auto none = [&] { return at::empty({0}, in.q.options()); };  // each its own
   size_t k = 0;
   auto make = [&](const Tensor* like) {
     const bool wanted = in.output_mask[k++] && like != nullptr;
-    return wanted ? at::empty_symint(like->sym_sizes(), like->options()) : none;
+    return wanted ? at::empty_symint(like->sym_sizes(), like->options()) : none();
   };
   return {make(&in.q),
           make(&in.k),

@@ -81,13 +81,13 @@ def delta_memory_forward_kernel(
     output_ptr,  # [B, T, H, V]
     final_ptr,  # ACC [B, H, K, V]
     states_ptr,  # ACC [B, H, segments, K, V], or None
-    scale,
     T,
     Hk,
     H,
     K,
     V,
     segment,
+    SCALE: tl.constexpr,  # an argument would be rounded to float32
     FEATURE: tl.constexpr,
     ACC: tl.constexpr,
     BK: tl.constexpr,
@@ -117,7 +117,7 @@ def delta_memory_forward_kernel(
                 kept = head * segments + t // segment
                 tl.store(states_ptr + kept * K * V + at, memory, mask=there)
         row = (step * Hk + key_head) * K
-        query = scale * _load(q_ptr + row, k, k < K, ACC)
+        query = SCALE * _load(q_ptr + row, k, k < K, ACC)
         key = _load(k_ptr + row, k, k < K, ACC)
         value = _load(v_ptr + (step * H + h) * V, v, v < V, ACC)
         if decay_ptr is not None:
@@ -149,7 +149,6 @@ def delta_memory_backward_kernel(
     grad_beta_ptr,  # ACC [slices, B, T, H]
     grad_decay_ptr,  # ACC [slices, B, T, H] or [slices, B, T, H, K], or None
     grad_state_ptr,  # ACC [B, H, K, V]
-    scale,
     T,
     Hk,
     H,
@@ -157,6 +156,7 @@ def delta_memory_backward_kernel(
     V,
     segment,
     rows,  # B T H
+    SCALE: tl.constexpr,
     FEATURE: tl.constexpr,
     ACC: tl.constexpr,
     BK: tl.constexpr,
@@ -204,7 +204,7 @@ def delta_memory_backward_kernel(
             step = b * T + t
             to = step * H + h
             row = (step * Hk + key_head) * K
-            query = scale * _load(q_ptr + row, k, k < K, ACC)
+            query = SCALE * _load(q_ptr + row, k, k < K, ACC)
             key = _load(k_ptr + row, k, k < K, ACC)
             value = _load(v_ptr + to * V, v, v < V, ACC)
             beta = tl.load(beta_ptr + to).to(ACC)
@@ -220,7 +220,7 @@ def delta_memory_backward_kernel(
                 given = _load(grad_ptr + to * V, v, v < V, ACC)
                 grad += query[:, None] * given[None, :]
                 after = before + key[:, None] * write[None, :]
-                of_query = scale * tl.sum(after * given[None, :], axis=1)
+                of_query = SCALE * tl.sum(after * given[None, :], axis=1)
             of_write = tl.sum(grad * key[:, None], axis=0)
             of_value = beta * of_write
             of_key = tl.sum(grad * write[None, :] - before * of_value[None, :], axis=1)
@@ -284,7 +284,7 @@ def _options(
         "decay_ptr": None if log_decay is None else log_decay.to(computed).contiguous(),
         "lengths_ptr": limits,
         "reset_ptr": None if reset is None else as_bytes(reset.contiguous()),
-        "scale": features**-0.5 if scale is None else scale,
+        "SCALE": features**-0.5 if scale is None else float(scale),
         "T": steps,
         "Hk": key_heads,
         "H": heads,
