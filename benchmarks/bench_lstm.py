@@ -179,10 +179,12 @@ GPU_SHAPES = (
     # weights on chip, tensor cores
     Shape("layer", 100, 2048, 64, 64, HALF),
     Shape("layer", 100, 64, 128, 128, HALF),
-    # step by step: cuDNN's home ground
+    # weights shared out over a cluster
     Shape("layer", 100, 64, 128, 128),
     Shape("layer", 100, 32, 256, 256),
+    # over the whole GPU
     Shape("layer", 100, 64, 512, 512),
+    Shape("layer", 100, 16, 1024, 1024),
     Shape("layer", 100, 64, 1024, 1024, HALF),
     # a long sequence, as in FlashRNN's chart (H 768)
     Shape("layer", 1024, 16, 64, 64),
@@ -190,6 +192,7 @@ GPU_SHAPES = (
     Shape("layer", 1024, 16, 128, 128, HALF),
     Shape("layer", 1024, 16, 256, 256),
     Shape("layer", 1024, 16, 256, 256, HALF),
+    Shape("layer", 1024, 16, 768, 768),
     Shape("layer", 1024, 16, 768, 768, HALF),
     # what cuDNN has no call for
     Shape("rollout", 256, 64, 64, 64),

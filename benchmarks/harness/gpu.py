@@ -1,7 +1,8 @@
 """Rows on a GPU: every bench_<op>.py's GPU_ROWS, ours beside torch's, compiled too where declared.
 
     python -m benchmarks.harness.gpu [--op lstm ntm] [--rows TEXT] [--tf32] [--compiled]
-                                     [--samples 50] [--limit-s 600] [--jobs 8] [--json PATH]
+                                     [--graphs] [--samples 50] [--limit-s 600] [--jobs 8]
+                                     [--json PATH]
                                      [--device cpu]      rehearses all of it without a GPU
 
 First all sides of all rows are called once, `--jobs` rows at a time: that compiles the kernels and
@@ -9,6 +10,9 @@ compares the values with float64. A side that fails is reported and left out. Th
 timed one after another. Times are medians between CUDA events around one call, the GPU idle before
 each, so that the launches count as they do for a user who waits for the result. The JSON is written
 anew after each row: a run that is stopped loses nothing.
+
+With --graphs, each call is also captured into a CUDA graph, whose replay is timed: the GPU's own
+time, without the host's. A side that cannot be captured has no such time.
 
 With --compiled, torch.compile is the only peer, since it takes longest to start.
 """
@@ -37,6 +41,7 @@ from benchmarks.harness.rows import COMPILED, OURS, Contender, Row, error
 
 Record = dict[str, Any]  # of one side of a row
 ROW_S = 0.8  # of timing, all sides of a row together; five samples of each at least
+REPLAY_S = 0.3  # the same of replayed graphs, which vary less
 
 
 def event_s(call: Callable[[Any], Any], given: Any) -> float:
@@ -97,31 +102,72 @@ def first_calls(row: Row, device: str = "cuda", compiled: bool = False) -> list[
     return records
 
 
+def captured(side: Contender, given: Any) -> Callable[[Any], None] | None:
+    """A call as the replay of a CUDA graph; None where it cannot be captured."""
+    if not torch.cuda.is_available():
+        return None
+    graph = torch.cuda.CUDAGraph()
+    beside = torch.cuda.Stream()
+    try:
+        with torch.cuda.stream(beside):  # what a capture must not meet for the first time
+            side.call(given)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            side.call(given)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return lambda _: graph.replay()
+
+
 def time_row(
-    row: Row, records: Sequence[Record], samples: int, device: str = "cuda", compiled: bool = False
+    row: Row,
+    records: Sequence[Record],
+    samples: int,
+    device: str = "cuda",
+    compiled: bool = False,
+    graphs: bool = False,
 ) -> None:
     """Adds the times of a row's sides, taking turns, to the records of their first calls."""
     given, _, makers = sides(row, device, compiled)
     working = [r for r in records if not r["failed"]]
     ready = {r["side"]: (side := makers[r["side"]](), side.prepare(given)) for r in working}
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for side, prepared in ready.values():
+    calls = {name: (side.call, prepared) for name, (side, prepared) in ready.items()}
+    medians = in_turns(calls, samples, ROW_S)
+    for record in working:
+        median, count = medians[record["side"]]
+        record |= {"median_s": median, "samples": count}
+    replays: dict[str, tuple[Callable[[Any], Any], Any]] = {}
+    for name, (side, prepared) in ready.items() if graphs else ():
+        replay = captured(side, prepared)
+        if replay is not None:
+            replays[name] = (replay, None)
+    replayed = in_turns(replays, samples, REPLAY_S)
+    for record in working:
+        record["replay_s"] = replayed.get(record["side"], (None, 0))[0]
+    for key in ("median_s", "replay_s"):
+        ours = next((r.get(key) for r in working if r["side"] == OURS), None)
+        for record in working:
+            theirs = record.get(key)
+            ratio = theirs / ours if ours and theirs else None
+            record["ratio" if key == "median_s" else "replay_ratio"] = ratio
+
+
+def in_turns(
+    calls: Mapping[str, tuple[Callable[[Any], Any], Any]], samples: int, limit_s: float
+) -> dict[str, tuple[float, int]]:
+    """The median of each call and how many were timed, calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call, given in calls.values():
         for _ in range(3):
-            side.call(prepared)
+            call(given)
     start = time.perf_counter()
     for count in range(samples):
-        if count >= 5 and time.perf_counter() - start > ROW_S:
+        if count >= 5 and time.perf_counter() - start > limit_s:
             break
-        for name, (side, prepared) in ready.items():
-            times[name].append(event_s(side.call, prepared))
-    ours = statistics.median(times[OURS]) if times.get(OURS) else None
-    for record in working:
-        median = statistics.median(times[record["side"]])
-        record |= {
-            "median_s": median,
-            "ratio": None if ours is None else median / ours,
-            "samples": len(times[record["side"]]),
-        }
+        for name, (call, given) in calls.items():
+            times[name].append(event_s(call, given))
+    return {name: (statistics.median(found), len(found)) for name, found in times.items()}
 
 
 def describe() -> dict[str, Any]:
@@ -154,7 +200,10 @@ def by_row(
 
 
 def table(results: Sequence[Record], title: str) -> Table:
-    """A line for each row: our time and error, and how many times slower each peer is."""
+    """A line for each row: our time and error, and how many times slower each peer is.
+
+    In brackets: of the replayed graphs.
+    """
     out = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("row", "mode", "ours", "error", "first", "peers: times ours (error)"):
         out.add_column(name, justify="right" if name in ("ours", "error", "first") else "left")
@@ -165,8 +214,12 @@ def table(results: Sequence[Record], title: str) -> Table:
                 shown.append(f"{r['side']} FAILED: {r['failed'].splitlines()[0][:60]}")
             elif r.get("ratio") is not None:
                 wrong = f" ({r['error']:.0e})" if r["error"] is not None else ""
-                shown.append(f"{r['side']} {r['ratio']:.2f}{wrong}")
+                alone = r.get("replay_ratio")
+                on_gpu = "" if alone is None else f" [{alone:.2f}]"
+                shown.append(f"{r['side']} {r['ratio']:.2f}{on_gpu}{wrong}")
         took = "" if ours.get("median_s") is None else report.duration(ours["median_s"])
+        if ours.get("replay_s") is not None:
+            took += f" [{report.duration(ours['replay_s'])}]"
         if ours["failed"]:
             took = "FAILED: " + ours["failed"].splitlines()[0][:100]
         out.add_row(
@@ -214,7 +267,7 @@ def run(
         for row, records in zip(rows, found, strict=True):
             bar.update(task, description=str(row))
             if time.perf_counter() < end:
-                time_row(row, records, args.samples, args.device, args.compiled)
+                time_row(row, records, args.samples, args.device, args.compiled, args.graphs)
                 keep(results)
             bar.advance(task)
     return results
@@ -228,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=50, help="of each side of a row")
     parser.add_argument("--tf32", action="store_true", help="let all sides round float32 to TF32")
     parser.add_argument("--compiled", action="store_true", help="beside torch.compile alone")
+    parser.add_argument("--graphs", action="store_true", help="time replayed graphs as well")
     parser.add_argument("--limit-s", type=float, default=600.0, help="no row is timed after it")
     parser.add_argument("--jobs", type=int, default=8, help="processes that make first calls")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

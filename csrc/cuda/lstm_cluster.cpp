@@ -105,6 +105,8 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   m.def("lstm_cluster_tile(Tensor weight_hh, int batch, bool backward) -> int");
 }
 
+#undef SEQMEM_SEQUENCE_ARGUMENTS
+
 TORCH_LIBRARY_IMPL(seqmem, CUDA, m) {
   m.impl("lstm_forward_cluster_", &lstm_forward_cluster_cuda);
   m.impl("lstm_backward_cluster_", &lstm_backward_cluster_cuda);

@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "lstm_cluster_kernel.h"
+#include "lstm_gates.h"
 
 namespace seqmem::cuda {
 namespace {
@@ -101,28 +102,6 @@ __device__ void send(uint32_t to, const float (&v)[1], uint32_t barrier) {
 #endif  // __CUDA_ARCH__ >= 900
 
 inline __device__ float across(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
-
-// ---- gates --------------------------------------------------------------------------------------
-
-// 1 / (1 + exp(-x)); exact 0 and 1 at the ends, NaN stays NaN.
-inline __device__ float gate_sigmoid(float x) {
-  float e, r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
-  return r;
-}
-
-// tanh(x) from sigmoid(2 x), which cancels near zero: there a polynomial, as in _triton/common.py.
-inline __device__ float gate_tanh_from(float x, float sigmoid_2x) {
-  const float s = x * x;
-  float p = fmaf(-6.09671416590819757e-3f, s, 2.09971789990747506e-2f);
-  p = fmaf(p, s, -5.38509095785135808e-2f);
-  p = fmaf(p, s, 1.33327697369763279e-1f);
-  p = fmaf(p, s, -3.33333289441342546e-1f);
-  const float near = fmaf(x * s, p, x), far = fmaf(2.0f, sigmoid_2x, -1.0f);
-  return fabsf(x) < 0.625f ? near : far;
-}
-inline __device__ float gate_tanh(float x) { return gate_tanh_from(x, gate_sigmoid(2.0f * x)); }
 
 // ---- rows ---------------------------------------------------------------------------------------
 

@@ -21,6 +21,11 @@ const void* from(Maybe t, int64_t b, int64_t stride) {
 }
 void* into(Maybe t, int64_t b, int64_t stride) { return const_cast<void*>(from(t, b, stride)); }
 
+// As the kernels' vectors want it: a view may begin anywhere.
+Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
+}
+
 // All bytes: what the kernels wait for others to overwrite.
 void clear(const Tensor& t) {
   C10_CUDA_CHECK(cudaMemsetAsync(t.mutable_data_ptr(), cuda::kNotYet, t.nbytes(), stream()));
@@ -69,13 +74,15 @@ void forward_persistent(const Tensor& z, Maybe hx, const Tensor& hy, const Tenso
                         int64_t t_stride, int64_t b_stride, bool reverse) {
   const c10::cuda::CUDAGuard guard(z.device());
   const Placement layout = {hy.size(1), steps, t_stride, b_stride, reverse, lengths, reset};
+  const Tensor weights = aligned(weight_hh);
+  const OptionalTensor first = hx.has_value() ? OptionalTensor(aligned(*hx)) : std::nullopt;
   clear(output);
   in_turns(z, hy.size(0), hy.size(1), [&](Storage storage, int64_t b, int64_t batch) {
     const cuda::PersistentForward arguments = {.z = from(z, b, b_stride),
-                                               .weight_hh = weight_hh.const_data_ptr(),
+                                               .weight_hh = weights.const_data_ptr(),
                                                .bias_ih = from(bias_ih, 0, 0),
                                                .bias_hh = from(bias_hh, 0, 0),
-                                               .hx = from(hx, b, 1),
+                                               .hx = from(first, b, 1),
                                                .hy = into(hy, b, 1),
                                                .c = static_cast<float*>(into(c, b, 1)),
                                                .output = into(output, b, b_stride),
@@ -139,6 +146,8 @@ TORCH_LIBRARY_FRAGMENT(seqmem, m) {
       "Tensor gates, Tensor cells, " SEQMEM_SEQUENCE_ARGUMENTS);
   m.def("lstm_persistent_serves(Tensor like, int batch, int hidden) -> bool");
 }
+
+#undef SEQMEM_SEQUENCE_ARGUMENTS
 
 TORCH_LIBRARY_IMPL(seqmem, CUDA, m) {
   m.impl("lstm_forward_persistent_", &lstm_forward_persistent_cuda);

@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "lstm_gates.h"
 
 namespace seqmem::cuda {
 namespace {
@@ -25,16 +26,19 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kUnits = 8;               // of a block: one vector of 16 bytes
 constexpr int kTile = 16;               // batch rows of one product
 constexpr int kCells = kTile * kUnits;  // of a tile, one thread each
-constexpr int kInner = 32;              // of the inner dimension, that a warp takes at a time
-constexpr int kMaxHidden = 4 * kInner * kWarps;
+constexpr int kMaxHidden = 1024;
 constexpr int kMaxTiles = 4;
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements
+template <class T>
+constexpr int kInner = 4 * kVector<T>;  // of the inner dimension, that a warp takes at a time
 
 // Bytes of partial sums: kWarps of each cell, for as many columns of a unit, in two buffers.
 constexpr int shared_bytes(int tiles, int columns) {
   return 2 * tiles * kWarps * columns * kCells * int(sizeof(float));
 }
 
-using Words = uint4;  // eight elements
+using Words = uint4;  // one vector: eight elements of 16 bits, or four floats
 
 __device__ Words load_through_l2(const void* from) {
   Words v;
@@ -45,6 +49,9 @@ __device__ Words load_through_l2(const void* from) {
   return v;
 }
 
+__device__ void store_through_l2(void* to, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
 __device__ void store_through_l2(void* to, Words v) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -53,33 +60,61 @@ __device__ void store_through_l2(void* to, Words v) {
 
 __device__ bool not_yet(Words v) { return v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u; }
 
-// m16n8k16, which GPUs have from 8.0 on: `choose` refuses older ones, for which this compiles
+// mma.sync, which GPUs have from 8.0 on: `choose` refuses older ones, for which this compiles
 // alone.
 #if __CUDA_ARCH__ >= 800
-#define SEQMEM_MMA(type)                                                     \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+#define SEQMEM_MMA(shape, type)                                              \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type                \
       ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 #else
-#define SEQMEM_MMA(type)
+#define SEQMEM_MMA(shape, type)
 #endif
-__device__ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                             uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  SEQMEM_MMA("bf16");
+using Rows = uint32_t[4];     // of one product: words of two batch rows
+using Columns = uint32_t[2];  // of a unit's weights
+
+__device__ void multiply_add(float (&sum)[4], const Rows& a, const Columns& b, __nv_bfloat16) {
+  SEQMEM_MMA("m16n8k16", "bf16");
 }
-__device__ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                             uint32_t b0, uint32_t b1, __half) {
-  SEQMEM_MMA("f16");
+__device__ void multiply_add(float (&sum)[4], const Rows& a, const Columns& b, __half) {
+  SEQMEM_MMA("m16n8k16", "f16");
 }
 
-// sum += rows . weights over 32 of the inner dimension. Products take it in any order that is the
-// same for both: a lane holds eight neighbours, so that each of its loads is one vector.
+// The part of a float that TF32 keeps, and the rest, of which it keeps all but two bits. Volatile,
+// or the weights' parts would stay in registers over all steps, and there is no room for twice as
+// many.
+template <int kWords>
+__device__ void split(const uint32_t (&whole)[kWords], uint32_t (&high)[kWords],
+                      uint32_t (&low)[kWords]) {
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) {
+    asm volatile("and.b32 %0, %1, 0xffffe000;" : "=r"(high[k]) : "r"(whole[k]));
+    low[k] = __float_as_uint(__uint_as_float(whole[k]) - __uint_as_float(high[k]));
+  }
+}
+__device__ void multiply_add_tf32(float (&sum)[4], const Rows& a, const Columns& b) {
+  SEQMEM_MMA("m16n8k8", "tf32");
+}
+
+// Three products of TF32, as exact as float32 but for the product of the rests, 2^-22 of the whole.
+__device__ void multiply_add(float (&sum)[4], const Rows& a, const Columns& b, float) {
+  Rows a_high, a_low;
+  Columns b_high, b_low;
+  split(a, a_high, a_low);
+  split(b, b_high, b_low);
+  multiply_add_tf32(sum, a_low, b_high);
+  multiply_add_tf32(sum, a_high, b_low);
+  multiply_add_tf32(sum, a_high, b_high);
+}
+
+// sum += rows . weights over kInner<T> of the inner dimension. Products take it in any order that
+// is the same for both: a lane holds neighbours, so that each of its loads is one vector.
 template <class T>
 __device__ void multiply_add(float (&sum)[4], const Words& low_row, const Words& high_row,
                              const Words& weights) {
-  multiply_add(sum, low_row.x, high_row.x, low_row.y, high_row.y, weights.x, weights.y, T());
-  multiply_add(sum, low_row.z, high_row.z, low_row.w, high_row.w, weights.z, weights.w, T());
+  multiply_add(sum, {low_row.x, high_row.x, low_row.y, high_row.y}, {weights.x, weights.y}, T());
+  multiply_add(sum, {low_row.z, high_row.z, low_row.w, high_row.w}, {weights.z, weights.w}, T());
 }
 
 // Where a batch row's factor of the product is stored at this step: nowhere (zeros), in memory that
@@ -89,16 +124,16 @@ struct Source {
   bool awaited;
 };
 
-// Vector number `lane % 4` of blocks `first`, `first + stride`, ... of 32 columns, of two rows;
-// what is kNotYet is loaded again. Columns from `width` on are zeros.
-template <int kBlocks>
+// Vector number `lane % 4` of blocks `first`, `first + stride`, ... of kInner<T> columns, of two
+// rows; what is kNotYet is loaded again. Columns from `width` on are zeros.
+template <class T, int kBlocks>
 __device__ void await(Words (&low)[kBlocks], Words (&high)[kBlocks], const Source& low_row,
                       const Source& high_row, int first, int stride, int width) {
-  const int column = threadIdx.x % 4 * 8;
+  const int column = threadIdx.x % 4 * kVector<T>;
   const Words zeros = {};
-  auto offset = [&](int k) { return (first + k * stride) * kInner + column; };
+  auto offset = [&](int k) { return (first + k * stride) * kInner<T> + column; };
   auto load = [&](const Source& source, int k) {
-    return load_through_l2(static_cast<const uint16_t*>(source.row) + offset(k));
+    return load_through_l2(static_cast<const T*>(source.row) + offset(k));
   };
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) {
@@ -120,25 +155,40 @@ __device__ void await(Words (&low)[kBlocks], Words (&high)[kBlocks], const Sourc
   } while (__any_sync(~0u, waiting));
 }
 
-// Of results that are rounded to 16 bits.
-__device__ float quick_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-__device__ float quick_tanh(float x) { return fmaf(2.0f, quick_sigmoid(2.0f * x), -1.0f); }
+// Approximate where results are rounded to 16 bits.
+template <class T>
+__device__ float sigmoid_of(float x) {
+  if constexpr (sizeof(T) == 4) return gate_sigmoid(x);
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+template <class T>
+__device__ float tanh_of(float x) {
+  if constexpr (sizeof(T) == 4) return gate_tanh(x);
+  return fmaf(2.0f, sigmoid_of<T>(2.0f * x), -1.0f);
+}
 
 // The bits of one element, NaN with its usual ones.
 template <class T>
 __device__ uint32_t bits(float x) {
+  if constexpr (sizeof(T) == 4) return x == x ? __float_as_uint(x) : 0x7fffffffu;
   const T stored = narrow<T>(x);
   const uint16_t found = *reinterpret_cast<const uint16_t*>(&stored);
   return found == 0xffff ? 0x7fff : found;
 }
 
-// The values of the eight threads of a row, as one vector in each of them.
+// Stores the thread's element where other blocks wait for it. All bits of a word come at once: of
+// 16-bit elements the first of a row's eight threads stores all.
 template <class T>
-__device__ Words gathered(float x) {
+__device__ void publish(T* to, float x, bool there) {
   const uint32_t own = bits<T>(x);
-  const uint32_t pair = own | __shfl_down_sync(~0u, own, 1) << 16;  // right in even threads
-  return {__shfl_sync(~0u, pair, 0, kUnits), __shfl_sync(~0u, pair, 2, kUnits),
-          __shfl_sync(~0u, pair, 4, kUnits), __shfl_sync(~0u, pair, 6, kUnits)};
+  if constexpr (sizeof(T) == 4) {
+    if (there) store_through_l2(to, own);
+  } else {
+    const uint32_t pair = own | __shfl_down_sync(~0u, own, 1) << 16;  // right in even threads
+    const Words row = {__shfl_sync(~0u, pair, 0, kUnits), __shfl_sync(~0u, pair, 2, kUnits),
+                       __shfl_sync(~0u, pair, 4, kUnits), __shfl_sync(~0u, pair, 6, kUnits)};
+    if (there && threadIdx.x % kUnits == 0) store_through_l2(to, row);
+  }
 }
 
 template <class T>
@@ -167,6 +217,7 @@ template <class T, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const PersistentLayout layout, const PersistentForward a) {
   extern __shared__ float partial[];  // [2][kTiles][kWarps][4][kCells]
+  constexpr int kAtOnce = kBlocks <= (kTiles == 4 ? 4 : 6) ? kBlocks : kBlocks / 2;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int H = int(layout.hidden), steps = int(layout.steps), unit0 = blockIdx.x * kUnits;
   const int64_t b0 = int64_t(blockIdx.y) * kTiles * kTile;
@@ -178,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int g = 0; g < 4; ++g) {
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
-      const int at = (warp + k * kWarps) * kInner + lane % 4 * 8;
+      const int at = (warp + k * kWarps) * kInner<T> + lane % 4 * kVector<T>;
       const T* from =
           static_cast<const T*>(a.weight_hh) + (int64_t(g) * H + unit0 + lane / 4) * H + at;
       weights[g][k] = at < H ? *reinterpret_cast<const Words*>(from) : Words{};
@@ -247,16 +298,23 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t row = awaited ? row_of(layout, before, b) : b;
         source[r] = {zeros || given == nullptr ? nullptr : given + row * H, awaited};
       }
-      Words low[kBlocks], high[kBlocks];
-      await(low, high, source[0], source[1], warp, kWarps, H);
+      float sum[4][4] = {};
+#pragma unroll
+      for (int k = 0; k < kBlocks; k += kAtOnce) {
+        Words low[kAtOnce], high[kAtOnce];
+        await<T>(low, high, source[0], source[1], warp + k * kWarps, kWarps, H);
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+#pragma unroll
+          for (int n = 0; n < kAtOnce; ++n)
+            multiply_add<T>(sum[g], low[n], high[n], weights[g][k + n]);
+        }
+      }
       float* const to = sums + (m * kWarps + warp) * 4 * kCells + lane / 4 * kUnits + lane % 4 * 2;
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
-        float sum[4] = {};
-#pragma unroll
-        for (int k = 0; k < kBlocks; ++k) multiply_add<T>(sum, low[k], high[k], weights[g][k]);
-        *reinterpret_cast<float2*>(to + g * kCells) = {sum[0], sum[1]};
-        *reinterpret_cast<float2*>(to + g * kCells + 8 * kUnits) = {sum[2], sum[3]};
+        *reinterpret_cast<float2*>(to + g * kCells) = {sum[g][0], sum[g][1]};
+        *reinterpret_cast<float2*>(to + g * kCells + 8 * kUnits) = {sum[g][2], sum[g][3]};
       }
     }
     __syncthreads();
@@ -275,16 +333,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int w = 0; w < kWarps; ++w) {
           gates[g] += sums[((tile * kWarps + w) * 4 + g) * kCells + cell];
         }
-        gates[g] = g == 2 ? quick_tanh(gates[g]) : quick_sigmoid(gates[g]);
+        gates[g] = g == 2 ? tanh_of<T>(gates[g]) : sigmoid_of<T>(gates[g]);
       }
       const bool active = t < own_length[m];
       if (active) {
         c[m] = (cut[m] ? 0.0f : gates[1] * c[m]) + gates[0] * gates[2];
-        h[m] = gates[3] * quick_tanh(c[m]);
+        h[m] = gates[3] * tanh_of<T>(c[m]);
       }
-      const Words row = gathered<T>(active ? h[m] : 0.0f);
+      publish(static_cast<T*>(a.output) + at * H + unit, active ? h[m] : 0.0f, b < layout.batch);
       if (b >= layout.batch) continue;
-      if (cell % kUnits == 0) store_through_l2(static_cast<T*>(a.output) + at * H + unit, row);
       if (a.gates != nullptr) {
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
@@ -307,13 +364,25 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// The inner dimension is that of dz: kBlocks of 32 for each warp, as many at a time as registers
-// hold.
+// A vector of elements that are `stride` apart.
+template <class T>
+__device__ Words gathered(const T* from, int stride) {
+  union {
+    Words words;
+    T elements[kVector<T>];
+  } vector;
+#pragma unroll
+  for (int n = 0; n < kVector<T>; ++n) vector.elements[n] = from[int64_t(n) * stride];
+  return vector.words;
+}
+
+// The inner dimension is that of dz: kBlocks of kInner<T> for each warp, as many at a time as
+// registers hold.
 template <class T, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const PersistentLayout layout, const PersistentBackward a) {
   extern __shared__ float partial[];  // [2][kTiles][kWarps][kCells]
-  constexpr int kAtOnce = kTiles == 4 ? 4 : kBlocks <= 12 ? kBlocks : 8;
+  constexpr int kAtOnce = kTiles == 4 || kBlocks == 32 ? 4 : kBlocks <= 12 ? kBlocks : 8;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int H = int(layout.hidden), steps = int(layout.steps), unit0 = blockIdx.x * kUnits;
   const int64_t b0 = int64_t(blockIdx.y) * kTiles * kTile;
@@ -323,17 +392,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   Words weights[kBlocks];
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) {
-    const int at = (warp + k * kWarps) * kInner + lane % 4 * 8;
-    uint16_t column[8] = {};
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (at < 4 * H) {
-        column[n] =
-            static_cast<const uint16_t*>(a.weight_hh)[int64_t(at + n) * H + unit0 + lane / 4];
-      }
-    }
-    weights[k] = {column[0] | uint32_t(column[1]) << 16, column[2] | uint32_t(column[3]) << 16,
-                  column[4] | uint32_t(column[5]) << 16, column[6] | uint32_t(column[7]) << 16};
+    const int at = (warp + k * kWarps) * kInner<T> + lane % 4 * kVector<T>;
+    const T* const column = static_cast<const T*>(a.weight_hh) + int64_t(at) * H + unit0 + lane / 4;
+    weights[k] = at < 4 * H ? gathered(column, H) : Words{};
   }
   int lengths[kTiles][2];
 #pragma unroll
@@ -404,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int k = 0; k < kBlocks; k += kAtOnce) {
         Words low[kAtOnce], high[kAtOnce];
-        await(low, high, source[0], source[1], warp + k * kWarps, kWarps, 4 * H);
+        await<T>(low, high, source[0], source[1], warp + k * kWarps, kWarps, 4 * H);
 #pragma unroll
         for (int n = 0; n < kAtOnce; ++n) multiply_add<T>(sum, low[n], high[n], weights[k + n]);
       }
@@ -424,7 +485,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) d_output += sums[(tile * kWarps + w) * kCells + cell];
       const float i = gates[m][0], f = gates[m][1], g = gates[m][2], o = gates[m][3];
-      const float tanh_c = quick_tanh(cells[m]);
+      const float tanh_c = tanh_of<T>(cells[m]);
       const float d_state = d_c[m] + d_cell[m] + d_output * o * (1.0f - tanh_c * tanh_c);
       float dz[4] = {(d_gates[m][0] + d_state * g) * i * (1.0f - i),
                      (d_gates[m][1] + d_state * c_before[m]) * f * (1.0f - f),
@@ -434,10 +495,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (active) d_c[m] = cut[m] ? 0.0f : d_state * f;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const Words row = gathered<T>(active ? dz[q] : 0.0f);
-        if (cell % kUnits == 0 && b < layout.batch) {
-          store_through_l2(static_cast<T*>(a.dz) + (at * 4 + q) * H + unit, row);
-        }
+        publish(static_cast<T*>(a.dz) + (at * 4 + q) * H + unit, active ? dz[q] : 0.0f,
+                b < layout.batch);
       }
     }
   }
@@ -516,31 +575,41 @@ cudaError_t backward(const PersistentLayout& layout, const PersistentBackward& a
 }  // namespace
 
 int64_t lstm_persistent_rows(Storage storage, int64_t batch, int64_t hidden) {
-  const bool narrow = storage == Storage::BFloat16 || storage == Storage::Half;
-  if (!narrow || hidden % kUnits != 0 || hidden > kMaxHidden || hidden == 0 || batch == 0) return 0;
+  if (storage == Storage::Double || hidden % kUnits != 0 || hidden > kMaxHidden || hidden == 0 ||
+      batch == 0)
+    return 0;
   return choose(batch, hidden).rows();
 }
 
-#define SEQMEM_BY_SIZE(function, T)                                    \
-  switch ((layout.hidden + kInner * kWarps - 1) / (kInner * kWarps)) { \
-    case 1: return function<T, 1>(layout, a, grid, stream);            \
-    case 2: return function<T, 2>(layout, a, grid, stream);            \
-    case 3: return function<T, 3>(layout, a, grid, stream);            \
-    default: return function<T, 4>(layout, a, grid, stream);           \
+// By the blocks of the inner dimension that each warp takes; few sizes of float32, since clusters
+// serve where it is small.
+#define SEQMEM_BY_SIZE(function)                                             \
+  const Grid grid = choose(layout.batch, layout.hidden);                     \
+  const int64_t quarters = (layout.hidden + 255) / 256;                      \
+  switch (storage) {                                                         \
+    case Storage::Float:                                                     \
+      if (quarters <= 2) return function<float, 4>(layout, a, grid, stream); \
+      if (quarters == 3) return function<float, 6>(layout, a, grid, stream); \
+      return function<float, 8>(layout, a, grid, stream);                    \
+    case Storage::Half: SEQMEM_OF_16_BITS(function, __half)                  \
+    case Storage::BFloat16: SEQMEM_OF_16_BITS(function, __nv_bfloat16)       \
+    default: return cudaErrorInvalidValue;                                   \
+  }
+#define SEQMEM_OF_16_BITS(function, T)                       \
+  switch (quarters) {                                        \
+    case 1: return function<T, 1>(layout, a, grid, stream);  \
+    case 2: return function<T, 2>(layout, a, grid, stream);  \
+    case 3: return function<T, 3>(layout, a, grid, stream);  \
+    default: return function<T, 4>(layout, a, grid, stream); \
   }
 
 cudaError_t lstm_forward_persistent(Storage storage, const PersistentLayout& layout,
-                                    const PersistentForward& a, cudaStream_t stream) {
-  const Grid grid = choose(layout.batch, layout.hidden);
-  if (storage == Storage::Half) SEQMEM_BY_SIZE(forward, __half)
-  SEQMEM_BY_SIZE(forward, __nv_bfloat16)
-}
+                                    const PersistentForward& a,
+                                    cudaStream_t stream){SEQMEM_BY_SIZE(forward)}
 
 cudaError_t lstm_backward_persistent(Storage storage, const PersistentLayout& layout,
                                      const PersistentBackward& a, cudaStream_t stream) {
-  const Grid grid = choose(layout.batch, layout.hidden);
-  if (storage == Storage::Half) SEQMEM_BY_SIZE(backward, __half)
-  SEQMEM_BY_SIZE(backward, __nv_bfloat16)
+  SEQMEM_BY_SIZE(backward)
 }
 
 }  // namespace seqmem::cuda

@@ -1,6 +1,7 @@
-// The LSTM over time by one grid that stays resident, for 16-bit storage and large hidden sizes:
-// one cooperative launch for all steps. All pointers are contiguous device memory that must live
-// until the stream has passed; those marked optional may be null.
+// The LSTM over time by one grid that stays resident, for large hidden sizes: one cooperative
+// launch for all steps. All pointers are contiguous device memory that must live until the stream
+// has passed; those marked optional may be null. weight_hh, hx, output and dz are aligned to 16
+// bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,7 +22,7 @@ struct PersistentLayout {
   const bool* reset;       // [rows], optional: cuts the state between steps t - 1 and t
 };
 
-// Of type S: BFloat16 or Half. The output must be filled with kNotYet before the launch.
+// Of type S: Float, BFloat16 or Half. The output must be filled with kNotYet before the launch.
 struct PersistentForward {
   const void* z;          // [rows, 4H] pre-activations without biases
   const void* weight_hh;  // [4H, H]

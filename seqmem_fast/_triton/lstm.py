@@ -438,7 +438,7 @@ def _forward_on_chip(
 
 
 def _stays_resident(rows: Rows, like: Tensor, weight_hr: Tensor | None, hidden: int) -> bool:
-    """Whether lstm_persistent_kernel.cu serves: 16-bit storage, no projection, not packed."""
+    """Whether lstm_persistent_kernel.cu serves: no projection, not packed."""
     if not (_PERSISTENT and like.is_cuda and weight_hr is None and rows.starts is None):
         return False
     return bool(torch.ops.seqmem.lstm_persistent_serves(like, rows.batch, hidden))

@@ -22,13 +22,16 @@ def layout(c: Case) -> Struct:
 
 def not_yet(*shape: int, dtype: torch.dtype) -> Tensor:
     """Memory as the kernels want it: of bytes that no result has."""
-    return torch.full(shape, -1, dtype=torch.int16).view(dtype)
+    word = torch.int32 if dtype == torch.float32 else torch.int16
+    return torch.full(shape, -1, dtype=word).view(dtype)
 
 
 def launch(
     name: str, c: Case, dtype: torch.dtype, tiles: int, arguments: Struct, seed: int
 ) -> None:
-    blocks = -(-c.hidden // 256) * (1 if name == "forward" else 4)
+    quarters = -(-c.hidden // 256)
+    blocks = max(4, 2 * quarters) if dtype == torch.float32 else quarters
+    blocks *= 1 if name == "forward" else 4
     columns = 4 if name == "forward" else 1
     module = nvcc.compiled("lstm_persistent_kernel.cu")
     kernel = module[f"{name}_kernel<{TYPES[dtype]}, {blocks}, {tiles}>"]
@@ -75,8 +78,9 @@ def check(
 
 
 @pytest.mark.slow
-def test_both_ways() -> None:
-    check(torch.bfloat16, 24, 3, 3, 1, "lengths and reset, reverse")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_both_ways(dtype: torch.dtype) -> None:
+    check(dtype, 24, 3, 3, 1, "lengths and reset, reverse")
 
 
 @pytest.mark.slow
@@ -90,6 +94,12 @@ def test_options(tiles: int, kind: str) -> None:
 @pytest.mark.parametrize("hidden, tiles", [(264, 1), (264, 2), (520, 1), (776, 1)])
 def test_sizes(hidden: int, tiles: int) -> None:
     check(torch.bfloat16, hidden, 3, 2, tiles, "lengths", seed=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden, tiles", [(40, 2), (40, 4), (264, 1), (520, 1), (776, 1)])
+def test_sizes_of_float32(hidden: int, tiles: int) -> None:
+    check(torch.float32, hidden, 17, 2, tiles, "reset", seed=6)
 
 
 PLANTED = {
