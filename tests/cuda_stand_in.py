@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ptx.kept import call, hashed, kept
 from torch import Tensor
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = Path(__file__).parent / "cuda_on_cpu"
+SOURCES = [ROOT / "csrc" / "cuda", ROOT / "csrc" / "common"]
 ARCHITECTURES = ["80", "90", "100"]
 # Largest error beside the largest value, of a result computed in float64.
 TOLERANCES = {
@@ -33,16 +35,15 @@ def assert_near(ours: Tensor, right: Tensor, name: str = "", factor: float = 1) 
     assert error <= factor * TOLERANCES[ours.dtype] * largest, (name, error)
 
 
-def load_on_cpu(stem: str, folder: Path) -> Any:
+def load_on_cpu(stem: str) -> Any:
     """The ops of an op's CUDA sources, compiled by the C++ compiler against a stand-in for CUDA."""
-    library = folder / f"{stem}.so"
     compiler = os.environ.get("CXX", "c++").split()
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{STAND_IN}"]
     headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"]
     command = [*compiler, *flags, *headers, str(STAND_IN / f"{stem}.cpp"), *libraries]
-    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    key = hashed((*command, torch.__version__), [*SOURCES, STAND_IN])
+    library = kept(f"{stem}_{key}.so", lambda target: call([*command, "-o", str(target)]))
     torch.ops.load_library(str(library))
     return getattr(torch.ops, f"{stem}_cuda_on_cpu")
 
@@ -56,21 +57,24 @@ class Resources(NamedTuple):
     registers: int
 
 
-def compile_with_nvcc(stem: str, arch: str, folder: Path) -> list[Resources]:
-    """Compile an op's kernels for one architecture; warnings fail."""
+def compile_with_nvcc(stem: str, arch: str) -> list[Resources]:
+    """Compile an op's kernels, once for all architectures; warnings fail."""
     source = ROOT / "csrc" / "cuda" / f"{stem}_kernel.cu"
-    target = f"arch=compute_{arch},code=sm_{arch}"
-    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode", target]
-    done = subprocess.run(
-        [*command, str(source), "-o", str(folder / "kernel.o")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
+    command = ["nvcc", "-c", "-O3", "-std=c++17", "-Xptxas", "-v", str(source)]
+    for each in ARCHITECTURES:
+        command += ["-gencode", f"arch=compute_{each},code=sm_{each}"]
+
+    def make(report: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            report.write_text(call([*command, "-o", f"{folder}/kernel.o"]))
+
+    text = kept(f"{stem}_{hashed(command, SOURCES)}.txt", make).read_text()
+    assert "warning" not in text
     found = re.findall(
-        r"Compiling entry function '(\S*)'.*?"
+        rf"Compiling entry function '(\S*)' for 'sm_{arch}'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers",
-        done.stderr,
+        text,
         re.DOTALL,
     )
     return [
@@ -79,11 +83,9 @@ def compile_with_nvcc(stem: str, arch: str, folder: Path) -> list[Resources]:
     ]
 
 
-def check_resources(
-    stem: str, arch: str, count: int, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def check_resources(stem: str, arch: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     """An op's file has so many kernels, none of which spills."""
-    found = compile_with_nvcc(stem, arch, folder)
+    found = compile_with_nvcc(stem, arch)
     assert len(found) == count
     with capsys.disabled():
         print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,17 +27,15 @@ SIZES = {  # (B, Tq, Tk, D, Dv)
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(
-    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     # 3 kernels, 4 types, vectors and single elements
-    check_resources("attention", arch, 24, tmp_path, capsys)
+    check_resources("attention", arch, 24, capsys)
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ops() -> Any:
     """The CUDA sources on the CPU."""
-    return load_on_cpu("attention", tmp_path_factory.mktemp("cuda_on_cpu"))
+    return load_on_cpu("attention")
 
 
 def check(ops: Any, sample: Sample) -> None:

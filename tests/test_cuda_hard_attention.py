@@ -6,7 +6,6 @@ As in test_cuda_lstm.py, neither needs a GPU.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,17 +22,15 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(
-    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     # 4 kernels, 4 types, warps and blocks; and a sum in each type
-    check_resources("hard_attention", arch, 36, tmp_path, capsys)
+    check_resources("hard_attention", arch, 36, capsys)
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ops() -> Any:
     """The CUDA sources on the CPU."""
-    return load_on_cpu("hard_attention", tmp_path_factory.mktemp("cuda_on_cpu"))
+    return load_on_cpu("hard_attention")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,10 +25,8 @@ SIZES = [(5, torch.float32), *((8, dtype) for dtype in TOLERANCES)]  # single un
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(
-    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kernels = compile_with_nvcc("lstm", arch, tmp_path)
+def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = compile_with_nvcc("lstm", arch)
     label = re.compile(r"\S*?(forward|backward)_kernelI(\S*?)Li(\d)EEEv")
     found = [(match, kernel) for kernel in kernels if (match := label.match(kernel.symbol))]
     assert len(found) == 24  # 2 directions, 6 pairs of types, vectors and single elements
@@ -44,8 +41,8 @@ def test_compiles_without_spills(
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_small_cell_compiles_without_spills(arch: str, tmp_path: Path) -> None:
-    kernels = compile_with_nvcc("lstm_cell", arch, tmp_path)
+def test_the_small_cell_compiles_without_spills(arch: str) -> None:
+    kernels = compile_with_nvcc("lstm_cell", arch)
     assert len(kernels) == 24  # 4 types, vectors and single elements: 1 row, 8 rows, products
     assert all(kernel.stack == kernel.spilled == 0 for kernel in kernels)
 
@@ -58,9 +55,9 @@ def test_the_small_cell_compiles_without_spills(arch: str, tmp_path: Path) -> No
     [("lstm_cluster", 24), ("lstm_cluster_16", 16), ("lstm_block", 12)],
 )
 def test_clusters_compile_without_spills(
-    stem: str, number: int, arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stem: str, number: int, arch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels = compile_with_nvcc(stem, arch, tmp_path)
+    kernels = compile_with_nvcc(stem, arch)
     assert len(kernels) == number
     with capsys.disabled():
         print(f"\nsm_{arch}: registers")
@@ -71,9 +68,9 @@ def test_clusters_compile_without_spills(
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ops() -> Any:
     """The CUDA sources on the CPU."""
-    return load_on_cpu("lstm", tmp_path_factory.mktemp("cuda_on_cpu"))
+    return load_on_cpu("lstm")
 
 
 @pytest.mark.parametrize("hidden, dtype", SIZES)

@@ -6,7 +6,6 @@ As in test_cuda_lstm.py, neither needs a GPU.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,17 +29,15 @@ SIZES = {  # (B, N, M, H, taps)
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(
-    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     # 8 kernels, 4 types, vectors and single elements
-    check_resources("ntm_addressing", arch, 64, tmp_path, capsys)
+    check_resources("ntm_addressing", arch, 64, capsys)
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ops() -> Any:
     """The CUDA sources on the CPU."""
-    return load_on_cpu("ntm_addressing", tmp_path_factory.mktemp("cuda_on_cpu"))
+    return load_on_cpu("ntm_addressing")
 
 
 def check(ops: Any, sample: Sample) -> None:

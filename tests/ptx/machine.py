@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .decode import KINDS, SPECIAL, Program
-from .kept import call, kept
+from .kept import call, hashed, kept
 
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = (
@@ -149,9 +148,7 @@ def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int]:
 
 def _compiled() -> Path:
     compiler = os.environ.get("CXX", "c++").split()
-    key = hashlib.sha256(" ".join((*compiler, *_FLAGS, platform.node())).encode())
-    for file in sorted(_SOURCES.iterdir()):
-        key.update(file.read_bytes())
+    key = hashed((*compiler, *_FLAGS, platform.node()), [_SOURCES])
 
     def make(library: Path) -> None:
         with TemporaryDirectory() as folder:
@@ -163,4 +160,4 @@ def _compiled() -> Path:
                 list(pool.map(call, commands))
             call([*compiler, "-shared", *objects.values(), "-o", str(library)])
 
-    return kept(f"machine_{key.hexdigest()[:16]}.so", make)
+    return kept(f"machine_{key}.so", make)
