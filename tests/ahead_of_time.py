@@ -76,22 +76,74 @@ class _Target:
         return GPUTarget(*TARGETS[self.name])
 
 
+def _frontend(backend: type) -> type:
+    """Triton's backend for NVIDIA, which stops at Triton's own IR."""
+
+    class Frontend(backend):
+        def __init__(self, target: Any) -> None:
+            super().__init__(target)
+            self.binary_ext = "ttir"
+
+        def add_stages(self, stages: dict[str, Any], *rest: Any) -> None:
+            super().add_stages(stages, *rest)
+            translate = stages["ttir"]
+            stages.clear()
+
+            def ttir(module: Any, metadata: dict[str, Any]) -> Any:
+                metadata |= {"name": module.get_entry_func_name(), "shared": 0}
+                return translate(module, metadata)
+
+            stages["ttir"] = ttir
+
+        def hash(self) -> str:
+            return f"ttir-{self.target.arch}"
+
+    return Frontend
+
+
 @contextmanager
-def compiling(target: str) -> Iterator[dict[str, Any]]:
-    """Compiles what is launched within for the target, runs nothing; kernels by their hashes."""
+def translating(target: str) -> Iterator[dict[str, Any]]:
+    """What is launched within becomes Triton's IR for the target and does not run; by hashes."""
+    from triton.backends import Backend, backends
     from triton.runtime import JITFunction, driver
 
     found: dict[str, Any] = {}
     run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def translate_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         found[kernel.hash] = kernel
 
+    nvidia = backends["nvidia"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(JITFunction, "run", translate_only)
         patch.setattr(driver, "_active", _Target(target))
+        patch.setitem(backends, "nvidia", Backend(_frontend(nvidia.compiler), nvidia.driver))
         yield found
+
+
+def operations(kernel: Any) -> frozenset[str]:
+    """A translated kernel's operations, each on its types and shapes; without control flow, which
+    takes any."""
+    found = set()
+    for line in kernel.asm["ttir"].decode().splitlines():
+        without_names = re.sub(r"(%[\w#:.]+(, )?)+", "%", line.partition(" loc(")[0].strip())
+        operation = re.sub(r"(?<=constant )[^:]*", "", without_names)
+        if operation and not operation.startswith(("#", "}", "module", "scf.", "% = scf.")):
+            found.add(operation)
+    return frozenset(found)
+
+
+def lowered(kernel: Any, target: str, folder: Path) -> Any:
+    """A translated kernel, compiled to the end."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile
+
+    file = folder / f"{kernel.hash}.ttir"
+    file.write_bytes(kernel.asm["ttir"])
+    # JSON has made lists of tuples, which no launcher changes.
+    options = {k: v for k, v in kernel.metadata._asdict().items() if not isinstance(v, list)}
+    return compile(str(file), target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def resources(kernel: Any, target: str) -> tuple[int, int, int]:

@@ -1,7 +1,9 @@
 """Settings that every test runs under."""
 
+import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,18 @@ settings.load_profile("suite")
 
 # cuBLAS asks for this under deterministic algorithms, which every test runs with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    prepare = functools.cache(interpreter._patch_lang)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A kernel's functions prepare Triton's modules once, not at each of their calls."""
+        prepare(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)

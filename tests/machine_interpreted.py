@@ -118,7 +118,7 @@ class MachineInterpreted:
         """More steps than one segment, what enters them from checkpoints; a row starts anew there,
         the other before."""
         steps = shared.SHORTEST_SEGMENT + 2
-        sample = self.sample("reset", (steps, 2, 2, 3, 4, 2))
+        sample = self.sample("reset", (steps, *self.sizes[1:]))
         reset = torch.zeros(steps, 2, dtype=torch.bool)
         reset[3, 0] = reset[shared.SHORTEST_SEGMENT, 1] = True
         given = {"reset": reset, "lengths": torch.tensor([steps, steps - 1])}
@@ -152,7 +152,7 @@ class MachineInterpreted:
             call(x, first._replace(memory=first.memory[:1]), True, True)
 
     def test_offsets_past_32_bits(self) -> None:
-        tensors, options = self.machine.raw(self.sample(sizes=(3, 1, 2, 2, 4, 2)))
+        tensors, options = self.machine.raw(self.sample())
         outs = self.forward(tensors, options, True, True)
         grad = torch.randn_like(outs[0])
         missing = [None] * (len(self.machine.learning_of(outs)) - 1)

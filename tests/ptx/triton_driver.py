@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .kept import kept
 from .launch import Kernel, Module
 
 
@@ -97,22 +102,61 @@ class _Driver:
         return torch.cpu
 
 
+# What sm_80 and sm_90 have different instructions for.
+_DIFFERS = re.compile(r"tt\.dot|tt\.atomic|descriptor|bf16")
+
+
+def differs(ir: str) -> bool:
+    """Whether a kernel, in Triton's IR, may become different PTX for sm_80 and sm_90."""
+    return _DIFFERS.search(ir) is not None
+
+
 def _ptx_backend(cuda_backend: type) -> type:
-    """Triton's backend for NVIDIA, which ends with PTX."""
+    """Triton's backend for NVIDIA, which ends with PTX; that which architectures share is kept."""
+    from triton import __version__
+    from triton.backends.compiler import GPUTarget
+
+    newest = cuda_backend(GPUTarget("cuda", 90, 32))
 
     class PtxBackend(cuda_backend):
         def __init__(self, target: Any) -> None:
             super().__init__(target)
             self.binary_ext = "ptx"
 
-        def add_stages(self, stages: dict[str, Any], *rest: Any) -> None:
-            super().add_stages(stages, *rest)
-            stages.pop("cubin")
+        def add_stages(self, stages: dict[str, Any], options: Any, *rest: Any) -> None:
+            super().add_stages(stages, options, *rest)
+            own, shared = {**stages}, dict[str, Any]()
+            launch = ("num_warps", "num_ctas", "num_stages")
+            chosen = newest.parse_options({name: getattr(options, name) for name in launch})
+            newest.add_stages(shared, chosen, *rest)
+
+            def ptx(module: Any, metadata: dict[str, Any]) -> str:
+                if differs(ir := str(module)):
+                    return _run(own, module, metadata)
+
+                def make(target: Path) -> None:
+                    found: dict[str, Any] = {}
+                    target.write_text(json.dumps([_run(shared, module, found), found]))
+
+                key = sha256(f"{ir} {chosen} {__version__}".encode()).hexdigest()
+                text, found = json.loads(kept(f"triton_{key[:32]}.json", make).read_text())
+                metadata |= found
+                return str(text)
+
+            stages.clear()
+            stages |= {"ttir": own["ttir"], "ptx": ptx}
 
         def hash(self) -> str:
             return f"ptx-{self.target.arch}"
 
     return PtxBackend
+
+
+def _run(stages: dict[str, Any], module: Any, metadata: dict[str, Any]) -> str:
+    """From Triton's IR to PTX."""
+    for name in ("ttgir", "llir", "ptx"):
+        module = stages[name](module, metadata)
+    return str(module)
 
 
 @contextmanager
