@@ -121,6 +121,7 @@ class HostileSuite:
         moved = {k: v if k in target.on_cpu else on_meta(v) for k, v in given.items()}
         message_of(target, bad, lambda: target.call(**moved))
 
+    @pytest.mark.slow
     def test_refused_compiled(self, target: Target, bad: Bad) -> None:
         torch.compiler.reset()
         # Dynamo takes no sparse tensors.

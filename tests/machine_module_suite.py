@@ -200,6 +200,7 @@ class MachineModuleSuite:
                 state.memory[0] = 8
             assert not state.memory[1].eq(8).any()
 
+    @pytest.mark.slow
     def test_compile(self) -> None:
         """With sizes as symbols; the op's own suite has both kinds."""
         module, x = self.make(), data()

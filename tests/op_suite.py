@@ -83,6 +83,7 @@ class OpSuite:
         floats, call = split(self.case(name, tiny=True))
         assert torch.autograd.gradcheck(call, floats)
 
+    @pytest.mark.slow
     def test_gradgradcheck(self, name: str) -> None:
         floats, call = split(self.case(name, tiny=True))
         assert torch.autograd.gradgradcheck(call, floats, fast_mode=True)
@@ -259,7 +260,7 @@ class OpSuite:
                         with pytest.raises((ValueError, TypeError), match=says):
                             call(*spoilt)
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_compile(self, name: str, dynamic: bool) -> None:
         case = self.case(name)
         torch.compiler.reset()

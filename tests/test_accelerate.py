@@ -299,6 +299,7 @@ def test_reparametrised_weights_go_along(wrap: str) -> None:
         sf.accelerate(net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replace", [False, True])
 def test_compiles_after_the_swap(replace: bool) -> None:
     """What nn.LSTM cannot: the whole model as one graph."""

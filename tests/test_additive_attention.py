@@ -325,6 +325,7 @@ def test_autocast_and_vmap() -> None:
     torch.testing.assert_close(torch.vmap(attention)(*given), expected)
 
 
+@pytest.mark.slow
 def test_it_trains() -> None:
     """Learns to pick the key that equals the query."""
     torch.manual_seed(0)

@@ -184,6 +184,7 @@ def test_no_gradient_reaches_an_earlier_segment() -> None:
     assert of_conv.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_reconstruction_trains_the_convolution_alone() -> None:
     made = attention(function="conv")
     nn.init.normal_(made.memory.conv.weight)  # type: ignore[union-attr]
@@ -213,6 +214,7 @@ def test_reconstruction_of_equal_vectors_costs_nothing() -> None:
     assert made.reconstruction_loss() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["mean", "conv", "most_used"])
 def test_compiles_in_one_graph(function: str) -> None:
     torch.compiler.reset()

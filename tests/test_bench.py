@@ -212,6 +212,7 @@ def measured() -> Any:
         return measure.run(table_rows(SHAPES[:3]), TINY, quiet())
 
 
+@pytest.mark.slow
 def test_a_run_gives_one_result_for_each_peer(measured: Any) -> None:
     results, left_out = measured
     rivals = {peers.ONNX, peers.JAX}
@@ -370,6 +371,7 @@ GPU_ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", GPU_ROWS, ids=str)
 def test_the_gpu_s_sides_agree(row: rows.Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with nothing compiled."""
@@ -461,6 +463,7 @@ def test_host_times_of_small_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(r["ours"] > 0 and r["eager"] > 0 for r in found)
 
 
+@pytest.mark.slow
 def test_every_gpu_row_has_a_name_of_its_own() -> None:
     for op in machine.ops():
         declared = importlib.import_module(f"benchmarks.bench_{op}").GPU_ROWS
@@ -591,6 +594,7 @@ def test_multiply_adds_of_two_layers() -> None:
     assert shape.gmacs == pytest.approx(10 * 2 * 16 * ((3 + 4) + (4 + 4)) / 1e9)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_lstm, "CAPS", {"float32": 1e-5, "bfloat16": 1e-5})
     monkeypatch.setattr(machine, "ensure_process", lambda *_: None)
@@ -608,6 +612,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads(path.read_text())["results"] != first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells peaks")
 def test_memory_growth_is_that_of_one_call() -> None:
     found = memory.measure("additive_attention", rows.INFERENCE, 1)
@@ -675,6 +680,7 @@ def test_a_kept_model_comes_back_and_draws_its_gates(tmp_path: Path) -> None:
 # the main job
 
 
+@pytest.mark.slow
 def test_a_pass_runs_in_a_process_of_its_regime() -> None:
     found = main_job.rows("lstm", 1, "M", ["--rows", "LSTMCell B 1,", "--seconds", "0.01"])
     assert (found["machine"]["malloc"], found["machine"]["threads"]) == ("M", 1)

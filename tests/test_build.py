@@ -68,6 +68,7 @@ def test_build_info() -> None:
     assert _C.cpu_capability() in info["isas"]
 
 
+@pytest.mark.slow
 def test_info_as_text_and_json() -> None:
     text = python("-m", "seqmem_fast", "info")
     assert text.returncode == 0, text.stderr
@@ -81,12 +82,14 @@ def test_info_as_text_and_json() -> None:
         )
 
 
+@pytest.mark.slow
 def test_unknown_command_names_the_known_ones() -> None:
     result = python("-m", "seqmem_fast", "nonsense")
     assert result.returncode == 2
     assert "nonsense" in result.stderr and "info" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2")])
 def test_capability_selects_the_isa(capability: str, isa: str) -> None:
     if isa not in available_isas(_C.build_info()["isas"]):
@@ -415,6 +418,7 @@ def sdist(folder: Path) -> Path:
     return archive
 
 
+@pytest.mark.slow
 def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     with tarfile.open(sdist(tmp_path)) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}

@@ -242,6 +242,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(configurations())
 def test_space_of_configurations(config: dict[str, Any]) -> None:
@@ -485,6 +486,7 @@ def test_backward_in_eval_mode() -> None:
     assert_same(run(ours.eval(), x, None), run(theirs.eval(), x, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [OPTIONS[0], OPTIONS[6], {"num_layers": 2, "dropout": 0.4}], ids=str
 )
@@ -502,6 +504,7 @@ def test_compile_module(options: dict[str, Any]) -> None:
     assert_same(run(compiled, x, hx, **variable), run(ours, x, hx, **variable))
 
 
+@pytest.mark.slow
 def test_compile_with_inductor() -> None:
     """The real backend, once, with work before and after to fuse."""
     _, ours = pair({"num_layers": 2, "bidirectional": True})
@@ -531,6 +534,7 @@ def test_compile_does_not_unroll_or_recompile_over_time() -> None:
     assert counter.op_count < 20
 
 
+@pytest.mark.slow
 def test_compiled_packed_sequence() -> None:
     _, ours = pair({})
     torch.compiler.reset()

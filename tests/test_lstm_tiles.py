@@ -240,6 +240,7 @@ def test_autocast_and_modules_in_bf16_arrive_there() -> None:
     assert bits[""][2] != bits["default"][2]
 
 
+@pytest.mark.slow
 def test_info_tells_of_tiles() -> None:
     said = json.loads(python("-m", "seqmem_fast", "info", "--json"))["bf16 tiles"]
     compiled = _C.build_info()["tiles"]

@@ -110,6 +110,7 @@ def test_a_dnc_without_links_has_no_modes() -> None:
     assert not any("mode" in name for name in panels(plot.dnc(trace(modes=0))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_what_a_layer_gives_can_be_drawn_and_saved(links: bool, tmp_path: Path) -> None:
     dnc, x = DNC(4, 3, 6, 8, 5, read_heads=2, links=links), torch.randn(T, 4)

@@ -58,6 +58,7 @@ def test_what_does_not_fit_is_named() -> None:
         plot.graph_traversal(EDGES, WALKS, SAID, torch.zeros(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(BUILDERS))
 def test_the_command_draws_a_walk(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

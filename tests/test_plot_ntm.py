@@ -83,6 +83,7 @@ def test_what_does_not_fit_is_named(name: str, shape: tuple[int, ...], message: 
         plot.ntm(**case(**{name: torch.zeros(shape)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(BUILDERS))
 def test_the_command_draws_a_checkpoint(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

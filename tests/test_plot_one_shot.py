@@ -76,6 +76,7 @@ def test_what_does_not_fit_is_named() -> None:
         plot.one_shot(torch.rand(T, SIDE, SIDE), torch.rand(T, CLASSES), LABELS[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(BUILDERS))
 def test_the_command_draws_an_episode(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

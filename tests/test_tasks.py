@@ -403,6 +403,7 @@ def test_sizes_out_of_range_are_named(build: Any, message: str) -> None:
         build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_probes_go_beyond_training(name: str) -> None:
     task = TASKS[name]()

@@ -210,6 +210,7 @@ class Items(Dataset[list[Tensor]]):
             ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_dataloader_workers(context: str) -> None:
     # A spawned worker is a fresh process, which has nothing of this one's to trip over.

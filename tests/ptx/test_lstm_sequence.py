@@ -12,7 +12,7 @@ from . import nvcc
 from .launch import Faults, Kernel, Module, Output, Struct
 from .lstm_cases import TYPES, Case, assert_near, case
 
-pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
+pytestmark = [pytest.mark.skipif(not nvcc.found(), reason="needs nvcc"), pytest.mark.slow]
 KINDS = ["plain", "reverse", "lengths", "reset", "lengths and reset, reverse", "packed", "no state"]
 
 

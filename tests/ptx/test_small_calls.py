@@ -14,7 +14,7 @@ from seqmem_fast.reference import attention, hard_attention, lstm, ntm_addressin
 from . import nvcc
 from .launch import Output, Struct
 
-pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
+pytestmark = [pytest.mark.skipif(not nvcc.found(), reason="needs nvcc"), pytest.mark.slow]
 THREADS = 256
 
 
