@@ -491,6 +491,7 @@ def document(measured: Any) -> dict[str, Any]:
     return report.document("lstm", machine.describe(), results, left_out, bench_lstm.LETTERS)
 
 
+@pytest.mark.slow
 def test_json_says_what_was_measured_and_where(tmp_path: Path, document: dict[str, Any]) -> None:
     path = tmp_path / "folder" / "lstm.json"
     report.write_json(path, document)
@@ -508,6 +509,7 @@ def test_a_nan_is_not_kept(tmp_path: Path) -> None:
         report.write_json(tmp_path / "x.json", {"ratio": float("nan")})
 
 
+@pytest.mark.slow
 def test_the_table_names_rows_peers_and_what_was_left_out(document: dict[str, Any]) -> None:
     console = quiet()
     results = [report.Result(**row) for row in document["results"]]
@@ -525,6 +527,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
 
 
+@pytest.mark.slow
 def test_the_chart_has_a_bar_for_each_ratio_against_torch(document: dict[str, Any]) -> None:
     axes = chart.draw([document]).axes[0]
     ratios = [row["ratio"] for row in document["results"] if row["peer"] not in chart.MARKS]
@@ -731,6 +734,7 @@ def test_the_main_job_keeps_losses_tables_and_chart(
     assert 0 < limits[0] < 0.8 * main_job.LIMIT_S and 0 < limits[1] < main_job.LIMIT_S
 
 
+@pytest.mark.slow
 def test_a_job_without_time_keeps_what_it_has(
     short_job: list[tuple[Any, ...]],
     tmp_path: Path,
