@@ -93,6 +93,6 @@ def kernels() -> list[Kernel]:
     pointers = {f"{name}_ptr": "*fp32" for name in (*wide.split(), "grad_state")}
     pointers |= {"lengths_ptr": "*i64", "reset_ptr": "*u8"}
     return [
-        Kernel("delta_memory", f"delta_memory_{name}_kernel", "bf16", 8, shape, pointers)
+        Kernel("delta_memory_kernels", f"delta_memory_{name}_kernel", "bf16", 8, shape, pointers)
         for name in ("forward", "backward")
     ]

@@ -6,11 +6,11 @@
 //     dbeta_i = du_i . x_i,  dv = dx,  dA = do u^T,  dM = -dx u^T
 //     d(E q) = do S^T,  d(E k) = -dx S^T,  d(F k) = u dS^T,  dE_n = sum_v S dS
 //     dS = E_n dS + (E q)^T do - (E k)^T dx
-//   and from these the gradients of q, k and the decays, term by term (none is a difference of
-//   sums that nearly cancel)
+//   and from these the gradients of q, k and the decays (delta_memory_gradients.h), term by term
+//   (none is a difference of sums that nearly cancel)
 // Floor: B H T K V 7 multiply-adds, and some 16 (3 K + 3 V) for each step; one more memory where
 // a segment has many runs. Bytes: inputs, gradients, kept memories once.
-#include "delta_memory_chunk.h"
+#include "delta_memory_gradients.h"
 
 namespace seqmem::delta_memory {
 namespace {
@@ -26,21 +26,17 @@ class BackwardRun {
   SpinBarrier& barrier;
   const int64_t vectors, Vp;  // of V; the widest slice
   Chunk<S> chunk;
+  KeyGradients<S> keys;
   const int64_t Kp;
   const bool by_feature;
-  Run* runs;                        // [segment]
-  C* memories;                      // [segment / N, K, Vp]: where runs begin
-  C* nothing;                       // [K, Vp] zeros
-  C* grad_memories;                 // of each unit at work: dS [K, Vp]
-  C* grad_memory;                   // of the present one
-  C* turned;                        // S^T or dS^T [Vp, Kp]
-  C* given;                         // [2 n, Vp]: do, then -dx
-  C* grad_u;                        // [N, Vp]
-  C* grad_scores;                   // [2 N, N]: dA, then dM
-  C* grad_early;                    // [2 n, Kp]
-  C* grad_late;                     // [N, Kp]
-  C* of_whole;                      // [Kp]: E_n sum_v S dS, by feature; else one
-  C *grad_q, *grad_k, *grad_decay;  // [N, Kp]
+  Run* runs;         // [segment]
+  C* memories;       // [segment / N, K, Vp]: where runs begin
+  C* nothing;        // [K, Vp] zeros
+  C* grad_memories;  // of each unit at work: dS [K, Vp]
+  C* grad_memory;    // of the present one
+  C* turned;         // S^T or dS^T [Vp, Kp]
+  C* given;          // [2 n, Vp]: do, then -dx
+  C* grad_u;         // [N, Vp]
 
  public:
   BackwardRun(const Shape& shape, const Backward& arguments, int thread_, int threads_,
@@ -53,6 +49,7 @@ class BackwardRun {
         vectors(ceil_div(shape.V, L)),
         Vp(max<int64_t>(ceil_div(vectors, shape.slices), 1) * L),
         chunk(shape, Vp),
+        keys(shape, arguments, chunk),
         Kp(chunk.Kp),
         by_feature(shape.decay == Decay::Feature) {}
 
@@ -67,13 +64,7 @@ class BackwardRun {
       turned = take.array<C>(Vp * Kp);
       given = take.array<C>(2 * N * Vp);
       grad_u = take.array<C>(N * Vp);
-      grad_scores = take.array<C>(2 * N * N);
-      grad_early = take.array<C>(2 * N * Kp);
-      grad_late = take.array<C>(N * Kp);
-      of_whole = take.array<C>(Kp);
-      grad_q = take.array<C>(N * Kp);
-      grad_k = take.array<C>(N * Kp);
-      grad_decay = take.array<C>(N * Kp);
+      keys.place(take);
     });
     return take.used();
   }
@@ -90,14 +81,10 @@ class BackwardRun {
     if (a.parts_q == nullptr) return;
     barrier.wait();
     const Share rows = share(s.B * s.T * s.Hk, thread, threads);
-    for (int64_t row = rows.begin; row < rows.end; ++row) add_parts(row);
+    for (int64_t row = rows.begin; row < rows.end; ++row) keys.add_parts(row);
   }
 
  private:
-  static void fill(C* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
-  }
-
   // ---- a slice of a head's values
 
   struct Unit {
@@ -223,28 +210,23 @@ class BackwardRun {
       for (int64_t w = 0; w < width; w += L)
         store_n(of_value + w, -load(grad_x + i * Vp + w), static_cast<int>(width - w));
     }
-    dot(n, n, width, given, Vp, chunk.u, Vp, grad_scores, N, false);
-    dot(n, n, width, grad_x, Vp, chunk.u, Vp, grad_scores + N * N, N, false);
+    dot(n, n, width, given, Vp, chunk.u, Vp, keys.scores, N, false);
+    dot(n, n, width, grad_x, Vp, chunk.u, Vp, keys.scores + N * N, N, false);
     turn(memory);
-    matrix_multiply<false>(2 * n, width, Kp, given, Vp, turned, Kp, grad_early, false);
+    matrix_multiply<false>(2 * n, width, Kp, given, Vp, turned, Kp, keys.of_early, false);
     turn(grad_memory);
-    matrix_multiply<false>(n, width, Kp, chunk.u, Vp, turned, Kp, grad_late, false);
+    matrix_multiply<false>(n, width, Kp, chunk.u, Vp, turned, Kp, keys.of_late, false);
     if (run.anew) {
       fill(grad_memory, s.K * Vp);
-      fill(of_whole, Kp);
+      fill(keys.whole, Kp);
     } else {
       decay_memory(memory);
       matrix_multiply<true>(s.K, 2 * n, Vp, chunk.early, Kp, given, Vp, grad_memory, true);
     }
-    if (by_feature) {
-      finish_by_feature(b, h, slice, run);
-    } else {
-      finish(b, h, slice, run);
-    }
-    for (int64_t i = 0; i < n; ++i) leave(b, h, slice, run.begin + i, i);
+    keys.leave(b, h, slice, run);
   }
 
-  // dS = E_n dS, and of_whole.
+  // dS = E_n dS, and keys.whole.
   void decay_memory(const C* memory) {
     Vec<C> total = {};
     for (int64_t i = 0; i < s.K; ++i) {
@@ -256,168 +238,13 @@ class BackwardRun {
         store(grad_memory + i * Vp + w, grad);
       }
       total += sums;
-      if (by_feature) of_whole[i] = sum<C>(sums);
+      if (by_feature) keys.whole[i] = sum<C>(sums);
     }
     if (by_feature) {
-      fill(of_whole + s.K, Kp - s.K);
+      fill(keys.whole + s.K, Kp - s.K);
     } else {
-      of_whole[0] = sum<C>(total);
+      keys.whole[0] = sum<C>(total);
     }
-  }
-
-  C& dA(int64_t i, int64_t j) const { return grad_scores[i * N + j]; }
-  C& dM(int64_t i, int64_t j) const { return grad_scores[(N + i) * N + j]; }
-
-  C dot_row(const C* x, const C* y) const {
-    Vec<C> sums = {};
-    for (int64_t c = 0; c < Kp; c += L) sums += load(x + c) * load(y + c);
-    return sum<C>(sums);
-  }
-
-  // grad_q, grad_k and the decays' gradients, one for each step.
-  void finish(int64_t b, int64_t h, int64_t slice, const Run& run) {
-    const int64_t n = run.steps;
-    C of_decay[N] = {};
-    for (int64_t i = 0; i < n; ++i) {
-      const C *early_q = grad_early + i * Kp, *early_k = grad_early + (n + i) * Kp;
-      const C* late = grad_late + i * Kp;
-      for (int64_t c = 0; c < Kp; c += L) {
-        store(grad_q + i * Kp + c, chunk.from[i] * load(early_q + c));
-        store(grad_k + i * Kp + c,
-              chunk.from[i] * load(early_k + c) + chunk.to[i] * load(late + c));
-      }
-    }
-    if (a.grad_decay != nullptr) {
-      for (int64_t i = 0; i < n; ++i) {
-        const C early = dot_row(grad_early + i * Kp, chunk.early + i * Kp) +
-                        dot_row(grad_early + (n + i) * Kp, chunk.writes() + i * Kp);
-        const C late = dot_row(grad_late + i * Kp, chunk.late + i * Kp);
-        of_decay[i] += of_whole[0];
-        for (int64_t m = 0; m <= i; ++m) of_decay[m] += early;
-        for (int64_t m = i + 1; m < n; ++m) of_decay[m] += late;
-        C between = 0;
-        for (int64_t m = n - 1; m > i; --m) {
-          between += dA(m, i) * chunk.A(m, i) + dM(m, i) * chunk.M(m, i);
-          of_decay[m] += between;
-        }
-      }
-      C* to = static_cast<C*>(a.grad_decay) + slice * s.B * s.T * s.H;
-      for (int64_t i = 0; i < n; ++i) to[(b * s.T + run.begin + i) * s.H + h] = of_decay[i];
-    }
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        const C decay = chunk.between[i * N + j];
-        dA(i, j) = j > i ? C(0) : dA(i, j) * decay;
-        dM(i, j) = j >= i ? C(0) : dM(i, j) * decay;
-      }
-    const C *q = chunk.steps.q, *k = chunk.steps.k, *of_M = grad_scores + N * N;
-    matrix_multiply<false>(n, n, Kp, grad_scores, N, k, Kp, grad_q, true);
-    matrix_multiply<true>(n, n, Kp, grad_scores, N, q, Kp, grad_k, true);
-    matrix_multiply<false>(n, n, Kp, of_M, N, k, Kp, grad_k, true);
-    matrix_multiply<true>(n, n, Kp, of_M, N, k, Kp, grad_k, true);
-  }
-
-  // The same where each feature decays by itself.
-  void finish_by_feature(int64_t b, int64_t h, int64_t slice, const Run& run) {
-    const int64_t n = run.steps;
-    for (int64_t c = 0; c < Kp; c += L) {
-      auto row = [&](const C* matrix, int64_t i) { return load(matrix + i * Kp + c); };
-      Vec<C> dq[N], dk[N], of_decay[N], late = load(of_whole + c), early = {};
-      for (int64_t i = 0; i < n; ++i) {
-        dq[i] = row(chunk.from, i) * row(grad_early, i);
-        dk[i] = row(chunk.from, i) * row(grad_early, n + i) + row(chunk.to, i) * row(grad_late, i);
-        of_decay[i] = late;
-        late += row(grad_late, i) * row(chunk.late, i);
-      }
-      for (int64_t i = n - 1; i >= 0; --i) {
-        early += row(grad_early, i) * row(chunk.early, i);
-        early += row(grad_early, n + i) * row(chunk.writes(), i);
-        of_decay[i] += early;
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        Vec<C> decay = splat(C(1)), through[N];
-        const Vec<C> key = row(chunk.steps.k, j);
-        dq[j] += dA(j, j) * key;
-        dk[j] += dA(j, j) * row(chunk.steps.q, j);
-        for (int64_t i = j + 1; i < n; ++i) {
-          decay *= row(chunk.steps.decay, i);
-          const Vec<C> there = decay * key;
-          dq[i] += dA(i, j) * there;
-          dk[i] += dM(i, j) * there;
-          const Vec<C> back =
-              decay * (dA(i, j) * row(chunk.steps.q, i) + dM(i, j) * row(chunk.steps.k, i));
-          dk[j] += back;
-          through[i] = back * key;
-        }
-        Vec<C> total = {};
-        for (int64_t i = n - 1; i > j; --i) {
-          total += through[i];
-          of_decay[i] += total;
-        }
-      }
-      C* to = static_cast<C*>(a.grad_decay) + slice * s.B * s.T * s.H * s.K + c;
-      for (int64_t i = 0; i < n; ++i) {
-        store(grad_q + i * Kp + c, dq[i]);
-        store(grad_k + i * Kp + c, dk[i]);
-        store_n(to + ((b * s.T + run.begin + i) * s.H + h) * s.K, of_decay[i],
-                static_cast<int>(s.K - c));
-      }
-    }
-  }
-
-  // ---- gradients of q and k
-
-  // Of row i of the run: where it belongs, or among the parts of its head.
-  void leave(int64_t b, int64_t h, int64_t slice, int64_t t, int64_t i) {
-    if (a.parts_q != nullptr) {
-      const int64_t part = ((b * s.H + h) * s.slices + slice) * s.T + t;
-      store_row<C>(static_cast<C*>(a.parts_q) + part * s.K, grad_q + i * Kp, s.K);
-      store_row<C>(static_cast<C*>(a.parts_k) + part * s.K, grad_k + i * Kp, s.K);
-    } else {
-      leave_row(b, t, h, i, i);
-    }
-  }
-
-  // Row i of grad_q and grad_k, that of q and k number `given`.
-  void leave_row(int64_t b, int64_t t, int64_t h, int64_t i, int64_t row) {
-    const C scale = C(s.scale), inverse = scale == 0 ? C(0) : 1 / scale;
-    const int64_t to = key_row(b, t, h);
-    const Steps<S>& steps = chunk.steps;
-    leave_unnormalized(static_cast<S*>(a.grad_q) + to, grad_q + i * Kp, steps.q + row * Kp,
-                       scale * steps.norm_q[row], inverse);
-    leave_unnormalized(static_cast<S*>(a.grad_k) + to, grad_k + i * Kp, steps.k + row * Kp,
-                       steps.norm_k[row], C(1));
-  }
-
-  // `to` = factor * the part of `grad` that is orthogonal to `unit` times `rescale`.
-  void leave_unnormalized(S* to, const C* grad, const C* unit, C factor, C rescale) const {
-    const C along = s.l2norm ? dot_row(grad, unit) * rescale * rescale : C(0);
-    for (int64_t c = 0; c < s.K; c += L) {
-      Vec<C> x = load(grad + c);
-      if (s.l2norm) x -= along * load(unit + c);
-      store_n(to + c, factor * x, static_cast<int>(s.K - c));
-    }
-  }
-
-  // The sum of what value heads and slices give a row of q and k.
-  void add_parts(int64_t row) {
-    const int64_t h = row % s.Hk, t = row / s.Hk % s.T, b = row / s.Hk / s.T, group = s.H / s.Hk;
-    fill(grad_q, Kp);
-    fill(grad_k, Kp);
-    if (t < steps_of(s, b)) {
-      for (int64_t part = 0; part < group * s.slices; ++part) {
-        const int64_t place = ((b * s.H + h * group) * s.slices + part) * s.T + t;
-        add_row(grad_q, static_cast<const C*>(a.parts_q) + place * s.K);
-        add_row(grad_k, static_cast<const C*>(a.parts_k) + place * s.K);
-      }
-      chunk.steps.read(a, b, h * group, {t, 1, false});
-    }
-    leave_row(b, t, h, 0, 0);
-  }
-
-  void add_row(C* to, const C* from) const {
-    for (int64_t c = 0; c < s.K; c += L)
-      store(to + c, load(to + c) + load_n(from + c, static_cast<int>(s.K - c)));
   }
 };
 

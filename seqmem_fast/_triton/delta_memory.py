@@ -1,15 +1,11 @@
 r"""The delta memory on GPU: launchers of `delta_memory` and its backward.
 
-Formulas, shapes and errors: `ops/delta_memory.py`. A program takes one row, one head and a slice of
-V, whose memory [K, slice] stays in registers while it goes through the steps. The backward computes
-the memories within a segment again from the one kept at its beginning, leaves them in scratch
-memory and goes back through them; gradients of q and k come as one part for each slice and value
-head, whose sum is torch's, as are the norms of q and k and their derivative.
+Formulas, shapes and errors: `ops/delta_memory.py`; the kernels: `delta_memory_kernels.py`, whose
+gradients of q and k come as one part for each slice of V and value head. Their sum is torch's, as
+are the norms of q and k and their derivative.
 
 State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
 """
-
-# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -18,11 +14,11 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..reference.delta_memory import NORM_FLOOR
 from .common import accumulator, as_bytes, row_lengths, wide
+from .delta_memory_kernels import delta_memory_backward_kernel, delta_memory_forward_kernel
 
 _ELEMENTS = 4096  # of a memory's slice
 _WIDEST = 32  # columns of V in a slice
@@ -36,210 +32,6 @@ def _segment(q: Tensor, v: Tensor) -> int:
     while segment < _LONGEST and features * values * narrow > (features + values) * 2 * segment:
         segment *= 2
     return segment
-
-
-@triton.jit
-def _load(ptr, n, mask, ACC: tl.constexpr):
-    value = tl.load(ptr + n, mask=mask, other=0.0)
-    if value.dtype.primitive_bitwidth == 16:
-        value = value.to(tl.float32)  # the interpreter knows no direct way to float64
-    return value.to(ACC)
-
-
-@triton.jit
-def _store(ptr, n, value, mask):
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    tl.store(ptr + n, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _decay(decay_ptr, at, k, K, FEATURE: tl.constexpr, ACC: tl.constexpr):
-    """exp(g) [BK], of the head's step number `at`."""
-    if FEATURE:
-        factor = tl.exp(_load(decay_ptr + at * K, k, k < K, ACC))
-    else:
-        factor = tl.exp(_load(decay_ptr + at, k * 0, k < K, ACC))
-    return factor
-
-
-@triton.jit
-def _is_reset(reset_ptr, at):
-    return tl.load(reset_ptr + at) != 0
-
-
-@triton.jit
-def delta_memory_forward_kernel(
-    q_ptr,  # [B, T, Hk, K], normalised if asked for; so k
-    k_ptr,
-    v_ptr,  # [B, T, H, V]
-    beta_ptr,  # ACC [B, T, H]
-    decay_ptr,  # ACC [B, T, H] or [B, T, H, K], or None
-    state_ptr,  # ACC [B, H, K, V], or None
-    lengths_ptr,  # int64 [B], or None
-    reset_ptr,  # uint8 [B, T], or None
-    output_ptr,  # [B, T, H, V]
-    final_ptr,  # ACC [B, H, K, V]
-    states_ptr,  # ACC [B, H, segments, K, V], or None
-    T,
-    Hk,
-    H,
-    K,
-    V,
-    segment,
-    SCALE: tl.constexpr,  # an argument would be rounded to float32
-    FEATURE: tl.constexpr,
-    ACC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
-    b = head // H
-    h = head % H
-    key_head = h // (H // Hk)
-    k = tl.arange(0, BK)
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    at = k[:, None].to(tl.int64) * V + v[None, :]
-    there = (k < K)[:, None] & (v < V)[None, :]
-    memory = tl.zeros([BK, BV], ACC)
-    if state_ptr is not None:
-        memory = _load(state_ptr + head * K * V, at, there, ACC)
-    end = T
-    if lengths_ptr is not None:
-        end = tl.load(lengths_ptr + b).to(tl.int32)
-    segments = (T + segment - 1) // segment
-    for t in range(end):
-        step = b * T + t
-        if reset_ptr is not None:
-            memory = tl.where(_is_reset(reset_ptr, step), 0.0, memory)
-        if states_ptr is not None:
-            if t % segment == 0:
-                kept = head * segments + t // segment
-                tl.store(states_ptr + kept * K * V + at, memory, mask=there)
-        row = (step * Hk + key_head) * K
-        query = SCALE * _load(q_ptr + row, k, k < K, ACC)
-        key = _load(k_ptr + row, k, k < K, ACC)
-        value = _load(v_ptr + (step * H + h) * V, v, v < V, ACC)
-        if decay_ptr is not None:
-            memory *= _decay(decay_ptr, step * H + h, k, K, FEATURE, ACC)[:, None]
-        held = tl.sum(memory * key[:, None], axis=0)
-        write = tl.load(beta_ptr + step * H + h).to(ACC) * (value - held)
-        memory += key[:, None] * write[None, :]
-        output = tl.sum(memory * query[:, None], axis=0)
-        _store(output_ptr + (step * H + h) * V, v, output, v < V)
-    tl.store(final_ptr + head * K * V + at, memory, mask=there)
-
-
-@triton.jit
-def delta_memory_backward_kernel(
-    grad_ptr,  # [B, T, H, V], of the output; or None
-    grad_final_ptr,  # ACC [B, H, K, V], or None
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    beta_ptr,
-    decay_ptr,
-    lengths_ptr,
-    reset_ptr,
-    states_ptr,
-    scratch_ptr,  # ACC [B, H, segment, K, V]
-    grad_q_ptr,  # ACC [slices, B, T, H, K]; so grad_k
-    grad_k_ptr,
-    grad_v_ptr,  # [B, T, H, V]
-    grad_beta_ptr,  # ACC [slices, B, T, H]
-    grad_decay_ptr,  # ACC [slices, B, T, H] or [slices, B, T, H, K], or None
-    grad_state_ptr,  # ACC [B, H, K, V]
-    T,
-    Hk,
-    H,
-    K,
-    V,
-    segment,
-    rows,  # B T H
-    SCALE: tl.constexpr,
-    FEATURE: tl.constexpr,
-    ACC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
-    slice_row = tl.program_id(1).to(tl.int64) * rows
-    b = head // H
-    h = head % H
-    key_head = h // (H // Hk)
-    k = tl.arange(0, BK)
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    at = k[:, None].to(tl.int64) * V + v[None, :]
-    there = (k < K)[:, None] & (v < V)[None, :]
-    grad = tl.zeros([BK, BV], ACC)  # of the memory
-    if grad_final_ptr is not None:
-        grad = _load(grad_final_ptr + head * K * V, at, there, ACC)
-    end = T
-    if lengths_ptr is not None:
-        end = tl.load(lengths_ptr + b).to(tl.int32)
-    segments = (T + segment - 1) // segment
-    count = (end + segment - 1) // segment
-    for n in range(count):
-        begin = (count - 1 - n) * segment
-        stop = tl.minimum(end, begin + segment)
-        kept = head * segments + count - 1 - n
-        memory = _load(states_ptr + kept * K * V, at, there, ACC)
-        tl.debug_barrier()
-        for t in range(begin, stop):
-            step = b * T + t
-            if reset_ptr is not None:
-                memory = tl.where(_is_reset(reset_ptr, step), 0.0, memory)
-            place = head * segment + t - begin
-            tl.store(scratch_ptr + place * K * V + at, memory, mask=there)
-            key = _load(k_ptr + (step * Hk + key_head) * K, k, k < K, ACC)
-            value = _load(v_ptr + (step * H + h) * V, v, v < V, ACC)
-            if decay_ptr is not None:
-                memory *= _decay(decay_ptr, step * H + h, k, K, FEATURE, ACC)[:, None]
-            held = tl.sum(memory * key[:, None], axis=0)
-            write = tl.load(beta_ptr + step * H + h).to(ACC) * (value - held)
-            memory += key[:, None] * write[None, :]
-        tl.debug_barrier()
-        for m in range(stop - begin):
-            t = stop - 1 - m
-            step = b * T + t
-            to = step * H + h
-            row = (step * Hk + key_head) * K
-            query = SCALE * _load(q_ptr + row, k, k < K, ACC)
-            key = _load(k_ptr + row, k, k < K, ACC)
-            value = _load(v_ptr + to * V, v, v < V, ACC)
-            beta = tl.load(beta_ptr + to).to(ACC)
-            before = _load(scratch_ptr + (head * segment + t - begin) * K * V, at, there, ACC)
-            decay = tl.zeros([BK], ACC) + 1.0
-            if decay_ptr is not None:
-                decay = _decay(decay_ptr, to, k, K, FEATURE, ACC)
-            before *= decay[:, None]
-            error = value - tl.sum(before * key[:, None], axis=0)
-            write = beta * error
-            of_query = tl.zeros([BK], ACC)
-            if grad_ptr is not None:
-                given = _load(grad_ptr + to * V, v, v < V, ACC)
-                grad += query[:, None] * given[None, :]
-                after = before + key[:, None] * write[None, :]
-                of_query = SCALE * tl.sum(after * given[None, :], axis=1)
-            of_write = tl.sum(grad * key[:, None], axis=0)
-            of_value = beta * of_write
-            of_key = tl.sum(grad * write[None, :] - before * of_value[None, :], axis=1)
-            grad -= key[:, None] * of_value[None, :]
-            part = slice_row + to
-            tl.store(grad_q_ptr + part * K + k, of_query, mask=k < K)
-            tl.store(grad_k_ptr + part * K + k, of_key, mask=k < K)
-            _store(grad_v_ptr + to * V, v, of_value, v < V)
-            tl.store(grad_beta_ptr + part, tl.sum(of_write * error, axis=0))
-            if grad_decay_ptr is not None:
-                of_decay = tl.sum(grad * before, axis=1)
-                if FEATURE:
-                    tl.store(grad_decay_ptr + part * K + k, of_decay, mask=k < K)
-                else:
-                    tl.store(grad_decay_ptr + part, tl.sum(of_decay, axis=0))
-            grad *= decay[:, None]
-            if reset_ptr is not None:
-                grad = tl.where(_is_reset(reset_ptr, step), 0.0, grad)
-    tl.store(grad_state_ptr + head * K * V + at, grad, mask=there)
 
 
 def _unit(x: Tensor, qk_l2norm: bool) -> tuple[Tensor, Tensor | None]:
