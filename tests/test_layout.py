@@ -37,6 +37,7 @@ SHARED = {
     "common",
     "isa_tiles",
     "controller_kernels",
+    "flops",
     "launcher",
     "machine",
     "machine_kernels",

@@ -10,15 +10,27 @@ Translate, arXiv 1409.0473, 2014 (appendix A.1.2), where q_i = W s_{i-1} and k_j
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from ..reference import additive_attention as reference
 from .common import differentiate_through, fall_back
+from .flops import Shape, count_products
 
 __all__ = ["additive_attention"]
 
 _op = fall_back("additive_attention", reference.additive_attention)
 differentiate_through("additive_attention", reference.additive_attention, gradients=2)
+
+
+def _products(query: Shape, key: Shape, value: Shape) -> int:
+    rows = math.prod(torch.broadcast_shapes(query[:-2], key[:-2], value[:-2]))
+    return rows * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+count_products("additive_attention", _products)
 
 
 def additive_attention(

@@ -10,6 +10,7 @@ Paper: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, 2017.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -18,12 +19,21 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from .common import differentiate_through, fall_back, transform_active
+from .flops import Shape, count_products
 
 __all__ = ["attention"]
 
 _attention = fall_back("attention", reference.attention)
 _check = fall_back("check_attention", reference.attention)
 differentiate_through("attention", reference.attention, gradients=2)
+
+
+def _products(query: Shape, key: Shape, value: Shape) -> int:
+    rows = math.prod(torch.broadcast_shapes(query[:-2], key[:-2], value[:-2]))
+    return rows * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+count_products("attention", _products)
 
 
 @overload

@@ -20,12 +20,14 @@ linear transformers with the delta rule, arXiv 2406.06484, 2024.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from ..reference import delta_memory as reference
 from .common import differentiate_through, fall_back
+from .flops import Shape, count_products
 
 __all__ = ["delta_memory"]
 
@@ -62,6 +64,14 @@ def _with_saved(*arguments: Any) -> tuple[Tensor, Tensor, None]:
 
 _delta_memory: Any = fall_back("delta_memory", _with_saved)
 differentiate_through("delta_memory", _plain, gradients=2)
+
+
+def _products(k: Shape, v: Shape) -> int:
+    """What is held under the key, what is written there, what the query reads."""
+    return 3 * math.prod(v) * k[-1]
+
+
+count_products("delta_memory", _products)
 
 
 def delta_memory(

@@ -62,6 +62,7 @@ from torch import Tensor
 from ..reference import dnc as reference
 from ..reference.dnc import DNCOptions, DNCState, DNCTrace
 from .common import Gradients, differentiate, fall_back, vjp_of_lists
+from .flops import Shape, count_products, of_weights
 
 __all__ = ["DNCOptions", "DNCState", "DNCTrace", "dnc", "dnc_trace"]
 
@@ -117,6 +118,26 @@ def _plain(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 _dnc = fall_back("dnc", _plain)
+
+
+def _products(
+    input: Shape,
+    state: Sequence[Shape],
+    controller: Sequence[Shape],
+    interface_weight: Shape,
+    options: str,
+) -> int:
+    """The weights'; content, writes, reads; the links' both ways."""
+    (_, slots, width), (_, writes, _), (_, reads, _) = state[2], state[6], state[7]
+    contents = (writes + reads) * (2 if "masks" in options.split() else 1)
+    row = of_weights(*controller, interface_weight)
+    row += (contents + writes + reads) * slots * width
+    if "links" in options.split():
+        row += 2 * writes * reads * slots * slots
+    return input[0] * input[1] * row
+
+
+count_products("dnc", _products)
 
 
 def dnc(

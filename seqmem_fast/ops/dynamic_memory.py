@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..reference import dynamic_memory as reference
 from .common import differentiate_through, fall_back
+from .flops import Shape, count_products, of_weights
 
 __all__ = ["dynamic_memory"]
 
@@ -57,6 +58,22 @@ def _of_saved(
 _dynamic_memory = fall_back("dynamic_memory", _plain)
 _WANTED = (0, 1, 2, 2, 2, 2, 3)  # all weights and biases share one entry of output_mask
 differentiate_through("dynamic_memory", _of_saved, gradients=2, wanted=_WANTED)
+
+
+def _products(
+    query: Shape,
+    memory: Shape,
+    gate_weight: Shape,
+    write_weight: Shape,
+    num_hops: int = 0,
+    attention: Shape = (0,),
+) -> int:
+    """Of each hop: the scores, what is read, both nets."""
+    row = 2 * memory[-2] * memory[-1] + of_weights(gate_weight, write_weight)
+    return (num_hops or attention[0]) * query[0] * row
+
+
+count_products("dynamic_memory", _products)
 
 
 def dynamic_memory(

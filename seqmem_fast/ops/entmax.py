@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..reference import entmax as reference
 from .common import differentiate_through, fall_back
+from .flops import count_products
 
 __all__ = ["entmax", "entmax15", "sparsemax"]
 
@@ -44,6 +45,7 @@ def _plain(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Tenso
 
 _op: Any = fall_back("entmax", _plain)
 differentiate_through("entmax", _plain, gradients=1)
+count_products("entmax", lambda: 0)
 
 
 def sparsemax(input: Tensor, dim: int = -1) -> Tensor:

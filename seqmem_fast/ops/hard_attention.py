@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..reference import hard_attention as reference
 from .common import differentiate_through, fall_back
+from .flops import count_products
 
 __all__ = ["categorical_sample", "reinforce_loss"]
 
@@ -53,6 +54,8 @@ _categorical_sample = fall_back("categorical_sample", reference.sample_at)
 _reinforce_loss = fall_back("reinforce_loss", _plain_loss)
 differentiate_through("categorical_sample", reference.policy, gradients=2)
 differentiate_through("reinforce_loss", _plain_loss, gradients=1)
+count_products("categorical_sample", lambda: 0)
+count_products("reinforce_loss", lambda: 0)
 
 
 def categorical_sample(

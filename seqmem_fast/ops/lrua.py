@@ -44,6 +44,7 @@ Raises:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ from torch import Tensor
 from ..reference import lrua as reference
 from ..reference.lrua import LRUAState, LRUATrace
 from .common import Gradients, differentiate, fall_back, vjp_of_lists
+from .flops import Shape, count_products, of_weights
 
 __all__ = ["LRUAState", "LRUATrace", "lrua", "lrua_trace"]
 
@@ -81,6 +83,18 @@ def _plain(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 _lrua = fall_back("lrua", _plain)
+
+
+def _products(
+    input: Shape, state: Sequence[Shape], controller: Sequence[Shape], head_weight: Shape
+) -> int:
+    """The weights'; content, writes, reads."""
+    memory, read_weights = state[2], state[4]
+    row = of_weights(*controller, head_weight)
+    return input[0] * input[1] * (row + 3 * math.prod(read_weights[1:]) * memory[-1])
+
+
+count_products("lrua", _products)
 
 
 def lrua(

@@ -29,6 +29,7 @@ Raises:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from .common import (
     overridden,
     transform_active,
 )
+from .flops import Shape, count_products, of_weights
 
 __all__ = ["lstm", "lstm_cell", "lstm_trace"]
 
@@ -84,6 +86,16 @@ def _state(hx: Tensor | None, cx: Tensor | None) -> State | None:
 
 _lstm_cell = fall_back("lstm_cell", _plain_cell)
 _lstm = fall_back("lstm", _plain)
+
+
+def _products(
+    input: Shape, weight_ih: Shape, weight_hh: Shape, weight_hr: Shape | None = None
+) -> int:
+    return math.prod(input[:-1]) * of_weights(weight_ih, weight_hh, weight_hr or ())
+
+
+count_products("lstm", _products)
+count_products("lstm_cell", _products)
 
 
 def lstm_cell(

@@ -44,6 +44,7 @@ from torch import Tensor
 from ..reference import ntm as reference
 from ..reference.ntm_addressing import NTMState
 from .common import Gradients, differentiate, fall_back, vjp_of_lists
+from .flops import Shape, count_products, of_weights
 
 __all__ = ["ntm", "ntm_trace"]
 
@@ -72,6 +73,23 @@ def _plain(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 _ntm = fall_back("ntm", _plain)
+
+
+def _products(
+    input: Shape,
+    memory: Shape,
+    weightings: Shape,
+    reads: Shape,
+    controller: Sequence[Shape],
+    head_weight: Shape,
+) -> int:
+    """The weights'; content and reads. Writes are outer products, element by element."""
+    row = of_weights(*controller, head_weight)
+    row += (weightings[-2] + reads[-2]) * memory[-2] * memory[-1]
+    return input[0] * input[1] * row
+
+
+count_products("ntm", _products)
 
 
 def ntm(

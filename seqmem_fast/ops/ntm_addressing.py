@@ -33,6 +33,7 @@ Raises:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -40,11 +41,14 @@ from torch import Tensor
 from ..reference import ntm_addressing as reference
 from ..reference.ntm_addressing import NTMState
 from .common import differentiate_through, fall_back
+from .flops import Shape, count_products
 
 __all__ = ["NTMState", "ntm_addressing", "ntm_content_addressing", "ntm_read", "ntm_write"]
 
 
-def _declared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _declared(
+    function: Callable[..., Tensor], products: Callable[..., int]
+) -> Callable[..., Tensor]:
     """The op named as this reference, which runs in the arithmetic of the kernels."""
 
     @functools.wraps(function)
@@ -55,13 +59,22 @@ def _declared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(*(t.float() for t in tensors)).to(dtype)
 
     differentiate_through(function.__name__, plain, gradients=1)
+    count_products(function.__name__, products)
     return fall_back(function.__name__, plain)
 
 
-_content_addressing = _declared(reference.ntm_content_addressing)
-_addressing = _declared(reference.ntm_addressing)
-_read = _declared(reference.ntm_read)
-_write = _declared(reference.ntm_write)
+def _contents(memory: Shape, key: Shape) -> int:
+    return math.prod(key) * memory[-2]
+
+
+def _reads(memory: Shape, weights: Shape) -> int:
+    return math.prod(weights) * memory[-1]
+
+
+_content_addressing = _declared(reference.ntm_content_addressing, _contents)
+_addressing = _declared(reference.ntm_addressing, _contents)
+_read = _declared(reference.ntm_read, _reads)
+_write = _declared(reference.ntm_write, lambda: 0)  # outer products, element by element
 
 
 def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
