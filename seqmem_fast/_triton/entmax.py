@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator
+from .common import accumulator, wide
 
 _BLOCK = 4096
 SPARSEMAX: tl.constexpr = tl.constexpr(2)  # kinds of powers
@@ -264,12 +264,16 @@ def entmax(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Tenso
     """`seqmem::entmax` on GPU."""
     torch.ops.seqmem.check_entmax(input, alpha, power, dim)
     with torch.cuda.device_of(input):
-        by_row = _rows(input, dim)
-        output = torch.empty_like(by_row)
-        rows, options = _options(input, alpha, power, dim)
-        if rows:
-            one = options["count"] <= options["BLOCK"]
-            entmax_forward_kernel[(rows,)](input_ptr=by_row, output_ptr=output, ONE=one, **options)
+        return _forward(input, alpha, power, dim)
+
+
+def _forward(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Tensor:
+    by_row = _rows(input, dim)
+    output = torch.empty_like(by_row)
+    rows, options = _options(input, alpha, power, dim)
+    if rows:
+        one = options["count"] <= options["BLOCK"]
+        entmax_forward_kernel[(rows,)](input_ptr=by_row, output_ptr=output, ONE=one, **options)
     return output.movedim(-1, dim)
 
 
@@ -287,12 +291,16 @@ def entmax_backward(
         grad_output, input, alpha, power, dim, output, output_mask
     )
     none = input.new_empty(0)
+    of_alpha_wanted = alpha is not None and output_mask[1]
     with torch.cuda.device_of(input):
+        if of_alpha_wanted and input.dtype != wide(input.dtype):
+            # Half of alpha's gradient would be lost in an output rounded to 16 bits.
+            output = _forward(input.to(wide(input.dtype)), alpha, power, dim)
         of_rows = _rows(output, dim)
         rows, options = _options(input, alpha, power, dim)
         grad = torch.empty_like(of_rows) if output_mask[0] else None
         by_row = None
-        if alpha is not None and output_mask[1]:
+        if of_alpha_wanted:
             by_row = input.new_zeros(of_rows.shape[:-1], dtype=torch.float64)
         if rows:
             entmax_backward_kernel[(rows,)](
