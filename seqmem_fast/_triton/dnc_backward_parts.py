@@ -193,14 +193,33 @@ def links_backward(d_link_ptr, link_ptr, precedence_ptr, w_ptr, read_ptr, d_dire
     there = j < slots
     since = tl.load(w_ptr + j, mask=there, other=0.0)
     p = tl.load(precedence_ptr + j, mask=there, other=0.0)
-    d_since = tl.zeros([BN], ACC)
-    d_p = tl.zeros([BN], ACC)
+    for r in tl.range(0, reads, disable_licm=True):
+        d_back = tl.load(d_direction_ptr + 2 * r * slots + j, mask=there, other=0.0)
+        sums = tl.zeros([BI, BN], ACC)  # by rows in the end alone
+        for start in tl.range(0, slots, BI, disable_licm=True):
+            i = start + tl.arange(0, BI)
+            rows = i < slots
+            _block, _inside, _before, link = links_after(
+                link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
+            )
+            d_ahead = tl.load(d_direction_ptr + (2 * r + 1) * slots + i, mask=rows, other=0.0)
+            sums += link * d_ahead[:, None]
+            to = d_across_ptr + r * slots + i
+            of_across = tl.load(to, mask=rows) + tl.sum(link * d_back[None, :], axis=1)
+            tl.debug_barrier()  # several threads load what one stores
+            tl.store(to, of_across, mask=rows)
+        at = d_along_ptr + r * slots + j
+        of_along = tl.load(at, mask=there) + tl.sum(sums, axis=0)
+        tl.debug_barrier()  # as above
+        tl.store(at, of_along, mask=there)
+    of_since = tl.zeros([BI, BN], ACC)
+    of_p = tl.zeros([BI, BN], ACC)
     for start in tl.range(0, slots, BI, disable_licm=True):
         i = start + tl.arange(0, BI)
         rows = i < slots
-        block, inside, before, link = links_after(
-            link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
-        )
+        block = i[:, None] * slots + j[None, :]
+        inside = rows[:, None] & there[None, :]
+        before = tl.load(link_ptr + block, mask=inside, other=0.0)
         d_link = tl.load(d_link_ptr + block, mask=inside, other=0.0)
         for r in tl.range(0, reads, disable_licm=True):
             along = tl.load(read_ptr + r * slots + j, mask=there, other=0.0)
@@ -208,21 +227,15 @@ def links_backward(d_link_ptr, link_ptr, precedence_ptr, w_ptr, read_ptr, d_dire
             d_back = tl.load(d_direction_ptr + 2 * r * slots + j, mask=there, other=0.0)
             d_ahead = tl.load(d_direction_ptr + (2 * r + 1) * slots + i, mask=rows, other=0.0)
             d_link += d_ahead[:, None] * along[None, :] + across[:, None] * d_back[None, :]
-            at = d_along_ptr + r * slots + j
-            of_along = tl.load(at, mask=there) + tl.sum(link * d_ahead[:, None], axis=0)
-            to = d_across_ptr + r * slots + i
-            of_across = tl.load(to, mask=rows) + tl.sum(link * d_back[None, :], axis=1)
-            tl.debug_barrier()  # several threads load what one stores
-            tl.store(at, of_along, mask=there)
-            tl.store(to, of_across, mask=rows)
         d_link = tl.where((i[:, None] != j[None, :]) & inside, d_link, 0.0)
         w = tl.load(w_ptr + i, mask=rows, other=0.0)
         tl.store(d_rows_ptr + i, tl.sum(d_link * (p[None, :] - before), axis=1), mask=rows)
-        d_since -= tl.sum(d_link * before, axis=0)
-        d_p += tl.sum(d_link * w[:, None], axis=0)
+        of_since += d_link * before
+        of_p += d_link * w[:, None]
         d_link = (1.0 - w[:, None] - since[None, :]) * d_link
         tl.debug_barrier()
         tl.store(d_link_ptr + block, d_link, mask=inside)
+    d_since, d_p = -tl.sum(of_since, axis=0), tl.sum(of_p, axis=0)
     return d_since, d_p
 
 

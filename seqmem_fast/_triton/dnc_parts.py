@@ -158,26 +158,33 @@ def directions(link_ptr, precedence_ptr, w_ptr, read_ptr, to_ptr, slots, reads,
     """
     j = tl.arange(0, BN)
     there = j < slots
-    for start in tl.range(0, slots, BI, disable_licm=True):
-        i = start + tl.arange(0, BI)
-        block, inside, _before, link = links_after(
-            link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
-        )
-        if IN_PLACE:
+    if IN_PLACE:
+        for start in tl.range(0, slots, BI, disable_licm=True):
+            block, inside, _before, link = links_after(
+                link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
+            )
             tl.store(link_ptr + block, link, mask=inside)
-        for r in tl.range(0, reads, disable_licm=True):
-            along = tl.load(read_ptr + r * slots + j, mask=there, other=0.0)
+        preceding(precedence_ptr, precedence_ptr, w_ptr, slots, BN)
+        tl.debug_barrier()
+    for r in tl.range(0, reads, disable_licm=True):
+        along = tl.load(read_ptr + r * slots + j, mask=there, other=0.0)
+        back = tl.zeros([BI, BN], to_ptr.dtype.element_ty)  # summed by rows in the end alone
+        for start in tl.range(0, slots, BI, disable_licm=True):
+            i = start + tl.arange(0, BI)
+            if IN_PLACE:
+                block = i[:, None] * slots + j[None, :]
+                inside = (i < slots)[:, None] & there[None, :]
+                link = tl.load(link_ptr + block, mask=inside, other=0.0)
+            else:
+                _block, _inside, _before, link = links_after(
+                    link_ptr, precedence_ptr, w_ptr, start, slots, BN, BI
+                )
             across = tl.load(read_ptr + r * slots + i, mask=i < slots, other=0.0)
+            back += link * across[:, None]
             forward = tl.sum(link * along[None, :], axis=1)
             tl.store(to_ptr + (2 * r + 1) * slots + i, forward, mask=i < slots)
-            at = to_ptr + 2 * r * slots + j
-            backward = tl.sum(link * across[:, None], axis=0)
-            backward += tl.load(at, mask=there & (start > 0), other=0.0)
-            tl.debug_barrier()  # several threads load what one stores
-            tl.store(at, backward, mask=there)
-        tl.debug_barrier()
-    if IN_PLACE:
-        preceding(precedence_ptr, precedence_ptr, w_ptr, slots, BN)
+        tl.store(to_ptr + 2 * r * slots + j, tl.sum(back, axis=0), mask=there)
+    tl.debug_barrier()
 
 
 @triton.jit

@@ -31,7 +31,8 @@ def launch(name: str, c: Case, tile: int | None, arguments: Struct, seed: int) -
     dtype = c.z.dtype
     if tile is None:
         width, threads_of_unit, file = 32 if c.hidden <= 32 else 64, 4, "lstm_block_kernel.cu"
-        template = f"{TYPES[dtype]}, {width}"
+        plain = all(c.options[name] is None for name in ("lengths", "reset", "batch_sizes"))
+        template = f"{TYPES[dtype]}, {width}, {str(plain).lower()}"
     elif dtype == torch.float32:
         lanes = next(n for n in (8, 12, 16, 24) if c.hidden <= 16 * n)
         width, threads_of_unit, file = 16 * lanes, 16, "lstm_cluster_kernel.cu"
