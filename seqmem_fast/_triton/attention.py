@@ -270,8 +270,15 @@ def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) 
     scores = weights if wide_type == weights.dtype else torch.empty_like(weights, dtype=wide_type)
     query, key, value = (t.flatten(0, 1) for t in (call.query, call.key, call.value))
     matrices = (call.batch, call.queries, -1)
-    scaled = query.to(wide_type) * call.scale
-    torch.bmm(scaled, key.to(wide_type).mT, out=scores.view(matrices))
+    products = scores.view(matrices)
+    torch.baddbmm(
+        products,
+        query.to(wide_type),
+        key.to(wide_type).mT,
+        beta=0,
+        alpha=call.scale,
+        out=products,
+    )
     blocks = _softmax_blocks(call)
     kernels.attention_softmax[(call.batch * blocks["blocks"],)](
         scores_ptr=scores, weights_ptr=weights, CAUSAL=is_causal, **blocks
