@@ -379,7 +379,7 @@ def test_the_gpu_s_sides_agree(row: rows.Row, monkeypatch: pytest.MonkeyPatch) -
     no_others = dataclasses.replace(row, work=lambda: dataclasses.replace(row.work(), others={}))
     for compiled in (False, True):
         found = gpu.first_calls(no_others, "cpu", compiled)
-        gpu.time_row(no_others, found, 2, "cpu", compiled)
+        gpu.time_row(no_others, found, 2, "cpu", compiled, graphs=True)
         peers = [r["side"] for r in found[1:]]
         assert found[0]["side"] == rows.OURS
         if compiled:
@@ -388,6 +388,7 @@ def test_the_gpu_s_sides_agree(row: rows.Row, monkeypatch: pytest.MonkeyPatch) -
             assert peers and rows.COMPILED not in peers
         assert all(r["samples"] == 2 and r["mode"] == row.mode for r in found)
         assert not any(r["failed"] for r in found) and found[0]["ratio"] == 1.0
+        assert all(r["replay_s"] is None and r["replay_ratio"] is None for r in found)  # no GPU
         if row.work().checked:
             assert all(r["error"] < 1e-4 for r in found)
         assert gpu.table(found, "").row_count == 1

@@ -65,3 +65,8 @@ def test_rows_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     head, _, line = capsys.readouterr().out.splitlines()
     assert head == "| row | inference | training step |"
     assert line == "| LSTM 2, 3 bf16 | 2.00 ms; nn.LSTM **2.50** | 3.00 µs |"
+
+    ours |= {"replay_s": 1e-3, "replay_ratio": 1.0}
+    peer |= {"replay_s": 4e-3, "replay_ratio": 4.0}
+    results = [{**r, "mode": "inference"} for r in (ours, peer)]
+    assert "| 2.00 ms [1.00 ms]; nn.LSTM **2.50** [4.00] |" in markdown.gpu_table(results)

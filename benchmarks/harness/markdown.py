@@ -45,11 +45,28 @@ def table(letters: str, results: Results) -> str:
 
 
 def gpu_cell(ours: Mapping[str, Any] | None, peers: Results) -> str:
-    """ "1.6 ms; eager **48.0**": our time, and how many times that each peer takes."""
+    """ "1.6 ms [1.2 ms]; eager **48.0** [3.1]": our time, and how many times that each peer takes.
+
+    In brackets: of the replayed graphs, where they were timed.
+    """
     if ours is None or ours.get("median_s") is None:
         return ""
-    ratios = [f"{r['side']} **{r['ratio']:.2f}**" for r in peers if r.get("ratio") is not None]
-    return "; ".join([duration(ours["median_s"]), *ratios])
+
+    def bracket(text: str | None) -> str:
+        return f" [{text}]" if text else ""
+
+    def replayed(ratio: float | None) -> str:
+        return bracket(None if ratio is None else f"{ratio:.2f}")
+
+    own = duration(ours["median_s"])
+    if ours.get("replay_s"):
+        own += bracket(duration(ours["replay_s"]))
+    ratios = [
+        f"{r['side']} **{r['ratio']:.2f}**{replayed(r.get('replay_ratio'))}"
+        for r in peers
+        if r.get("ratio") is not None
+    ]
+    return "; ".join([own, *ratios])
 
 
 def gpu_table(results: Results) -> str:
