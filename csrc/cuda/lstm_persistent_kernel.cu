@@ -126,7 +126,10 @@ struct Source {
 
 // Vector number `lane % 4` of blocks `first`, `first + stride`, ... of kInner<T> columns, of two
 // rows; what is kNotYet is loaded again. Columns from `width` on are zeros.
-template <class T, int kBlocks>
+//
+// kAsksFirst: for one vector before all others. All blocks asking for everything at once keep L2
+// busy: bf16, H 768, 16 rows: 3.35 -> 2.73 us a step (H200). With more rows it costs a trip.
+template <class T, bool kAsksFirst, int kBlocks>
 __device__ void await(Words (&low)[kBlocks], Words (&high)[kBlocks], const Source& low_row,
                       const Source& high_row, int first, int stride, int width) {
   const int column = threadIdx.x % 4 * kVector<T>;
@@ -135,6 +138,11 @@ __device__ void await(Words (&low)[kBlocks], Words (&high)[kBlocks], const Sourc
   auto load = [&](const Source& source, int k) {
     return load_through_l2(static_cast<const T*>(source.row) + offset(k));
   };
+  if constexpr (kAsksFirst) {
+    const bool asks = low_row.row != nullptr && low_row.awaited && offset(0) < width;
+    while (__any_sync(~0u, asks && not_yet(load(low_row, 0)))) {
+    }
+  }
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) {
     const bool inside = offset(k) < width;
@@ -265,24 +273,38 @@ __global__ void __launch_bounds__(kThreads, 1)
     h[m] = there ? element<T>(a.hx, b * H + unit) : 0.0f;
   }
 
+  // What a step needs besides h: asked for a step before where registers allow, or before waiting.
+  constexpr bool kAhead = kTiles == 1;
+  float asked_z[kOwn][4] = {};
+  bool asked_cut[kOwn] = {};
+  auto ask = [&](int step) {
+    const int t = reverse ? steps - 1 - step : step, seam = reverse ? t + 1 : t;
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m) {
+      const int64_t b = b0 + (2 * m + half) * kTile + cell / kUnits;
+      if (step >= steps || t >= own_length[m]) continue;
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        asked_z[m][g] = element<T>(a.z, (row_of(layout, t, b) * 4 + g) * H + unit);
+      asked_cut[m] = cut_at(layout, seam, b, own_length[m]);
+    }
+  };
+  if constexpr (kAhead) ask(0);
+
   for (int step = 0; step < steps; ++step) {
     const int t = reverse ? steps - 1 - step : step, before = reverse ? t + 1 : t - 1;
     const int seam = reverse ? t + 1 : t;
 
-    // Asked for before waiting.
-    float z[kOwn][4] = {};
-    bool cut[kOwn] = {};
+    if constexpr (!kAhead) ask(step);
+    float z[kOwn][4];
+    bool cut[kOwn];
 #pragma unroll
     for (int m = 0; m < kOwn; ++m) {
-      const int64_t b = b0 + (2 * m + half) * kTile + cell / kUnits;
-      if (t < own_length[m]) {
+      cut[m] = asked_cut[m];
 #pragma unroll
-        for (int g = 0; g < 4; ++g) {
-          z[m][g] = element<T>(a.z, (row_of(layout, t, b) * 4 + g) * H + unit);
-        }
-        cut[m] = cut_at(layout, seam, b, own_length[m]);
-      }
+      for (int g = 0; g < 4; ++g) z[m][g] = asked_z[m][g];
     }
+    if constexpr (kAhead) ask(step + 1);
 
     float* const sums = partial + step % 2 * (kTiles * kWarps * 4 * kCells);
 #pragma unroll
@@ -302,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int k = 0; k < kBlocks; k += kAtOnce) {
         Words low[kAtOnce], high[kAtOnce];
-        await<T>(low, high, source[0], source[1], warp + k * kWarps, kWarps, H);
+        await<T, kTiles == 1>(low, high, source[0], source[1], warp + k * kWarps, kWarps, H);
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
 #pragma unroll
@@ -465,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int k = 0; k < kBlocks; k += kAtOnce) {
         Words low[kAtOnce], high[kAtOnce];
-        await<T>(low, high, source[0], source[1], warp + k * kWarps, kWarps, 4 * H);
+        await<T, false>(low, high, source[0], source[1], warp + k * kWarps, kWarps, 4 * H);
 #pragma unroll
         for (int n = 0; n < kAtOnce; ++n) multiply_add<T>(sum, low[n], high[n], weights[k + n]);
       }
