@@ -18,6 +18,7 @@ _OURS: dict[type[nn.Module], Any] = {
     nn.MultiheadAttention: Attention,
 }
 _NAMES = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell", "MultiheadAttention")
+_DEVICES = ("cpu", "cuda", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _TORCH_CLASS = "_torch_class"  # where a replaced module keeps the class that it had
@@ -50,7 +51,8 @@ def accelerate(model: nn.Module, *, replace: bool = False) -> Report:
     ``torch._dynamo.config.allow_rnn`` is set.
 
     Left alone are modules with a forward of their own (subclasses, patched, quantized and scripted
-    ones) and the attention inside torch's transformer layers, which ask for no weights.
+    ones), those whose device or dtype has no kernel, and the attention inside torch's transformer
+    layers, which ask for no weights.
 
     Args:
         model: the model, or one such module.
@@ -108,6 +110,8 @@ def _reason_to_keep(module: nn.Module, replace: bool) -> str | None:
         weight = next(module.parameters(), None)
         if weight is not None and weight.dtype not in _DTYPES:
             return f"there is no kernel for {weight.dtype}"
+        if weight is not None and weight.device.type not in _DEVICES:
+            return f"there is no kernel for devices of type {weight.device.type}"
         return None
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and cls not in _OURS.values():
         return "not an LSTM"

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from op_suite import Case, Function
+from op_suite import Case, Function, Threaded
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -64,6 +64,13 @@ class Machine:
     ) -> Sample:
         samples = self.reference.sample_inputs(dtype=dtype, sizes=sizes, **kwargs)
         return next(s for s in samples if s.name == name)
+
+    def threaded(self, **defaults: Any) -> Threaded:
+        """Calls below and above the size at which one takes several threads."""
+        sizes = (4, 1, 5, 16, 12, 6), (6, 37, 5, 40, 70, 20)
+        samples = [self.sample(dtype=torch.float32, sizes=one) for one in sizes]
+        cases = [self.case(sample, **defaults) for sample in samples]
+        return [(case.op, case.tensors) for case in cases]
 
     def learning(self, state: Any) -> tuple[Any, ...]:
         """The parts of a state, or of what goes with one, that have a gradient."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from seqmem_fast import NTM
 
 Function = Callable[..., tuple[Tensor, ...]]
+Threaded = list[tuple[Callable[..., Any], tuple[Tensor | None, ...]]]
 
 
 class Tolerance(NamedTuple):

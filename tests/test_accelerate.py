@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import warnings
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_quantized_and_scripted_stay() -> None:
         net["b"] = torch.ao.quantization.quantize_dynamic(nn.Sequential(net["b"]), {nn.LSTM})[0]
     reasons = {name: reason for name, _, reason in sf.accelerate(net).kept}
     assert "scripted" in reasons["a"] and "quantized" in reasons["b"]
+
+
+def test_weights_that_no_kernel_takes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["seqmem_fast.accelerate"], "_DEVICES", ("cuda",))
+    net = nn.ModuleDict({"here": nn.LSTM(5, 6), "complex": nn.LSTM(5, 6, dtype=torch.complex64)})
+    reasons = {name: reason for name, _, reason in sf.accelerate(net).kept}
+    assert reasons == {
+        "here": "there is no kernel for devices of type cpu",
+        "complex": "there is no kernel for torch.complex64",
+    }
 
 
 def test_an_optimizer_goes_on() -> None:

@@ -15,6 +15,7 @@ from hostile_suite import Bad, HostileSuite, Target, check_refused_by_module
 from op_suite import (
     TOLERANCES,
     Case,
+    Threaded,
     check_against_float64,
     check_nothing_left_over,
     check_same_bits_at_any_thread_count,
@@ -44,6 +45,12 @@ def plain_case(*sizes: int, dtype: torch.dtype = torch.float32, name: str = "pla
     """sizes = (B, Tq, Tk, A, Dv)."""
     samples = reference.sample_inputs(dtype=dtype, sizes=sizes)  # type: ignore[arg-type]
     return case_of(next(s for s in samples if s.name == name))
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    cases = plain_case(1, 3, 9, 8, 8), plain_case(4, 48, 64, 16, 16)
+    return [(case.op, case.tensors) for case in cases]
 
 
 class TestAdditiveAttention(AttentionSuite):

@@ -13,6 +13,7 @@ from op_suite import (
     TOLERANCES,
     Case,
     Function,
+    Threaded,
     check_against_float64,
     check_nothing_left_over,
     check_same_bits_at_any_thread_count,
@@ -40,6 +41,13 @@ def case_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
     if query.dim() > 3:
         rows = [(None,) * 4, (None,) * 2]
     return Case(bind(ops.attention), bind(reference.attention), args, *rows)
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    sizes = (1, 3, 9, 8, 8), (4, 96, 128, 32, 32)
+    samples = [next(iter(reference.sample_inputs(sizes=one))) for one in sizes]
+    return [(ops.attention, sample.args) for sample in samples]
 
 
 class TestAttention(AttentionSuite):

@@ -12,6 +12,7 @@ from op_suite import (
     TOLERANCES,
     Case,
     OpSuite,
+    Threaded,
     cast,
     check_against_float64,
     check_same_bits_at_any_thread_count,
@@ -57,6 +58,12 @@ def sample_of(name: str, sizes: Sizes = (3, 5, 2, 4, 3), dtype: Any = torch.floa
 
 def sized(name: str, sizes: Sizes, dtype: torch.dtype = torch.float64) -> Case:
     return case_of(sample_of(name, sizes, dtype))
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    cases = [sized("plain", one, torch.float32) for one in ((1, 3, 1, 5, 6), (2, 80, 2, 64, 40))]
+    return [(case.op, case.tensors) for case in cases]
 
 
 class TestDeltaMemory(OpSuite):

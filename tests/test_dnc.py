@@ -23,6 +23,7 @@ PARTS = len(DNCState._fields)
 # weightings of the state have none.
 DEFAULTS = {"usage_gradient": True}
 case_of = partial(DNC.case, **DEFAULTS)
+threaded = partial(DNC.threaded, **DEFAULTS)
 
 
 class TestDnc(MachineSuite):

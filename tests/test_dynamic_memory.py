@@ -15,6 +15,7 @@ from op_suite import (
     Case,
     Function,
     OpSuite,
+    Threaded,
     check_against_float64,
     check_same_bits_at_any_thread_count,
     differentiable,
@@ -51,6 +52,13 @@ def make_case(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
         batch_in,
         (0, 1) if returned else (1,),
     )
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    sizes = (2, 9, 8, 8), (32, 256, 32, 32)
+    cases = [make_case(next(iter(reference.sample_inputs(sizes=one))).args, {}) for one in sizes]
+    return [(case.op, case.tensors) for case in cases]
 
 
 class TestDynamicMemory(OpSuite):

@@ -12,6 +12,7 @@ from op_suite import (
     TOLERANCES,
     Case,
     OpSuite,
+    Threaded,
     cast,
     check_against_float64,
     check_same_bits_at_any_thread_count,
@@ -55,6 +56,12 @@ def raw_arguments(sample: Sample) -> tuple[Any, ...]:
     if isinstance(alpha, float):
         alpha, power = None, alpha
     return sample.args[0], alpha, power, sample.kwargs.get("dim", -1)
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    cases = [sized("entmax15", one, torch.float32) for one in ((4, 3, 7), (60, 20, 900))]
+    return [(case.op, case.tensors) for case in cases]
 
 
 class TestEntmax(OpSuite):

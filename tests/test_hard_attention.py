@@ -11,6 +11,7 @@ from hostile_suite import Bad, HostileSuite, Target
 from op_suite import (
     Case,
     OpSuite,
+    Threaded,
     cast,
     check_against_float64,
     check_same_bits_at_any_thread_count,
@@ -59,6 +60,19 @@ def sample_case(rows: int, actions: int, dtype: torch.dtype) -> Case:
         return call
 
     return Case(bind(ours.sample_at), bind(reference.sample_at), (logits,), (0,), (0, 0))
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+
+    def both(logits: Tensor) -> tuple[Tensor, ...]:
+        """Both ops, with numbers that are no matter of chance."""
+        rows = torch.arange(logits.size(0))
+        action, log_prob, entropy = ours.sample_at(logits, (rows % 97) / 97)
+        returns = (rows % 5).to(logits.dtype)
+        return log_prob, entropy, ops.reinforce_loss(logits, action, returns)
+
+    return [(both, (torch.randn(rows, 10),)) for rows in (3, 8_000)]
 
 
 class TestCategoricalSample(InFloat32):

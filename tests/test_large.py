@@ -22,6 +22,21 @@ ROWS, WIDTH = 2**25 + 1, 64
 LAST = (torch.arange(WIDTH) % 2).bfloat16()  # the others are zero
 
 
+QUICK: list[Callable[[Tensor], None]] = []
+SLOW: list[Callable[[Tensor], None]] = []
+
+
+def quick(check: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    QUICK.append(check)
+    return check
+
+
+def slow(check: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Too slow for the suite."""
+    SLOW.append(check)
+    return check
+
+
 def small(*shape: int, value: float = 0.0) -> Tensor:
     return torch.full(shape, value, dtype=torch.bfloat16)
 
@@ -30,6 +45,7 @@ def near(a: Tensor, b: float | Tensor) -> None:
     torch.testing.assert_close(a.float(), torch.as_tensor(b).float(), rtol=0.02, atol=0)
 
 
+@slow
 def attention_of_many_queries(x: Tensor) -> None:
     key = torch.stack((small(WIDTH, value=1), small(WIDTH)))
     weights = ops.attention(x, key, key)[1]
@@ -37,6 +53,7 @@ def attention_of_many_queries(x: Tensor) -> None:
     assert (weights[:-1] == 0.5).all()
 
 
+@slow
 def attention_to_many_keys(x: Tensor) -> None:
     output, weights = ops.attention(small(1, WIDTH, value=3), x, x)
     share = math.exp(12) / (math.exp(12) + ROWS - 1)
@@ -44,6 +61,7 @@ def attention_to_many_keys(x: Tensor) -> None:
     near(output[0], share * LAST)
 
 
+@slow
 def additive_attention(x: Tensor) -> None:
     key = small(ROWS, 1)
     key[-1] = 30
@@ -52,12 +70,14 @@ def additive_attention(x: Tensor) -> None:
     torch.testing.assert_close(output[0].float(), share * LAST.float(), rtol=0.1, atol=0)
 
 
+@quick
 def dynamic_memory(x: Tensor) -> None:
     nets = (small(WIDTH, 2 * WIDTH), small(WIDTH)) * 2
     _, weights = ops.dynamic_memory(small(1, WIDTH, value=0.5), x, *nets, 1, return_memory=False)
     near(weights[0, 0, -1], math.exp(16) / (math.exp(16) + ROWS - 1))
 
 
+@slow
 def delta_memory(x: Tensor) -> None:
     """One step of each row, written and read under a key of one feature."""
     rows = x.view(ROWS, 1, 1, WIDTH)
@@ -67,6 +87,7 @@ def delta_memory(x: Tensor) -> None:
     assert torch.equal(state[-1, 0, 0], LAST.float())
 
 
+@quick
 def hard_attention(x: Tensor) -> None:
     uniform = torch.full((ROWS,), 0.99)
     many, one = sample_at(x, uniform), sample_at(x[-1:], uniform[-1:])
@@ -75,21 +96,19 @@ def hard_attention(x: Tensor) -> None:
     assert not torch.equal(many[1][-1], many[1][0])
 
 
+@quick
 def entmax(x: Tensor) -> None:
     many, one = ops.sparsemax(x), ops.sparsemax(x[-1:])
     assert torch.equal(many[-1:], one) and not torch.equal(many[-1], many[0])
 
 
-def ntm(x: Tensor) -> None:
+def check_machine(x: Tensor, op: Callable[[Tensor, list[Tensor]], Tensor]) -> None:
     """The same weight for all columns, so that a step's input may be one number instead."""
     time = 3 * 11 * 251
-    state = NTMState(small(1, 1, 1), small(1, 1, 1), small(1, 3, 1), small(1, 2, 3), small(1, 1, 1))
     weight, rest = small(4, 1, value=0.01), (small(4, 1), small(4), small(4))
-    head = small(2 * (1 + 6) + 2, 1, value=1), small(2 * (1 + 6) + 2)
 
     def run(input: Tensor, columns: Tensor) -> Tensor:
-        controller = [torch.cat((columns, weight), 1), *rest]
-        return ops.ntm(input, state, controller, *head)[0]
+        return op(input, [torch.cat((columns, weight), 1), *rest])
 
     wide = x.view(time, 1, -1)
     found = run(wide, weight.expand(4, wide.size(2)))
@@ -99,57 +118,34 @@ def ntm(x: Tensor) -> None:
     assert not found[:-1, :, 0].any() and found[-1].all()
 
 
+@slow
+def ntm(x: Tensor) -> None:
+    state = NTMState(small(1, 1, 1), small(1, 1, 1), small(1, 3, 1), small(1, 2, 3), small(1, 1, 1))
+    head = small(2 * (1 + 6) + 2, 1, value=1), small(2 * (1 + 6) + 2)
+    check_machine(x, lambda input, controller: ops.ntm(input, state, controller, *head)[0])
+
+
+@slow
 def lrua(x: Tensor) -> None:
-    """As ntm, with one head."""
-    time = 3 * 11 * 251
+    """With one head."""
     state = LRUAState(
         small(1, 1, 1), small(1, 1, 1), small(1, 3, 1), small(1, 3), small(1, 1, 3), small(1, 1, 1)
     )
-    weight, rest = small(4, 1, value=0.01), (small(4, 1), small(4), small(4))
     head = small(3, 1, value=1), small(3)
-
-    def run(input: Tensor, columns: Tensor) -> Tensor:
-        controller = [torch.cat((columns, weight), 1), *rest]
-        return ops.lrua(input, state, controller, *head)[0]
-
-    wide = x.view(time, 1, -1)
-    found = run(wide, weight.expand(4, wide.size(2)))
-    steps = small(time, 1, 1)
-    steps[-1] = LAST.sum()
-    torch.testing.assert_close(found, run(steps, weight), rtol=0.02, atol=1e-6)
-    assert not found[:-1, :, 0].any() and found[-1].all()
+    check_machine(x, lambda input, controller: ops.lrua(input, state, controller, *head)[0])
 
 
+@slow
 def dnc(x: Tensor) -> None:
-    """As ntm: one write head and one read head, reading by content alone."""
-    time = 3 * 11 * 251
+    """One write head and one read head, reading by content alone."""
     parts = [(1, 1, 1), (1, 1, 1), (1, 3, 1), (1, 3), (1, 0, 3, 3), (1, 0, 3), *[(1, 1, 3)] * 2]
     state = DNCState(*(small(*shape) for shape in parts), small(1, 1, 1))
-    weight, rest = small(4, 1, value=0.01), (small(4, 1), small(4), small(4))
     interface = small(9, 1, value=1), small(9)
 
-    def run(input: Tensor, columns: Tensor) -> Tensor:
-        controller = [torch.cat((columns, weight), 1), *rest]
+    def op(input: Tensor, controller: list[Tensor]) -> Tensor:
         return ops.dnc(input, state, controller, *interface, links=False)[0]
 
-    wide = x.view(time, 1, -1)
-    found = run(wide, weight.expand(4, wide.size(2)))
-    steps = small(time, 1, 1)
-    steps[-1] = LAST.sum()
-    torch.testing.assert_close(found, run(steps, weight), rtol=0.02, atol=1e-6)
-    assert not found[:-1, :, 0].any() and found[-1].all()
-
-
-QUICK: list[Callable[[Tensor], None]] = [dynamic_memory, entmax, hard_attention]
-SLOW = [
-    attention_of_many_queries,
-    attention_to_many_keys,
-    additive_attention,
-    delta_memory,
-    ntm,
-    lrua,
-    dnc,
-]
+    check_machine(x, op)
 
 
 def run(checks: list[Callable[[Tensor], None]]) -> None:

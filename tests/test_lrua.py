@@ -16,6 +16,8 @@ from seqmem_fast import ops
 from seqmem_fast.reference import lrua as reference
 from seqmem_fast.reference.lrua import LRUAState, LRUATrace
 
+threaded = LRUA.threaded
+
 
 class TestLrua(MachineSuite):
     machine = LRUA

@@ -11,6 +11,7 @@ from op_suite import (
     Case,
     Function,
     OpSuite,
+    Threaded,
     check_against_float64,
     check_nothing_left_over,
     check_same_bits_at_any_thread_count,
@@ -20,7 +21,7 @@ from op_suite import (
 )
 from torch import Tensor
 
-from seqmem_fast import LSTMCell, ops
+from seqmem_fast import LSTM, LSTMCell, ops
 from seqmem_fast.reference import lstm as reference
 
 NAMES = [sample.name for sample in reference.sample_inputs()]
@@ -70,6 +71,16 @@ def cell_case(args: tuple[Any, ...]) -> Case:
     return Case(
         bind(ops.lstm_cell), bind(reference.lstm_cell), tensors, (0, 0, 0) + (None,) * 4, (0, 0)
     )
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    return [
+        (LSTM(16, 16), (torch.randn(20, 1, 16),)),
+        (LSTM(32, 64, 2, bidirectional=True), (torch.randn(12, 8, 32),)),
+        (LSTM(32, 320), (torch.randn(12, 1, 32),)),
+        (LSTM(64, 128), (torch.randn(30, 24, 64),)),
+    ]
 
 
 class TestLstm(OpSuite):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from seqmem_fast.reference.ntm_addressing import NTMState
 
+threaded = NTM.threaded
+
 
 class TestNtmSequence(MachineSuite):
     machine = NTM

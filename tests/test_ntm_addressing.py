@@ -14,6 +14,7 @@ from op_suite import (
     TOLERANCES,
     Case,
     OpSuite,
+    Threaded,
     check_against_float64,
     check_same_bits_at_any_thread_count,
     error,
@@ -39,6 +40,14 @@ def make(name: str, dtype: torch.dtype, sizes: Sizes) -> Case:
     row = None if name.endswith("_unbatched") else 0
     op, plain = (getattr(m, sample.function) for m in (ops, reference))
     return Case(tupled(op), tupled(plain), sample.args, (row,) * len(sample.args), (row,))
+
+
+def threaded() -> Threaded:
+    """Calls below and above the size at which one takes several threads."""
+    names = ("addressing_heads", "read_heads", "write_heads")
+    sizes = (1, 9, 5, 2, 3), (8, 256, 32, 2, 3)
+    cases = [make(name, torch.float32, one) for one in sizes for name in names]
+    return [(case.op, case.tensors) for case in cases]
 
 
 class TestNtm(OpSuite):

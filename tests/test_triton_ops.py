@@ -1,7 +1,8 @@
 """The Triton kernels of all ops: interpreted, compiled ahead of time, and run where a GPU is.
 
-Each op's tests under the interpreter, and its `kernels()` to compile, are in
-triton_<op>_interpreted.py; the tests of all ops run in one process of their own.
+Each op's tests under the interpreter, its `kernels()` to compile, and `COMPILED`, sizes to compile
+all its calls for, are in triton_<op>_interpreted.py; the tests of all ops run in one process of
+their own.
 """
 
 from __future__ import annotations
@@ -148,22 +149,6 @@ def test_what_runs_once_as_ptx_is_the_same_for_two_architectures(op: str) -> Non
     assert one == other
 
 
-# Sizes whose kernels differ, of the reference's sample inputs. Nothing runs, so large is cheap.
-MATRIX: dict[str, list[tuple[int, ...]]] = {
-    "additive_attention": [(3, 5, 7, 6, 4), (2, 64, 160, 128, 64)],
-    "attention": [(3, 5, 7, 4, 6), (2, 256, 256, 64, 64), (2, 64, 320, 128, 128)],
-    "delta_memory": [(3, 5, 2, 4, 3), (2, 40, 2, 64, 64), (1, 20, 1, 128, 128)],
-    "dnc": [(5, 3, 4, 6, 8, 5)],
-    "dynamic_memory": [(4, 9, 6, 5), (4, 128, 64, 64), (4, 50, 128, 100)],
-    "entmax": [(4, 3, 7), (4, 3, 9000)],
-    "hard_attention": [(4, 7), (256, 2000)],
-    "lstm": [(5, 3, 4, 6), (5, 600, 4, 64), (5, 3, 4, 200)],
-    "lrua": [(5, 3, 4, 6, 8, 5)],
-    "ntm": [(5, 3, 4, 6, 8, 5)],
-    "ntm_addressing": [(3, 8, 5, 2, 3), (3, 128, 64, 2, 3)],
-}
-
-
 @pytest.fixture
 def launchers_on_cpu() -> Iterator[None]:
     """CPU tensors reach the Triton launchers, through dispatcher and autograd as on a GPU."""
@@ -200,7 +185,7 @@ def test_every_option_compiles_in_every_dtype(
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     failures = []
     with translating("sm_90") as kernels:
-        for sizes in MATRIX[op]:
+        for sizes in importlib.import_module(f"triton_{op}_interpreted").COMPILED:
             for call in calls(op, dtype, sizes=sizes):
                 try:
                     results(call, "cpu")

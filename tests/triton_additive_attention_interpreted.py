@@ -68,6 +68,10 @@ def test_nothing_to_do() -> None:
         launchers.additive_attention(q, k[..., 1:], v, w, None)
 
 
+# Sizes of samples whose kernels differ; nothing runs, so large is cheap.
+COMPILED = [(3, 5, 7, 6, 4), (2, 64, 160, 128, 64)]
+
+
 def kernels() -> list[Kernel]:
     file = "additive_attention"
     rows = ("q_t", "k_t", "own_t", "other_t", "width", "keys")

@@ -87,6 +87,10 @@ def test_no_rows_no_steps_and_wrong_shapes() -> None:
         launchers.delta_memory(series[0], series[0][:1], *series[2:], state, *tail, True)
 
 
+# Sizes of samples whose kernels differ; nothing runs, so large is cheap.
+COMPILED = [(3, 5, 2, 4, 3), (2, 40, 2, 64, 64), (1, 20, 1, 128, 128)]
+
+
 def kernels() -> list[Kernel]:
     shape = {"BK": 128, "BV": 32, "SCALE": 0.1, "FEATURE": False}
     wide = "beta decay state final states scratch grad_final grad_q grad_k grad_beta grad_decay"

@@ -39,6 +39,10 @@ class TestLaunchers(MachineInterpreted):
             self.check(sample._replace(args=(x, start, *rest)), torch.float32, backward=False)
 
 
+# Sizes of samples whose kernels differ; nothing runs, so large is cheap.
+COMPILED = [(5, 3, 4, 6, 8, 5)]
+
+
 def kernels() -> list[Kernel]:
     """An LSTM, float32, plain and with every option; the backward spills a little beyond."""
     flags = ("SQUASH", "MASKS", "DEALLOCATE", "SHARPEN", "SOFTMAX")

@@ -73,6 +73,10 @@ def test_rows_and_checks() -> None:
         launchers.categorical_sample(logits, uniform[:2])
 
 
+# Sizes of samples whose kernels differ; nothing runs, so large is cheap.
+COMPILED = [(4, 7), (256, 2000)]
+
+
 def kernels() -> list[Kernel]:
     file, shape = "hard_attention", {"BLOCK": 256}
     wide = {"uniform_ptr": "*fp32", "by_log_prob_ptr": "*fp32", "by_entropy_ptr": "*fp32"}

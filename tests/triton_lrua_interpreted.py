@@ -29,6 +29,10 @@ class TestLaunchers(MachineInterpreted):
         assert outs[10].tolist() == [[[1, 3, 5, 7], [8, 1, 0, 2]]]
 
 
+# Sizes of samples whose kernels differ; nothing runs, so large is cheap.
+COMPILED = [(5, 3, 4, 6, 8, 5)]
+
+
 def kernels() -> list[Kernel]:
     """One-shot classification's: N = 128, M = 40, C = 200, four heads, an LSTM; float32."""
     shape = {"BN": 128, "BW": 64, "BC": 64, "BK": 32}

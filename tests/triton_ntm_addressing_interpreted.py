@@ -106,6 +106,10 @@ def test_no_rows_and_checks() -> None:
         launchers.ntm_write(memory, weights[:, 1:], erase, add)
 
 
+# Sizes of samples whose kernels differ; nothing runs, so large is cheap.
+COMPILED = [(3, 8, 5, 2, 3), (3, 128, 64, 2, 3)]
+
+
 def kernels() -> list[Kernel]:
     """N = 128, M = 64: the most that stays on chip."""
     shape = {"BN": 128, "BW": 64, "BS": 4}

@@ -23,7 +23,7 @@ struct AdditiveAttention : torch::autograd::Function<AdditiveAttention> {
     auto [output, weights] = Forward::call(query, key, value, score_weight, mask);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, key, value, score_weight, tensor(mask), weights});
-    ctx->saved_data["present"] = present(query, key, value, score_weight, mask);
+    note_present(ctx, query, key, value, score_weight, mask);
     return {output, weights};
   }
 

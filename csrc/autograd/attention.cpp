@@ -19,7 +19,7 @@ struct Attention : torch::autograd::Function<Attention> {
     auto [output, weights] = ForwardOp::call(query, key, value, mask, scale, is_causal);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({query, key, value, tensor(mask), weights});
-    ctx->saved_data["present"] = present(query, key, value, mask);
+    note_present(ctx, query, key, value, mask);
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["is_causal"] = is_causal;
     return {output, weights};

@@ -33,7 +33,7 @@ struct DeltaMemory : torch::autograd::Function<DeltaMemory> {
     ctx->mark_non_differentiable({states});
     ctx->save_for_backward(
         {q, k, v, beta, tensor(log_decay), tensor(state), tensor(lengths), tensor(reset), states});
-    ctx->saved_data["present"] = present(q, k, v, beta, log_decay, state);
+    note_present(ctx, q, k, v, beta, log_decay, state);
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["qk_l2norm"] = qk_l2norm;
     return {output, final_state, states};

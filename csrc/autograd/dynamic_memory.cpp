@@ -37,8 +37,8 @@ struct DynamicMemory : torch::autograd::Function<DynamicMemory> {
     ctx->mark_non_differentiable({saved});
     ctx->save_for_backward({query, memory, gate_weight, gate_bias, write_weight, write_bias,
                             tensor(score_query), tensor(mask), attention, saved});
-    ctx->saved_data["present"] =
-        present(query, memory, gate_weight, gate_bias, write_weight, write_bias, score_query, mask);
+    note_present(ctx, query, memory, gate_weight, gate_bias, write_weight, write_bias, score_query,
+                 mask);
     ctx->saved_data["return_memory"] = return_memory;
     return {final_memory, attention, saved};
   }

@@ -20,7 +20,7 @@ struct Entmax : torch::autograd::Function<Entmax> {
     at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor output = Forward::call(input, alpha, power, dim);
     ctx->save_for_backward({input, tensor(alpha), output});
-    ctx->saved_data["present"] = present(input, alpha, power, dim);
+    note_present(ctx, input, alpha, power, dim);
     ctx->saved_data["power"] = power;
     ctx->saved_data["dim"] = dim;
     return output;

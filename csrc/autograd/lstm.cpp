@@ -53,7 +53,7 @@ struct Cell : torch::autograd::Function<Cell> {
     auto [hy, cy, gates] =
         CellOp::call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, true);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["present"] = present(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+    note_present(ctx, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
     // On CPU the caller may change cy in place, as with nn.LSTMCell: the backward gets a copy,
     // which is an output too, since second derivatives pass through it.
     const Tensor cell = is_plain(cy) ? copy_plain(cy) : cy.is_cpu() ? cy.clone() : cy;
@@ -90,9 +90,8 @@ struct Sequence : torch::autograd::Function<Sequence> {
     ctx->save_for_backward({input, tensor(hx), tensor(cx), weight_ih, weight_hh, tensor(weight_hr),
                             tensor(lengths), tensor(reset), tensor(batch_sizes), output, gates,
                             cells});
-    ctx->saved_data["present"] =
-        present(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, reset,
-                batch_sizes, batch_first, reverse);
+    note_present(ctx, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
+                 reset, batch_sizes, batch_first, reverse);
     return {output, hy, cy, gates, cells};
   }
 

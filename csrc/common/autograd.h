@@ -7,7 +7,7 @@
 //       auto output = Forward::call(input, mask, scale);
 //       ctx->set_materialize_grads(false);
 //       ctx->save_for_backward({input, tensor(mask)});
-//       ctx->saved_data["present"] = present(input, mask, scale);
+//       note_present(ctx, input, mask, scale);
 //       ctx->saved_data["scale"] = scale;
 //       return output;
 //     }
@@ -83,10 +83,10 @@ auto run_backward(const Args&... args) {
   return Op::call(args...);
 }
 
-// Which of a forward's tensors are given, and which of the flags after them are true: one bit for
-// each argument, by position.
+// Which of a forward's tensors are given, and which of the flags after them are true, for its
+// backward: one bit for each argument, by position.
 template <class... Args>
-int64_t present(const Args&... args) {
+void note_present(AutogradContext* ctx, const Args&... args) {
   auto is = [](const auto& argument) {
     if constexpr (std::is_same_v<std::decay_t<decltype(argument)>, bool>) {
       return argument;
@@ -96,12 +96,12 @@ int64_t present(const Args&... args) {
   };
   int64_t bits = 0, bit = 1;
   ((bits |= is(args) ? bit : 0, bit <<= 1), ...);
-  return bits;
+  ctx->saved_data["present"] = bits;
 }
 
 // Which gradients a backward is asked for, by the position of the forward's arguments. Absent
-// optionals take no place among the edges that needs_input_grad counts, so the forward leaves
-// what is present(...) in saved_data["present"].
+// optionals take no place among the edges that needs_input_grad counts, so the forward calls
+// note_present.
 class Wanted {
  public:
   explicit Wanted(AutogradContext* ctx) : ctx_(ctx), present_(ctx->saved_data["present"].toInt()) {}
