@@ -35,9 +35,14 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_more_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_SCORES", (16, 16))
-    monkeypatch.setattr(launchers, "_BACKWARD", (16, 8))
+    monkeypatch.setattr(launchers, "_ROWS", 4)
+    monkeypatch.setattr(launchers, "_FEATURES", 8)
     check(MORE["added_mask"], torch.float32)
+
+
+def test_one_query() -> None:
+    for sample in reference.sample_inputs(sizes=(3, 1, 20, 70, 5)):
+        check(sample.args, torch.float32)
 
 
 def test_each_gradient_alone() -> None:
@@ -76,8 +81,12 @@ def kernels() -> list[Kernel]:
     file = "additive_attention"
     rows = ("q_t", "k_t", "own_t", "other_t", "width", "keys")
     wide = {"scores_ptr": "*fp32", "grad_scores_ptr": "*fp32", "grad_v_ptr": "*fp32"}
-    scores = {"m_j": 1, "BM": 16, "BN": 64}
+    pointers = {"mask_ptr": "*u8", **wide}
+    scores = {"m_j": 1, "BM": 16, "BN": 64, "BA": 4}
+    one = {"m_j": 1, "BM": 1, "BN": 16, "BA": 64}
+    back = {"BM": 16, "BO": 4, "BA": 32}
     return [
-        Kernel(file, "additive_scores", "bf16", 4, scores, {"mask_ptr": "*u8", **wide}, rows),
-        Kernel(file, "additive_backward", "bf16", 4, {"BM": 16, "BA": 32}, wide, rows),
+        Kernel(file, "additive_scores", "bf16", 4, scores, pointers, rows),
+        Kernel(file, "additive_scores", "bf16", 4, one, pointers, rows, label="one query"),
+        Kernel(file, "additive_backward", "bf16", 4, back, wide, rows),
     ]

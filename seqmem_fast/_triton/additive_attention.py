@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,9 +31,28 @@ from .common import accumulator, as_bytes, masked_scores, strides, tanh, two_lea
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "own", "others", "heads", "blocks", "width_blocks")
 
-# Rows and columns of a block, for four warps; the second kernel's are rows and features.
-_SCORES = (16, 64)
-_BACKWARD = (16, 32)
+_ROWS = 16  # of a block at most, queries or keys whose gradients it owns
+_FEATURES = 32  # of a block of the backward
+
+
+class Block(NamedTuple):
+    """What one program of four warps has in registers at once."""
+
+    rows: int
+    others: int
+    features: int
+
+
+def forward_block(queries: int) -> Block:
+    """Few queries, as of a decoder's step, leave more programs and more features to each."""
+    rows = min(_ROWS, triton.next_power_of_2(max(1, queries)))
+    return Block(rows, 64, 4) if rows == _ROWS else Block(rows, 16, max(4, 64 // rows))
+
+
+def backward_block(own: int) -> Block:
+    """Two sums of this size are kept."""
+    rows = min(_ROWS, triton.next_power_of_2(max(1, own)))
+    return Block(rows, min(32, 64 // rows), _FEATURES)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -53,20 +73,25 @@ def additive_scores(
     ACC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BA: tl.constexpr,
 ):  # fmt: skip
-    """Masked scores of BM queries and BN keys, one feature at a time."""
+    """Masked scores of BM queries and BN keys, BA features at a time, whose sums come last."""
     z = (tl.program_id(0) // blocks).to(tl.int64)
     z_0 = z // heads
     z_1 = z % heads
     i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
     j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    q_at = q_ptr + z_0 * q_0 + z_1 * q_1 + i * q_t
-    k_at = k_ptr + z_0 * k_0 + z_1 * k_1 + j * k_t
-    s = tl.zeros([BM, BN], ACC)
-    for a in range(width):
-        q = tl.load(q_at + a, mask=i < queries, other=0.0).to(ACC)
-        k = tl.load(k_at + a, mask=j < keys, other=0.0).to(ACC)
-        s += tl.load(v_ptr + a).to(ACC) * tanh(q[:, None] + k[None, :])
+    q_at = q_ptr + z_0 * q_0 + z_1 * q_1 + i[:, None] * q_t
+    k_at = k_ptr + z_0 * k_0 + z_1 * k_1 + j[:, None] * k_t
+    parts = tl.zeros([BM, BN, BA], ACC)
+    for start in range(0, width, BA):
+        a = start + tl.arange(0, BA)
+        inside = (a < width)[None, :]
+        q = tl.load(q_at + a[None, :], mask=(i < queries)[:, None] & inside, other=0.0).to(ACC)
+        k = tl.load(k_at + a[None, :], mask=(j < keys)[:, None] & inside, other=0.0).to(ACC)
+        v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
+        parts += v[None, None, :] * tanh(q[:, None, :] + k[None, :, :])
+    s = tl.sum(parts, axis=2)
     if mask_ptr is not None:
         mask_ptr += z_0 * m_0 + z_1 * m_1
     there = (i < queries)[:, None] & (j < keys)[None, :]
@@ -92,9 +117,10 @@ def additive_backward(
     s_own, s_other,  # strides of grad_scores
     ACC: tl.constexpr,
     BM: tl.constexpr,
+    BO: tl.constexpr,
     BA: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BM own rows and BA features, over all others in order."""
+    """The gradients of BM own rows and BA features over all others, BO at a time."""
     z = (tl.program_id(0) // blocks).to(tl.int64)
     z_0 = z // heads
     z_1 = z % heads
@@ -105,18 +131,21 @@ def additive_backward(
     x = tl.load(at, mask=mine, other=0.0).to(ACC)
     v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
     other_ptr += z_0 * other_0 + z_1 * other_1
-    ds_at = grad_scores_ptr + z * own * others + i * s_own
-    grad = tl.zeros([BM, BA], ACC)
-    grad_v = tl.zeros([BM, BA], ACC)
-    for _ in range(others):
-        y = tl.load(other_ptr + a, mask=a < width, other=0.0).to(ACC)
-        ds = tl.load(ds_at, mask=i < own, other=0.0)[:, None]
-        other_ptr += other_t
-        ds_at += s_other
-        t = tanh(x + y[None, :])
-        grad += ds * (1.0 - t * t)
+    ds_at = grad_scores_ptr + z * own * others + i[:, None] * s_own
+    grads = tl.zeros([BM, BO, BA], ACC)
+    grads_v = tl.zeros([BM, BO, BA], ACC)
+    for start in range(0, others, BO):
+        j = start + tl.arange(0, BO).to(tl.int64)
+        there = (j < others)[:, None] & (a < width)[None, :]
+        y = tl.load(other_ptr + j[:, None] * other_t + a[None, :], mask=there, other=0.0).to(ACC)
+        known = (i < own)[:, None] & (j < others)[None, :]
+        ds = tl.load(ds_at + j[None, :] * s_other, mask=known, other=0.0)[:, :, None]
+        t = tanh(x[:, None, :] + y[None, :, :])
+        grads += ds * (1.0 - t * t)
         if grad_v_ptr is not None:
-            grad_v += ds * t
+            grads_v += ds * t
+    grad = tl.sum(grads, axis=1)
+    grad_v = tl.sum(grads_v, axis=1)
     if grad_own_ptr is not None:
         to = grad_own_ptr + (z * own + i[:, None]) * width + a[None, :]
         tl.store(to, (grad * v[None, :]).to(grad_own_ptr.dtype.element_ty), mask=mine)
@@ -156,10 +185,10 @@ def additive_attention(
     if scores.numel() == 0:
         output = query.new_zeros(*call.lead, call.queries, call.value_width)
         return output, scores.to(query.dtype)
-    block_m, block_n = _SCORES
-    blocks = triton.cdiv(call.queries, block_m)
+    block = forward_block(call.queries)
+    blocks = triton.cdiv(call.queries, block.rows)
     with torch.cuda.device_of(query):
-        additive_scores[(call.batch * blocks, triton.cdiv(call.keys, block_n))](
+        additive_scores[(call.batch * blocks, triton.cdiv(call.keys, block.others))](
             q_ptr=call.query,
             k_ptr=call.key,
             v_ptr=score_weight.contiguous(),
@@ -171,8 +200,9 @@ def additive_attention(
             heads=call.heads,
             blocks=blocks,
             ACC=accumulator(query.dtype),
-            BM=block_m,
-            BN=block_n,
+            BM=block.rows,
+            BN=block.others,
+            BA=block.features,
             num_warps=4,
             **strides("q", call.query, "0", "1", "t"),
             **strides("k", call.key, "0", "1", "t"),
@@ -240,13 +270,13 @@ def _sums(
     of_v: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `own` and of the score weight; scores [..., own, others] are dense or a .mT."""
-    block_m, block_a = _BACKWARD
     rows, others = own.shape[2], other.shape[2]
-    blocks = triton.cdiv(rows, block_m)
+    block = backward_block(rows)
+    blocks = triton.cdiv(rows, block.rows)
     grad_own = score_weight.new_empty(*call.lead, rows, call.width)
     grad_v = scores.new_empty(call.batch * blocks, call.width)
     if grad_v.numel() > 0:
-        additive_backward[(call.batch * blocks, triton.cdiv(call.width, block_a))](
+        additive_backward[(call.batch * blocks, triton.cdiv(call.width, block.features))](
             own_ptr=own,
             other_ptr=other,
             v_ptr=score_weight.contiguous(),
@@ -261,8 +291,9 @@ def _sums(
             s_own=scores.stride(-2),
             s_other=scores.stride(-1),
             ACC=accumulator(own.dtype),
-            BM=block_m,
-            BA=block_a,
+            BM=block.rows,
+            BO=block.others,
+            BA=block.features,
             num_warps=4,
             **strides("own", own, "0", "1", "t"),
             **strides("other", other, "0", "1", "t"),
