@@ -62,6 +62,16 @@ def attention_to_many_keys(x: Tensor) -> None:
 
 
 @slow
+def window_attention(x: Tensor) -> None:
+    """The last query sees itself and the one before."""
+    rows = x[None, None]
+    output, weights, _ = ops.window_attention(rows, rows, rows, 1, 0)
+    near(weights[0, 0, -1], torch.tensor([0.0, 4.0]).softmax(0))
+    near(output[0, 0, -1], math.exp(4) / (math.exp(4) + 1) * LAST)
+    assert (weights[0, 0, 1:-1] == 0.5).all()
+
+
+@slow
 def additive_attention(x: Tensor) -> None:
     key = small(ROWS, 1)
     key[-1] = 30

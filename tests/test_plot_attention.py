@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from seqmem_fast import plot
+from seqmem_fast import ops, plot
 
 pytest.importorskip("matplotlib")
 
@@ -38,6 +38,25 @@ def test_heads_stand_side_by_side_on_one_scale() -> None:
     found = panels(plot.attention(shown, SOURCE, TARGET))
     assert [axes.get_xlabel() for axes in found] == ["head 0", "head 1", "head 2"]
     assert {axes.images[0].get_clim() for axes in found} == {(0.0, float(shown.max()))}
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_a_band_is_drawn_at_its_keys(heads: tuple[int, ...]) -> None:
+    options: dict[str, Any] = {"dilation": 2, "offset": 1}
+    q, k = torch.randn(1, 2, 4, 5), torch.randn(1, 2, 9, 5)
+    _, band, first = ops.window_attention(q, k, k, 2, 1, global_keys=2, **options)
+    wanted = torch.zeros(2, 4, 9)
+    for i in range(4):
+        for c in range(4):
+            if 0 <= (key := 1 + i + 2 * (c - 2)) < 9:
+                wanted[:, i, key] += band[0, :, i, c]
+    wanted[:, :, :2] += first[0]
+    some = (slice(None),) if heads else (0,)
+    figure = plot.attention(
+        band[0][some], "012345678", "abcd", left=2, global_weights=first[0][some], **options
+    )
+    for axes, right in zip(panels(figure), wanted[: len(heads) + 1], strict=True):
+        torch.testing.assert_close(torch.from_numpy(axes.images[0].get_array().data.copy()), right)
 
 
 def test_it_can_be_saved(tmp_path: Any) -> None:

@@ -23,6 +23,7 @@ from .lrua import MANN
 from .lstm import LSTM, LSTMCell, LSTMGates
 from .ntm import NTM
 from .ntm_addressing import NTMMemory
+from .window_attention import WindowAttention, WindowState, WindowWeights
 
 __all__ = [
     "DNC",
@@ -46,6 +47,9 @@ __all__ = [
     "MovingAverageBaseline",
     "NTMMemory",
     "Sparsemax",
+    "WindowAttention",
+    "WindowState",
+    "WindowWeights",
     "discounted_returns",
     "reinforce_train_step",
 ]

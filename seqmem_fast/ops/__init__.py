@@ -12,6 +12,7 @@ from .lrua import LRUAState, LRUATrace, lrua, lrua_trace
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm, ntm_trace
 from .ntm_addressing import NTMState, ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
+from .window_attention import window_attention
 
 __all__ = [
     "DNCOptions",
@@ -42,5 +43,6 @@ __all__ = [
     "ntm_write",
     "reinforce_loss",
     "sparsemax",
+    "window_attention",
 ]
 # End of what `make format` writes.

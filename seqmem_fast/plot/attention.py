@@ -22,6 +22,10 @@ def attention(
     target_tokens: str | Sequence[str],
     *,
     title: str | None = None,
+    left: int | None = None,
+    dilation: int = 1,
+    offset: int = 0,
+    global_weights: Tensor | None = None,
 ) -> Figure:
     """The alignment picture: target tokens down, source tokens across, weights as colours.
 
@@ -34,6 +38,10 @@ def attention(
         source_tokens: Tk labels of what was attended to; a string gives its characters.
         target_tokens: Tq labels of what attended.
         title: above the picture.
+        left: where not None, the weights are a band [Tq, W] or [heads, Tq, W], as
+            ``ops.window_attention`` gives it for these arguments; what no query sees is drawn as 0.
+        dilation, offset: likewise.
+        global_weights: of a band, [Tq, G] or [heads, Tq, G].
 
     Returns:
         A matplotlib Figure; ``figure.savefig("attention.png")`` keeps it.
@@ -50,6 +58,8 @@ def attention(
         )
     heads = weights.detach().to("cpu", torch.float32)
     heads = heads[None] if heads.dim() == 2 else heads
+    if left is not None:
+        heads = _spread(heads, len(source_tokens), left, dilation, offset, global_weights)
     count, rows, columns = heads.shape
     named = ("source_tokens", source_tokens, columns), ("target_tokens", target_tokens, rows)
     for name, tokens, wanted in named:
@@ -70,3 +80,23 @@ def attention(
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _spread(
+    band: Tensor,
+    columns: int,
+    left: int,
+    dilation: int,
+    offset: int,
+    global_weights: Tensor | None,
+) -> Tensor:
+    """A band [heads, Tq, W] as [heads, Tq, Tk]."""
+    count, rows, width = band.shape
+    key = offset + torch.arange(rows)[:, None] + (torch.arange(width) - left) * dilation
+    key = torch.where((key >= 0) & (key < columns), key, columns)
+    whole = band.new_zeros(count, rows, columns + 1)
+    whole.scatter_(2, key.expand(count, -1, -1), band)
+    if global_weights is not None:
+        first = global_weights.detach().to("cpu", torch.float32)
+        whole[:, :, : first.size(-1)] += first
+    return whole[:, :, :columns]

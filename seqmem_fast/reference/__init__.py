@@ -17,6 +17,7 @@ from . import (
     lstm,
     ntm,
     ntm_addressing,
+    window_attention,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "lstm",
     "ntm",
     "ntm_addressing",
+    "window_attention",
 ]
 # End of what `make format` writes.
 

@@ -17,33 +17,7 @@ import torch
 from torch import Tensor
 
 from .common import Draw, Sample
-
-BISECTIONS = {torch.float64: 54}  # of tau, to its last bit
-DERIVATIVES = 2  # Newton steps that are differentiated: derivatives up to the third are exact
-
-
-def entmax(input: Tensor, alpha: Tensor | float = 1.5, dim: int = -1) -> Tensor:
-    """input [..., K, ...] -> probabilities over ``dim``; alpha a number, or a tensor that
-    broadcasts to input and has one element along ``dim``.
-
-    An entry of -inf is 0; a row of -inf alone is 0 everywhere. A NaN or +inf makes its row NaN.
-    """
-    out = input.isneginf()
-    wrong = (input.isnan() | input.isposinf()).any(dim, keepdim=True)
-    z = input.masked_fill(out | wrong, 0)
-    top = z.masked_fill(out, torch.finfo(z.dtype).min).amax(dim, keepdim=True).detach()
-    x = (alpha - 1) * (z - top)  # at most 0
-    power = 1 / (torch.as_tensor(alpha, dtype=z.dtype, device=z.device) - 1)
-    tau = _threshold(x.detach(), power.detach(), out, dim)
-    for _ in range(DERIVATIVES):
-        supported = (x > tau) & ~out
-        above = torch.where(supported, x - tau, 1)
-        total = torch.where(supported, above**power, 0).sum(dim, keepdim=True)
-        slope = power * torch.where(supported, above ** (power - 1), 0).sum(dim, keepdim=True)
-        tau = tau + torch.where(slope > 0, (total - 1) / slope.masked_fill(slope == 0, 1), 0)
-    supported = (x > tau) & ~out
-    p = torch.where(supported, torch.where(supported, x - tau, 1) ** power, 0)
-    return p.masked_fill(wrong | power.isnan(), torch.nan)
+from .common import entmax as entmax
 
 
 def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
@@ -54,17 +28,6 @@ def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
 def entmax15(input: Tensor, dim: int = -1) -> Tensor:
     """:func:`entmax` with alpha = 1.5."""
     return entmax(input, 1.5, dim)
-
-
-def _threshold(x: Tensor, power: Tensor, out: Tensor, dim: int) -> Tensor:
-    """tau by bisection: x is at most 0 and reaches it, so that tau is in -1..0."""
-    tau, width = torch.full_like(x.sum(dim, keepdim=True), -1), 1.0
-    for _ in range(BISECTIONS.get(x.dtype, 26)):
-        width /= 2
-        middle = tau + width
-        above = (x - middle).clamp(min=0).masked_fill(out, 0)
-        tau = torch.where((above**power).sum(dim, keepdim=True) >= 1, middle, tau)
-    return tau
 
 
 def sample_inputs(

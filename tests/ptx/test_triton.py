@@ -76,6 +76,13 @@ def attention(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["masked"], torch.float32)
 
 
+def window_attention(patch: pytest.MonkeyPatch) -> None:
+    module = checks("window_attention")
+    patch.setattr(module.launchers, "_BLOCK", 16)
+    module.check(module.SAMPLES["ranges"], torch.float32)
+    module.check(module.SAMPLES["global"], torch.bfloat16)
+
+
 def additive_attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("additive_attention")
     module.check(module.SAMPLES["masked"], torch.float32)

@@ -1,0 +1,182 @@
+// Window attention: schemas, the CPU and Meta keys. Arguments: seqmem_fast/ops/window_attention.py.
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../common/dispatch.h"
+#include "../common/kept_blocks.h"
+#include "../common/operand.h"
+#include "../common/team.h"
+#include "../cpu/window_attention_kernel.h"
+#include "window_attention_check.h"
+
+namespace seqmem::window_attention {
+namespace {
+
+Heads heads(const OptionalTensor& t) {
+  if (!t.has_value() || t->numel() == 0) return {};
+  auto stride = [&](int64_t d) { return t->size(d) == 1 ? 0 : t->stride(d); };
+  // A single feature is contiguous whatever its stride.
+  return {t->const_data_ptr(), stride(0), stride(1), stride(2), t->size(3) == 1 ? 1 : t->stride(3)};
+}
+
+// The arguments as the kernels take them, alive as long as this.
+struct Call {
+  const Tensor start, end;
+  const Shape shape;
+
+  static Tensor bound(Maybe t) { return t.has_value() ? t->to(at::kLong).contiguous() : Tensor(); }
+  static Bounds bounds(const Tensor& t) {
+    if (!t.defined()) return {};
+    const bool each = t.dim() == 2;
+    return {t.const_data_ptr<int64_t>(), each ? t.size(1) : 1, each ? 1 : 0};
+  }
+
+  Call(const Inputs& in, const Sizes<int64_t>& s)
+      : start(bound(in.key_start)),
+        end(bound(in.key_end)),
+        shape{.B = s.B,
+              .Hq = s.Hq,
+              .Hk = s.Hk,
+              .Tq = s.Tq,
+              .Tk = s.Tk,
+              .D = s.D,
+              .Dv = s.Dv,
+              .left = s.left,
+              .right = s.right,
+              .dilation = in.dilation,
+              .offset = in.offset,
+              .G = in.global_keys,
+              .start = bounds(start),
+              .end = bounds(end),
+              .scale = in.scale.value_or(1 / std::sqrt(double(s.D))),
+              .alpha = in.alpha} {}
+};
+
+// Estimates for one core; they only steer the choices below. A share of fewer microseconds is not
+// worth a thread.
+constexpr double kFlopsPerMicrosecond = 60e3, kShareWorthWaking = 45;
+constexpr double kScoresPerMicrosecond = 500, kRowsPerMicrosecond = 10;  // beside the products
+constexpr int64_t kTasksPerThread = 4;
+
+int threads_for(const Shape& s, double products) {
+  const double rows = double(s.B) * s.Hq * s.Tq, scores = rows * std::min(s.W() + s.G, s.Tk);
+  const double once = 2 * scores * (s.D + s.Dv) / kFlopsPerMicrosecond +
+                      scores / kScoresPerMicrosecond + rows / kRowsPerMicrosecond;
+  const double share = once * products / kShareWorthWaking;
+  return int(std::clamp(share, 1.0, double(available_threads())));
+}
+
+// Queries below which a part of a head is not worth the packing of its keys.
+constexpr int64_t kRowsOfTask = 96;
+
+int64_t groups_for(const Shape& s, int64_t tasks) {
+  const int64_t heads = std::max<int64_t>(s.B * s.Hk * std::min(s.dilation, s.Tq), 1);
+  const int64_t least = std::max(kRowsOfTask, std::min(s.W(), s.Tk));
+  const int64_t queries = s.Tq / s.dilation * (s.Hq / s.Hk);
+  return std::clamp<int64_t>((tasks + heads - 1) / heads, 1, std::max<int64_t>(queries / least, 1));
+}
+
+template <class Int>
+Tensor result(const Tensor& like, std::initializer_list<Int> sizes) {
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    constexpr int64_t kLarge = 8 << 20;
+    return KeptBlocks::empty(sizes, like.options(), kLarge);
+  } else {
+    return empty_like_of<Int>(like, sizes);
+  }
+}
+
+template <class Int>
+Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
+  const Tensor output = result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
+  if (!in.need_weights)
+    return {output, at::empty({0}, in.q.options()), at::empty({0}, in.q.options())};
+  return {output, result<Int>(in.q, {s.B, s.Hq, s.Tq, s.W()}),
+          result<Int>(in.q, {s.B, s.Hq, s.Tq, Int(in.global_keys)})};
+}
+
+Tensors<3> forward_cpu(const ForwardInputs& in) {
+  const auto s = check<int64_t>(in);
+  Tensors<3> out = allocate(in, s);
+  const auto& [output, weights, global_weights] = out;
+  if (s.B * s.Hq * s.Tq == 0) return out;
+  const Call call(in, s);
+  const int threads = threads_for(call.shape, 1);
+  const Plan plan = {.groups = groups_for(call.shape, threads == 1 ? 1 : threads * kTasksPerThread),
+                     .next = 0};
+  const bool global = in.need_weights && in.global_keys > 0;
+  const Forward arguments = {.q = heads(in.q),
+                             .k = heads(in.k),
+                             .v = heads(in.v),
+                             .output = data(output),
+                             .weights = in.need_weights ? data(weights) : nullptr,
+                             .global_weights = global ? data(global_weights) : nullptr,
+                             .workspace = nullptr};
+  launch(SEQMEM_CHOOSE(forward_kernel), threads, arguments, storage_of(in.q), call.shape, plan);
+  return out;
+}
+
+Tensors<3> forward_meta(const ForwardInputs& in) { return allocate(in, check<c10::SymInt>(in)); }
+
+// The parts of a head that are summed separately; the same at any number of threads.
+constexpr int64_t kBackwardTasks = 16;
+
+Tensors<3> backward_cpu(const BackwardInputs& in) {
+  const auto s = check_backward<int64_t>(in);
+  auto gradient = [&](int k, In like) {
+    return in.output_mask[k]
+               ? result<int64_t>(in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
+               : Tensor();
+  };
+  const Tensor grad_q = gradient(0, in.q), grad_k = gradient(1, in.k), grad_v = gradient(2, in.v);
+  if (s.Tq < in.dilation || s.Hq == 0)  // keys that no query sees
+    for (const Tensor& grad : {grad_k, grad_v})
+      if (grad.defined()) grad.zero_();
+  if (s.B * s.Hq * s.Tq > 0) {
+    const Call call(in, s);
+    const Plan plan = {.groups = groups_for(call.shape, kBackwardTasks), .next = 0};
+    const Operand weights(in.weights), global_weights(in.global_weights);
+    const Backward arguments = {.grad_output = heads(in.grad_output),
+                                .grad_weights = heads(in.grad_weights),
+                                .grad_global = heads(in.grad_global_weights),
+                                .q = heads(in.q),
+                                .k = heads(in.k),
+                                .v = heads(in.v),
+                                .weights = weights.data(),
+                                .global_weights = global_weights.data(),
+                                .grad_q = data(grad_q),
+                                .grad_k = data(grad_k),
+                                .grad_v = data(grad_v),
+                                .workspace = nullptr};
+    launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 2.5), arguments,
+           storage_of(in.q), call.shape, plan);
+  }
+  auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, in.q.options()); };
+  return {given(grad_q), given(grad_k), given(grad_v)};
+}
+
+Tensors<3> backward_meta(const BackwardInputs& in) {
+  check_backward<c10::SymInt>(in);
+  return gradients_like(in.output_mask, in.q, in.k, in.v);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(seqmem, m) {
+#define SEQMEM_INPUTS                                                             \
+  "Tensor q, Tensor k, Tensor v, int left, int right, int dilation, int offset, " \
+  "Tensor? key_start, Tensor? key_end, int global_keys, float? scale, float alpha, "
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
+      m, "(" SEQMEM_INPUTS
+         "bool need_weights) -> (Tensor output, Tensor weights, Tensor global_weights)");
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
+      m, "(Tensor? grad_output, Tensor? grad_weights, Tensor? grad_global_weights, " SEQMEM_INPUTS
+         "Tensor weights, Tensor global_weights, bool[3] output_mask)"
+         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}
+
+#undef SEQMEM_INPUTS
+
+}  // namespace seqmem::window_attention

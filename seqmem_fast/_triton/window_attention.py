@@ -1,0 +1,269 @@
+r"""Window attention on GPU: launchers of `window_attention` and `window_attention_backward`.
+
+Formulas, shapes and errors: `ops/window_attention.py`; the kernels: window_attention_kernels.py.
+Products run on tensor cores, as in attention.py, but for float64. Heads wider than 128 features, 32
+in float64, and other normalisers than softmax take plain PyTorch, which writes out the keys of each
+query.
+
+NaN in a key or value that only some queries of a block see may reach the others.
+
+State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops.common import reference_vjp
+from ..reference import window_attention as reference
+from . import window_attention_kernels as kernels
+from .common import accumulator, autograd_below, product_precision, strides, wide
+
+_WIDEST = {torch.float64: 32}  # features that a program holds
+_BLOCK = 32  # queries, and keys, of a block
+
+
+def _fits(q: Tensor, v: Tensor, alpha: float) -> bool:
+    return alpha == 1 and max(q.shape[-1], v.shape[-1]) <= _WIDEST.get(q.dtype, 128)
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _bound(prefix: str, t: Tensor | None) -> dict[str, Any]:
+    if t is not None:
+        t = t.to(torch.int64).contiguous()
+    return {f"{prefix}_ptr": t, f"EACH_{prefix.upper()}": t is not None and t.dim() == 2}
+
+
+def _common(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    dilation: int,
+    offset: int,
+    global_keys: int,
+    scale: float | None,
+) -> dict[str, Any]:
+    """What every kernel takes."""
+    queries, width = q.shape[2:]
+    keys, values = v.shape[2:]
+    left, right = reference.bounds(left, right, dilation, offset, queries, keys)
+    return {
+        "SCALE": width**-0.5 if scale is None else float(scale),
+        "queries": queries,
+        "keys": keys,
+        "width": width,
+        "value_width": values,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "left": left,
+        "right": right,
+        "dilation": dilation,
+        "offset": offset,
+        "count": global_keys,
+        "ACC": accumulator(q.dtype),
+        "PRECISION": product_precision(q.dtype, q.device),
+        "BM": 16 if q.dtype == torch.float64 else _BLOCK,
+        "BN": 16 if q.dtype == torch.float64 else _BLOCK,
+        "BD": max(16, triton.next_power_of_2(width)),
+        "BV": max(16, triton.next_power_of_2(values)),
+        "num_warps": 4 if q.element_size() == 2 else 8,
+        "num_stages": 1,
+    }
+
+
+def _by_queries(common: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Programs of a head, and how they are counted."""
+    classes = min(common["dilation"], common["queries"])
+    blocks = triton.cdiv(triton.cdiv(common["queries"], common["dilation"]), common["BM"])
+    return classes * blocks, {"classes": classes, "blocks": blocks}
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    dilation: int,
+    offset: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    global_keys: int,
+    scale: float | None,
+    alpha: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`seqmem::window_attention` on GPU."""
+    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
+    torch.ops.seqmem.check_window_attention(q, k, v, *window, need_weights)
+    if not _fits(q, v, alpha):
+        found = _plain(q, k, v, *window)
+        return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
+    with torch.cuda.device_of(q):
+        common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
+        shape = q.shape[:3]
+        output = q.new_empty(*shape, v.shape[3])
+        columns = common["left"] + 1 + common["right"]
+        weights = q.new_zeros((*shape, columns) if need_weights else 0)
+        of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
+        q, k, v = (_dense_rows(t) for t in (q, k, v))
+        programs, counted = _by_queries(common)
+        if shape.numel():
+            kernels.window_attention_forward[(shape[0] * shape[1] * programs,)](
+                q_ptr=q,
+                k_ptr=k,
+                v_ptr=v,
+                output_ptr=output,
+                weights_ptr=weights if need_weights else None,
+                global_ptr=of_global if need_weights else None,
+                **_bound("start", key_start),
+                **_bound("end", key_end),
+                **strides("q", q, "0", "1", "t"),
+                **strides("k", k, "0", "1", "t"),
+                **strides("v", v, "0", "1", "t"),
+                **counted,
+                **common,
+            )
+    return output, weights, of_global
+
+
+def window_attention_backward(
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_global_weights: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    dilation: int,
+    offset: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    global_keys: int,
+    scale: float | None,
+    alpha: float,
+    weights: Tensor,
+    global_weights: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`seqmem::window_attention_backward` on GPU: one kernel by rows, one by columns."""
+    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
+    seeds = (grad_output, grad_weights, grad_global_weights)
+    torch.ops.seqmem.check_window_attention_backward(
+        *seeds, q, k, v, *window, weights, global_weights, output_mask
+    )
+    none = q.new_empty(0)
+    if not _fits(q, v, alpha):
+        with autograd_below():
+            found = reference_vjp(
+                lambda q, k, v: _plain(q, k, v, *window), (q, k, v), seeds, output_mask
+            )
+        first, second, third = (none if grad is None else grad.detach() for grad in found)
+        return first, second, third
+    with torch.cuda.device_of(q):
+        common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
+        rows, heads, queries = q.shape[:3]
+        grads = [q.new_zeros(t.shape) for t in (q, k, v)]
+        if rows * heads * queries and k.shape[2]:
+            _backward(common, seeds, (q, k, v), weights, global_weights, grads)
+        first, second, third = (
+            grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
+        )
+        return first, second, third
+
+
+def _backward(
+    common: dict[str, Any],
+    seeds: Sequence[Tensor | None],
+    operands: Sequence[Tensor],
+    weights: Tensor,
+    global_weights: Tensor,
+    grads: Sequence[Tensor],
+) -> None:
+    q, k, v = (_dense_rows(t) for t in operands)
+    of_output, of_weights, of_global = (None if t is None else t.contiguous() for t in seeds)
+    weights, global_weights = weights.contiguous(), global_weights.contiguous()
+    delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    programs, counted = _by_queries(common)
+    kernels.window_attention_backward_rows[(q.shape[0] * q.shape[1] * programs,)](
+        grad_output_ptr=of_output,
+        grad_weights_ptr=of_weights,
+        grad_global_ptr=of_global,
+        k_ptr=k,
+        v_ptr=v,
+        weights_ptr=weights,
+        global_ptr=global_weights,
+        delta_ptr=delta,
+        grad_q_ptr=grads[0],
+        **strides("k", k, "0", "1", "t"),
+        **strides("v", v, "0", "1", "t"),
+        **counted,
+        **{**common, "BN": common["BN"] if q.element_size() == 2 else 16},  # spills nothing
+    )
+    classes = min(common["dilation"], common["keys"])
+    blocks = triton.cdiv(triton.cdiv(common["keys"], common["dilation"]), common["BN"])
+    for is_global, own, given, counts in (
+        (False, weights, of_weights, (classes, blocks)),
+        (True, global_weights, of_global, (1, triton.cdiv(common["count"], common["BN"]))),
+    ):
+        if counts[1] == 0:
+            continue
+        programs = k.shape[0] * k.shape[1] * counts[0] * counts[1]
+        kernels.window_attention_backward_columns[(programs,)](
+            grad_output_ptr=of_output,
+            grad_weights_ptr=given,
+            q_ptr=q,
+            v_ptr=v,
+            weights_ptr=own,
+            delta_ptr=delta,
+            grad_k_ptr=grads[1],
+            grad_v_ptr=grads[2],
+            classes=counts[0],
+            blocks=counts[1],
+            GLOBAL=is_global,
+            **strides("q", q, "0", "1", "t"),
+            **strides("v", v, "0", "1", "t"),
+            **common,
+        )
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    dilation: int,
+    offset: int,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
+    global_keys: int,
+    scale: float | None,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.window_attention(
+        q,
+        k,
+        v,
+        left,
+        right,
+        dilation=dilation,
+        offset=offset,
+        key_start=key_start,
+        key_end=key_end,
+        global_keys=global_keys,
+        normalizer="softmax" if alpha == 1 else "entmax",
+        alpha=alpha,
+        scale=scale,
+    )

@@ -1,0 +1,133 @@
+r"""Window attention in plain PyTorch: what ``seqmem::window_attention`` computes.
+
+.. math::
+    S_{ic} = \text{scale} \cdot q_i \cdot k_{j(i, c)}, \qquad
+    j(i, c) = \text{offset} + i + (c - \text{left}) \cdot \text{dilation}, \qquad
+    W = \text{softmax}_c(S), \qquad O_i = \sum_c W_{ic} v_{j(i, c)}
+
+over the columns c that are keys which query i may see, and the global keys besides; sparsemax or
+entmax may stand in softmax's place.
+
+Letters: B rows, Hq heads of queries, Hk of keys, Tq queries, Tk keys, D features of a query and a
+key, Dv of a value, W = left + 1 + right columns, G global keys. Beltagy, Peters & Cohan,
+Longformer, arXiv 2004.05150, 2020.
+
+The keys of each query are written out: everything here works under ``torch.func`` and any order of
+derivative, and a key that a query does not see may hold anything; nothing here is fast. Arguments
+are not checked: the op does that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import Draw, Sample, entmax
+
+ALPHAS = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}  # of entmax, whose limit softmax is
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    *,
+    dilation: int = 1,
+    offset: int = 0,
+    key_start: Tensor | None = None,
+    key_end: Tensor | None = None,
+    global_keys: int = 0,
+    normalizer: str = "softmax",
+    alpha: float = 1.5,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], key_start and key_end [B] or [B, Tq]
+    -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, W], global weights [B, Hq, Tq, G]."""
+    heads, queries, width = q.shape[1:]
+    keys = k.size(2)
+    left, right = bounds(left, right, dilation, offset, queries, keys)
+    scale = width**-0.5 if scale is None else scale
+    rows = torch.arange(queries, device=q.device)[:, None]
+    columns = torch.arange(-left, right + 1, device=q.device)
+    band = offset + rows + columns * dilation  # [Tq, W]: which key a column is
+    far = torch.arange(global_keys, device=q.device).expand(queries, -1)
+    index = torch.cat((far, band), 1)
+    seen = torch.cat((far >= 0, (band >= global_keys) & (band < keys)), 1).unsqueeze(0)
+    if key_start is not None:
+        seen = seen & (index >= _each(key_start))
+    if key_end is not None:
+        seen = seen & (index < _each(key_end))
+    seen = seen.unsqueeze(1)  # [1 or B, 1, Tq, G + W]
+    if keys == 0:
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    place = index.clamp(0, max(keys - 1, 0))
+    group = heads // k.size(1)
+    # [B, Hq, Tq, G + W, D or Dv]
+    k, v = (
+        torch.where(seen.unsqueeze(-1), x[:, :, place], 0).repeat_interleave(group, 1)
+        for x in (k, v)
+    )
+    scores = scale * (k @ q.unsqueeze(-1)).squeeze(-1)
+    some = seen.any(-1, keepdim=True)
+    scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
+    alpha = ALPHAS.get(normalizer, alpha)
+    weights = torch.softmax(scores, -1) if alpha == 1 else entmax(scores, alpha)
+    weights = torch.where(seen, weights, 0)
+    output = (weights.unsqueeze(-2) @ v).squeeze(-2)
+    global_weights, weights = weights.split([global_keys, left + 1 + right], -1)
+    return output, weights, global_weights
+
+
+def bounds(
+    left: int, right: int, dilation: int, offset: int, queries: int, keys: int
+) -> tuple[int, int]:
+    """Columns on either side; -1 is as far as any query's keys reach."""
+    if left < 0:
+        left = max(offset + queries - 1, 0) // dilation
+    if right < 0:
+        right = max(keys - 1 - offset, 0) // dilation
+    return left, right
+
+
+def _each(bound: Tensor) -> Tensor:
+    """[B] or [B, Tq] -> [B, 1 or Tq, 1]."""
+    return bound.reshape(bound.size(0), -1, 1) if bound.dim() == 1 else bound.unsqueeze(-1)
+
+
+def sample_inputs(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """Calls of :func:`window_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
+    batch, heads, queries, keys, width, values = sizes
+    draw = Draw(device, dtype, seed)
+
+    def operands(group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        query = draw(batch, group * heads, queries, width)
+        return query, draw(batch, heads, keys, width), draw(batch, heads, keys, values)
+
+    wide = max(2, keys // 3)
+    yield Sample("causal", (*operands(), wide, 0))
+    yield Sample("both_sides", (*operands(2), wide, 1), {"scale": 0.4})
+    yield Sample("dilated", (*operands(), 2, 1), {"dilation": 2, "offset": 1})
+    yield Sample("global", (*operands(2), 1, 1), {"global_keys": min(2, keys)})
+    end = draw.whole(0, keys + 1, batch).to(device)
+    start = draw.whole(0, max(1, keys // 2), batch, queries).to(device)
+    start[:, -1] = keys  # a row without any key
+    options = {"key_start": start, "key_end": end, "global_keys": min(2, keys)}
+    yield Sample("ranges", (*operands(), 1, 2), options)
+    yield Sample(
+        "entmax", (*operands(), wide, 1), {"global_keys": 1, "normalizer": "entmax", "alpha": 1.3}
+    )
+    yield Sample("sparsemax", (*operands(), wide, 2), {"scale": 1.5, "normalizer": "sparsemax"})
+    whole = {"global_keys": min(3, keys), "dilation": 3, "key_start": end // 2}
+    yield Sample("everything", (*operands(3), -1, -1), whole)
