@@ -84,8 +84,8 @@ stage floors 25 "$python" -W ignore -m benchmarks.harness.gpu_floors --device $d
 stage host 25 "$python" -W ignore -m benchmarks.harness.gpu_host --device $device \
     --json "$out/host.json" "${host[@]}"
 half=$((seconds < 360 ? seconds / 2 : 180))
-stage times "$half" "$python" -W ignore -m benchmarks.harness.gpu --device $device \
-    --jobs "$jobs" --limit-s $((half - 8)) --json "$out/times.json" "${rows[@]}"
+stage times "$half" "$python" -W ignore -m benchmarks.harness.gpu --device $device --graphs \
+    --samples 20 --jobs "$jobs" --limit-s $((half - 8)) --json "$out/times.json" "${rows[@]}"
 mark=gpu
 [ $device = cpu ] && mark="gpu and not slow" # there all of them are skipped
 # Interrupted, pytest still says what has failed.
