@@ -78,7 +78,9 @@ def run(function: Any, args: Any, kwargs: Any, device: str, wide: bool) -> list[
     if isinstance(kwargs.get("batch_sizes"), Tensor):  # stays where PackedSequence holds it
         kwargs["batch_sizes"] = kwargs["batch_sizes"].cpu()
     leaves = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.requires_grad]
-    outputs = [a for a in tree_leaves(function(*args, **kwargs)) if isinstance(a, Tensor)]
+    found = tree_leaves(function(*args, **kwargs))
+    # Where the reference has nothing to give an op may say None.
+    outputs = [a for a in found if isinstance(a, Tensor) and a.numel() > 0]
     grown = [a for a in outputs if a.requires_grad]
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.randn(a.shape, generator=generator, dtype=torch.float64) for a in grown]
