@@ -80,6 +80,7 @@ class OpSuite:
                 for a, b in zip(case.op(*case.tensors), expected, strict=True):
                     assert error(a, b.detach()) <= TOLERANCES[torch.float32].output
 
+    @pytest.mark.slow
     def test_gradcheck(self, name: str) -> None:
         floats, call = split(self.case(name, tiny=True))
         assert torch.autograd.gradcheck(call, floats)
@@ -261,7 +262,8 @@ class OpSuite:
                         with pytest.raises((ValueError, TypeError), match=says):
                             call(*spoilt)
 
-    @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dynamic", [False, True])
     def test_compile(self, name: str, dynamic: bool) -> None:
         case = self.case(name)
         torch.compiler.reset()

@@ -200,6 +200,7 @@ def test_torchs_other_names() -> None:
     assert torch.equal(merged[0][0], merged[1][0]) and merged[0][1] == merged[1][1]
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph() -> None:
     _, ours = pair({})
     args = inputs({})

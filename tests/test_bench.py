@@ -170,6 +170,7 @@ def test_page_faults_are_counted() -> None:
 # rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", rows.MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_every_contender_computes_the_same(shape: bench_lstm.Shape, mode: str) -> None:
@@ -281,6 +282,7 @@ def test_declared_rows_are_measured_and_checked(loss: Any) -> None:
         assert result.peer_error == pytest.approx(0.1 * (result.peer == "wrong"), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_compiling_is_told_apart() -> None:
     make = functools.partial(work, compile_with={"backend": "eager"})
     table = rows.pair("squares", "4, 3", make, modes=rows.MODES)
@@ -667,6 +669,7 @@ def test_losses_that_differ_are_an_error(name: str, ours: float) -> None:
         charlm.check_losses({**measured, name: [1.0, ours]})
 
 
+@pytest.mark.slow
 def test_a_kept_model_comes_back_and_draws_its_gates(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     text = corpus()
@@ -718,6 +721,7 @@ def short_job(
     return passes
 
 
+@pytest.mark.slow
 def test_the_main_job_keeps_losses_tables_and_chart(
     short_job: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -749,6 +753,7 @@ def test_a_job_without_time_keeps_what_it_has(
     assert [options[-1] for *_, options in short_job] == [f"{main_job.LEAST_S:.0f}"] * 2
 
 
+@pytest.mark.slow
 def test_the_full_job_passes_over_threads_and_regimes(
     short_job: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,6 +765,7 @@ def test_the_full_job_passes_over_threads_and_regimes(
     assert (tmp_path / "bench_full.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_main_job_fails_where_losses_differ(
     short_job: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_narrow_types(dtype: torch.dtype) -> None:
     assert (state.memory.double() - memory.memory).norm() < bound * memory.memory.norm()
 
 
+@pytest.mark.slow
 def test_compiled_and_printed() -> None:
     model, input = layer(), series(2, 6)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

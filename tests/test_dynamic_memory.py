@@ -115,6 +115,7 @@ def test_sizes(dtype: torch.dtype) -> None:
             check_against_float64(plain_case(sizes, dtype, name, 2), f"{name} {sizes}")
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40)),

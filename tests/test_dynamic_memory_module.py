@@ -155,6 +155,7 @@ def test_lengths_are_a_mask() -> None:
     torch.testing.assert_close(moved[0], by_length[0])
 
 
+@pytest.mark.slow
 def test_learns_to_look_up() -> None:
     """The fact whose key is the question's holds the answer."""
     keys = 8

@@ -15,6 +15,7 @@ def example() -> ModuleType:
     return load_example("glimpse", "rich", "matplotlib", "sklearn")
 
 
+@pytest.mark.slow
 def test_the_glimpse_at_the_right_place_is_the_digit(example: ModuleType) -> None:
     training, held_out = example.Digits.load()
     assert len(training.images) + len(held_out.images) == 1797

@@ -77,6 +77,7 @@ def test_every_op_has_a_formula() -> None:
             assert getattr(torch.ops.seqmem, name) in flop_registry, name
 
 
+@pytest.mark.slow
 def test_the_counter_is_not_imported_before_it_is_asked_for() -> None:
     program = (
         "import sys, seqmem_fast, torch\n"
