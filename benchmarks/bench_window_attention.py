@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import measure, rows
+from benchmarks.harness.memory import Memory
 from seqmem_fast import ops
 
 LETTERS = "B, H, T, d, left, right, global keys"
@@ -139,6 +140,11 @@ GPU_ROWS = [
     *pair(4, 8, 4096, 64, 255, 0, 0, make=on_gpu),
     *pair(4, 8, 4096, 64, 128, 128, 16, make=on_gpu),
 ]
+MEMORY = Memory(
+    "window_attention 1, 8, 8192, 64, 255, 0, 0",
+    partial(work, 1, 8, 8192, 64, 255, 0, 0),
+    partial(work, 1, 1, 256, 8, 7, 0, 0),
+)
 test_row = measure.test_row
 
 if __name__ == "__main__":
