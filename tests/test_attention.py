@@ -257,6 +257,69 @@ def test_empty_without_weights(shape: tuple[int, int, int, int, int]) -> None:
     assert keys or not output.any()
 
 
+NORMALIZERS = {"sparsemax": 1.5, "entmax15": 1.5, "entmax": 1.3}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_other_normalizers(normalizer: str) -> None:
+    options: dict[str, Any] = {"normalizer": normalizer, "alpha": NORMALIZERS[normalizer]}
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for sample in reference.sample_inputs(dtype=dtype):
+            wide = [
+                a.double() if a is not None and a.is_floating_point() else a for a in sample.args
+            ]
+            right = reference.attention(*wide, **sample.kwargs, **options)
+            ours = ops.attention(*sample.args, **sample.kwargs, **options)
+            for a, b in zip(ours, right, strict=True):
+                assert a is not None and b is not None and a.dtype == dtype
+                assert (a.double() - b).abs().max() <= bound * max(1.0, float(b.abs().max()))
+            options_alone = {**sample.kwargs, **options, "return_weights": False}
+            alone, none = ops.attention(*sample.args, **options_alone)
+            assert none is None and torch.equal(alone, ours[0])
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_gradients_of_other_normalizers(normalizer: str) -> None:
+    given = tuple((0.5 * t).requires_grad_() for t in operands(2))
+    mask = torch.arange(given[1].size(-2)) < 3
+    alpha = NORMALIZERS[normalizer]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return ops.attention(q, k, v, mask, normalizer=normalizer, alpha=alpha)
+
+    assert torch.autograd.gradcheck(call, given)
+
+
+def test_learned_alpha() -> None:
+    """One for each head, differentiable; weights have exact zeros."""
+    q, k, v = operands(2, 3)
+    alpha = torch.tensor([1.2, 1.5, 2.0], dtype=torch.float64)[:, None, None].requires_grad_()
+    output, weights = ops.attention(q, k, v, normalizer="entmax", alpha=alpha)
+    twin = reference.attention(q, k, v, normalizer="entmax", alpha=alpha)[0]
+    assert torch.allclose(output, twin) and (weights[:, 2] == 0).any()
+    ours, right = (torch.autograd.grad(o.square().sum(), alpha)[0] for o in (output, twin))
+    assert torch.allclose(ours, right) and ours.all()
+
+
+def test_normalizers_are_checked() -> None:
+    q, k, v = operands()
+    with pytest.raises(ValueError, match="seqmem::attention: expected normalizer softmax, spars"):
+        ops.attention(q, k, v, normalizer="hardmax")
+    with pytest.raises(ValueError, match="seqmem::attention: expected alpha with 1 < alpha <= 2"):
+        ops.attention(q, k, v, normalizer="entmax", alpha=1.0)
+    with pytest.raises(ValueError, match="seqmem::attention: expected key of shape"):
+        ops.attention(q, k[..., 1:], v, normalizer="sparsemax")
+
+
+@pytest.mark.slow
+def test_other_normalizers_compile() -> None:
+    call = torch.compile(ops.attention, backend="aot_eager", fullgraph=True)
+    q, k, v = operands()
+    expected = ops.attention(q, k, v, normalizer="entmax15")
+    for a, b in zip(call(q, k, v, normalizer="entmax15"), expected, strict=True):
+        assert torch.allclose(a, b)
+
+
 def test_the_usual_example() -> None:
     """Shapes and sums that the example prints."""
     query, key, value = (torch.randn(2, 4, 8) for _ in range(3))

@@ -115,6 +115,29 @@ def test_self_attention_projects_at_once(shared: str, bias: bool) -> None:
     agree(run(ours, args, {})[:2], run(theirs, args, {})[:2])
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_other_normalizers(need_weights: bool) -> None:
+    """Its parameters are torch's, its weights those of the op, also where dropout thins them."""
+    torch.manual_seed(0)
+    layer = sf.Attention(8, 2, normalizer="entmax", alpha=nn.Parameter(torch.tensor(1.7)))
+    x = torch.randn(5, 3, 8)
+    output, weights = layer(x, x, x, need_weights=need_weights, average_attn_weights=False)
+    q, k, v = (
+        t.unflatten(-1, (2, 4)).permute(1, 2, 0, 3)
+        for t in nn.functional.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
+    )
+    attended, expected = sf.ops.attention(q, k, v, normalizer="entmax", alpha=layer.alpha)
+    right = layer.out_proj(attended.permute(2, 0, 1, 3).flatten(2))
+    assert torch.allclose(output, right, atol=1e-6)
+    assert torch.equal(weights, expected) if need_weights else weights is None
+    output.sum().backward()
+    assert layer.alpha.grad is not None and "alpha" in layer.state_dict()
+    layer.dropout = 0.5
+    _, weights = layer(x, x, x, average_attn_weights=False)
+    kept = weights != 0
+    assert torch.allclose(weights[kept], 2 * expected[kept]) and not kept.all()
+
+
 def test_unbatched() -> None:
     theirs, ours = pair({})
     args = [t[:, 0] for t in inputs({})]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from seqmem_fast import ops
 from seqmem_fast.reference import window_attention as reference
-from seqmem_fast.reference.common import Sample
+from seqmem_fast.reference.common import ALPHAS, Sample
 
 NAMES = [sample.name for sample in reference.sample_inputs()]
 OPTIONS: dict[str, Any] = {
@@ -43,7 +43,7 @@ OPTIONS: dict[str, Any] = {
 def op_options(sample: Sample) -> list[Any]:
     """What the op in the dispatcher takes after q, k, v, left and right."""
     *options, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    return [*options, reference.ALPHAS.get(normalizer, alpha)]
+    return [*options, ALPHAS.get(normalizer, alpha)]
 
 
 def case_of(sample: Sample) -> Case:

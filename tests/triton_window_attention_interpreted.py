@@ -15,7 +15,7 @@ from triton_attention_check import assert_near
 import seqmem_fast
 from seqmem_fast._triton import window_attention as launchers
 from seqmem_fast.reference import window_attention as reference
-from seqmem_fast.reference.common import Sample
+from seqmem_fast.reference.common import ALPHAS, Sample
 
 assert seqmem_fast.__version__
 SIZES = (2, 1, 17, 20, 5, 6)  # B, Hk, Tq, Tk, D, Dv: two blocks of each, no power of two in sight
@@ -40,7 +40,7 @@ def check(sample: Sample, dtype: torch.dtype, given: tuple[bool, ...] = ALL) -> 
     *tensors, left, right = sample.args
     operands = [t.to(dtype) for t in tensors]
     *options, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    window = (left, right, *options, reference.ALPHAS.get(normalizer, alpha))
+    window = (left, right, *options, ALPHAS.get(normalizer, alpha))
     exact = [t.double().requires_grad_() for t in operands]
     right_ones = launchers._plain(*exact, *window)
     found = launchers.window_attention(*operands, *window, True)

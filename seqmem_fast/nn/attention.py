@@ -33,6 +33,8 @@ class Attention(nn.Module):
         kdim, vdim: widths of key and value, E by default.
         batch_first: tensors are [B, T, *] instead of [T, B, *].
         device, dtype: of the parameters.
+        normalizer, alpha: as in :func:`seqmem_fast.ops.attention`; alpha is a number, 1.5 by
+            default, or a Parameter, which is then learned.
 
     ``attention(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
     average_attn_weights=True, is_causal=False) -> (output, weights)``:
@@ -82,8 +84,13 @@ class Attention(nn.Module):
         batch_first: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        normalizer: str = "softmax",
+        alpha: Tensor | float = 1.5,
     ) -> None:
         super().__init__()
+        self.normalizer = normalizer
+        self.alpha: Any = alpha
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
                 "seqmem::attention: expected embed_dim > 0 that num_heads > 0 divides, "
@@ -210,6 +217,7 @@ class Attention(nn.Module):
         return not (
             not self._qkv_same_embed_dim
             or Attention._extends(self)
+            or getattr(self, "normalizer", "softmax") != "softmax"
             or (self.training and self.dropout)
             or transform_active()
             or dynamo_traces()
@@ -236,15 +244,21 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, H, Tq, E/H], k and v [B, H, Tk, E/H] -> [B, H, Tq, E/H], [B, H, Tq, Tk]."""
         drop = self.dropout if self.training else 0.0
-        if not need_weights:
+        # A torch.nn.MultiheadAttention that is accelerated has no normalizer.
+        normalizer = getattr(self, "normalizer", "softmax")
+        rule: dict[str, Any] = (
+            {} if normalizer == "softmax" else {"normalizer": normalizer, "alpha": self.alpha}
+        )
+        if not need_weights and not rule:
             attended = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=causal)
             return attended, None
         if drop == 0:
-            return ops.attention(q, k, v, mask, is_causal=causal)
+            output, weights = ops.attention(q, k, v, mask, is_causal=causal, **rule)
+            return output, weights if need_weights else None
         # Values of no features: the weights alone, which dropout thins before they meet the values.
-        _, weights = ops.attention(q, k, v[..., :0], mask, is_causal=causal)
+        _, weights = ops.attention(q, k, v[..., :0], mask, is_causal=causal, **rule)
         weights = F.dropout(weights, drop)
-        return weights @ v, weights
+        return weights @ v, weights if need_weights else None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         bias = self.in_proj_bias

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention as reference
-from .common import differentiate_through, fall_back, transform_active
+from ..reference.common import attend
+from .common import alpha_of, differentiate_through, fall_back, transform_active
 from .flops import Shape, count_products
 
 __all__ = ["attention"]
@@ -46,6 +47,8 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_weights: Literal[True] = True,
+    normalizer: str = "softmax",
+    alpha: Tensor | float = 1.5,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -59,6 +62,8 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_weights: bool,
+    normalizer: str = "softmax",
+    alpha: Tensor | float = 1.5,
 ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -71,6 +76,8 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_weights: bool = True,
+    normalizer: str = "softmax",
+    alpha: Tensor | float = 1.5,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention in one pass, with its weights; the equation is in the module's
     docstring.
@@ -97,6 +104,11 @@ def attention(
             the mask says; a row whose mask leaves nothing is uniform over the keys that it sees.
         return_weights: False calls ``F.scaled_dot_product_attention``, which never holds the
             weights; a row whose mask is all zero is uniform there, too.
+        normalizer: what makes weights of scores: "softmax", or "sparsemax", "entmax15" or "entmax",
+            which give many keys a weight of exactly 0. They run as torch's products with
+            :func:`entmax` between them; a row of -inf has weights of zero there.
+        alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [..., Tq, 1] and is
+            differentiable ([H, 1, 1] for one a head).
 
     Returns:
         output [..., Tq, Dv] and weights [..., Tq, Tk] (None without ``return_weights``). No keys
@@ -107,11 +119,45 @@ def attention(
             came.
         TypeError: a dtype, device or layout does not fit.
     """
+    if normalizer != "softmax":
+        _check(query, key, value, mask, scale, is_causal)
+        sparse = _sparsely(query, key, value, mask, scale, is_causal, normalizer, alpha)
+        return sparse[0], sparse[1] if return_weights else None
     if not return_weights and not transform_active():
         _check(query, key, value, mask, scale, is_causal)
         return _without_weights(query, key, value, mask, scale, is_causal), None
     output, weights = _attention(query, key, value, mask, scale, is_causal)
     return output, weights if return_weights else None
+
+
+def _sparsely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    normalizer: str,
+    alpha: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """By products, scores in float32 at least; entmax is one op between them."""
+    if transform_active():
+        output, weights = reference.attention(
+            query, key, value, mask, scale, is_causal, normalizer=normalizer, alpha=alpha
+        )
+        assert weights is not None
+        return output, weights
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    learned, power = None, 1.5
+    if normalizer == "entmax" and isinstance(alpha, Tensor):
+        learned = alpha.to(wide)
+    else:
+        power = alpha_of("attention", normalizer, float(alpha))
+    products = query.to(wide) @ key.to(wide).mT
+    scores = reference.scores_of(products, mask, query.size(-1), scale, is_causal)
+    weights = torch.ops.seqmem.entmax(scores, learned, power, -1)
+    return attend(weights.to(dtype), value)
 
 
 def _without_weights(

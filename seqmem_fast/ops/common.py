@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from ..reference.common import ALPHAS
 from ..reference.common import MASKED as MASKED
 
 Gradients = tuple[Tensor | None, ...]
@@ -264,3 +265,17 @@ def _refusal(error: Exception) -> Exception:
     kind = ValueError if isinstance(error, ValueError) else TypeError
     refusal: Exception = type(kind.__name__, (TorchRuntimeError, kind), {})(str(error))
     return refusal
+
+
+def alpha_of(op: str, normalizer: str, alpha: float) -> float:
+    """The normalizer's alpha as entmax, 1 for softmax."""
+    if normalizer == "entmax":
+        if not 1 < alpha <= 2:
+            raise ValueError(f"seqmem::{op}: expected alpha with 1 < alpha <= 2, got {alpha}")
+        return alpha
+    if normalizer not in ALPHAS:
+        raise ValueError(
+            f"seqmem::{op}: expected normalizer softmax, sparsemax, entmax15 or entmax, "
+            f"got {normalizer}"
+        )
+    return ALPHAS[normalizer]

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from ..reference import window_attention as reference
-from .common import differentiate_through, fall_back
+from .common import alpha_of, differentiate_through, fall_back
 from .flops import Shape, count_products
 
 __all__ = ["window_attention"]
@@ -162,25 +162,9 @@ def window_attention(
         key_end,
         global_keys,
         scale,
-        _alpha(normalizer, alpha),
+        alpha_of("window_attention", normalizer, alpha),
         return_weights,
     )
     if not return_weights:
         return output, None, None
     return output, weights, global_weights if global_keys else None
-
-
-def _alpha(normalizer: str, alpha: float) -> float:
-    """entmax's."""
-    if normalizer == "entmax":
-        if not 1 < alpha <= 2:
-            raise ValueError(
-                f"seqmem::window_attention: expected alpha with 1 < alpha <= 2, got {alpha}"
-            )
-        return alpha
-    if normalizer not in reference.ALPHAS:
-        raise ValueError(
-            "seqmem::window_attention: expected normalizer softmax, sparsemax, entmax15 or entmax, "
-            f"got {normalizer}"
-        )
-    return reference.ALPHAS[normalizer]

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample, attend, masked
+from .common import Draw, Sample, attend, masked, normalized
 
 
 def attention(
@@ -31,16 +31,25 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     return_weights: bool = True,
+    normalizer: str = "softmax",
+    alpha: Tensor | float = 1.5,
 ) -> tuple[Tensor, Tensor | None]:
     """query [..., Tq, D], key [..., Tk, D], value [..., Tk, Dv], mask broadcast to [..., Tq, Tk]
     -> output [..., Tq, Dv], weights [..., Tq, Tk]; all leading dimensions broadcast."""
-    if scale is None:
-        scale = 1 / math.sqrt(query.size(-1))
-    scores = masked(query @ key.transpose(-2, -1) * scale, mask)
+    products = query @ key.transpose(-2, -1)
+    scores = scores_of(products, mask, query.size(-1), scale, is_causal)
+    output, weights = attend(normalized(scores, normalizer, alpha), value)
+    return output, weights if return_weights else None
+
+
+def scores_of(
+    products: Tensor, mask: Tensor | None, width: int, scale: float | None, is_causal: bool
+) -> Tensor:
+    """Of products [..., Tq, Tk] of queries and keys of this width."""
+    scores = masked(products * (1 / math.sqrt(width) if scale is None else scale), mask)
     if is_causal:  # keys after a query take no part at all
         scores = scores.masked_fill(_ahead(scores), -math.inf)
-    output, weights = attend(torch.softmax(scores, -1), value)
-    return output, weights if return_weights else None
+    return scores
 
 
 def _ahead(scores: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Layers = Sequence[tuple[Tensor, ...]]
 State = TypeVar("State", bound="tuple[Tensor, ...]")  # hidden and cell [L, B, C], others [B, ..]
 
 BISECTIONS = {torch.float64: 54}  # of tau, to its last bit
+ALPHAS = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}  # of entmax, whose limit softmax is
 DERIVATIVES = 2  # Newton steps that are differentiated: derivatives up to the third are exact
 MASKED = -1e9  # the score of a masked entry; a row without any other is uniform
 
@@ -62,6 +63,13 @@ def entmax(input: Tensor, alpha: Tensor | float = 1.5, dim: int = -1) -> Tensor:
     supported = (x > tau) & ~out
     p = torch.where(supported, torch.where(supported, x - tau, 1) ** power, 0)
     return p.masked_fill(wrong | power.isnan(), torch.nan)
+
+
+def normalized(scores: Tensor, normalizer: str, alpha: Tensor | float) -> Tensor:
+    """Softmax over the last dimension, or what the normalizer names; alpha is "entmax"'s."""
+    alpha = ALPHAS.get(normalizer, alpha)
+    softmax = not isinstance(alpha, Tensor) and alpha == 1
+    return torch.softmax(scores, -1) if softmax else entmax(scores, alpha)
 
 
 def _threshold(x: Tensor, power: Tensor, out: Tensor, dim: int) -> Tensor:

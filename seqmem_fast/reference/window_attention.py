@@ -26,9 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, entmax
-
-ALPHAS = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}  # of entmax, whose limit softmax is
+from .common import Draw, Sample, normalized
 
 
 def window_attention(
@@ -76,9 +74,7 @@ def window_attention(
     scores = scale * (k @ q.unsqueeze(-1)).squeeze(-1)
     some = seen.any(-1, keepdim=True)
     scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
-    alpha = ALPHAS.get(normalizer, alpha)
-    weights = torch.softmax(scores, -1) if alpha == 1 else entmax(scores, alpha)
-    weights = torch.where(seen, weights, 0)
+    weights = torch.where(seen, normalized(scores, normalizer, alpha), 0)
     output = (weights.unsqueeze(-2) @ v).squeeze(-2)
     global_weights, weights = weights.split([global_keys, left + 1 + right], -1)
     return output, weights, global_weights
