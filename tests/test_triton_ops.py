@@ -33,7 +33,7 @@ from ahead_of_time import (
     resources,
     translating,
 )
-from ptx.triton_driver import differs
+from ptx.triton_driver import differs, is_newest_s_own
 from torch.utils._pytree import tree_leaves
 
 from seqmem_fast import _triton
@@ -145,10 +145,12 @@ def test_what_runs_once_as_ptx_is_the_same_for_two_architectures(op: str) -> Non
         importlib.import_module(f"triton_{op}_interpreted").kernels()[0]._replace(storage="fp32")
     )
     older, newer = (built(kernel, target).asm for target in ("sm_80", "sm_90"))
-    if differs(older["ttir"]):
+    if differs(older["ttir"]) or is_newest_s_own(newer["ptx"]):
         pytest.skip("has instructions of its own for each")
-    one, other = (re.sub(r"\.target.*|//.*|\.loc.*", "", asm["ptx"]) for asm in (older, newer))
-    assert one == other
+    # Names of files are those of the clone in which Triton's cache first met a kernel.
+    code = (asm["ptx"].partition(".section")[0] for asm in (older, newer))
+    one, other = (re.sub(r"\.target.*|//.*|\.loc.*|\.file.*", "", text) for text in code)
+    assert one == other and ".entry" in one
 
 
 @pytest.fixture

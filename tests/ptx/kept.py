@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "tests"
 
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:
     """The file of this name, which must tell all that it depends on; one process makes it."""
-    target = ROOT / "build" / "tests" / name
+    target = KEPT / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

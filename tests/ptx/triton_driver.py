@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .kept import kept
+from .kept import KEPT, kept
 from .launch import Kernel, Module
 
 
@@ -111,12 +111,18 @@ def differs(ir: str) -> bool:
     return _DIFFERS.search(ir) is not None
 
 
+# What sm_80 does without, in kernels whose IR tells no difference: layouts change by stmatrix.
+_OWN = re.compile(r"stmatrix|mbarrier|cp\.async\.bulk|fence\.proxy|elect\.sync")
+
+
+def is_newest_s_own(ptx: str) -> bool:
+    """Whether PTX for sm_90 cannot stand for what sm_80 runs."""
+    return _OWN.search(ptx) is not None
+
+
 def _ptx_backend(cuda_backend: type) -> type:
     """Triton's backend for NVIDIA, which ends with PTX; that which architectures share is kept."""
     from triton import __version__
-    from triton.backends.compiler import GPUTarget
-
-    newest = cuda_backend(GPUTarget("cuda", 90, 32))
 
     class PtxBackend(cuda_backend):
         def __init__(self, target: Any) -> None:
@@ -125,10 +131,8 @@ def _ptx_backend(cuda_backend: type) -> type:
 
         def add_stages(self, stages: dict[str, Any], options: Any, *rest: Any) -> None:
             super().add_stages(stages, options, *rest)
-            own, shared = {**stages}, dict[str, Any]()
-            launch = ("num_warps", "num_ctas", "num_stages")
-            chosen = newest.parse_options({name: getattr(options, name) for name in launch})
-            newest.add_stages(shared, chosen, *rest)
+            own = {**stages}
+            launch = [getattr(options, name) for name in ("num_warps", "num_ctas", "num_stages")]
 
             def ptx(module: Any, metadata: dict[str, Any]) -> str:
                 if differs(ir := str(module)):
@@ -136,10 +140,18 @@ def _ptx_backend(cuda_backend: type) -> type:
 
                 def make(target: Path) -> None:
                     found: dict[str, Any] = {}
-                    target.write_text(json.dumps([_run(shared, module, found), found]))
+                    target.write_text(json.dumps([_run(own, module, found), found]))
 
-                key = sha256(f"{ir} {chosen} {__version__}".encode()).hexdigest()
-                text, found = json.loads(kept(f"triton_{key[:32]}.json", make).read_text())
+                key = sha256(f"{ir} {launch} {__version__}".encode()).hexdigest()
+                name = f"triton_{key[:32]}.json"
+                if self.target.arch == 90:
+                    text, found = json.loads(kept(name, make).read_text())
+                elif (KEPT / name).exists():  # where sm_90 came first
+                    text, found = json.loads((KEPT / name).read_text())
+                    if is_newest_s_own(text):
+                        return _run(own, module, metadata)
+                else:
+                    return _run(own, module, metadata)
                 metadata |= found
                 return str(text)
 
