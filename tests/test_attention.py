@@ -309,6 +309,17 @@ def test_normalizers_are_checked() -> None:
         ops.attention(q, k, v, normalizer="entmax", alpha=1.0)
     with pytest.raises(ValueError, match="seqmem::attention: expected key of shape"):
         ops.attention(q, k[..., 1:], v, normalizer="sparsemax")
+    with pytest.raises(ValueError, match="seqmem::attention: expected normalizer"):
+        torch.func.grad(lambda q: ops.attention(q, k, v, normalizer="hardmax")[0].sum())(q)
+
+
+def test_other_normalizers_under_func() -> None:
+    q, k, v = (t.requires_grad_() for t in operands())
+
+    def loss(q: Tensor) -> Tensor:
+        return ops.attention(q, k, v, normalizer="entmax15")[0].square().sum()
+
+    assert torch.allclose(torch.func.grad(loss)(q), torch.autograd.grad(loss(q), q)[0])
 
 
 @pytest.mark.slow

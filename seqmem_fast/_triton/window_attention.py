@@ -7,7 +7,7 @@ query.
 
 NaN in a key or value that only some queries of a block see may reach the others.
 
-State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
+State of proof: by the interpreter and the emulated PTX; on an H200 with global keys (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from ..ops.common import reference_vjp
+from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
 from .common import accumulator, autograd_below, product_precision, strides, wide
@@ -236,34 +237,3 @@ def _backward(
             **strides("v", v, "0", "1", "t"),
             **common,
         )
-
-
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    dilation: int,
-    offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    global_keys: int,
-    scale: float | None,
-    alpha: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.window_attention(
-        q,
-        k,
-        v,
-        left,
-        right,
-        dilation=dilation,
-        offset=offset,
-        key_start=key_start,
-        key_end=key_end,
-        global_keys=global_keys,
-        normalizer="softmax" if alpha == 1 else "entmax",
-        alpha=alpha,
-        scale=scale,
-    )

@@ -120,7 +120,6 @@ def attention(
         TypeError: a dtype, device or layout does not fit.
     """
     if normalizer != "softmax":
-        _check(query, key, value, mask, scale, is_causal)
         sparse = _sparsely(query, key, value, mask, scale, is_causal, normalizer, alpha)
         return sparse[0], sparse[1] if return_weights else None
     if not return_weights and not transform_active():
@@ -141,19 +140,19 @@ def _sparsely(
     alpha: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """By products, scores in float32 at least; entmax is one op between them."""
-    if transform_active():
+    learned = alpha if normalizer == "entmax" and isinstance(alpha, Tensor) else None
+    power = 1.5 if learned is not None else alpha_of("attention", normalizer, float(alpha))
+    if transform_active():  # nor does the check run inside one
         output, weights = reference.attention(
             query, key, value, mask, scale, is_causal, normalizer=normalizer, alpha=alpha
         )
         assert weights is not None
         return output, weights
+    _check(query, key, value, mask, scale, is_causal)
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    learned, power = None, 1.5
-    if normalizer == "entmax" and isinstance(alpha, Tensor):
-        learned = alpha.to(wide)
-    else:
-        power = alpha_of("attention", normalizer, float(alpha))
+    if learned is not None:
+        learned = learned.to(wide)
     products = query.to(wide) @ key.to(wide).mT
     scores = reference.scores_of(products, mask, query.size(-1), scale, is_causal)
     weights = torch.ops.seqmem.entmax(scores, learned, power, -1)
