@@ -71,7 +71,7 @@ struct Column {
 
 // Shared memory by its address, which is a register: from a name it would be computed every step.
 __device__ uint32_t kept_address(const void* shared) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint32_t address = address_of(shared);
   asm volatile("" : "+r"(address));
   return address;
 }

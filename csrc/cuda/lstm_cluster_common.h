@@ -11,13 +11,13 @@
 namespace seqmem::cuda {
 namespace {
 
+inline __device__ uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 #if __CUDA_ARCH__ >= 900
 
 // ---- distributed shared memory ------------------------------------------------------------------
-
-__device__ uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
 
 // What to add to an address in this block for the same place in another block of the cluster.
 __device__ uint32_t distance_to(uint32_t block, uint32_t address) {
