@@ -19,7 +19,7 @@ def triton() -> Any:
 
 
 def test_the_route_follows_from_the_shape(triton: Any) -> None:
-    from seqmem_fast._triton.lstm import OnChipPlan, on_chip_plan
+    from seqmem_fast._triton.lstm_routes import OnChipPlan, on_chip_plan
 
     def plan(hidden: int, batch: int, dtype: torch.dtype) -> OnChipPlan | None:
         return on_chip_plan(hidden, batch, dtype, torch.device("cpu"))
@@ -133,12 +133,12 @@ CLUSTERS = [
 def test_gpu_clusters_agree_with_float64(
     hidden: int, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from seqmem_fast._triton import lstm as launchers
+    from seqmem_fast._triton import lstm_routes
 
     weight_hh = torch.empty(4 * hidden, hidden, dtype=dtype, device="cuda")
-    if launchers.cluster_tile(weight_hh, 1, True) == 0:
+    if lstm_routes.cluster_tile(weight_hh, 1, True) == 0:
         pytest.skip("needs a CUDA build and a GPU with clusters of this size")
-    monkeypatch.setattr(launchers, "cluster_tile", lambda *_: tile)
+    monkeypatch.setattr(lstm_routes, "cluster_tile", lambda *_: tile)
     check_on_gpu(dtype, (5, 11, 3, hidden))
 
 

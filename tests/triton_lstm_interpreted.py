@@ -16,9 +16,9 @@ from ahead_of_time import TARGETS, Kernel
 from lstm_cell_check import CELLS, TOLERANCES, assert_near, check_cell, widened
 
 import seqmem_fast
-from seqmem_fast._triton import common
+from seqmem_fast._triton import common, lstm_routes
 from seqmem_fast._triton import lstm as launchers
-from seqmem_fast._triton.lstm import OnChipPlan
+from seqmem_fast._triton.lstm_routes import OnChipPlan
 from seqmem_fast.reference import lstm as reference
 from seqmem_fast.reference.common import Sample
 
@@ -43,7 +43,7 @@ SIXTEEN_BITS = [
 
 @pytest.fixture
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(launchers, "on_chip_plan", lambda *_: ROUTES[request.param])
+    monkeypatch.setattr(lstm_routes, "on_chip_plan", lambda *_: ROUTES[request.param])
     return str(request.param)
 
 
@@ -122,7 +122,7 @@ def test_more_than_one_block(route: str, monkeypatch: pytest.MonkeyPatch) -> Non
     hidden, batch = (130, 6) if route == "step" else (20, 18)
     if route == "dot":
         plan = OnChipPlan(16, 32, True, "ieee", 4)
-        monkeypatch.setattr(launchers, "on_chip_plan", lambda *_: plan)
+        monkeypatch.setattr(lstm_routes, "on_chip_plan", lambda *_: plan)
     check(next(reference.sample_inputs(sizes=(2, batch, 3, hidden))), torch.float32)
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, as_bytes, masked_scores, strides, tanh, two_leading, wide
+from .common import accumulator, as_bytes, launcher, masked_scores, strides, tanh, two_leading, wide
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "own", "others", "heads", "blocks", "width_blocks")
@@ -175,11 +175,11 @@ class _Call:
         return two_leading(t if t.stride(-1) == 1 else t.contiguous(), self.lead)
 
 
+@launcher
 def additive_attention(
     query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::additive_attention` on GPU."""
-    torch.ops.seqmem.check_additive_attention(query, key, value, score_weight, mask)
     call = _Call(query, key, value, mask)
     scores = query.new_empty(*call.lead, call.queries, call.keys, dtype=wide(query.dtype))
     if scores.numel() == 0:
@@ -187,31 +187,31 @@ def additive_attention(
         return output, scores.to(query.dtype)
     block = forward_block(call.queries)
     blocks = triton.cdiv(call.queries, block.rows)
-    with torch.cuda.device_of(query):
-        additive_scores[(call.batch * blocks, triton.cdiv(call.keys, block.others))](
-            q_ptr=call.query,
-            k_ptr=call.key,
-            v_ptr=score_weight.contiguous(),
-            mask_ptr=call.mask,
-            scores_ptr=scores,
-            queries=call.queries,
-            keys=call.keys,
-            width=call.width,
-            heads=call.heads,
-            blocks=blocks,
-            ACC=accumulator(query.dtype),
-            BM=block.rows,
-            BN=block.others,
-            BA=block.features,
-            num_warps=4,
-            **strides("q", call.query, "0", "1", "t"),
-            **strides("k", call.key, "0", "1", "t"),
-            **strides("m", call.mask, "0", "1", "i", "j"),
-        )
-        weights = scores.softmax(-1).to(query.dtype)
-        return weights @ value, weights
+    additive_scores[(call.batch * blocks, triton.cdiv(call.keys, block.others))](
+        q_ptr=call.query,
+        k_ptr=call.key,
+        v_ptr=score_weight.contiguous(),
+        mask_ptr=call.mask,
+        scores_ptr=scores,
+        queries=call.queries,
+        keys=call.keys,
+        width=call.width,
+        heads=call.heads,
+        blocks=blocks,
+        ACC=accumulator(query.dtype),
+        BM=block.rows,
+        BN=block.others,
+        BA=block.features,
+        num_warps=4,
+        **strides("q", call.query, "0", "1", "t"),
+        **strides("k", call.key, "0", "1", "t"),
+        **strides("m", call.mask, "0", "1", "i", "j"),
+    )
+    weights = scores.softmax(-1).to(query.dtype)
+    return weights @ value, weights
 
 
+@launcher
 def additive_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
@@ -224,40 +224,36 @@ def additive_attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::additive_attention_backward` on GPU."""
-    torch.ops.seqmem.check_additive_attention_backward(
-        grad_output, grad_weights, query, key, value, score_weight, mask, weights, output_mask
-    )
     of_query, of_key, of_value, of_score_weight, of_mask = output_mask
     of_mask = of_mask and mask is not None and mask.is_floating_point()
     call = _Call(query, key, value, mask)
     dtype = query.dtype
     none = query.new_empty(0)
-    with torch.cuda.device_of(query):
-        w = weights.to(wide(dtype))
-        p = torch.zeros_like(w) if grad_output is None else (grad_output @ value.mT).to(w.dtype)
-        if grad_weights is not None:
-            p = p + grad_weights
-        scores = w * (p - (w * p).sum(-1, keepdim=True))
-        if mask is not None and not mask.is_floating_point():
-            scores = scores.masked_fill(mask == 0, 0)
-        scores = scores.contiguous()
-        grad_query, grad_key, grad_value, grad_v = none, none, none, none
-        if of_query or of_score_weight:
-            wanted = of_query, of_score_weight
-            grad_query, grad_v = _sums(call, call.query, call.key, scores, score_weight, *wanted)
-        if of_key:
-            grad_key, _ = _sums(call, call.key, call.query, scores.mT, score_weight, True, False)
-        if of_value and grad_output is not None:
-            grad_value = (weights.mT @ grad_output).sum_to_size(value.shape)
-        elif of_value:
-            grad_value = torch.zeros_like(value)
-        return (
-            grad_query.sum_to_size(query.shape) if of_query else none,
-            grad_key.sum_to_size(key.shape) if of_key else none,
-            grad_value,
-            grad_v.to(dtype) if of_score_weight else none,
-            scores.sum_to_size(mask.shape).to(dtype) if mask is not None and of_mask else none,
-        )
+    w = weights.to(wide(dtype))
+    p = torch.zeros_like(w) if grad_output is None else (grad_output @ value.mT).to(w.dtype)
+    if grad_weights is not None:
+        p = p + grad_weights
+    scores = w * (p - (w * p).sum(-1, keepdim=True))
+    if mask is not None and not mask.is_floating_point():
+        scores = scores.masked_fill(mask == 0, 0)
+    scores = scores.contiguous()
+    grad_query, grad_key, grad_value, grad_v = none, none, none, none
+    if of_query or of_score_weight:
+        wanted = of_query, of_score_weight
+        grad_query, grad_v = _sums(call, call.query, call.key, scores, score_weight, *wanted)
+    if of_key:
+        grad_key, _ = _sums(call, call.key, call.query, scores.mT, score_weight, True, False)
+    if of_value and grad_output is not None:
+        grad_value = (weights.mT @ grad_output).sum_to_size(value.shape)
+    elif of_value:
+        grad_value = torch.zeros_like(value)
+    return (
+        grad_query.sum_to_size(query.shape) if of_query else none,
+        grad_key.sum_to_size(key.shape) if of_key else none,
+        grad_value,
+        grad_v.to(dtype) if of_score_weight else none,
+        scores.sum_to_size(mask.shape).to(dtype) if mask is not None and of_mask else none,
+    )
 
 
 def _sums(

@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from . import attention_kernels as kernels
-from .common import as_bytes, product_precision, strides, two_leading, wide
+from .common import as_bytes, launcher, product_precision, strides, two_leading, wide
 
 _SCORES = 4096  # that a program of the softmax kernels holds
 _MANY = 1 << 20  # scores of a call
@@ -111,6 +111,7 @@ class _Call:
         }
 
 
+@launcher
 def attention(
     query: Tensor,
     key: Tensor,
@@ -120,36 +121,35 @@ def attention(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::attention` on GPU."""
-    torch.ops.seqmem.check_attention(query, key, value, mask, scale, is_causal)
     call = _Call(query, key, value, mask, scale)
     weights = call.empty(call.queries, call.keys)
     output = call.empty(call.queries, call.value_width)
     if weights.numel() == 0:
         return output.zero_(), weights
     tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
-    with torch.cuda.device_of(query):
-        if tile is None:
-            _by_products(call, is_causal, output, weights)
-            return output, weights
-        arguments = call.arguments(tile, tile.queries, call.queries)
-        kernels.attention_forward[(call.batch * arguments["blocks"],)](
-            q_ptr=call.query,
-            k_ptr=call.key,
-            v_ptr=call.value,
-            mask_ptr=call.mask,
-            output_ptr=output,
-            weights_ptr=weights,
-            CAUSAL=is_causal,
-            ONE_BLOCK=call.keys <= tile.keys,
-            **strides("q", call.query, "0", "1", "t"),
-            **strides("k", call.key, "0", "1", "t"),
-            **strides("v", call.value, "0", "1", "t"),
-            **strides("m", call.mask, "0", "1", "i", "j"),
-            **arguments,
-        )
+    if tile is None:
+        _by_products(call, is_causal, output, weights)
+        return output, weights
+    arguments = call.arguments(tile, tile.queries, call.queries)
+    kernels.attention_forward[(call.batch * arguments["blocks"],)](
+        q_ptr=call.query,
+        k_ptr=call.key,
+        v_ptr=call.value,
+        mask_ptr=call.mask,
+        output_ptr=output,
+        weights_ptr=weights,
+        CAUSAL=is_causal,
+        ONE_BLOCK=call.keys <= tile.keys,
+        **strides("q", call.query, "0", "1", "t"),
+        **strides("k", call.key, "0", "1", "t"),
+        **strides("v", call.value, "0", "1", "t"),
+        **strides("m", call.mask, "0", "1", "i", "j"),
+        **arguments,
+    )
     return output, weights
 
 
+@launcher
 def attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
@@ -163,9 +163,6 @@ def attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::attention_backward` on GPU: one kernel by rows, one by columns."""
-    torch.ops.seqmem.check_attention_backward(
-        grad_output, grad_weights, query, key, value, mask, weights, scale, is_causal, output_mask
-    )
     call = _Call(query, key, value, mask, scale)
     of_mask = output_mask[3] and mask is not None and mask.is_floating_point()
     wanted = (*output_mask[:3], of_mask)
@@ -175,26 +172,25 @@ def attention_backward(
         (call.keys, call.value_width),
         (call.queries, call.keys),
     )
-    with torch.cuda.device_of(query):
-        tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
-        grads: list[Tensor | None]
-        if weights.numel() == 0:
-            grads = [
-                call.empty(*size).zero_() if is_wanted else None
-                for size, is_wanted in zip(sizes, wanted, strict=True)
-            ]
-        elif tile is None:
-            grads = _back_by_products(call, grad_output, grad_weights, weights, wanted)
-        else:
-            grads = [
-                call.empty(*size) if is_wanted else None
-                for size, is_wanted in zip(sizes, wanted, strict=True)
-            ]
-            _backward(call, tile, grad_output, grad_weights, weights, is_causal, grads)
-        return tuple(
-            query.new_empty(0) if grad is None or like is None else grad.sum_to_size(like.shape)
-            for grad, like in zip(grads, (query, key, value, mask), strict=True)
-        )
+    tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
+    grads: list[Tensor | None]
+    if weights.numel() == 0:
+        grads = [
+            call.empty(*size).zero_() if is_wanted else None
+            for size, is_wanted in zip(sizes, wanted, strict=True)
+        ]
+    elif tile is None:
+        grads = _back_by_products(call, grad_output, grad_weights, weights, wanted)
+    else:
+        grads = [
+            call.empty(*size) if is_wanted else None
+            for size, is_wanted in zip(sizes, wanted, strict=True)
+        ]
+        _backward(call, tile, grad_output, grad_weights, weights, is_causal, grads)
+    return tuple(
+        query.new_empty(0) if grad is None or like is None else grad.sum_to_size(like.shape)
+        for grad, like in zip(grads, (query, key, value, mask), strict=True)
+    )
 
 
 def _backward(

@@ -9,14 +9,33 @@ interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+
+def launcher(compute: Launcher) -> Launcher:
+    """`compute` on its tensors' device, after the check that its op has everywhere.
+
+    The check is `seqmem::check_<name>`, with `compute`'s name and arguments.
+    """
+    check = getattr(torch.ops.seqmem, f"check_{compute.__name__}").default
+
+    @wraps(compute)
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+            return compute(*arguments)
+
+    return checked  # type: ignore[return-value]
 
 
 def tf32_allowed() -> bool:
@@ -71,6 +90,10 @@ def two_leading(t: Tensor, lead: Sequence[int]) -> Tensor:
     """
     t = t.expand(*lead, *t.shape[-2:])
     return t.flatten(0, -4) if t.dim() > 4 else t[(None,) * (4 - t.dim())]
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def strides(prefix: str, t: Tensor | None, *ends: str) -> dict[str, int]:

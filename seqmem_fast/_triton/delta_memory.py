@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from ..reference.delta_memory import NORM_FLOOR
-from .common import accumulator, as_bytes, row_lengths, wide
+from .common import accumulator, as_bytes, launcher, row_lengths, wide
 from .delta_memory_kernels import delta_memory_backward_kernel, delta_memory_forward_kernel
 
 _ELEMENTS = 4096  # of a memory's slice
@@ -92,6 +92,7 @@ def _options(
     return (batch * heads, triton.cdiv(values, columns)), options
 
 
+@launcher
 def delta_memory(
     q: Tensor,
     k: Tensor,
@@ -106,30 +107,27 @@ def delta_memory(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::delta_memory` on GPU."""
-    torch.ops.seqmem.check_delta_memory(
-        q, k, v, beta, log_decay, state, scale, qk_l2norm, lengths, reset, save
-    )
-    with torch.cuda.device_of(q):
-        grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
-        computed = wide(q.dtype)
-        shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
-        output = v.new_zeros(v.shape)
-        final = q.new_empty(shape, dtype=computed)
-        count = triton.cdiv(q.shape[1], options["segment"])
-        states = q.new_empty((*shape[:2], count, *shape[2:]) if save else 0, dtype=computed)
-        if final.numel():
-            delta_memory_forward_kernel[grid](
-                q_ptr=_unit(q, qk_l2norm)[0],
-                k_ptr=_unit(k, qk_l2norm)[0],
-                state_ptr=None if state is None else state.to(dtype=computed).contiguous(),
-                output_ptr=output,
-                final_ptr=final,
-                states_ptr=states if save else None,
-                **options,
-            )
+    grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
+    computed = wide(q.dtype)
+    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    output = v.new_zeros(v.shape)
+    final = q.new_empty(shape, dtype=computed)
+    count = triton.cdiv(q.shape[1], options["segment"])
+    states = q.new_empty((*shape[:2], count, *shape[2:]) if save else 0, dtype=computed)
+    if final.numel():
+        delta_memory_forward_kernel[grid](
+            q_ptr=_unit(q, qk_l2norm)[0],
+            k_ptr=_unit(k, qk_l2norm)[0],
+            state_ptr=None if state is None else state.to(dtype=computed).contiguous(),
+            output_ptr=output,
+            final_ptr=final,
+            states_ptr=states if save else None,
+            **options,
+        )
     return output, final, states
 
 
+@launcher
 def delta_memory_backward(
     grad_output: Tensor | None,
     grad_final_state: Tensor | None,
@@ -147,48 +145,43 @@ def delta_memory_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`seqmem::delta_memory_backward` on GPU."""
-    arguments = (q, k, v, beta, log_decay, state, scale, qk_l2norm, lengths, reset)
-    torch.ops.seqmem.check_delta_memory_backward(
-        grad_output, grad_final_state, *arguments, states, output_mask
-    )
-    with torch.cuda.device_of(q):
-        grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
-        computed = wide(q.dtype)
-        shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
-        (unit_q, norm_q), (unit_k, norm_k) = _unit(q, qk_l2norm), _unit(k, qk_l2norm)
-        slices, by_key = grid[1], (*v.shape[:3], q.shape[3])
-        of_q, of_k = (q.new_zeros((slices, *by_key), dtype=computed) for _ in range(2))
-        of_v = v.new_zeros(v.shape)
-        of_beta = q.new_zeros((slices, *beta.shape), dtype=computed)
-        of_decay = None
-        if log_decay is not None:
-            of_decay = q.new_zeros((slices, *log_decay.shape), dtype=computed)
-        of_state = q.new_zeros(shape, dtype=computed)
-        if of_state.numel():
-            delta_memory_backward_kernel[grid](
-                grad_ptr=None if grad_output is None else grad_output.contiguous(),
-                grad_final_ptr=None if grad_final_state is None else grad_final_state.contiguous(),
-                q_ptr=unit_q,
-                k_ptr=unit_k,
-                states_ptr=states.contiguous(),
-                scratch_ptr=q.new_empty(*shape[:2], options["segment"], *shape[2:], dtype=computed),
-                grad_q_ptr=of_q,
-                grad_k_ptr=of_k,
-                grad_v_ptr=of_v,
-                grad_beta_ptr=of_beta,
-                grad_decay_ptr=of_decay,
-                grad_state_ptr=of_state,
-                rows=beta.numel(),
-                **options,
-            )
-        found = (
-            _gradient(of_q, q, unit_q, norm_q),
-            _gradient(of_k, k, unit_k, norm_k),
-            of_v,
-            of_beta.sum(0).to(beta.dtype),
-            None if log_decay is None or of_decay is None else of_decay.sum(0).to(log_decay.dtype),
-            None if state is None else of_state.to(state.dtype),
+    grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
+    computed = wide(q.dtype)
+    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    (unit_q, norm_q), (unit_k, norm_k) = _unit(q, qk_l2norm), _unit(k, qk_l2norm)
+    slices, by_key = grid[1], (*v.shape[:3], q.shape[3])
+    of_q, of_k = (q.new_zeros((slices, *by_key), dtype=computed) for _ in range(2))
+    of_v = v.new_zeros(v.shape)
+    of_beta = q.new_zeros((slices, *beta.shape), dtype=computed)
+    of_decay = None
+    if log_decay is not None:
+        of_decay = q.new_zeros((slices, *log_decay.shape), dtype=computed)
+    of_state = q.new_zeros(shape, dtype=computed)
+    if of_state.numel():
+        delta_memory_backward_kernel[grid](
+            grad_ptr=None if grad_output is None else grad_output.contiguous(),
+            grad_final_ptr=None if grad_final_state is None else grad_final_state.contiguous(),
+            q_ptr=unit_q,
+            k_ptr=unit_k,
+            states_ptr=states.contiguous(),
+            scratch_ptr=q.new_empty(*shape[:2], options["segment"], *shape[2:], dtype=computed),
+            grad_q_ptr=of_q,
+            grad_k_ptr=of_k,
+            grad_v_ptr=of_v,
+            grad_beta_ptr=of_beta,
+            grad_decay_ptr=of_decay,
+            grad_state_ptr=of_state,
+            rows=beta.numel(),
+            **options,
         )
+    found = (
+        _gradient(of_q, q, unit_q, norm_q),
+        _gradient(of_k, k, unit_k, norm_k),
+        of_v,
+        of_beta.sum(0).to(beta.dtype),
+        None if log_decay is None or of_decay is None else of_decay.sum(0).to(log_decay.dtype),
+        None if state is None else of_state.to(state.dtype),
+    )
     none = q.new_empty(0)
     first, second, third, fourth, fifth, sixth = (
         none if grad is None or not wanted else grad

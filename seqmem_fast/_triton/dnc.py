@@ -28,7 +28,7 @@ from ..ops.dnc import _options_of, _plain, _vjp
 from ..reference.dnc import NORM_EPSILON, DNCState
 from . import dnc_backward_kernels as backward_kernels
 from . import dnc_kernels as kernels
-from .common import wide
+from .common import dense, launcher, wide
 from .machine import (
     SHORTEST_SEGMENT,
     Backward,
@@ -37,7 +37,6 @@ from .machine import (
     Sizes,
     answer,
     blocks,
-    dense,
     plain_backward,
     plain_forward,
 )
@@ -106,6 +105,7 @@ class _Sizes(Sizes):
         }
 
 
+@launcher
 def dnc(
     input: Tensor,
     state: Sequence[Tensor],
@@ -127,53 +127,52 @@ def dnc(
     arguments = controller, interface_weight, interface_bias, norm, initial
     floats = norm_floor, eps, mask_min
     rest = options, *floats, trace, save
-    torch.ops.seqmem.check_dnc(input, state, *arguments, lengths, reset, *rest)
     first = DNCState(*state)
     size = _Sizes(input, first, controller, interface_weight, options, floats)
-    with torch.cuda.device_of(input):
-        call = Call("dnc", input, first, controller, initial, lengths, reset)
-        record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
-        segments = size.segments if save else 0
-        checkpoints = record.new_empty(segments, size.batch, size.checkpoint)
-        if size.on_chip:
-            features = call.make(size.steps, size.batch, size.control + size.read_width)
-            likes = first.usage, first.write_weights, first.read_weights
-            traces = [
-                call.make(size.steps, size.batch, *like.shape[1:]) if trace or save else None
-                for like in likes
-            ]
-            forward = Forward(size, call, *_MOVED)
-            memory_out = torch.empty_like(first.memory, memory_format=torch.contiguous_format)
-            if size.batch:
-                usage, write, read = traces
-                kernels.dnc_forward[(size.batch,)](
-                    **forward.arguments(interface_weight, interface_bias),
-                    **_norm(norm, record),
-                    memory_ptr=first.memory.contiguous(),
-                    features_ptr=features,
-                    memory_out_ptr=memory_out,
-                    usage_trace_ptr=usage,
-                    write_trace_ptr=write,
-                    read_trace_ptr=read,
-                    record_ptr=record,
-                    **_checkpoints(size, checkpoints if save else None),
-                    normalised_ptr=record.new_empty(size.batch, size.values) if norm else None,
-                    scratch_ptr=record.new_empty(size.batch, size.scratch),
-                    record_rows=size.batch if save else 0,
-                    **size.of_kernel(input.dtype, size.scratch, _TILE, 32),
-                )
-            last = forward.last(memory_out)
-        else:
-            features, *found = plain_forward(
-                _plain, call, (input, state, *arguments, call.lengths, reset, *rest)
+    call = Call("dnc", input, first, controller, initial, lengths, reset)
+    record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
+    segments = size.segments if save else 0
+    checkpoints = record.new_empty(segments, size.batch, size.checkpoint)
+    if size.on_chip:
+        features = call.make(size.steps, size.batch, size.control + size.read_width)
+        likes = first.usage, first.write_weights, first.read_weights
+        traces = [
+            call.make(size.steps, size.batch, *like.shape[1:]) if trace or save else None
+            for like in likes
+        ]
+        forward = Forward(size, call, *_MOVED)
+        memory_out = torch.empty_like(first.memory, memory_format=torch.contiguous_format)
+        if size.batch:
+            usage, write, read = traces
+            kernels.dnc_forward[(size.batch,)](
+                **forward.arguments(interface_weight, interface_bias),
+                **_norm(norm, record),
+                memory_ptr=first.memory.contiguous(),
+                features_ptr=features,
+                memory_out_ptr=memory_out,
+                usage_trace_ptr=usage,
+                write_trace_ptr=write,
+                read_trace_ptr=read,
+                record_ptr=record,
+                **_checkpoints(size, checkpoints if save else None),
+                normalised_ptr=record.new_empty(size.batch, size.values) if norm else None,
+                scratch_ptr=record.new_empty(size.batch, size.scratch),
+                record_rows=size.batch if save else 0,
+                **size.of_kernel(input.dtype, size.scratch, _TILE, 32),
             )
-            last = found[: len(first)]
-            traces = [a if trace or save else None for a in found[len(first) :]]
+        last = forward.last(memory_out)
+    else:
+        features, *found = plain_forward(
+            _plain, call, (input, state, *arguments, call.lengths, reset, *rest)
+        )
+        last = found[: len(first)]
+        traces = [a if trace or save else None for a in found[len(first) :]]
     none = input.new_empty(0)
     kept = (record, checkpoints) if save else (none.to(call.dtype), none.to(call.dtype))
     return features, *last, *(none if a is None else a for a in traces), *kept
 
 
+@launcher
 def dnc_backward(
     grad_features: Tensor | None,
     grad_hidden: Tensor | None,
@@ -220,53 +219,51 @@ def dnc_backward(
     floats = norm_floor, eps, mask_min
     rest = features, usage_trace, write_trace, read_trace, saved, checkpoints
     numbers = options, *floats, output_mask
-    torch.ops.seqmem.check_dnc_backward(*given, *arguments, lengths, reset, *rest, *numbers)
     first = DNCState(*state)
     size = _Sizes(input, first, controller, interface_weight, options, floats)
     of_input, of_state, of_weights, of_initial = output_mask
     counts = [(1, of_input), (len(first), of_state), (len(controller) + 2 + len(norm), of_weights)]
     wanted = [w for count, w in [*counts, (len(initial), of_initial)] for _ in range(count)]
-    with torch.cuda.device_of(input):
-        call = Call("dnc", input, first, controller, initial, lengths, reset)
-        if size.on_chip and input.dtype == call.dtype:
-            back = Backward(size, call, interface_weight, DNCState._fields, grads)
-            dq = call.make(*back.dp.shape) if norm else None
-            if size.batch:
-                rows, empty = (size.batch, size.segment), input.new_empty
-                backward_kernels.dnc_backward[(size.batch,)](
-                    **back.arguments(grad_features, features, saved),
-                    **_norm(norm, saved),
-                    grad_usage_trace_ptr=dense(grad_usage_trace),
-                    grad_write_trace_ptr=dense(grad_write_trace),
-                    grad_read_trace_ptr=dense(grad_read_trace),
-                    usage_ptr=first.usage.contiguous(),
-                    write_weights_ptr=first.write_weights.contiguous(),
-                    read_weights_ptr=first.read_weights.contiguous(),
-                    usage_trace_ptr=usage_trace.contiguous(),
-                    write_trace_ptr=write_trace.contiguous(),
-                    read_trace_ptr=read_trace.contiguous(),
-                    **_checkpoints(size, checkpoints.contiguous()),
-                    segment_memories_ptr=back.memories(),
-                    segment_links_ptr=empty(*rows, *first.link.shape[1:]),
-                    segment_precedences_ptr=empty(*rows, *first.precedence.shape[1:]),
-                    normalised_ptr=empty(*rows, size.values) if norm else None,
-                    scratch_ptr=empty(size.batch, size.scratch_backward),
-                    dq_ptr=dq,
-                    **call.pointers("cell", "memory", *_MOVED[1:-1]),
-                    USAGE_GRADIENT=size.options.usage_gradient,
-                    **size.of_kernel(input.dtype, size.scratch_backward, _TILE // 2, 16),
-                )
-            first_grad, parts, starts, of_heads, weights = back.results(features, saved)
-            of_norm: list[Tensor] = []
-            if dq is not None:
-                raw = saved[..., size.record - size.values : size.record]
-                plain = torch.nn.functional.layer_norm(raw, raw.shape[-1:], eps=NORM_EPSILON)
-                of_norm = [(dq * plain).sum((0, 1)), dq.sum((0, 1))]
-            found = [first_grad, *parts, *weights, *of_heads, *of_norm, *starts]
-        else:
-            found = plain_backward(
-                _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
+    call = Call("dnc", input, first, controller, initial, lengths, reset)
+    if size.on_chip and input.dtype == call.dtype:
+        back = Backward(size, call, interface_weight, DNCState._fields, grads)
+        dq = call.make(*back.dp.shape) if norm else None
+        if size.batch:
+            rows, empty = (size.batch, size.segment), input.new_empty
+            backward_kernels.dnc_backward[(size.batch,)](
+                **back.arguments(grad_features, features, saved),
+                **_norm(norm, saved),
+                grad_usage_trace_ptr=dense(grad_usage_trace),
+                grad_write_trace_ptr=dense(grad_write_trace),
+                grad_read_trace_ptr=dense(grad_read_trace),
+                usage_ptr=first.usage.contiguous(),
+                write_weights_ptr=first.write_weights.contiguous(),
+                read_weights_ptr=first.read_weights.contiguous(),
+                usage_trace_ptr=usage_trace.contiguous(),
+                write_trace_ptr=write_trace.contiguous(),
+                read_trace_ptr=read_trace.contiguous(),
+                **_checkpoints(size, checkpoints.contiguous()),
+                segment_memories_ptr=back.memories(),
+                segment_links_ptr=empty(*rows, *first.link.shape[1:]),
+                segment_precedences_ptr=empty(*rows, *first.precedence.shape[1:]),
+                normalised_ptr=empty(*rows, size.values) if norm else None,
+                scratch_ptr=empty(size.batch, size.scratch_backward),
+                dq_ptr=dq,
+                **call.pointers("cell", "memory", *_MOVED[1:-1]),
+                USAGE_GRADIENT=size.options.usage_gradient,
+                **size.of_kernel(input.dtype, size.scratch_backward, _TILE // 2, 16),
             )
+        first_grad, parts, starts, of_heads, weights = back.results(features, saved)
+        of_norm: list[Tensor] = []
+        if dq is not None:
+            raw = saved[..., size.record - size.values : size.record]
+            plain = torch.nn.functional.layer_norm(raw, raw.shape[-1:], eps=NORM_EPSILON)
+            of_norm = [(dq * plain).sum((0, 1)), dq.sum((0, 1))]
+        found = [first_grad, *parts, *weights, *of_heads, *of_norm, *starts]
+    else:
+        found = plain_backward(
+            _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
+        )
     return answer(found, wanted, input)
 
 

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from . import dynamic_memory_kernels as kernels
-from .common import accumulator, strides, wide
+from .common import accumulator, launcher, strides, wide
 
 _WIDEST = 128
 _ELEMENTS = 4096  # of a block of slots
@@ -41,6 +41,7 @@ def _warps(block_d: int) -> int:
     return 4 if block_d < 64 else min(block_d // 8, 16)
 
 
+@launcher
 def dynamic_memory(
     query: Tensor,
     memory: Tensor,
@@ -55,10 +56,6 @@ def dynamic_memory(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::dynamic_memory` on GPU."""
-    torch.ops.seqmem.check_dynamic_memory(
-        query, memory, gate_weight, gate_bias, write_weight, write_bias, score_query, mask,
-        num_hops, return_memory, save,
-    )  # fmt: skip
     batch, (slots, width) = query.shape[0], memory.shape[-2:]
     dtype = wide(query.dtype)
     attention = query.new_empty(num_hops, batch, slots)
@@ -71,49 +68,43 @@ def dynamic_memory(
     memory = memory.contiguous()
     if mask is not None:
         mask = mask.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(query):
-        parts = ((gate_weight, gate_bias), (write_weight, write_bias))
-        z = torch.stack(
-            [
-                torch.addmm(c.to(dtype), query.to(dtype), w[:, width:].to(dtype).t())
-                for w, c in parts
-            ],
-            1,
-        )  # [B, 2, m]
-        if width > _WIDEST:
-            maps = _plain_hops(
-                score, memory, z, (gate_weight, write_weight), mask, attention, saved
-            )
-        else:
-            maps = torch.empty_like(z)
-            gate_rows, write_rows = (_aligned(w, width) for w in (gate_weight, write_weight))
-            block_n, block_d = _blocks(slots, width)
-            kernels.dynamic_memory_forward[(batch,)](
-                score_ptr=score,
-                z_ptr=z,
-                gate_weight_ptr=gate_rows,
-                write_weight_ptr=write_rows,
-                mask_ptr=mask,
-                attention_ptr=attention,
-                scores_ptr=z.new_empty(batch, slots),
-                saved_ptr=saved,
-                maps_ptr=maps,
-                batch=batch,
-                hops=num_hops,
-                weight_t=gate_rows.stride(0),
-                ACC=accumulator(query.dtype),
-                num_stages=1,
-                **_common(memory, slots, block_n, block_d),
-            )
-        if return_memory:
-            block_n, block_d = _blocks(slots, width)
-            blocks = triton.cdiv(slots, block_n)
-            kernels.dynamic_memory_final[(batch * blocks,)](
-                maps_ptr=maps,
-                final_ptr=final,
-                blocks=blocks,
-                **_common(memory, slots, block_n, block_d),
-            )
+    parts = ((gate_weight, gate_bias), (write_weight, write_bias))
+    z = torch.stack(
+        [torch.addmm(c.to(dtype), query.to(dtype), w[:, width:].to(dtype).t()) for w, c in parts],
+        1,
+    )  # [B, 2, m]
+    if width > _WIDEST:
+        maps = _plain_hops(score, memory, z, (gate_weight, write_weight), mask, attention, saved)
+    else:
+        maps = torch.empty_like(z)
+        gate_rows, write_rows = (_aligned(w, width) for w in (gate_weight, write_weight))
+        block_n, block_d = _blocks(slots, width)
+        kernels.dynamic_memory_forward[(batch,)](
+            score_ptr=score,
+            z_ptr=z,
+            gate_weight_ptr=gate_rows,
+            write_weight_ptr=write_rows,
+            mask_ptr=mask,
+            attention_ptr=attention,
+            scores_ptr=z.new_empty(batch, slots),
+            saved_ptr=saved,
+            maps_ptr=maps,
+            batch=batch,
+            hops=num_hops,
+            weight_t=gate_rows.stride(0),
+            ACC=accumulator(query.dtype),
+            num_stages=1,
+            **_common(memory, slots, block_n, block_d),
+        )
+    if return_memory:
+        block_n, block_d = _blocks(slots, width)
+        blocks = triton.cdiv(slots, block_n)
+        kernels.dynamic_memory_final[(batch * blocks,)](
+            maps_ptr=maps,
+            final_ptr=final,
+            blocks=blocks,
+            **_common(memory, slots, block_n, block_d),
+        )
     return final, attention, kept
 
 
@@ -180,6 +171,7 @@ def _plain_hops(
     return torch.stack((A, B), 1)
 
 
+@launcher
 def dynamic_memory_backward(
     grad_final: Tensor | None,
     grad_attention: Tensor | None,
@@ -196,10 +188,6 @@ def dynamic_memory_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::dynamic_memory_backward` on GPU."""
-    torch.ops.seqmem.check_dynamic_memory_backward(
-        grad_final, grad_attention, query, memory, gate_weight, gate_bias, write_weight,
-        write_bias, score_query, mask, attention, saved, output_mask,
-    )  # fmt: skip
     hops, batch, slots = attention.shape
     width = memory.shape[-1]
     of_query, of_memory, of_weights, of_score = output_mask
@@ -207,42 +195,41 @@ def dynamic_memory_backward(
     score = (query if score_query is None else score_query).contiguous()
     memory, attention, saved = memory.contiguous(), attention.contiguous(), saved.contiguous()
     bytes_ = None if mask is None else mask.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(query):
-        maps = _maps(saved, batch, width)
-        dz = query.new_empty(hops, batch, 2, width, dtype=dtype)
-        du = query.new_empty(hops, batch, width, dtype=dtype)
-        de = query.new_empty(hops, batch, slots, dtype=dtype)
-        ds = query.new_empty(batch, width, dtype=dtype)
-        weights, grads = (gate_weight, write_weight), (grad_attention, grad_final)
-        given = _Given(score, memory, weights, bytes_, attention, saved, *grads, maps)
-        if width > _WIDEST:
-            _plain_hops_back(given, _Found(dz, du, de, ds))
-        elif batch > 0:
-            _hops_back(given, _Found(dz, du, de, ds))
+    maps = _maps(saved, batch, width)
+    dz = query.new_empty(hops, batch, 2, width, dtype=dtype)
+    du = query.new_empty(hops, batch, width, dtype=dtype)
+    de = query.new_empty(hops, batch, slots, dtype=dtype)
+    ds = query.new_empty(batch, width, dtype=dtype)
+    weights, grads = (gate_weight, write_weight), (grad_attention, grad_final)
+    given = _Given(score, memory, weights, bytes_, attention, saved, *grads, maps)
+    if width > _WIDEST:
+        _plain_hops_back(given, _Found(dz, du, de, ds))
+    elif batch > 0:
+        _hops_back(given, _Found(dz, du, de, ds))
 
-        reads = maps[:-1, :, 0] * saved[:, :, 2] + maps[:-1, :, 1]  # [K, B, m]
-        reads = _where_filled(mask, reads)
-        dz_sum = dz.sum(0)  # [B, 2, m]
-        wide_query = query.to(dtype)
-        grad_query = none
-        if of_query:
-            total = ds if score_query is None else torch.zeros_like(wide_query)
-            for k, weight in enumerate((gate_weight, write_weight)):
-                total = total + dz_sum[:, k] @ weight[:, width:].to(dtype)
-            grad_query = total.to(query.dtype)
-        of_networks = [none] * 4
-        if of_weights:
-            for k in range(2):
-                of_read = dz[:, :, k].flatten(0, 1).t() @ reads.flatten(0, 1)
-                of_given = dz_sum[:, k].t() @ wide_query
-                of_networks[2 * k] = torch.cat((of_read, of_given), 1).to(query.dtype)
-                of_networks[2 * k + 1] = dz_sum[:, k].sum(0).to(query.dtype)
-        grad_memory = none
-        if of_memory:
-            p = maps[:-1, :, 0] * score.to(dtype)  # [K, B, m]
-            grad_memory = _grad_memory(memory, attention, du, de, p, grad_final, maps[-1])
-        of_score = of_score and score_query is not None
-        return grad_query, grad_memory, *of_networks, ds.to(query.dtype) if of_score else none
+    reads = maps[:-1, :, 0] * saved[:, :, 2] + maps[:-1, :, 1]  # [K, B, m]
+    reads = _where_filled(mask, reads)
+    dz_sum = dz.sum(0)  # [B, 2, m]
+    wide_query = query.to(dtype)
+    grad_query = none
+    if of_query:
+        total = ds if score_query is None else torch.zeros_like(wide_query)
+        for k, weight in enumerate((gate_weight, write_weight)):
+            total = total + dz_sum[:, k] @ weight[:, width:].to(dtype)
+        grad_query = total.to(query.dtype)
+    of_networks = [none] * 4
+    if of_weights:
+        for k in range(2):
+            of_read = dz[:, :, k].flatten(0, 1).t() @ reads.flatten(0, 1)
+            of_given = dz_sum[:, k].t() @ wide_query
+            of_networks[2 * k] = torch.cat((of_read, of_given), 1).to(query.dtype)
+            of_networks[2 * k + 1] = dz_sum[:, k].sum(0).to(query.dtype)
+    grad_memory = none
+    if of_memory:
+        p = maps[:-1, :, 0] * score.to(dtype)  # [K, B, m]
+        grad_memory = _grad_memory(memory, attention, du, de, p, grad_final, maps[-1])
+    of_score = of_score and score_query is not None
+    return grad_query, grad_memory, *of_networks, ds.to(query.dtype) if of_score else none
 
 
 def _maps(saved: Tensor, batch: int, width: int) -> Tensor:

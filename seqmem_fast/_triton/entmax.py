@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, wide
+from .common import accumulator, launcher, wide
 
 _BLOCK = 4096
 SPARSEMAX: tl.constexpr = tl.constexpr(2)  # kinds of powers
@@ -260,11 +260,10 @@ def _options(
     return (input.numel() // count if count else 0), options
 
 
+@launcher
 def entmax(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Tensor:
     """`seqmem::entmax` on GPU."""
-    torch.ops.seqmem.check_entmax(input, alpha, power, dim)
-    with torch.cuda.device_of(input):
-        return _forward(input, alpha, power, dim)
+    return _forward(input, alpha, power, dim)
 
 
 def _forward(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Tensor:
@@ -277,6 +276,7 @@ def _forward(input: Tensor, alpha: Tensor | None, power: float, dim: int) -> Ten
     return output.movedim(-1, dim)
 
 
+@launcher
 def entmax_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -287,31 +287,27 @@ def entmax_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::entmax_backward` on GPU."""
-    torch.ops.seqmem.check_entmax_backward(
-        grad_output, input, alpha, power, dim, output, output_mask
-    )
     none = input.new_empty(0)
     of_alpha_wanted = alpha is not None and output_mask[1]
-    with torch.cuda.device_of(input):
-        if of_alpha_wanted and input.dtype != wide(input.dtype):
-            # Half of alpha's gradient would be lost in an output rounded to 16 bits.
-            output = _forward(input.to(wide(input.dtype)), alpha, power, dim)
-        of_rows = _rows(output, dim)
-        rows, options = _options(input, alpha, power, dim)
-        grad = torch.empty_like(of_rows) if output_mask[0] else None
-        by_row = None
-        if of_alpha_wanted:
-            by_row = input.new_zeros(of_rows.shape[:-1], dtype=torch.float64)
-        if rows:
-            entmax_backward_kernel[(rows,)](
-                grad_ptr=_rows(grad_output, dim),
-                output_ptr=of_rows,
-                grad_input_ptr=grad,
-                grad_alpha_ptr=by_row,
-                **options,
-            )
-        of_alpha = none
-        if alpha is not None and by_row is not None:
-            of_alpha = by_row.unsqueeze(-1).movedim(-1, dim).sum_to_size(alpha.shape)
-            of_alpha = of_alpha.to(input.dtype)
+    if of_alpha_wanted and input.dtype != wide(input.dtype):
+        # Half of alpha's gradient would be lost in an output rounded to 16 bits.
+        output = _forward(input.to(wide(input.dtype)), alpha, power, dim)
+    of_rows = _rows(output, dim)
+    rows, options = _options(input, alpha, power, dim)
+    grad = torch.empty_like(of_rows) if output_mask[0] else None
+    by_row = None
+    if of_alpha_wanted:
+        by_row = input.new_zeros(of_rows.shape[:-1], dtype=torch.float64)
+    if rows:
+        entmax_backward_kernel[(rows,)](
+            grad_ptr=_rows(grad_output, dim),
+            output_ptr=of_rows,
+            grad_input_ptr=grad,
+            grad_alpha_ptr=by_row,
+            **options,
+        )
+    of_alpha = none
+    if alpha is not None and by_row is not None:
+        of_alpha = by_row.unsqueeze(-1).movedim(-1, dim).sum_to_size(alpha.shape)
+        of_alpha = of_alpha.to(input.dtype)
     return none if grad is None else grad.movedim(-1, dim), of_alpha

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, wide
+from .common import accumulator, launcher, wide
 
 _BLOCK = 1024
 _MEAN, _SUM = 1, 2  # reductions, as csrc/ops/hard_attention.cpp has them
@@ -151,29 +151,27 @@ def _gradient(logits: Tensor, action: Tensor, by_log_prob: Tensor, by_entropy: T
     return grad
 
 
+@launcher
 def categorical_sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::categorical_sample` on GPU."""
-    torch.ops.seqmem.check_categorical_sample(logits, uniform)
     rows = logits.shape[:-1]
     action = logits.new_empty(rows, dtype=torch.int64)
     log_prob, entropy = logits.new_empty(rows), logits.new_empty(rows)
-    with torch.cuda.device_of(logits):
-        _forward(logits, uniform, action, log_prob, entropy)
+    _forward(logits, uniform, action, log_prob, entropy)
     return action, log_prob, entropy
 
 
+@launcher
 def categorical_sample_backward(
     grad_log_prob: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, action: Tensor
 ) -> Tensor:
     """`seqmem::categorical_sample_backward` on GPU."""
-    torch.ops.seqmem.check_categorical_sample_backward(grad_log_prob, grad_entropy, logits, action)
     dtype = wide(logits.dtype)
-    with torch.cuda.device_of(logits):
-        zero = logits.new_zeros(action.shape, dtype=dtype)
-        by_log_prob, by_entropy = (
-            zero if g is None else g.to(dtype) for g in (grad_log_prob, grad_entropy)
-        )
-        return _gradient(logits, action, by_log_prob, by_entropy)
+    zero = logits.new_zeros(action.shape, dtype=dtype)
+    by_log_prob, by_entropy = (
+        zero if g is None else g.to(dtype) for g in (grad_log_prob, grad_entropy)
+    )
+    return _gradient(logits, action, by_log_prob, by_entropy)
 
 
 def _advantage(returns: Tensor, baseline: Tensor | None) -> Tensor:
@@ -181,6 +179,7 @@ def _advantage(returns: Tensor, baseline: Tensor | None) -> Tensor:
     return advantage if baseline is None else advantage - baseline.to(advantage.dtype)
 
 
+@launcher
 def reinforce_loss(
     logits: Tensor,
     action: Tensor,
@@ -190,23 +189,20 @@ def reinforce_loss(
     reduction: int,
 ) -> Tensor:
     """`seqmem::reinforce_loss` on GPU."""
-    torch.ops.seqmem.check_reinforce_loss(
-        logits, action, returns, baseline, entropy_weight, reduction
-    )
-    with torch.cuda.device_of(logits):
-        log_prob = logits.new_empty(logits.shape[:-1], dtype=wide(logits.dtype))
-        entropy = torch.empty_like(log_prob)
-        _forward(logits, None, action.contiguous(), log_prob, entropy)
-        loss = -log_prob * _advantage(returns, baseline)
-        if entropy_weight != 0:
-            loss = loss - entropy_weight * entropy
-        if reduction == _SUM:
-            loss = loss.sum()
-        elif reduction == _MEAN:
-            loss = loss.mean()
-        return loss.to(logits.dtype)
+    log_prob = logits.new_empty(logits.shape[:-1], dtype=wide(logits.dtype))
+    entropy = torch.empty_like(log_prob)
+    _forward(logits, None, action.contiguous(), log_prob, entropy)
+    loss = -log_prob * _advantage(returns, baseline)
+    if entropy_weight != 0:
+        loss = loss - entropy_weight * entropy
+    if reduction == _SUM:
+        loss = loss.sum()
+    elif reduction == _MEAN:
+        loss = loss.mean()
+    return loss.to(logits.dtype)
 
 
+@launcher
 def reinforce_loss_backward(
     grad_loss: Tensor,
     logits: Tensor,
@@ -217,14 +213,8 @@ def reinforce_loss_backward(
     reduction: int,
 ) -> Tensor:
     """`seqmem::reinforce_loss_backward` on GPU."""
-    torch.ops.seqmem.check_reinforce_loss_backward(
-        grad_loss, logits, action, returns, baseline, entropy_weight, reduction
-    )
-    with torch.cuda.device_of(logits):
-        grad = grad_loss.to(wide(logits.dtype))
-        if reduction == _MEAN:
-            grad = grad / max(action.numel(), 1)
-        grad = grad.expand(action.shape)
-        return _gradient(
-            logits, action, -_advantage(returns, baseline) * grad, -entropy_weight * grad
-        )
+    grad = grad_loss.to(wide(logits.dtype))
+    if reduction == _MEAN:
+        grad = grad / max(action.numel(), 1)
+    grad = grad.expand(action.shape)
+    return _gradient(logits, action, -_advantage(returns, baseline) * grad, -entropy_weight * grad)

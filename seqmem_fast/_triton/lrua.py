@@ -25,6 +25,7 @@ from torch import Tensor
 from ..ops.lrua import _plain, _vjp
 from ..reference.lrua import LRUAState
 from . import lrua_kernels as kernels
+from .common import dense, launcher
 from .machine import (
     SHORTEST_SEGMENT,
     Backward,
@@ -32,7 +33,6 @@ from .machine import (
     Forward,
     Sizes,
     answer,
-    dense,
     fits,
     padded,
     plain_backward,
@@ -81,6 +81,7 @@ class _Sizes(Sizes):
         }
 
 
+@launcher
 def lrua(
     input: Tensor,
     state: Sequence[Tensor],
@@ -101,54 +102,51 @@ def lrua(
     """`seqmem::lrua` on GPU."""
     arguments = controller, head_weight, head_bias, initial
     rest = lstm, own_add, strength, erase_all, gamma, trace, save
-    torch.ops.seqmem.check_lrua(input, state, *arguments, lengths, reset, *rest)
     options, first = _Options(lstm, own_add, strength, erase_all, gamma), LRUAState(*state)
     size = _Sizes(input, first, head_weight, controller, options)
     parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
     rows = size.steps if save else 1, size.batch
-    with torch.cuda.device_of(input):
-        call = Call("lrua", input, first, controller, initial, lengths, reset)
-        record = call.make(*rows, size.record, dtype=call.dtype)
-        chosen = call.make(*rows, size.heads, dtype=torch.int64)
-        checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
-        if size.on_chip:
-            features = call.make(size.steps, size.batch, size.control + size.read_width)
-            weightings = size.steps, size.batch, size.heads, size.slots
-            usage_trace = call.make(*weightings[:2], size.slots) if trace else None
-            write_trace = call.make(*weightings) if trace else None
-            read_trace = call.make(*weightings) if trace or save else None
-            forward = Forward(size, call, "cell", "usage", "read_weights", "reads")
-            memory = padded(first.memory.to(call.dtype))
-            if size.batch:
-                kernels.lrua_forward[(size.batch,)](
-                    **forward.arguments(head_weight, head_bias),
-                    memory_ptr=memory,
-                    features_ptr=features,
-                    usage_trace_ptr=usage_trace,
-                    write_trace_ptr=write_trace,
-                    read_trace_ptr=read_trace,
-                    slots_ptr=chosen,
-                    record_ptr=record,
-                    checkpoints_ptr=checkpoints if save else None,
-                    record_rows=size.batch if save else 0,
-                    GAMMA=gamma,
-                    **size.arguments(input.dtype),
-                )
-            last = forward.last(memory[:, : size.slots, : size.width])
-            traces = [usage_trace, write_trace, read_trace]
-        else:
-            found = plain_forward(
-                _plain, call, (input, state, *arguments, call.lengths, reset, *rest)
+    call = Call("lrua", input, first, controller, initial, lengths, reset)
+    record = call.make(*rows, size.record, dtype=call.dtype)
+    chosen = call.make(*rows, size.heads, dtype=torch.int64)
+    checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
+    if size.on_chip:
+        features = call.make(size.steps, size.batch, size.control + size.read_width)
+        weightings = size.steps, size.batch, size.heads, size.slots
+        usage_trace = call.make(*weightings[:2], size.slots) if trace else None
+        write_trace = call.make(*weightings) if trace else None
+        read_trace = call.make(*weightings) if trace or save else None
+        forward = Forward(size, call, "cell", "usage", "read_weights", "reads")
+        memory = padded(first.memory.to(call.dtype))
+        if size.batch:
+            kernels.lrua_forward[(size.batch,)](
+                **forward.arguments(head_weight, head_bias),
+                memory_ptr=memory,
+                features_ptr=features,
+                usage_trace_ptr=usage_trace,
+                write_trace_ptr=write_trace,
+                read_trace_ptr=read_trace,
+                slots_ptr=chosen,
+                record_ptr=record,
+                checkpoints_ptr=checkpoints if save else None,
+                record_rows=size.batch if save else 0,
+                GAMMA=gamma,
+                **size.arguments(input.dtype),
             )
-            features, last = found[0], found[1:-3]
-            traces = [*(a if trace else None for a in found[-3:-1])]
-            traces.append(found[-1] if trace or save else None)
+        last = forward.last(memory[:, : size.slots, : size.width])
+        traces = [usage_trace, write_trace, read_trace]
+    else:
+        found = plain_forward(_plain, call, (input, state, *arguments, call.lengths, reset, *rest))
+        features, last = found[0], found[1:-3]
+        traces = [*(a if trace else None for a in found[-3:-1])]
+        traces.append(found[-1] if trace or save else None)
     none = input.new_empty(0)
     nothing = none.long(), none.to(call.dtype), none.to(call.dtype)
     kept = (chosen, record, checkpoints) if save else nothing
     return features, *last, *(none if a is None else a for a in traces), *kept
 
 
+@launcher
 def lrua_backward(
     grad_features: Tensor | None,
     grad_hidden: Tensor | None,
@@ -184,7 +182,6 @@ def lrua_backward(
     arguments = controller, head_weight, head_bias, initial
     rest = features, read_trace, slots, saved, checkpoints
     numbers = lstm, own_add, strength, erase_all, gamma, output_mask
-    torch.ops.seqmem.check_lrua_backward(*given, *arguments, lengths, reset, *rest, *numbers)
     options, first = _Options(lstm, own_add, strength, erase_all, gamma), LRUAState(*state)
     size = _Sizes(input, first, head_weight, controller, options)
     of_input, of_state, of_weights, of_initial = output_mask
@@ -192,27 +189,26 @@ def lrua_backward(
     wanted = [of_input, *(of_state and part for part in learns), of_weights, of_weights]
     wanted += [of_initial and part for part in learns[: len(initial)]]
     wanted += [of_weights] * len(controller)
-    with torch.cuda.device_of(input):
-        call = Call("lrua", input, first, controller, initial, lengths, reset)
-        if size.on_chip:
-            back = Backward(size, call, head_weight, _LEARNS, grads)
-            if size.batch:
-                kernels.lrua_backward[(size.batch,)](
-                    **back.arguments(grad_features, features, saved),
-                    grad_write_trace_ptr=dense(grad_write_trace),
-                    grad_read_trace_ptr=dense(grad_read_trace),
-                    read_weights_ptr=first.read_weights.contiguous(),
-                    trace_ptr=read_trace.contiguous(),
-                    slots_ptr=slots.contiguous(),
-                    checkpoints_ptr=checkpoints.contiguous(),
-                    memories_ptr=back.memories(),
-                    **call.pointers("cell", "memory", "read_weights"),
-                    **size.arguments(input.dtype),
-                )
-            first_grad, parts, starts, of_heads, weights = back.results(features, saved)
-            found = [first_grad, *parts, *of_heads, *starts, *weights]
-        else:
-            found = plain_backward(
-                _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
+    call = Call("lrua", input, first, controller, initial, lengths, reset)
+    if size.on_chip:
+        back = Backward(size, call, head_weight, _LEARNS, grads)
+        if size.batch:
+            kernels.lrua_backward[(size.batch,)](
+                **back.arguments(grad_features, features, saved),
+                grad_write_trace_ptr=dense(grad_write_trace),
+                grad_read_trace_ptr=dense(grad_read_trace),
+                read_weights_ptr=first.read_weights.contiguous(),
+                trace_ptr=read_trace.contiguous(),
+                slots_ptr=slots.contiguous(),
+                checkpoints_ptr=checkpoints.contiguous(),
+                memories_ptr=back.memories(),
+                **call.pointers("cell", "memory", "read_weights"),
+                **size.arguments(input.dtype),
             )
+        first_grad, parts, starts, of_heads, weights = back.results(features, saved)
+        found = [first_grad, *parts, *of_heads, *starts, *weights]
+    else:
+        found = plain_backward(
+            _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
+        )
     return answer(found, wanted, input)

@@ -348,10 +348,6 @@ class Backward:
         return [hidden, cell, memory[:, : self.size.slots, : self.size.width], *rest]
 
 
-def dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def answer(found: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> list[Tensor]:
     """A backward's results: rounded, and empty where nobody asks for them."""
     none = input.new_empty(0)

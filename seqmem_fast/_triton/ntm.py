@@ -26,6 +26,7 @@ from torch import Tensor
 from ..ops.ntm import _plain, _vjp
 from ..reference.ntm_addressing import NTMState
 from . import ntm_kernels as kernels
+from .common import dense, launcher
 from .machine import (
     SHORTEST_SEGMENT,
     Backward,
@@ -33,7 +34,6 @@ from .machine import (
     Forward,
     Sizes,
     answer,
-    dense,
     fits,
     plain_backward,
     plain_forward,
@@ -85,6 +85,7 @@ class _Sizes(Sizes):
         }
 
 
+@launcher
 def ntm(
     input: Tensor,
     hidden: Tensor,
@@ -109,43 +110,42 @@ def ntm(
     state = NTMState(hidden, cell, memory, weightings, reads)
     arguments = controller, head_weight, head_bias, initial
     rest = heads, shift_range, lstm, squash, trace, save
-    torch.ops.seqmem.check_ntm(input, *state, *arguments, lengths, reset, *rest)
     options = _Options(heads, shift_range, lstm, squash)
     size = _Sizes(input, memory, head_weight, controller, options)
     parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
-    with torch.cuda.device_of(input):
-        call = Call("ntm", input, state, controller, initial, lengths, reset)
-        record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
-        checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
-        if size.on_chip:
-            features = call.make(size.steps, size.batch, size.control + size.read_width)
-            weightings_of = size.steps, size.batch, size.heads, size.slots
-            every = call.make(*weightings_of) if trace or save else None
-            forward = Forward(size, call, "cell", "weightings", "reads")
-            memory_out = torch.empty_like(memory, memory_format=torch.contiguous_format)
-            if size.batch:
-                kernels.ntm_forward[(size.batch,)](
-                    **forward.arguments(head_weight, head_bias),
-                    memory_ptr=memory.contiguous(),
-                    features_ptr=features,
-                    memory_out_ptr=memory_out,
-                    trace_ptr=every,
-                    record_ptr=record,
-                    checkpoints_ptr=checkpoints if save else None,
-                    record_rows=size.batch if save else 0,
-                    **size.arguments(input.dtype),
-                )
-            last = forward.last(memory_out)
-        else:
-            features, *last, every = plain_forward(
-                _plain, call, (input, *state, *arguments, call.lengths, reset, *rest)
+    call = Call("ntm", input, state, controller, initial, lengths, reset)
+    record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
+    checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
+    if size.on_chip:
+        features = call.make(size.steps, size.batch, size.control + size.read_width)
+        weightings_of = size.steps, size.batch, size.heads, size.slots
+        every = call.make(*weightings_of) if trace or save else None
+        forward = Forward(size, call, "cell", "weightings", "reads")
+        memory_out = torch.empty_like(memory, memory_format=torch.contiguous_format)
+        if size.batch:
+            kernels.ntm_forward[(size.batch,)](
+                **forward.arguments(head_weight, head_bias),
+                memory_ptr=memory.contiguous(),
+                features_ptr=features,
+                memory_out_ptr=memory_out,
+                trace_ptr=every,
+                record_ptr=record,
+                checkpoints_ptr=checkpoints if save else None,
+                record_rows=size.batch if save else 0,
+                **size.arguments(input.dtype),
             )
-            every = every if trace or save else None
+        last = forward.last(memory_out)
+    else:
+        features, *last, every = plain_forward(
+            _plain, call, (input, *state, *arguments, call.lengths, reset, *rest)
+        )
+        every = every if trace or save else None
     none = input.new_empty(0)
     kept = (record, checkpoints) if save else (none.to(call.dtype), none.to(call.dtype))
     return features, *last, none if every is None else every, *kept
 
 
+@launcher
 def ntm_backward(
     grad_features: Tensor | None,
     grad_hidden: Tensor | None,
@@ -182,29 +182,27 @@ def ntm_backward(
     given = grad_features, *grads, grad_trace, input, *state
     arguments = controller, head_weight, head_bias, initial
     rest = features, trace, saved, checkpoints, heads, shift_range, lstm, squash, output_mask
-    torch.ops.seqmem.check_ntm_backward(*given, *arguments, lengths, reset, *rest)
     options = _Options(heads, shift_range, lstm, squash)
     size = _Sizes(input, memory, head_weight, controller, options)
     of_input, of_state, of_weights, of_initial = output_mask
     wanted = [of_input, *[of_state] * 5, *[of_weights] * 2, *[of_initial] * len(initial)]
     wanted += [of_weights] * len(controller)
-    with torch.cuda.device_of(input):
-        call = Call("ntm", input, state, controller, initial, lengths, reset)
-        if size.on_chip:
-            back = Backward(size, call, head_weight, NTMState._fields, grads)
-            if size.batch:
-                kernels.ntm_backward[(size.batch,)](
-                    **back.arguments(grad_features, features, saved),
-                    grad_trace_ptr=dense(grad_trace),
-                    weightings_ptr=weightings.contiguous(),
-                    trace_ptr=trace.contiguous(),
-                    checkpoints_ptr=checkpoints.contiguous(),
-                    memories_ptr=back.memories(),
-                    **call.pointers("cell", "memory", "weightings"),
-                    **size.arguments(input.dtype),
-                )
-            first, parts, starts, of_heads, weights = back.results(features, saved)
-            found = [first, *parts, *of_heads, *starts, *weights]
-        else:
-            found = plain_backward(_vjp, call, (*given, *arguments, call.lengths, reset, *rest))
+    call = Call("ntm", input, state, controller, initial, lengths, reset)
+    if size.on_chip:
+        back = Backward(size, call, head_weight, NTMState._fields, grads)
+        if size.batch:
+            kernels.ntm_backward[(size.batch,)](
+                **back.arguments(grad_features, features, saved),
+                grad_trace_ptr=dense(grad_trace),
+                weightings_ptr=weightings.contiguous(),
+                trace_ptr=trace.contiguous(),
+                checkpoints_ptr=checkpoints.contiguous(),
+                memories_ptr=back.memories(),
+                **call.pointers("cell", "memory", "weightings"),
+                **size.arguments(input.dtype),
+            )
+        first, parts, starts, of_heads, weights = back.results(features, saved)
+        found = [first, *parts, *of_heads, *starts, *weights]
+    else:
+        found = plain_backward(_vjp, call, (*given, *arguments, call.lengths, reset, *rest))
     return answer(found, wanted, input)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..ops.common import reference_vjp
 from ..reference import ntm_addressing as reference
 from . import ntm_addressing_kernels as kernels
-from .common import accumulator, autograd_below
+from .common import accumulator, autograd_below, launcher
 from .machine import blocks, fits
 
 
@@ -55,12 +55,13 @@ def _only(output_mask: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor,
     return tuple(grad if wanted else grad.new_empty(0) for wanted, grad in pairs)
 
 
+@launcher
 def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     """`seqmem::ntm_content_addressing` on GPU."""
-    torch.ops.seqmem.check_ntm_content_addressing(memory, key, beta)
     return _address(memory, key, beta, None)
 
 
+@launcher
 def ntm_addressing(
     memory: Tensor,
     key: Tensor,
@@ -71,7 +72,6 @@ def ntm_addressing(
     prev_weights: Tensor,
 ) -> Tensor:
     """`seqmem::ntm_addressing` on GPU."""
-    torch.ops.seqmem.check_ntm_addressing(memory, key, beta, gate, shift, gamma, prev_weights)
     return _address(memory, key, beta, (gate, shift, gamma, prev_weights))
 
 
@@ -79,22 +79,21 @@ def _address(
     memory: Tensor, key: Tensor, beta: Tensor, rest: tuple[Tensor, Tensor, Tensor, Tensor] | None
 ) -> Tensor:
     slots, width = memory.shape[-2:]
-    with torch.cuda.device_of(memory):
-        if not fits(slots, width):
-            if rest is None:
-                return reference.ntm_content_addressing(memory, key, beta)
-            return reference.ntm_addressing(memory, key, beta, *rest)
-        batch, heads, common = _shape(memory, key)
-        weights = memory.new_empty(*key.shape[:-1], slots)
-        if weights.numel():
-            kernels.ntm_address[(batch * heads,)](
-                memory_ptr=memory.contiguous(),
-                key_ptr=key.contiguous(),
-                beta_ptr=beta.contiguous(),
-                weights_ptr=weights,
-                **_optional(rest),
-                **common,
-            )
+    if not fits(slots, width):
+        if rest is None:
+            return reference.ntm_content_addressing(memory, key, beta)
+        return reference.ntm_addressing(memory, key, beta, *rest)
+    batch, heads, common = _shape(memory, key)
+    weights = memory.new_empty(*key.shape[:-1], slots)
+    if weights.numel():
+        kernels.ntm_address[(batch * heads,)](
+            memory_ptr=memory.contiguous(),
+            key_ptr=key.contiguous(),
+            beta_ptr=beta.contiguous(),
+            weights_ptr=weights,
+            **_optional(rest),
+            **common,
+        )
     return weights
 
 
@@ -106,16 +105,15 @@ def _optional(rest: Sequence[Tensor] | None) -> dict[str, Any]:
     return {**dict(zip(names, dense, strict=True)), **_taps(rest[1])}
 
 
+@launcher
 def ntm_content_addressing_backward(
     grad_weights: Tensor, memory: Tensor, key: Tensor, beta: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_content_addressing_backward` on GPU."""
-    torch.ops.seqmem.check_ntm_content_addressing_backward(
-        grad_weights, memory, key, beta, output_mask
-    )
     return _address_backward(grad_weights, (memory, key, beta), output_mask)
 
 
+@launcher
 def ntm_addressing_backward(
     grad_weights: Tensor,
     memory: Tensor,
@@ -129,7 +127,6 @@ def ntm_addressing_backward(
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_addressing_backward` on GPU."""
     inputs = (memory, key, beta, gate, shift, gamma, prev_weights)
-    torch.ops.seqmem.check_ntm_addressing_backward(grad_weights, *inputs, output_mask)
     return _address_backward(grad_weights, inputs, output_mask)
 
 
@@ -137,73 +134,70 @@ def _address_backward(
     grad: Tensor, inputs: tuple[Tensor, ...], output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     memory, key, beta, *rest = inputs
-    with torch.cuda.device_of(memory):
-        if not fits(*memory.shape[-2:]):
-            whole = bool(rest)
-            function = reference.ntm_addressing if whole else reference.ntm_content_addressing
-            return _plain_backward(function, inputs, grad, output_mask)
-        batch, _, common = _shape(memory, key)
-        grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
-        names = ("memory", "key", "beta", "gate", "shift", "gamma", "prev")
-        found = dict(zip(names, grads, strict=False))
-        if batch:
-            kernels.ntm_address_backward[(batch,)](
-                grad_ptr=grad.contiguous(),
-                memory_ptr=memory.contiguous(),
-                key_ptr=key.contiguous(),
-                beta_ptr=beta.contiguous(),
-                **{f"d_{name}_ptr": found.get(name) for name in names},
-                **_optional(rest or None),
-                **common,
-            )
+    if not fits(*memory.shape[-2:]):
+        whole = bool(rest)
+        function = reference.ntm_addressing if whole else reference.ntm_content_addressing
+        return _plain_backward(function, inputs, grad, output_mask)
+    batch, _, common = _shape(memory, key)
+    grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
+    names = ("memory", "key", "beta", "gate", "shift", "gamma", "prev")
+    found = dict(zip(names, grads, strict=False))
+    if batch:
+        kernels.ntm_address_backward[(batch,)](
+            grad_ptr=grad.contiguous(),
+            memory_ptr=memory.contiguous(),
+            key_ptr=key.contiguous(),
+            beta_ptr=beta.contiguous(),
+            **{f"d_{name}_ptr": found.get(name) for name in names},
+            **_optional(rest or None),
+            **common,
+        )
     return _only(output_mask, grads)
 
 
+@launcher
 def ntm_read(memory: Tensor, weights: Tensor) -> Tensor:
     """`seqmem::ntm_read` on GPU."""
-    torch.ops.seqmem.check_ntm_read(memory, weights)
-    with torch.cuda.device_of(memory):
-        if weights.dim() == memory.dim():
-            return weights @ memory
-        return (weights.unsqueeze(-2) @ memory).squeeze(-2)
+    if weights.dim() == memory.dim():
+        return weights @ memory
+    return (weights.unsqueeze(-2) @ memory).squeeze(-2)
 
 
+@launcher
 def ntm_read_backward(
     grad_reads: Tensor, memory: Tensor, weights: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_read_backward` on GPU: dM = w^T dr, dw = dr M^T."""
-    torch.ops.seqmem.check_ntm_read_backward(grad_reads, memory, weights, output_mask)
     none = memory.new_empty(0)
     single = weights.dim() < memory.dim()
     w = weights.unsqueeze(-2) if single else weights
     g = grad_reads.unsqueeze(-2) if single else grad_reads
-    with torch.cuda.device_of(memory):
-        return (
-            w.mT @ g if output_mask[0] else none,
-            (g @ memory.mT).view(weights.shape) if output_mask[1] else none,
-        )
+    return (
+        w.mT @ g if output_mask[0] else none,
+        (g @ memory.mT).view(weights.shape) if output_mask[1] else none,
+    )
 
 
+@launcher
 def ntm_write(memory: Tensor, weights: Tensor, erase: Tensor, add: Tensor) -> Tensor:
     """`seqmem::ntm_write` on GPU."""
-    torch.ops.seqmem.check_ntm_write(memory, weights, erase, add)
-    with torch.cuda.device_of(memory):
-        if not fits(*memory.shape[-2:]):
-            return reference.ntm_write(memory, weights, erase, add)
-        batch, _, common = _shape(memory, weights)
-        new = torch.empty_like(memory, memory_format=torch.contiguous_format)
-        if batch:
-            kernels.ntm_write_heads[(batch,)](
-                memory_ptr=memory.contiguous(),
-                weights_ptr=weights.contiguous(),
-                erase_ptr=erase.contiguous(),
-                add_ptr=add.contiguous(),
-                new_ptr=new,
-                **common,
-            )
+    if not fits(*memory.shape[-2:]):
+        return reference.ntm_write(memory, weights, erase, add)
+    batch, _, common = _shape(memory, weights)
+    new = torch.empty_like(memory, memory_format=torch.contiguous_format)
+    if batch:
+        kernels.ntm_write_heads[(batch,)](
+            memory_ptr=memory.contiguous(),
+            weights_ptr=weights.contiguous(),
+            erase_ptr=erase.contiguous(),
+            add_ptr=add.contiguous(),
+            new_ptr=new,
+            **common,
+        )
     return new
 
 
+@launcher
 def ntm_write_backward(
     grad_new_memory: Tensor,
     memory: Tensor,
@@ -214,18 +208,16 @@ def ntm_write_backward(
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_write_backward` on GPU."""
     inputs = (memory, weights, erase, add)
-    torch.ops.seqmem.check_ntm_write_backward(grad_new_memory, *inputs, output_mask)
-    with torch.cuda.device_of(memory):
-        if not fits(*memory.shape[-2:]):
-            return _plain_backward(reference.ntm_write, inputs, grad_new_memory, output_mask)
-        batch, _, common = _shape(memory, weights)
-        grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
-        names = ("memory", "weights", "erase", "add")
-        if batch:
-            kernels.ntm_write_heads_backward[(batch,)](
-                grad_ptr=grad_new_memory.contiguous(),
-                **{f"{k}_ptr": a.contiguous() for k, a in zip(names, inputs, strict=True)},
-                **{f"d_{k}_ptr": a for k, a in zip(names, grads, strict=True)},
-                **common,
-            )
+    if not fits(*memory.shape[-2:]):
+        return _plain_backward(reference.ntm_write, inputs, grad_new_memory, output_mask)
+    batch, _, common = _shape(memory, weights)
+    grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
+    names = ("memory", "weights", "erase", "add")
+    if batch:
+        kernels.ntm_write_heads_backward[(batch,)](
+            grad_ptr=grad_new_memory.contiguous(),
+            **{f"{k}_ptr": a.contiguous() for k, a in zip(names, inputs, strict=True)},
+            **{f"d_{k}_ptr": a for k, a in zip(names, grads, strict=True)},
+            **common,
+        )
     return _only(output_mask, grads)

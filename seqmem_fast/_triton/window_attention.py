@@ -23,7 +23,7 @@ from ..ops.common import reference_vjp
 from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
-from .common import accumulator, autograd_below, product_precision, strides, wide
+from .common import accumulator, autograd_below, launcher, product_precision, strides, wide
 
 _WIDEST = {torch.float64: 32}  # features that a program holds
 _BLOCK = 32  # queries, and keys, of a block
@@ -89,6 +89,7 @@ def _by_queries(common: dict[str, Any]) -> tuple[int, dict[str, int]]:
     return classes * blocks, {"classes": classes, "blocks": blocks}
 
 
+@launcher
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -106,7 +107,6 @@ def window_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::window_attention` on GPU."""
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
-    torch.ops.seqmem.check_window_attention(q, k, v, *window, need_weights)
     if not _fits(q, v, alpha):
         found = _plain(q, k, v, *window)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
@@ -138,6 +138,7 @@ def window_attention(
     return output, weights, of_global
 
 
+@launcher
 def window_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
@@ -161,9 +162,6 @@ def window_attention_backward(
     """`seqmem::window_attention_backward` on GPU: one kernel by rows, one by columns."""
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
     seeds = (grad_output, grad_weights, grad_global_weights)
-    torch.ops.seqmem.check_window_attention_backward(
-        *seeds, q, k, v, *window, weights, global_weights, output_mask
-    )
     none = q.new_empty(0)
     if not _fits(q, v, alpha):
         with autograd_below():
