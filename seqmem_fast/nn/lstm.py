@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
-from ..ops.lstm import lone_layer
+from ..ops.lstm import Weights, lone_layer
 
 __all__ = ["LSTM", "LSTMCell", "LSTMGates"]
 
@@ -191,8 +191,7 @@ class LSTM(nn.RNNBase):
         if hx is not None and input.dim() == 3:  # else the op refuses the input
             _check_state(self, hx, input.size(0 if first else 1))
         if self.num_layers == 1 and not self.bidirectional and not return_gates:
-            w_ih, w_hh, b_ih, b_hh, w_hr = _weights(self, 0)
-            return lone_layer(input, hx, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reset, first)
+            return lone_layer(input, hx, _weights(self, 0), lengths, reset, first)
         options = {"lengths": lengths, "reset": reset, "batch_first": first}
         return _run(self, input, hx, return_gates, options)
 
@@ -279,7 +278,7 @@ def _dropout(x: Tensor, p: float, batch_first: bool) -> Tensor:
     return F.dropout(x.transpose(0, 1).contiguous(), p).transpose(0, 1)
 
 
-def _weights(module: Any, k: int) -> tuple[Any, ...]:
+def _weights(module: Any, k: int) -> Weights:
     """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of one layer in one direction.
 
     They are those that nn.LSTM would use: ``_flat_weights``, whose items a user may have set,

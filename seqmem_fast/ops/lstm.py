@@ -119,13 +119,10 @@ def lstm_cell(
         (hy, cy), both [B, H].
     """
     h, c = (None, None) if hx is None else hx
-    if not (
-        transform_active()
-        or dynamo_traces()
-        or overridden(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
-    ):
-        return _C.lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
-    hy, cy, _ = _lstm_cell(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, False)
+    tensors = (input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    if not (transform_active() or dynamo_traces() or overridden(*tensors)):
+        return _C.lstm_cell(*tensors)
+    hy, cy, _ = _lstm_cell(*tensors, False)
     return hy, cy
 
 
@@ -208,11 +205,7 @@ def lstm_trace(
 def lone_layer(
     input: Tensor,
     hx: State | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    weights: Weights,
     lengths: Tensor | None,
     reset: Tensor | None,
     batch_first: bool,
@@ -222,25 +215,8 @@ def lone_layer(
     The modules' short way: for one step of one row, half the time of the long one.
     """
     h, c = (None, None) if hx is None else hx
-    if not (
-        transform_active()
-        or dynamo_traces()
-        or overridden(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    ):
-        return _C.lstm_layer(
-            input,
-            h,
-            c,
-            weight_ih,
-            weight_hh,
-            bias_ih,
-            bias_hh,
-            weight_hr,
-            lengths,
-            reset,
-            batch_first,
-        )
-    weights = weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    if not (transform_active() or dynamo_traces() or overridden(input, h, c, *weights)):
+        return _C.lstm_layer(input, h, c, *weights, lengths, reset, batch_first)
     state = None if hx is None else (hx[0].squeeze(0), hx[1].squeeze(0))
     options = lengths, reset, None, batch_first, False
     output, hy, cy, _, _ = _run(input, state, weights, options, False)
