@@ -122,12 +122,25 @@ def _reason_to_keep(module: nn.Module, replace: bool) -> str | None:
     return ""
 
 
+def runs_ours(module: nn.Module) -> bool:
+    """Whether a call of the module with ``lengths`` or ``reset`` is one of our op."""
+    return (
+        _is_swapped(module) or isinstance(module, tuple(_OURS.values()))
+    ) and not _left_to_torch()
+
+
+def _left_to_torch() -> bool:
+    """Whether torch.jit.trace or an ONNX exporter watches, which know torch's own ops alone."""
+    return bool(
+        torch._C._get_tracing_state()
+        or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+    )
+
+
 def _forward(ours: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     """What a swapped module runs."""
     theirs = type(module).forward
-    if torch._C._get_tracing_state() or (
-        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    ):
+    if _left_to_torch():
         return theirs(module, *args, **kwargs)
     try:
         return ours.forward(module, *args, **kwargs)
