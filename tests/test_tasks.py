@@ -21,12 +21,17 @@ SMALL: dict[str, tuple[Task, dict[str, int]]] = {
     "copy_in_turn": (tasks.CopyInTurnTask(bits=3), {"length": 2, "sequences": 3}),
     "repeat_copy": (tasks.RepeatCopyTask(bits=2), {"length": 2, "repeats": 3}),
     "associative_recall": (tasks.AssociativeRecallTask(bits=2, item_length=2), {"items": 3}),
+    "distant_recall": (
+        tasks.DistantRecallTask(keys=5, values=3, words=2, history=16, apart=4),
+        {"history": 20},
+    ),
     "dynamic_ngrams": (tasks.DynamicNgramsTask(order=3, length=9), {"length": 9}),
     "graph_traversal": (
         tasks.GraphTraversalTask(node_labels=5, edge_labels=3, max_nodes=4, max_edges=6),
         {"nodes": 4, "edges": 6, "path": 3},
     ),
     "one_shot": (tasks.OneShotTask(classes=3, side=10, letters=60), {"images": 4}),
+    "overwrite_recall": (tasks.OverwriteRecallTask(keys=3, values=4, writes=7), {"writes": 9}),
     "priority_sort": (
         tasks.PrioritySortTask(bits=4, items=5, highest=3),
         {"items": 5, "highest": 3},

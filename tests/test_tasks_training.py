@@ -24,11 +24,20 @@ from seqmem_fast.tasks.model import BUILDERS, MemoryModel
 from seqmem_fast.tasks.settings import Settings, standard
 from seqmem_fast.tasks.training import Diverged, Training
 
-TINY = {"controller_size": 8, "memory_size": 6, "memory_dim": 4, "batch_size": 3, "read_heads": 2}
+TINY = {
+    "controller_size": 8,
+    "memory_size": 6,
+    "memory_dim": 4,
+    "batch_size": 3,
+    "read_heads": 2,
+    "ratio": 2,
+    "segment": 2,
+}
 SIZES = {
     "associative_recall": {"bits": 2, "item_length": 1, "max_items": 3},
     "copy": {"bits": 2, "max_length": 3},
     "copy_in_turn": {"bits": 2, "max_length": 2, "max_sequences": 3},
+    "distant_recall": {"keys": 4, "values": 2, "words": 2, "history": 4, "apart": 2},
     "dynamic_ngrams": {"order": 2, "length": 8},
     "graph_traversal": {
         "node_labels": 3,
@@ -39,6 +48,7 @@ SIZES = {
         "questions": 1,
     },
     "one_shot": {"classes": 2, "images": 3, "side": 8, "letters": 40},
+    "overwrite_recall": {"keys": 2, "values": 2, "writes": 4},
     "priority_sort": {"bits": 2, "items": 4, "highest": 2},
     "repeat_copy": {"bits": 2, "max_length": 2, "max_repeats": 3},
 }
@@ -427,6 +437,10 @@ def test_a_checkpoint_is_not_overwritten_unasked(
         (["--seed=-1"], "seed: expected 0 to"),
         (["--weight-decay=-1"], "weight_decay: expected at least 0, got -1.0"),
         (["--curriculum=2"], "curriculum: expected 0 to 1, got 2.0"),
+        (["--segment=0"], "segment: expected at least 1, got 0"),
+        (["--compression=zip"], "compression: expected one of none, mean, max, conv, "),
+        (["--model=window", "--memory-size=1"], "memory_size: expected at least 2 of a window"),
+        (["--model=compressive", "--memory-size=1"], "memory_size: expected at least 2 of a com"),
         (["--fall=-0.1"], "fall: expected 0 to 1, got -0.1"),
         (["--learnt=nan"], "learnt: expected 0 to 1, got nan"),
         (["--bits=0"], "copy: expected bits of at least 1, got 0"),

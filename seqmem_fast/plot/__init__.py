@@ -7,6 +7,7 @@ from .gates import gates, liveliest
 from .graph_traversal import graph_traversal
 from .ntm import ntm
 from .one_shot import one_shot
+from .overwrite_recall import overwrite_recall
 
 __all__ = [
     "attention",
@@ -17,4 +18,5 @@ __all__ = [
     "liveliest",
     "ntm",
     "one_shot",
+    "overwrite_recall",
 ]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.patches import Rectangle
 
 STEP, CHANNEL, SLOT = 0.11, 0.09, 0.045  # inches
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "→"}  # white space a reader can see
@@ -53,6 +54,13 @@ def colour_bar(image: AxesImage, axes: Any, **place: Any) -> None:
     bar = image.figure.colorbar(image, ax=axes, **place)
     bar.ax.tick_params(labelsize=8)
     bar.ax.spines["outline"].set_visible(False)
+
+
+def frame(corner: tuple[float, float], colour: str) -> Rectangle:
+    """Around a cell whose upper left corner that is."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=1.5)
 
 
 class Panel(NamedTuple):

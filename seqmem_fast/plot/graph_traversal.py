@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .common import check_shapes, colour_bar, heat, new_figure
+from .common import check_shapes, colour_bar, frame, heat, new_figure
 from .one_shot import RIGHT, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
 Edge = tuple[str, str, str]  # from, by, to
 CELL = 0.19  # inches
@@ -79,7 +78,7 @@ def graph_traversal(
     for step, (edge, said) in enumerate(zip(steps, answers, strict=True)):
         colour = RIGHT if said == edge[2] else WRONG
         corner = step - 0.5, row_of[edge] - 0.5
-        axes.add_patch(_frame(corner, colour))
+        axes.add_patch(frame(corner, colour))
         axes.text(step, -0.8, said, rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
     at = 0
     for walk in walks[:-1]:
@@ -98,9 +97,3 @@ def graph_traversal(
 def _marked(walk: Sequence[Edge]) -> list[tuple[bool, Edge]]:
     """Each edge, and whether it is the first, before which the node is named too."""
     return [(place == 0, edge) for place, edge in enumerate(walk)]
-
-
-def _frame(corner: tuple[float, float], colour: str) -> Rectangle:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=1.5)

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tasks import TASKS, Batch, GraphTraversalTask, OneShotTask
+from ..tasks import TASKS, Batch, GraphTraversalTask, OneShotTask, OverwriteRecallTask
 from ..tasks.checkpoint import CheckpointError
 from ..tasks.loop import resume
-from ..tasks.model import MemoryModel
+from ..tasks.model import CompressiveModel, MemoryModel
+from ..tasks.task import AnswersTask
 from ..tasks.training import Training
+from .compressive import compressive
 from .dnc import dnc
 from .graph_traversal import graph_traversal, looked_at
 from .ntm import ntm
 from .one_shot import one_shot
+from .overwrite_recall import overwrite_recall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +41,7 @@ def save_picture(training: Training, sizes: dict[str, int], seed: int, path: Pat
     else:
         batch = task.batch(1, generator, **size)
     trace = None
-    if isinstance(training.model, MemoryModel):
+    if isinstance(training.model, (MemoryModel, CompressiveModel)):
         logits, trace = training.model.trace(batch.input)
     else:
         logits = training.model(batch.input)
@@ -70,7 +73,18 @@ def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title:
         reads = first_row(trace) if settings.model == "mann" else None
         chances = logits[:, 0].softmax(1)
         return one_shot(pictures, chances, target.argmax(1), reads, title=title)
-    chances = logits[:, 0].sigmoid()
+    if isinstance(task, OverwriteRecallTask):
+        keys, values, asked = (part[0] for part in task.in_numbers(batch))
+        chances = logits[-task.keys :, 0].softmax(1)[asked.argsort()]
+        return overwrite_recall(keys, values, chances, title=title)
+    if isinstance(training.model, CompressiveModel):
+        memory = training.model.memory
+        weights = trace[0]
+        steps = len(shown) - len(weights)
+        sizes = memory.memory_size, memory.compressed_size, memory.ratio
+        return compressive(weights, steps, *sizes, title=title)
+    answers = isinstance(task, AnswersTask)
+    chances = logits[:, 0].softmax(1) if answers else logits[:, 0].sigmoid()
     if settings.model == "dnc":
         row = first_row(trace)
         return dnc(row, input=shown, output=chances, target=target, mask=mask, title=title)

@@ -1,6 +1,7 @@
 """Tasks that need a memory, as generators: the five of the NTM paper (Graves, Wayne & Danihelka,
-arXiv 1410.5401, section 4), copying in turn and graph traversal (the DNC paper, Graves et al. 2016)
-and one-shot classification (Santoro et al., arXiv 1605.06065).
+arXiv 1410.5401, section 4), copying in turn and graph traversal (the DNC paper, Graves et al.
+2016), one-shot classification (Santoro et al., arXiv 1605.06065), and two for memories of a fixed
+size: overwriting recall and distant recall.
 
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
@@ -11,9 +12,11 @@ what was tried and measured stands in docs/training.md.
 from .associative_recall import AssociativeRecallTask
 from .copy import CopyTask
 from .copy_in_turn import CopyInTurnTask
+from .distant_recall import DistantRecallTask
 from .dynamic_ngrams import DynamicNgramsTask
 from .graph_traversal import GraphTraversalTask
 from .one_shot import OneShotTask
+from .overwrite_recall import OverwriteRecallTask
 from .priority_sort import PrioritySortTask
 from .repeat_copy import RepeatCopyTask
 from .task import Batch, Probe, Score, Stream, Task, evaluate, loss_of, wrong_bits
@@ -24,9 +27,11 @@ __all__ = [
     "Batch",
     "CopyInTurnTask",
     "CopyTask",
+    "DistantRecallTask",
     "DynamicNgramsTask",
     "GraphTraversalTask",
     "OneShotTask",
+    "OverwriteRecallTask",
     "PrioritySortTask",
     "Probe",
     "RepeatCopyTask",
@@ -42,9 +47,11 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecallTask,
     "copy": CopyTask,
     "copy_in_turn": CopyInTurnTask,
+    "distant_recall": DistantRecallTask,
     "dynamic_ngrams": DynamicNgramsTask,
     "graph_traversal": GraphTraversalTask,
     "one_shot": OneShotTask,
+    "overwrite_recall": OverwriteRecallTask,
     "priority_sort": PrioritySortTask,
     "repeat_copy": RepeatCopyTask,
 }

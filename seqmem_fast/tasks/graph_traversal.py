@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from .task import Batch, Probe, Size, Task, draw_between, ordinal, require_positive
+from .task import AnswersTask, Batch, Probe, Size, draw_between, ordinal, require_positive
 from .underground import MAPS, Edge, Map
 
 
@@ -30,7 +30,7 @@ class Words(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GraphTraversalTask(Task):
+class GraphTraversalTask(AnswersTask):
     """A graph is read, an edge a step, in random order: source, label of the edge, destination.
     Then come `questions`: a node and a label at the first step, at each further one a label alone;
     every step asks which node that edge leads to, from the node of the answer before.
@@ -49,8 +49,6 @@ class GraphTraversalTask(Task):
     Raises:
         ValueError: a number out of range.
     """
-
-    unit: ClassVar[str] = "answers"
 
     node_labels: int = 16
     edge_labels: int = 16
@@ -83,10 +81,6 @@ class GraphTraversalTask(Task):
     @property
     def output_size(self) -> int:
         return self.node_labels
-
-    @property
-    def chance(self) -> float:
-        return math.log(self.node_labels)
 
     @property
     def stages(self) -> int:
@@ -257,21 +251,11 @@ class GraphTraversalTask(Task):
             reached.append(at)
         return start, torch.stack(taken, 2), torch.stack(reached, 2)
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, the mean over all answers."""
-        return -(logits.log_softmax(2) * batch.target).sum() / batch.mask.sum()
-
-    def wrong(self, logits: Tensor, batch: Batch) -> Tensor:
-        return ((logits.argmax(2) != batch.target.argmax(2)) * batch.mask).sum(0)
-
-    def counted(self, batch: Batch) -> float:
-        return float(batch.mask.sum())
-
     def further(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The share of right answers after the 1st, 2nd, .. edge of a path."""
         asked = int(batch.mask[:, 0].sum())
         path = asked // self.questions
-        right = (logits.argmax(2) == batch.target.argmax(2))[-asked:].float()
+        right = self.right(logits, batch)[-asked:].float()
         right = right.unflatten(0, (self.questions, path)).mean(0)
         return {ordinal(edge): share for edge, share in enumerate(right[: self.max_path], 1)}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import DNC, LSTM, MANN, NTM
+from .model_fixed import AssociativeModel, CompressiveModel
 from .task import Task
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ BUILDERS: dict[str, Callable[[Task, Settings], nn.Module]] = {
     "dnc": _dnc,
     "mann": _mann,
     "lstm": LSTMModel,
+    **dict.fromkeys(("additive", "window", "delta", "gated_delta"), AssociativeModel),
+    "compressive": CompressiveModel,
 }
 
 

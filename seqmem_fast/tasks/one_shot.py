@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from . import glyphs
-from .task import Batch, Probe, Size, Task, ordinal, require_positive
+from .task import AnswersTask, Batch, Probe, Size, ordinal, require_positive
 
 SIGHTS = (1, 2, 5, 10)  # at which accuracy is told
 
 
 @dataclass(frozen=True)
-class OneShotTask(Task):
+class OneShotTask(AnswersTask):
     """Episodes of `classes` letters with `images` pictures each, in random order; at every step a
     picture is to be named while the label of the step before is shown.
 
@@ -36,8 +34,6 @@ class OneShotTask(Task):
         ValueError: a number out of range.
         MissingPackage: from the first batch on, where matplotlib is not installed.
     """
-
-    unit: ClassVar[str] = "answers"
 
     classes: int = 5
     images: int = 10
@@ -58,10 +54,6 @@ class OneShotTask(Task):
     @property
     def output_size(self) -> int:
         return self.classes
-
-    @property
-    def chance(self) -> float:
-        return math.log(self.classes)
 
     def draw(self, generator: Generator, stage: int | None = None) -> Size:
         return {"images": self.images}
@@ -99,19 +91,9 @@ class OneShotTask(Task):
         mask = input.new_ones(steps, rows)
         return Batch(input, target.transpose(0, 1), mask, torch.full((rows,), steps))
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, the mean over all steps."""
-        return -(logits.log_softmax(2) * batch.target).sum(2).mean()
-
-    def wrong(self, logits: Tensor, batch: Batch) -> Tensor:
-        return (logits.argmax(2) != batch.target.argmax(2)).sum(0)
-
-    def counted(self, batch: Batch) -> float:
-        return float(batch.mask.sum())
-
     def further(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The share of right answers at the 1st, 2nd, 5th, 10th sight of a class."""
-        right = (logits.argmax(2) == batch.target.argmax(2)).float()
+        right = self.right(logits, batch).float()
         at = sights(batch.target)
         return {
             ordinal(sight): (right * (at == sight)).sum(0) / self.classes

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import TASKS
 from .model import BUILDERS, DNC_OPTIONS
+from .model_fixed import COMPRESSIONS
 from .task import Task
 
 
@@ -31,17 +32,22 @@ class Settings:
     curriculum: float = 0.0  # sizes grow by one when the loss is under this; 0: all from the start
     fall: float = 0.5  # the last share of the steps, over which the learning rate falls
     learnt: float = 0.0  # at all sizes, the loss under which that begins early; 0: never early
-    controller_size: int = 100  # hidden units; also of the LSTM alone
+    controller_size: int = 100  # hidden units, of the LSTM alone too; else the layers' width
     num_layers: int = 1
-    memory_size: int = 128  # slots
+    memory_size: int = 128  # slots; features of a key in an associative memory
     memory_dim: int = 20
     heads: str = "wr"  # of an NTM
-    read_heads: int = 4  # of a DNC or a MANN, where each writes as well
+    read_heads: int = 4  # of a DNC, of attention, or of a MANN, where each writes as well
     write_heads: int = 1  # of a DNC
     dnc_options: str = ""  # of a DNC: names of DNC_OPTIONS, by commas
+    compression: str = "conv"  # of a compressive memory: a name of COMPRESSIONS
+    ratio: int = 4  # of a compressive memory: vectors in a compressed one
+    segment: int = 16  # steps that a network with a compressive memory reads at once
 
     def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, TASKS), ("model", self.model, BUILDERS)):
+        names = {"task": TASKS, "model": BUILDERS, "compression": COMPRESSIONS}
+        for name, known in names.items():
+            value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         if unknown := set(self.dnc_options.split(",")) - {"", *DNC_OPTIONS}:
@@ -55,6 +61,8 @@ class Settings:
             "memory_size",
             "read_heads",
             "write_heads",
+            "ratio",
+            "segment",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -108,6 +116,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "memory_size": 10,
         "memory_dim": 16,
         "read_heads": 1,
+    },
+    "distant_recall": {
+        "model": "compressive",
+        "steps": 2500,
+        "batch_size": 64,
+        "weight_decay": 0.0,
+        "controller_size": 64,
+        "memory_size": 32,
+        "read_heads": 1,
+    },
+    "overwrite_recall": {
+        "model": "gated_delta",
+        "steps": 600,
+        "batch_size": 32,
+        "weight_decay": 0.0,
+        "controller_size": 64,
+        "memory_size": 32,
+        "memory_dim": 32,
     },
     "associative_recall": {
         "steps": 10_000,

@@ -154,6 +154,30 @@ class BitsTask(Task):
         }
 
 
+class AnswersTask(Task):
+    """A task whose answers are each one of `output_size`: the target is 1 there."""
+
+    unit: ClassVar[str] = "answers"
+
+    @property
+    def chance(self) -> float:
+        return math.log(self.output_size)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy in nats, the mean over all answers."""
+        return -(logits.log_softmax(2) * batch.target).sum() / batch.mask.sum()
+
+    def wrong(self, logits: Tensor, batch: Batch) -> Tensor:
+        return (~self.right(logits, batch) * batch.mask).sum(0)
+
+    def counted(self, batch: Batch) -> float:
+        return float(batch.mask.sum())
+
+    def right(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Which steps say what they should, bool [T, B]."""
+        return logits.argmax(2) == batch.target.argmax(2)
+
+
 class Score(NamedTuple):
     """Means over sequences."""
 

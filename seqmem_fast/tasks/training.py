@@ -64,7 +64,8 @@ class Training:
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(f"the loss at step {self.step_count + 1} is {value}")
-        loss.backward()
+        side = getattr(self.model, "side_loss", None)
+        (loss if side is None else loss + side).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
