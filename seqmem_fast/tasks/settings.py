@@ -119,8 +119,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "distant_recall": {
         "model": "compressive",
-        "steps": 2500,
-        "batch_size": 64,
+        "steps": 400,
+        "batch_size": 32,
         "weight_decay": 0.0,
         "controller_size": 64,
         "memory_size": 32,
