@@ -298,7 +298,7 @@ def test_the_table_tells_by_distance(
     printed = capsys.readouterr().out
     for span in ("1-16", "17-32", "33-48", "49-80"):
         assert f"{span} back" in printed
-    assert "128 steps" in printed and "at the 49-80 back" not in printed
+    assert "128 steps" in printed and "(49-80 back)." in printed
     scores = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
     assert all(len(score["further"]) == 4 for score in scores)
 

@@ -524,7 +524,7 @@ def test_the_verdict_says_how_far_it_reaches() -> None:
     assert "still gets 2.500 bits wrong" in display.verdict(scored(2.5, 0.0, 0.0))
     own = display.Score(4.0, 0.0, 0.0, None, {"1st": 0.2, "2nd": 0.95})
     found = display.verdict([(display.Probe("", {}, True), own)])
-    assert found == "Right: 20.0% at the 1st, 95.0% at the 2nd."
+    assert found == "Right: 20.0% (1st), 95.0% (2nd)."
 
 
 def test_help_names_the_tasks_own_sizes(capsys: pytest.CaptureFixture[str]) -> None:

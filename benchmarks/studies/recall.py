@@ -27,7 +27,7 @@ from seqmem_fast.tasks.display import EVALUATION_SEED, Bar
 from seqmem_fast.tasks.settings import Settings, standard
 from seqmem_fast.tasks.training import Training
 
-SEQUENCES = 1000  # of each size
+SEQUENCES = 500  # of each size
 WRITES = (16, 24, 32, 48, 64, 96, 128, 192)
 LONGER = 128  # steps of a stream never trained on
 
@@ -62,7 +62,8 @@ def sizes_of(task: str) -> dict[str, dict[str, int]]:
     """What is judged, by name."""
     if task == "overwrite_recall":
         return {str(n): {"writes": n} for n in WRITES}
-    return {str(n): {"history": n} for n in (DistantRecallTask().history, LONGER)}
+    history = DistantRecallTask().history
+    return {str(history): {"history": history}}
 
 
 @torch.no_grad()
@@ -101,7 +102,8 @@ def train(console: Console, settings: Settings, memory: str) -> dict[str, Any]:
     }
     if isinstance(training.task, DistantRecallTask):
         run["by_steps"] = right_by_steps(training, LONGER)
-    console.print(f"{memory}, seed {settings.seed}: {trained_cpu:.0f} s, ", scores, highlight=False)
+    shares = {name: score.further for name, score in scores.items()}
+    console.print(f"{memory}, seed {settings.seed}: {trained_cpu:.0f} s {shares}", highlight=False)
     return run
 
 
@@ -159,7 +161,7 @@ def draw(name: str, runs: Sequence[Mapping[str, Any]]) -> Any:
         axes.set_xlabel("steps from the note to the questions")
         said = "longest stream trained on"
     else:
-        trained = COLUMNS[name] and 48
+        trained = task.probes()[0].size["writes"]
         axes.set_xscale("log", base=2)
         axes.set_xticks(WRITES, [str(n) for n in WRITES])
         axes.set_xlabel("writes to 16 keys before the questions")
@@ -169,7 +171,7 @@ def draw(name: str, runs: Sequence[Mapping[str, Any]]) -> Any:
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("right answers")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="outside right upper")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -156,8 +156,9 @@ def verdict(scores: Sequence[tuple[Probe, Score]]) -> str:
         )
     _, here = scores[0]
     if here.further:
-        shares = ", ".join(f"{share:.1%} at the {name}" for name, share in here.further.items())
-        return f"Right: {shares}."
+        named = len(here.further) > 1
+        shares = (f"{share:.1%}" + f" ({n})" * named for n, share in here.further.items())
+        return f"Right: {', '.join(shares)}."
     learnt = "It has learnt what it was trained on"
     if here.wrong_bits >= 0.01:
         learnt = f"On what it was trained on it still gets {here.wrong_bits:.3f} bits wrong"

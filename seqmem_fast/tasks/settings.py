@@ -119,7 +119,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "distant_recall": {
         "model": "compressive",
-        "steps": 400,
+        "steps": 350,
         "batch_size": 32,
         "weight_decay": 0.0,
         "controller_size": 64,
