@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..nn import CompressiveAttention, CompressiveMemory
+from ..nn import CompressiveAttention, CompressiveMemory, CompressiveState
 from .task import Task
 
 if TYPE_CHECKING:
@@ -139,11 +139,14 @@ class CompressiveModel(nn.Module):
         self.side_loss: Tensor | None = None  # of the last call: what trains the compression alone
 
     @property
+    def attentions(self) -> list[CompressiveAttention]:
+        """The layers, as what they are."""
+        return [layer for layer in self.layers if isinstance(layer, CompressiveAttention)]
+
+    @property
     def memory(self) -> CompressiveMemory:
         """That of the first layer."""
-        layer = self.layers[0]
-        assert isinstance(layer, CompressiveAttention)
-        return layer.memory
+        return self.attentions[0].memory
 
     def forward(self, input: Tensor) -> Tensor:
         """input [T, B, I] -> logits [T, B, O]."""
@@ -151,11 +154,12 @@ class CompressiveModel(nn.Module):
 
     def trace(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Also what the first layer's last segment attends to, [B, T', slots + T']."""
-        states = [None] * len(self.layers)
+        attentions = self.attentions
+        states: list[CompressiveState | None] = [None] * len(attentions)
         losses, outputs = [], []
         for segment in self.embedding(input.transpose(0, 1)).split(self.segment, 1):
             x = segment
-            for index, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            for index, (layer, norm) in enumerate(zip(attentions, self.norms, strict=True)):
                 read, states[index], weights = layer(x, states[index])
                 x = norm(x + read)
                 if index == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -45,8 +45,12 @@ class Settings:
     segment: int = 16  # steps that a network with a compressive memory reads at once
 
     def __post_init__(self) -> None:
-        names = {"task": TASKS, "model": BUILDERS, "compression": COMPRESSIONS}
-        for name, known in names.items():
+        known_by: dict[str, Collection[str]] = {
+            "task": TASKS,
+            "model": BUILDERS,
+            "compression": COMPRESSIONS,
+        }
+        for name, known in known_by.items():
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
