@@ -28,7 +28,7 @@ from seqmem_fast.tasks.settings import Settings, standard
 from seqmem_fast.tasks.training import Training
 
 SEQUENCES = 500  # of each size
-WRITES = (16, 24, 32, 48, 64, 96, 128, 192)
+WRITES = (16, 24, 32, 48, 96, 192)
 LONGER = 128  # steps of a stream never trained on
 
 # name: what differs from the standard settings

@@ -132,8 +132,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "overwrite_recall": {
         "model": "gated_delta",
-        "steps": 600,
+        "steps": 300,
+        "fall": 0.4,
         "batch_size": 32,
+        "learning_rate": 4e-3,
         "weight_decay": 0.0,
         "controller_size": 64,
         "memory_size": 32,
