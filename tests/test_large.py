@@ -72,6 +72,18 @@ def window_attention(x: Tensor) -> None:
 
 
 @slow
+def block_sparse_attention(x: Tensor) -> None:
+    """Each query sees its own block of two; the last has one key alone."""
+    rows = x[None, None]
+    places = torch.arange(-(-ROWS // 2))
+    blocks = torch.stack((places, places), 1)[None, None]
+    output, weights = ops.block_sparse_attention(rows, rows, rows, blocks, (2, 2), is_causal=True)
+    assert weights[0, 0, -1, 0].tolist() == [1, 0]
+    near(output[0, 0, -1], LAST)
+    assert (weights[0, 0, :-1, 1] == 0.5).all()
+
+
+@slow
 def additive_attention(x: Tensor) -> None:
     key = small(ROWS, 1)
     key[-1] = 30

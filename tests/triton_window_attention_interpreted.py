@@ -73,7 +73,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_fits", lambda *_: False)
+    monkeypatch.setattr(launchers, "fits_heads", lambda *_: False)
     check(SAMPLES["everything"], torch.float32)
 
 

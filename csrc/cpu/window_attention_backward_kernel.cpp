@@ -19,37 +19,6 @@ namespace {
 
 constexpr int64_t kBackwardRows = 64, kBlockBytes = 200 << 10;
 
-// out[x] += sum_r a[r][x] b[r] for each column x, over the rows that may see it: row r has a zero
-// at columns before diagonal + r and after it has seen W. `exact` as for_rows has it.
-template <class C>
-void multiply_transposed(const Ranges& t, bool exact, int64_t diagonal, int64_t W, int64_t width,
-                         const C* a, int64_t a_stride, const C* b, int64_t b_stride, C* out) {
-  constexpr int L = kLanes<C>;
-  if (exact) {
-    for (int64_t r = 0; r < t.rows; ++r)
-      if (t.lo[r] < t.hi[r])
-        matrix_multiply<true>(t.hi[r] - t.lo[r], 1, width, a + r * a_stride + t.lo[r], a_stride,
-                              b + r * b_stride, b_stride, out + t.lo[r] * width, true);
-    return;
-  }
-  const Span seen = t.of(0, t.rows);
-  for_panels(0, width / L, [&](auto vectors, int64_t v) {
-    constexpr int V = decltype(vectors)::value;
-    for_row_blocks<C>(max<int64_t>(seen.end - seen.begin, 0), [&](auto block, int64_t start) {
-      constexpr int R = decltype(block)::value;
-      const int64_t x = seen.begin + start;
-      const int64_t first = max<int64_t>(x - diagonal - W + 1, 0);
-      const int64_t n = min(t.rows, x + R - diagonal) - first;
-      if (n <= 0) return;
-      const C* from[R];
-      SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) from[r] = a + first * a_stride + x + r;
-      tile_multiply_into<R, V, C>(true, n, from, a_stride, b + first * b_stride + v * L, L,
-                                  b_stride, out + x * width + v * L, width);
-    });
-  });
-}
-
 template <class S>
 class BackwardRun {
   using C = compute_t<S>;
@@ -194,12 +163,13 @@ class BackwardRun {
     }
     const int64_t row = (b * s.Hq + h) * s.Tq + first;
     for (int64_t r = 0; r < rows; ++r) {
-      read(weights + r * stride, static_cast<const S*>(a.weights) + (row + r * s.dilation) * W,
-           t.band, r, t.diagonal + r);
+      read_range(weights + r * stride,
+                 static_cast<const S*>(a.weights) + (row + r * s.dilation) * W, t.band.lo[r],
+                 t.band.hi[r], t.diagonal + r, t.band.columns);
       if (s.G > 0)
-        read(global_weights + r * global_stride,
-             static_cast<const S*>(a.global_weights) + (row + r * s.dilation) * s.G, t.global, r,
-             0);
+        read_range(global_weights + r * global_stride,
+                   static_cast<const S*>(a.global_weights) + (row + r * s.dilation) * s.G,
+                   t.global.lo[r], t.global.hi[r], 0, t.global.columns);
     }
     const int64_t sum_row = s.G + t.base - first_sum;
     if (a.grad_v != nullptr && has_output) {
@@ -242,55 +212,25 @@ class BackwardRun {
                           global_stride, b, width, sums);
   }
 
-  // row = the stored weights, whose first column is number `diagonal` of the row; zero elsewhere.
-  void read(C* row, const S* from, const Ranges& t, int64_t r, int64_t diagonal) {
-    const int64_t lo = t.lo[r], hi = t.hi[r];
-    from += lo - diagonal;
-    int64_t x = lo;
-    for (; x + L <= hi; x += L) store(row + x, load(from + x - lo));
-    if (x < hi && hi - lo >= L) {
-      store(row + hi - L, load(from + hi - lo - L));
-    } else {
-      for (; x < hi; ++x) row[x] = widen_one(from[x - lo]);
-    }
-    clear_outside(row, lo, hi, t.columns);
-  }
-
   // slopes -> dS, from dO V^T where there is a dO.
   void finish_row(int64_t b, int64_t h, int64_t i, const Tile& t, int64_t r) {
     C *near = slopes + r * stride, *far = global_slopes + r * global_stride;
     const C *near_weights = weights + r * stride, *far_weights = global_weights + r * global_stride;
     C total = 1;
     if (s.alpha != 1) {
-      total = to_slopes(weights + r * stride, t.band, r);
-      if (s.G > 0) total += to_slopes(global_weights + r * global_stride, t.global, r);
+      total = to_slopes(weights + r * stride, t.band.lo[r], t.band.hi[r], s.alpha);
+      if (s.G > 0)
+        total +=
+            to_slopes(global_weights + r * global_stride, t.global.lo[r], t.global.hi[r], s.alpha);
     }
     C mean =
         dots(near, near_weights, t.band, r, rows_of<S>(a.grad_weights, b, h, i, 1), t.diagonal + r);
     if (s.G > 0)
       mean += dots(far, far_weights, t.global, r, rows_of<S>(a.grad_global, b, h, i, 1), 0);
     if (s.alpha != 1) mean = total == 0 ? C(0) : mean / total;
-    scale_row(near, near_weights, t.band, r, mean);
-    if (s.G > 0) scale_row(far, far_weights, t.global, r, mean);
-  }
-
-  // weights -> weights^(2 - alpha) where not zero; their sum.
-  C to_slopes(C* row, const Ranges& t, int64_t r) {
-    switch (entmax::kind_of(nullptr, s.alpha)) {
-      case entmax::Kind::Sparsemax: return to_slopes<entmax::Kind::Sparsemax>(row, t, r);
-      case entmax::Kind::Entmax15: return to_slopes<entmax::Kind::Entmax15>(row, t, r);
-      default: return to_slopes<entmax::Kind::Any>(row, t, r);
-    }
-  }
-  template <entmax::Kind kind>
-  C to_slopes(C* row, const Ranges& t, int64_t r) {
-    Vec<C> total = {};
-    for (int64_t x = t.lo[r] / L * L; x < t.hi[r]; x += L) {
-      const Vec<C> slope = entmax::Rows<C, kind>::slopes(load(row + x), C(2 - s.alpha));
-      store(row + x, slope);
-      total += slope;
-    }
-    return sum<C>(total);
+    scale_slopes(near, near_weights, t.band.lo[r], t.band.hi[r], mean, t.band.columns);
+    if (s.G > 0)
+      scale_slopes(far, far_weights, t.global.lo[r], t.global.hi[r], mean, t.global.columns);
   }
 
   // slope += the gradient of the weights themselves; sum of slope * weight.
@@ -310,19 +250,7 @@ class BackwardRun {
       }
     }
     close_range(slope, lo, hi, C(0));
-    Vec<C> total[4] = {};
-    int64_t x = whole.begin;
-    for (; x + 4 * L <= whole.end; x += 4 * L) SEQMEM_UNROLL
-    for (int v = 0; v < 4; ++v) total[v] += load(slope + x + v * L) * load(weight + x + v * L);
-    for (; x < whole.end; x += L) total[0] += load(slope + x) * load(weight + x);
-    return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
-  }
-
-  void scale_row(C* slope, const C* weight, const Ranges& t, int64_t r, C mean) {
-    const int64_t lo = t.lo[r], hi = t.hi[r];
-    for (int64_t x = lo / L * L; x < hi; x += L)
-      store(slope + x, load(weight + x) * (load(slope + x) - mean));
-    clear_outside(slope, lo, hi, t.columns);
+    return dot_of(slope, weight, lo, hi);
   }
 
   // A class's keys, from its only task.

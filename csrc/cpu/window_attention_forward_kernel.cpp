@@ -9,8 +9,6 @@
 //           takes the scores of the keys that a row sees, side by side, to weights of sum 1
 //   pass 3  weights = scores / sum, stored as a band; past the caches where they are large
 //   pass 4  output = (scores value + global scores global value) / sum
-#include "../common/exponentials.h"
-#include "../common/past_caches.h"
 #include "window_attention_band.h"
 
 namespace seqmem::window_attention {
@@ -69,8 +67,8 @@ class ForwardRun {
       scores = take.array<C>(R * stride);
       global_scores = take.array<C>(s.G > 0 ? R * global_stride : 0);
       out = take.array<C>(R * Dv_pad);
-      line = take.array<C>(s.alpha == 1 ? 0 : longest());
-      line_buffer = take.array<char>(s.alpha == 1 ? 0 : 2 * longest() * int64_t(sizeof(double)));
+      line = take.array<C>(s.alpha == 1 ? 0 : longest_line(stride + s.G));
+      line_buffer = take.array<char>(s.alpha == 1 ? 0 : line_bytes(stride + s.G));
     });
     return take.used();
   }
@@ -89,9 +87,6 @@ class ForwardRun {
   }
 
  private:
-  // A row's scores, in whole vectors of any type.
-  int64_t longest() const { return ceil_div(stride + s.G, 64) * 64; }
-
   // `count` keys and values from key `first` on; whether some value is not finite.
   bool pack(const Task& task, int64_t first, int64_t step, int64_t count, C* keys, C* values) {
     if (count == 0) return false;
@@ -127,11 +122,12 @@ class ForwardRun {
       const int64_t row = (b * s.Hq + h) * s.Tq + first + r * s.dilation;
       const int64_t column = t.diagonal + r;  // of the scores, where the band's first is
       if (a.weights != nullptr)
-        write(static_cast<S*>(a.weights) + row * W, W, scores + r * stride, t.band.lo[r],
-              t.band.hi[r], column, inverse[r]);
+        write_range(static_cast<S*>(a.weights) + row * W, W, scores + r * stride, t.band.lo[r],
+                    t.band.hi[r], column, inverse[r], past_caches);
       if (a.global_weights != nullptr)
-        write(static_cast<S*>(a.global_weights) + row * s.G, s.G, global_scores + r * global_stride,
-              t.global.lo[r], t.global.hi[r], 0, inverse[r]);
+        write_range(static_cast<S*>(a.global_weights) + row * s.G, s.G,
+                    global_scores + r * global_stride, t.global.lo[r], t.global.hi[r], 0,
+                    inverse[r], false);
     }
     multiply_columns(t.band, exact, false, Dv_pad, scores, stride, value_panels, count, at, out,
                      Dv_pad);
@@ -169,68 +165,16 @@ class ForwardRun {
     return near || far ? C(1) / total : C(0);
   }
 
-  template <entmax::Kind kind, class Computed>
-  void entmax_line(int64_t n) {
-    const int64_t bytes = longest() * int64_t(sizeof(double));
-    entmax::Rows<C, kind, Computed>(n, line_buffer, bytes).forward(line, line, s.alpha);
-  }
-
   void sparse(C* band, const Ranges& near, C* global, const Ranges& far, int64_t r) {
     const int64_t n = max<int64_t>(near.hi[r] - near.lo[r], 0);
     const int64_t more = max<int64_t>(far.hi[r] - far.lo[r], 0);
     __builtin_memcpy(line, band + near.lo[r], n * sizeof(C));
     __builtin_memcpy(line + n, global + far.lo[r], more * sizeof(C));
-    if (n + more > 0) {
-      using entmax::Kind;
-      if (s.alpha < entmax::kSteep) {
-        entmax_line<Kind::Any, double>(n + more);
-      } else {
-        switch (entmax::kind_of(nullptr, s.alpha)) {
-          case Kind::Sparsemax: entmax_line<Kind::Sparsemax, C>(n + more); break;
-          case Kind::Entmax15: entmax_line<Kind::Entmax15, C>(n + more); break;
-          default: entmax_line<Kind::Any, C>(n + more);
-        }
-      }
-    }
+    entmax_row(line, n + more, s.alpha, line_buffer, stride + s.G);
     __builtin_memcpy(band + near.lo[r], line, n * sizeof(C));
     __builtin_memcpy(global + far.lo[r], line + n, more * sizeof(C));
     clear_outside(band, near.lo[r], near.hi[r], near.columns);
     if (s.G > 0) clear_outside(global, far.lo[r], far.hi[r], s.G);
-  }
-
-  static C highest(const C* row, Span span) {
-    Vec<C> top[4];
-    for (int v = 0; v < 4; ++v) top[v] = splat(-kInfinity<C>);
-    int64_t x = span.begin;
-    auto step = [&](int v) {
-      const Vec<C> here = load(row + x + v * L);
-      top[v] = here > top[v] ? here : top[v];
-    };
-    for (; x + 4 * L <= span.end; x += 4 * L) SEQMEM_UNROLL
-    for (int v = 0; v < 4; ++v) step(v);
-    for (; x < span.end; x += L) step(0);
-    for (int v = 1; v < 4; ++v) top[0] = top[v] > top[0] ? top[v] : top[0];
-    return largest<C>(top[0]);
-  }
-
-  // to[0..width-1] = inverse * row, from column `first` of the row on, where it sees lo..hi-1.
-  void write(S* to, int64_t width, const C* row, int64_t lo, int64_t hi, int64_t first, C inverse) {
-    if (past_caches && width == W && hi - lo == W) {
-      for (int64_t j = 0; j < W; j += L) store_past_caches(to + j, inverse * load(row + first + j));
-      return;
-    }
-    if (lo >= hi) lo = hi = first;
-    const int64_t begin = lo - first, end = hi - first, n = hi - lo;
-    __builtin_memset(to, 0, begin * sizeof(S));
-    __builtin_memset(to + end, 0, (width - end) * sizeof(S));
-    to += begin;
-    row += lo;
-    for (int64_t j = 0; j + L <= n; j += L) store(to + j, inverse * load(row + j));
-    if (n % L != 0 && n > L) {
-      store(to + n - L, inverse * load(row + n - L));
-    } else if (n % L != 0) {
-      store_n(to, inverse * load(row), static_cast<int>(n));
-    }
   }
 };
 

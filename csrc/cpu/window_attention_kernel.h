@@ -6,15 +6,10 @@
 
 #include <cstdint>
 
+#include "../common/heads.h"
 #include "../common/isa.h"
 
 namespace seqmem::window_attention {
-
-// A bound for each query: at row b and query i it is data[b * row + i * query].
-struct Bounds {
-  const int64_t* data;  // null where there is none
-  int64_t row, query;
-};
 
 struct Shape {
   int64_t B, Hq, Hk, Tq, Tk, D, Dv;
@@ -33,12 +28,6 @@ struct Plan {
   // each, so there the number must not depend on the threads.
   int64_t groups;
   mutable int64_t next;  // the first task that no thread has taken yet, 0 at the start
-};
-
-// Element (b, h, t, d) is data[b * row + h * head + t * step + d * feature].
-struct Heads {
-  const void* data;  // null where absent
-  int64_t row, head, step, feature;
 };
 
 // Storage type S is float, double, bf16 or fp16.

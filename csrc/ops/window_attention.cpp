@@ -5,8 +5,7 @@
 #include <cmath>
 
 #include "../common/dispatch.h"
-#include "../common/kept_blocks.h"
-#include "../common/operand.h"
+#include "../common/head_operands.h"
 #include "../common/team.h"
 #include "../cpu/window_attention_kernel.h"
 #include "window_attention_check.h"
@@ -14,28 +13,14 @@
 namespace seqmem::window_attention {
 namespace {
 
-Heads heads(const OptionalTensor& t) {
-  if (!t.has_value() || t->numel() == 0) return {};
-  auto stride = [&](int64_t d) { return t->size(d) == 1 ? 0 : t->stride(d); };
-  // A single feature is contiguous whatever its stride.
-  return {t->const_data_ptr(), stride(0), stride(1), stride(2), t->size(3) == 1 ? 1 : t->stride(3)};
-}
-
 // The arguments as the kernels take them, alive as long as this.
 struct Call {
-  const Tensor start, end;
+  const BoundOperand start, end;
   const Shape shape;
 
-  static Tensor bound(Maybe t) { return t.has_value() ? t->to(at::kLong).contiguous() : Tensor(); }
-  static Bounds bounds(const Tensor& t) {
-    if (!t.defined()) return {};
-    const bool each = t.dim() == 2;
-    return {t.const_data_ptr<int64_t>(), each ? t.size(1) : 1, each ? 1 : 0};
-  }
-
   Call(const Inputs& in, const Sizes<int64_t>& s)
-      : start(bound(in.key_start)),
-        end(bound(in.key_end)),
+      : start(in.key_start),
+        end(in.key_end),
         shape{.B = s.B,
               .Hq = s.Hq,
               .Hk = s.Hk,
@@ -48,8 +33,8 @@ struct Call {
               .dilation = in.dilation,
               .offset = in.offset,
               .G = in.global_keys,
-              .start = bounds(start),
-              .end = bounds(end),
+              .start = start.bounds(),
+              .end = end.bounds(),
               .scale = in.scale.value_or(1 / std::sqrt(double(s.D))),
               .alpha = in.alpha} {}
 };
@@ -79,22 +64,12 @@ int64_t groups_for(const Shape& s, int64_t tasks) {
 }
 
 template <class Int>
-Tensor result(const Tensor& like, std::initializer_list<Int> sizes) {
-  if constexpr (std::is_same_v<Int, int64_t>) {
-    constexpr int64_t kLarge = 8 << 20;
-    return KeptBlocks::empty(sizes, like.options(), kLarge);
-  } else {
-    return empty_like_of<Int>(like, sizes);
-  }
-}
-
-template <class Int>
 Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
-  const Tensor output = result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
+  const Tensor output = large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
   if (!in.need_weights)
     return {output, at::empty({0}, in.q.options()), at::empty({0}, in.q.options())};
-  return {output, result<Int>(in.q, {s.B, s.Hq, s.Tq, s.W()}),
-          result<Int>(in.q, {s.B, s.Hq, s.Tq, Int(in.global_keys)})};
+  return {output, large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.W()}),
+          large_result<Int>(in.q, {s.B, s.Hq, s.Tq, Int(in.global_keys)})};
 }
 
 Tensors<3> forward_cpu(const ForwardInputs& in) {
@@ -107,9 +82,9 @@ Tensors<3> forward_cpu(const ForwardInputs& in) {
   const Plan plan = {.groups = groups_for(call.shape, threads == 1 ? 1 : threads * kTasksPerThread),
                      .next = 0};
   const bool global = in.need_weights && in.global_keys > 0;
-  const Forward arguments = {.q = heads(in.q),
-                             .k = heads(in.k),
-                             .v = heads(in.v),
+  const Forward arguments = {.q = heads_of(in.q),
+                             .k = heads_of(in.k),
+                             .v = heads_of(in.v),
                              .output = data(output),
                              .weights = in.need_weights ? data(weights) : nullptr,
                              .global_weights = global ? data(global_weights) : nullptr,
@@ -126,9 +101,9 @@ constexpr int64_t kBackwardTasks = 16;
 Tensors<3> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
   auto gradient = [&](int k, In like) {
-    return in.output_mask[k]
-               ? result<int64_t>(in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
-               : Tensor();
+    return in.output_mask[k] ? large_result<int64_t>(
+                                   in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
+                             : Tensor();
   };
   const Tensor grad_q = gradient(0, in.q), grad_k = gradient(1, in.k), grad_v = gradient(2, in.v);
   if (s.Tq < in.dilation || s.Hq == 0)  // keys that no query sees
@@ -138,12 +113,12 @@ Tensors<3> backward_cpu(const BackwardInputs& in) {
     const Call call(in, s);
     const Plan plan = {.groups = groups_for(call.shape, kBackwardTasks), .next = 0};
     const Operand weights(in.weights), global_weights(in.global_weights);
-    const Backward arguments = {.grad_output = heads(in.grad_output),
-                                .grad_weights = heads(in.grad_weights),
-                                .grad_global = heads(in.grad_global_weights),
-                                .q = heads(in.q),
-                                .k = heads(in.k),
-                                .v = heads(in.v),
+    const Backward arguments = {.grad_output = heads_of(in.grad_output),
+                                .grad_weights = heads_of(in.grad_weights),
+                                .grad_global = heads_of(in.grad_global_weights),
+                                .q = heads_of(in.q),
+                                .k = heads_of(in.k),
+                                .v = heads_of(in.v),
                                 .weights = weights.data(),
                                 .global_weights = global_weights.data(),
                                 .grad_q = data(grad_q),

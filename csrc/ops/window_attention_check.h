@@ -4,13 +4,11 @@
 
 #include <algorithm>
 
-#include "../common/check.h"
-#include "../common/op.h"
+#include "../common/heads_check.h"
 
 namespace seqmem::window_attention {
 
 using at::Tensor;
-using Scale = std::optional<double>;
 
 inline constexpr char kName[] = "seqmem::window_attention",
                       kBackwardName[] = "seqmem::window_attention_backward";
@@ -43,8 +41,7 @@ struct BackwardInputs : Gradients, Inputs {
 };
 
 template <class Int>
-struct Sizes {
-  Int B, Hq, Hk, Tq, Tk, D, Dv;
+struct Sizes : HeadSizes<Int> {
   Int left, right;  // columns of the band on either side
 
   Int W() const { return left + right + 1; }
@@ -60,44 +57,8 @@ Int at_least_0(const Int& x) {
 }
 
 template <class Int>
-void check_bound(const Check<Int>& check, const char* name, Maybe t, const Sizes<Int>& s) {
-  if (!t.has_value()) return;
-  check.strided(name, *t);
-  TORCH_CHECK_TYPE(t->scalar_type() == at::kLong || t->scalar_type() == at::kInt, check.op(),
-                   ": expected ", name, " of dtype int64 or int32, got ", t->scalar_type());
-  check.same_device(name, *t);
-  if (t->dim() == 2) {
-    check.shape(name, *t, {s.B, s.Tq});
-  } else {
-    check.shape(name, *t, {s.B});
-  }
-}
-
-template <class Int>
 Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
-  check.floating_input();
-  check.dims("q", in.q, 4);
-  check.same_kind("k", in.k);
-  check.dims("k", in.k, 4);
-  check.same_kind("v", in.v);
-  check.dims("v", in.v, 4);
-  Sizes<Int> s = {check.size(in.q, 0),
-                  check.size(in.q, 1),
-                  check.size(in.k, 1),
-                  check.size(in.q, 2),
-                  check.size(in.k, 2),
-                  check.size(in.q, 3),
-                  check.size(in.v, 3),
-                  0,
-                  0};
-  TORCH_CHECK_VALUE(s.D > 0, check.op(), ": expected q with at least one feature, got shape ",
-                    in.q.sym_sizes());
-  TORCH_CHECK_VALUE(s.Hk > 0, check.op(), ": expected k with at least one head, got shape ",
-                    in.k.sym_sizes());
-  check.shape("k", in.k, {s.B, s.Hk, s.Tk, s.D});
-  check.shape("v", in.v, {s.B, s.Hk, s.Tk, s.Dv});
-  TORCH_CHECK_VALUE(s.Hq % s.Hk == 0, check.op(), ": expected q with a multiple of k's ", s.Hk,
-                    " heads, got ", s.Hq, " (shape ", in.q.sym_sizes(), ")");
+  Sizes<Int> s = {check_heads(check, in.q, in.k, in.v), 0, 0};
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;  // positions times dilations stay in range
   auto within = [&](const char* name, int64_t value, int64_t least) {
     TORCH_CHECK_VALUE(least <= value && value <= kMost, check.op(), ": expected ", name, " in ",
@@ -109,8 +70,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   within("offset", in.offset, 0);
   TORCH_CHECK_VALUE(in.global_keys >= 0 && in.global_keys <= s.Tk, check.op(),
                     ": expected global_keys in 0..", s.Tk, ", got ", in.global_keys);
-  TORCH_CHECK_VALUE(in.alpha >= 1 && in.alpha <= 2, check.op(), ": expected alpha in 1..2, got ",
-                    in.alpha);
+  check_alpha(check, in.alpha);
   check_bound(check, "key_start", in.key_start, s);
   check_bound(check, "key_end", in.key_end, s);
   // Without a bound, as far as the last query's first key or the first query's last one.

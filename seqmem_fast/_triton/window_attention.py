@@ -23,24 +23,19 @@ from ..ops.common import reference_vjp
 from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
-from .common import accumulator, autograd_below, launcher, product_precision, strides, wide
+from .common import (
+    accumulator,
+    autograd_below,
+    dense_rows,
+    fits_heads,
+    int_bound,
+    launcher,
+    product_precision,
+    strides,
+    wide,
+)
 
-_WIDEST = {torch.float64: 32}  # features that a program holds
 _BLOCK = 32  # queries, and keys, of a block
-
-
-def _fits(q: Tensor, v: Tensor, alpha: float) -> bool:
-    return alpha == 1 and max(q.shape[-1], v.shape[-1]) <= _WIDEST.get(q.dtype, 128)
-
-
-def _dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _bound(prefix: str, t: Tensor | None) -> dict[str, Any]:
-    if t is not None:
-        t = t.to(torch.int64).contiguous()
-    return {f"{prefix}_ptr": t, f"EACH_{prefix.upper()}": t is not None and t.dim() == 2}
 
 
 def _common(
@@ -107,7 +102,7 @@ def window_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::window_attention` on GPU."""
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
-    if not _fits(q, v, alpha):
+    if not fits_heads(q, v, alpha):
         found = _plain(q, k, v, *window)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
     with torch.cuda.device_of(q):
@@ -117,7 +112,7 @@ def window_attention(
         columns = common["left"] + 1 + common["right"]
         weights = q.new_zeros((*shape, columns) if need_weights else 0)
         of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
-        q, k, v = (_dense_rows(t) for t in (q, k, v))
+        q, k, v = (dense_rows(t) for t in (q, k, v))
         programs, counted = _by_queries(common)
         if shape.numel():
             kernels.window_attention_forward[(shape[0] * shape[1] * programs,)](
@@ -127,8 +122,8 @@ def window_attention(
                 output_ptr=output,
                 weights_ptr=weights if need_weights else None,
                 global_ptr=of_global if need_weights else None,
-                **_bound("start", key_start),
-                **_bound("end", key_end),
+                **int_bound("start", key_start),
+                **int_bound("end", key_end),
                 **strides("q", q, "0", "1", "t"),
                 **strides("k", k, "0", "1", "t"),
                 **strides("v", v, "0", "1", "t"),
@@ -163,7 +158,7 @@ def window_attention_backward(
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
     seeds = (grad_output, grad_weights, grad_global_weights)
     none = q.new_empty(0)
-    if not _fits(q, v, alpha):
+    if not fits_heads(q, v, alpha):
         with autograd_below():
             found = reference_vjp(
                 lambda q, k, v: _plain(q, k, v, *window), (q, k, v), seeds, output_mask
@@ -190,7 +185,7 @@ def _backward(
     global_weights: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    q, k, v = (_dense_rows(t) for t in operands)
+    q, k, v = (dense_rows(t) for t in operands)
     of_output, of_weights, of_global = (None if t is None else t.contiguous() for t in seeds)
     weights, global_weights = weights.contiguous(), global_weights.contiguous()
     delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))

@@ -18,49 +18,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import softmax_step, softmax_weights
+from .common import (
+    any_row,
+    is_nothing,
+    key_bound,
+    load_rows,
+    product,
+    scores_of,
+    softmax_step,
+    softmax_weights,
+    store_rows,
+    weights_gradient,
+)
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("offset", "queries", "keys", "blocks", "left", "right", "count")
-
-
-@triton.jit
-def _rows(ptr, at, rows, known, stride, width, BLOCK: tl.constexpr):
-    """[len(rows), BLOCK] of a matrix; zero in rows that are not known."""
-    n = tl.arange(0, BLOCK)
-    mask = known[:, None] & (n < width)[None, :]
-    return tl.load(
-        ptr + at + rows[:, None].to(tl.int64) * stride + n[None, :], mask=mask, other=0.0
-    )
-
-
-@triton.jit
-def _store_rows(ptr, at, value, rows, known, width, BLOCK: tl.constexpr):
-    n = tl.arange(0, BLOCK)
-    mask = known[:, None] & (n < width)[None, :]
-    where = ptr + at + rows[:, None].to(tl.int64) * width + n[None, :]
-    tl.store(where, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    if ACC == tl.float64:  # which matrix cores do not have everywhere
-        product = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-    else:
-        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
-    return product
-
-
-@triton.jit
-def _bound(ptr, b, i, queries, keys, other, EACH: tl.constexpr):
-    """Of each query i, clamped to the keys."""
-    at = other + i * 0
-    if ptr is not None:
-        if EACH:
-            at = tl.load(ptr + b * queries + i, mask=i < queries, other=0)
-        else:
-            at = tl.load(ptr + b) + i * 0
-    return tl.minimum(tl.maximum(at, 0), keys)
 
 
 @triton.jit
@@ -74,25 +46,6 @@ def _seen(own, x, first_key, dilation, left, right, keys, count, start, end, GLO
         ahead = x[None, :] - own[:, None]
         seen = (ahead >= -left) & (ahead <= right) & ((j >= count) & (j < keys))[None, :]
     return j, seen & (j[None, :] >= start[:, None]) & (j[None, :] < end[:, None])
-
-
-@triton.jit
-def _any(seen):
-    return tl.max(seen.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def _nothing(w):
-    """Where weights are zero; NaN is not. Beside zero itself, 16 bits would be compared in pairs,
-    which is no faster, and which the emulated PTX does not know."""
-    return w < 1.1e-38
-
-
-@triton.jit
-def _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.constexpr,
-            PRECISION: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    k = _rows(k_ptr, k_at, j, _any(seen), k_t, width, BD)
-    return tl.where(seen, _product(q, tl.trans(k), ACC, PRECISION) * SCALE, float("-inf"))
 
 
 @triton.jit
@@ -152,9 +105,9 @@ def window_attention_forward(
     h = z % heads
     k_at = b * k_0 + (h // group) * k_1
     v_at = b * v_0 + (h // group) * v_1
-    start = _bound(start_ptr, b, i, queries, keys, 0, EACH_START)
-    end = _bound(end_ptr, b, i, queries, keys, keys, EACH_END)
-    q = _rows(q_ptr, b * q_0 + h * q_1, i, i < queries, q_t, width, BD)
+    start = key_bound(start_ptr, b, i, queries, keys, 0, EACH_START)
+    end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
+    q = load_rows(q_ptr, b * q_0 + h * q_1, i, i < queries, q_t, width, BD)
     least = tl.maximum(tl.min(own, axis=0) - left, 0)
     most = tl.minimum(
         tl.max(own, axis=0) + right + 1, (keys - first_key + dilation - 1) // dilation
@@ -166,51 +119,36 @@ def window_attention_forward(
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
-        s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
         m, total = softmax_step(s, m, total)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
-        s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
         m, total = softmax_step(s, m, total)
     total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
 
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
-        s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
         w = tl.where(seen, softmax_weights(s, m, total), 0.0).to(v_ptr.dtype.element_ty)
         if global_ptr is not None:
             at, there = _places(i, own, x, z, queries, count, left, True)
             tl.store(global_ptr + at, w, mask=there)
-        v = _rows(v_ptr, v_at, j, _any(seen), v_t, value_width, BV)
-        out += _product(w, v, ACC, PRECISION)
+        v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
+        out += product(w, v, ACC, PRECISION)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
-        s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
         w = tl.where(seen, softmax_weights(s, m, total), 0.0).to(v_ptr.dtype.element_ty)
         if weights_ptr is not None:
             at, there = _places(i, own, x, z, queries, left + 1 + right, left, False)
             tl.store(weights_ptr + at, w, mask=there)
-        v = _rows(v_ptr, v_at, j, _any(seen), v_t, value_width, BV)
-        out += _product(w, v, ACC, PRECISION)
-    _store_rows(output_ptr, z * queries * value_width, out, i, i < queries, value_width, BV)
-
-
-@triton.jit
-def _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, at, there, j, value_width,
-              ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-              BV: tl.constexpr):  # fmt: skip
-    """Weights W, zero where a query does not see a key, and their gradient P, [BM, BN] each."""
-    w = tl.load(weights_ptr + at, mask=there, other=0.0).to(ACC)
-    p = tl.zeros([BM, BN], ACC)
-    if g is not None:
-        v = _rows(v_ptr, v_at, j, _any(~_nothing(w)), v_t, value_width, BV)
-        p += _product(g, tl.trans(v), ACC, PRECISION)
-    if grad_ptr is not None:
-        p += tl.load(grad_ptr + at, mask=there, other=0.0).to(ACC)
-    return w, tl.where(_nothing(w), 0.0, p)
+        v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
+        out += product(w, v, ACC, PRECISION)
+    store_rows(output_ptr, z * queries * value_width, out, i, i < queries, value_width, BV)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -261,7 +199,7 @@ def window_attention_backward_rows(
     columns = left + 1 + right
     g = None
     if grad_output_ptr is not None:
-        g = _rows(grad_output_ptr, z * queries * value_width, i, i < queries, value_width,
+        g = load_rows(grad_output_ptr, z * queries * value_width, i, i < queries, value_width,
                   value_width, BV)  # fmt: skip
     least = tl.maximum(tl.min(own, axis=0) - left, 0)
     most = tl.minimum(
@@ -272,13 +210,13 @@ def window_attention_backward_rows(
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
-        w, p = _gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
+        w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
                          value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
         delta += tl.sum(w * p, axis=1)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
-        w, p = _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
+        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                          first_key + x * dilation, value_width, ACC, PRECISION, BM, BN,
                          BV)  # fmt: skip
         delta += tl.sum(w * p, axis=1)
@@ -288,21 +226,23 @@ def window_attention_backward_rows(
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
-        w, p = _gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
+        w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
                          value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
-        ds = tl.where(_nothing(w), 0.0, w * (p - delta[:, None]))
-        k = _rows(k_ptr, k_at, x, _any(~_nothing(w)), k_t, width, BD)
-        grad_q += _product(ds.to(k.dtype), k, ACC, PRECISION)
+        ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
+        k = load_rows(k_ptr, k_at, x, any_row(~is_nothing(w)), k_t, width, BD)
+        grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
-        w, p = _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
+        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                          first_key + x * dilation, value_width, ACC, PRECISION, BM, BN,
                          BV)  # fmt: skip
-        ds = tl.where(_nothing(w), 0.0, w * (p - delta[:, None]))
-        k = _rows(k_ptr, k_at, first_key + x * dilation, _any(~_nothing(w)), k_t, width, BD)
-        grad_q += _product(ds.to(k.dtype), k, ACC, PRECISION)
-    _store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, i < queries, width, BD)
+        ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
+        k = load_rows(
+            k_ptr, k_at, first_key + x * dilation, any_row(~is_nothing(w)), k_t, width, BD
+        )
+        grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
+    store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, i < queries, width, BD)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -362,7 +302,7 @@ def window_attention_backward_columns(
         known = x < count
         least = least * 0
         most = most * 0 + queries
-    v = _rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
     for member in range(group):
@@ -373,19 +313,19 @@ def window_attention_backward_columns(
             i = first + n * step
             at, there = _places(i, n + ahead, x, z, queries, columns, left, GLOBAL)
             w = tl.load(weights_ptr + at, mask=there & known[None, :], other=0.0).to(ACC)
-            busy = (i < queries) & (tl.max((~_nothing(w)).to(tl.int32), axis=1) > 0)
+            busy = (i < queries) & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
             p = tl.zeros([BM, BN], ACC)
             if grad_output_ptr is not None:
-                g = _rows(grad_output_ptr, z * queries * value_width, i, busy, value_width,
+                g = load_rows(grad_output_ptr, z * queries * value_width, i, busy, value_width,
                           value_width, BV)  # fmt: skip
-                grad_v += _product(tl.trans(w.to(g.dtype)), g, ACC, PRECISION)
-                p += _product(g, tl.trans(v), ACC, PRECISION)
+                grad_v += product(tl.trans(w.to(g.dtype)), g, ACC, PRECISION)
+                p += product(g, tl.trans(v), ACC, PRECISION)
             if grad_weights_ptr is not None:
                 given = tl.load(grad_weights_ptr + at, mask=there & known[None, :], other=0.0)
                 p += given.to(ACC)
             delta = tl.load(delta_ptr + z * queries + i, mask=i < queries, other=0.0)
-            ds = tl.where(_nothing(w), 0.0, w * (p - delta[:, None]))
-            q = _rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)
-            grad_k += _product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
-    _store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
-    _store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)
+            ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
+            q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)
+            grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
+    store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
+    store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

@@ -9,6 +9,7 @@ from .attention_compressive import (
     CompressiveMemory,
     CompressiveState,
 )
+from .block_sparse_attention import BlockSparseAttention
 from .delta_memory import DeltaMemory, DeltaMemoryState
 from .dnc import DNC
 from .dynamic_memory import DynamicMemory, EpisodicMemory
@@ -32,6 +33,7 @@ __all__ = [
     "NTM",
     "AdditiveAttention",
     "Attention",
+    "BlockSparseAttention",
     "Compression",
     "CompressiveAttention",
     "CompressiveMemory",

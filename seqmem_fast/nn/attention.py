@@ -278,6 +278,18 @@ class Attention(nn.Module):
         parts = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(map(F.linear, (query, key, value), weight.chunk(3), cast(Any, parts)))
 
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Projected, [B, H, T, E / H] each."""
+        projected = Attention._project(self, query, key, value)
+        if not self.batch_first:
+            projected = tuple(t.transpose(0, 1) for t in projected)
+        return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in projected)
+
+    def _joined(self, output: Tensor) -> Tensor:
+        output = output.transpose(1, 2) if self.batch_first else output.permute(2, 0, 1, 3)
+        projected: Tensor = self.out_proj(output.flatten(2))
+        return projected
+
     def _mask(
         self, padding: Tensor | None, extra: Tensor | None, query: Tensor, need_weights: bool
     ) -> Tensor | None:

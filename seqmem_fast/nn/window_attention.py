@@ -164,18 +164,6 @@ class WindowAttention(Attention):
         following = (torch.cat((t[:, :, :sinks], t[:, :, count - kept :]), 2) for t in (k, v))
         return self._joined(output), weights, WindowState(*following)
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Projected, [B, H, T, E / H] each."""
-        projected = Attention._project(self, query, key, value)
-        if not self.batch_first:
-            projected = tuple(t.transpose(0, 1) for t in projected)
-        return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in projected)
-
-    def _joined(self, output: Tensor) -> Tensor:
-        output = output.transpose(1, 2) if self.batch_first else output.permute(2, 0, 1, 3)
-        projected: Tensor = self.out_proj(output.flatten(2))
-        return projected
-
     def _windows(
         self,
         q: Tensor,

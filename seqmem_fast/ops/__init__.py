@@ -3,6 +3,7 @@
 # Written by `make format`:
 from .additive_attention import additive_attention
 from .attention import attention
+from .block_sparse_attention import block_list, block_sparse_attention, dense_weights
 from .delta_memory import delta_memory
 from .dnc import DNCOptions, DNCState, DNCTrace, dnc, dnc_trace
 from .dynamic_memory import dynamic_memory
@@ -23,8 +24,11 @@ __all__ = [
     "NTMState",
     "additive_attention",
     "attention",
+    "block_list",
+    "block_sparse_attention",
     "categorical_sample",
     "delta_memory",
+    "dense_weights",
     "dnc",
     "dnc_trace",
     "dynamic_memory",

@@ -83,6 +83,13 @@ def window_attention(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["global"], torch.bfloat16)
 
 
+def block_sparse_attention(patch: pytest.MonkeyPatch) -> None:
+    module = checks("block_sparse_attention")
+    patch.setattr(module.launchers, "_BLOCK", 16)
+    module.check(module.SAMPLES["causal"], torch.float32)
+    module.check(module.SAMPLES["shared"], torch.bfloat16)
+
+
 def additive_attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("additive_attention")
     module.check(module.SAMPLES["masked"], torch.float32)

@@ -1,0 +1,44 @@
+// Tensors of heads as kernels take them (heads.h), and results that the next call finds again.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "heads.h"
+#include "kept_blocks.h"
+#include "operand.h"
+
+namespace seqmem {
+
+inline Heads heads_of(const OptionalTensor& t) {
+  if (!t.has_value() || t->numel() == 0) return {};
+  auto stride = [&](int64_t d) { return t->size(d) == 1 ? 0 : t->stride(d); };
+  // A single feature is contiguous whatever its stride.
+  return {t->const_data_ptr(), stride(0), stride(1), stride(2), t->size(3) == 1 ? 1 : t->stride(3)};
+}
+
+// [B] or [B, Tq] of integers, alive as long as this.
+class BoundOperand {
+ public:
+  explicit BoundOperand(const OptionalTensor& t)
+      : tensor_(t.has_value() ? t->to(at::kLong).contiguous() : at::Tensor()) {}
+  Bounds bounds() const {
+    if (!tensor_.defined()) return {};
+    const bool each = tensor_.dim() == 2;
+    return {tensor_.const_data_ptr<int64_t>(), each ? tensor_.size(1) : 1, each ? 1 : 0};
+  }
+
+ private:
+  at::Tensor tensor_;
+};
+
+template <class Int>
+at::Tensor large_result(const at::Tensor& like, std::initializer_list<Int> sizes) {
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    constexpr int64_t kLarge = 8 << 20;
+    return KeptBlocks::empty(sizes, like.options(), kLarge);
+  } else {
+    return empty_like_of<Int>(like, sizes);
+  }
+}
+
+}  // namespace seqmem

@@ -1,0 +1,20 @@
+// Heads of queries, keys or values by their strides, and bounds of the keys that a query sees.
+#pragma once
+
+#include <cstdint>
+
+namespace seqmem {
+
+// Element (b, h, t, d) is data[b * row + h * head + t * step + d * feature].
+struct Heads {
+  const void* data;  // null where absent
+  int64_t row, head, step, feature;
+};
+
+// A bound for each query: at row b and query i it is data[b * row + i * query].
+struct Bounds {
+  const int64_t* data;  // null where there is none
+  int64_t row, query;
+};
+
+}  // namespace seqmem

@@ -1,0 +1,97 @@
+// Rows of scores to weights and back, by any normaliser, where a row sees a range of columns; for
+// kernel sources compiled once per ISA.
+#pragma once
+
+#include "entmax_rows.h"
+#include "exponentials.h"
+#include "seen_keys.h"
+
+namespace seqmem {
+namespace {
+
+template <class C>
+C highest(const C* row, Span span) {
+  constexpr int64_t L = kLanes<C>;
+  Vec<C> top[4];
+  for (int v = 0; v < 4; ++v) top[v] = splat(-kInfinity<C>);
+  int64_t x = span.begin;
+  auto step = [&](int v) {
+    const Vec<C> here = load(row + x + v * L);
+    top[v] = here > top[v] ? here : top[v];
+  };
+  for (; x + 4 * L <= span.end; x += 4 * L) SEQMEM_UNROLL
+  for (int v = 0; v < 4; ++v) step(v);
+  for (; x < span.end; x += L) step(0);
+  for (int v = 1; v < 4; ++v) top[0] = top[v] > top[0] ? top[v] : top[0];
+  return largest<C>(top[0]);
+}
+
+// Columns of a line for entmax_row, whole vectors of any type, and the bytes of its buffer.
+SEQMEM_INLINE int64_t longest_line(int64_t columns) { return ceil_div(columns, 64) * 64; }
+SEQMEM_INLINE int64_t line_bytes(int64_t columns) {
+  return 2 * longest_line(columns) * int64_t(sizeof(double));
+}
+
+// n scores -> their weights by entmax, in place; rows have at most `columns`.
+template <class C>
+void entmax_row(C* row, int64_t n, double alpha, char* buffer, int64_t columns) {
+  using entmax::Kind;
+  const int64_t bytes = line_bytes(columns) / 2;
+  if (n == 0) return;
+  if (alpha < entmax::kSteep)
+    return entmax::Rows<C, Kind::Any, double>(n, buffer, bytes).forward(row, row, alpha);
+  switch (entmax::kind_of(nullptr, alpha)) {
+    case Kind::Sparsemax:
+      return entmax::Rows<C, Kind::Sparsemax, C>(n, buffer, bytes).forward(row, row, alpha);
+    case Kind::Entmax15:
+      return entmax::Rows<C, Kind::Entmax15, C>(n, buffer, bytes).forward(row, row, alpha);
+    default: return entmax::Rows<C, Kind::Any, C>(n, buffer, bytes).forward(row, row, alpha);
+  }
+}
+
+// Of the vectors that hold columns lo..hi-1, as all below: weights -> weights^(2 - alpha) where not
+// zero; their sum.
+template <class C, entmax::Kind kind>
+C to_slopes_of(C* row, int64_t lo, int64_t hi, double alpha) {
+  constexpr int64_t L = kLanes<C>;
+  Vec<C> total = {};
+  for (int64_t x = lo / L * L; x < hi; x += L) {
+    const Vec<C> slope = entmax::Rows<C, kind>::slopes(load(row + x), C(2 - alpha));
+    store(row + x, slope);
+    total += slope;
+  }
+  return sum<C>(total);
+}
+template <class C>
+C to_slopes(C* row, int64_t lo, int64_t hi, double alpha) {
+  using entmax::Kind;
+  switch (entmax::kind_of(nullptr, alpha)) {
+    case Kind::Sparsemax: return to_slopes_of<C, Kind::Sparsemax>(row, lo, hi, alpha);
+    case Kind::Entmax15: return to_slopes_of<C, Kind::Entmax15>(row, lo, hi, alpha);
+    default: return to_slopes_of<C, Kind::Any>(row, lo, hi, alpha);
+  }
+}
+
+// sum of slope * weight.
+template <class C>
+C dot_of(const C* slope, const C* weight, int64_t lo, int64_t hi) {
+  constexpr int64_t L = kLanes<C>;
+  Vec<C> total[4] = {};
+  int64_t x = lo / L * L;
+  for (; x + 4 * L <= hi; x += 4 * L) SEQMEM_UNROLL
+  for (int v = 0; v < 4; ++v) total[v] += load(slope + x + v * L) * load(weight + x + v * L);
+  for (; x < hi; x += L) total[0] += load(slope + x) * load(weight + x);
+  return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// slope = weight (slope - mean), zero in the other columns.
+template <class C>
+void scale_slopes(C* slope, const C* weight, int64_t lo, int64_t hi, C mean, int64_t columns) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t x = lo / L * L; x < hi; x += L)
+    store(slope + x, load(weight + x) * (load(slope + x) - mean));
+  clear_outside(slope, lo, hi, columns);
+}
+
+}  // namespace
+}  // namespace seqmem

@@ -1,0 +1,205 @@
+// Block-sparse attention: schemas, the CPU and Meta keys. Arguments:
+// seqmem_fast/ops/block_sparse_attention.py.
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../common/dispatch.h"
+#include "../common/head_operands.h"
+#include "../common/team.h"
+#include "../cpu/block_sparse_attention_kernel.h"
+#include "block_sparse_attention_check.h"
+
+namespace seqmem::block_sparse_attention {
+namespace {
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// The arguments as the kernels take them, alive as long as this.
+class Call {
+  const Tensor list_;
+  const BoundOperand end_;
+  std::vector<int64_t> rows_, by_key_, columns_;
+
+ public:
+  Shape shape;
+  int64_t total = 0;  // listed blocks
+
+  Call(const Inputs& in, const Sizes<int64_t>& s)
+      : list_(in.blocks.contiguous()),
+        end_(in.key_end),
+        shape{.B = s.B,
+              .Hq = s.Hq,
+              .Hk = s.Hk,
+              .Tq = s.Tq,
+              .Tk = s.Tk,
+              .D = s.D,
+              .Dv = s.Dv,
+              .N = s.N,
+              .Bq = in.block_queries,
+              .Bk = in.block_keys,
+              .nQ = parts(s.Tq, in.block_queries),
+              .nK = parts(s.Tk, in.block_keys),
+              .lists = {},
+              .is_causal = in.is_causal,
+              .end = end_.bounds(),
+              .scale = in.scale.value_or(1 / std::sqrt(double(s.D))),
+              .alpha = in.alpha} {
+    const int64_t heads = list_.size(1), nQ = shape.nQ, N = s.N;
+    const int64_t* pairs = list_.const_data_ptr<int64_t>();
+    rows_.assign(s.lists * (nQ + 1), 0);
+    for (int64_t l = 0; l < s.lists; ++l) {
+      int64_t* rows = rows_.data() + l * (nQ + 1);
+      for (int64_t n = 0; n < N && pairs[2 * (l * N + n)] >= 0; ++n)
+        ++rows[pairs[2 * (l * N + n)] + 1];
+      for (int64_t i = 0; i < nQ; ++i) {
+        shape.lists.longest = std::max(shape.lists.longest, rows[i + 1]);
+        rows[i + 1] += rows[i];
+      }
+      total += rows[nQ];
+    }
+    shape.lists.blocks = pairs;
+    shape.lists.rows = rows_.data();
+    shape.lists.head = heads == 1 ? 0 : 1;
+    shape.lists.row = list_.size(0) == 1 ? 0 : heads;
+    total *= s.B * s.Hq / std::max<int64_t>(s.lists, 1);
+  }
+
+  // For a backward: the places of each key block.
+  void sort_by_key() {
+    const int64_t lists = int64_t(rows_.size()) / (shape.nQ + 1), N = shape.N, nK = shape.nK;
+    columns_.assign(lists * (nK + 1), 0);
+    by_key_.assign(lists * N, 0);
+    for (int64_t l = 0; l < lists; ++l) {
+      const int64_t count = rows_[l * (shape.nQ + 1) + shape.nQ];
+      const int64_t* pairs = shape.lists.blocks + 2 * l * N;
+      int64_t* columns = columns_.data() + l * (nK + 1);
+      for (int64_t n = 0; n < count; ++n) ++columns[pairs[2 * n + 1] + 1];
+      for (int64_t j = 0; j < nK; ++j) columns[j + 1] += columns[j];
+      std::vector<int64_t> next(columns, columns + nK);
+      for (int64_t n = 0; n < count; ++n) by_key_[l * N + next[pairs[2 * n + 1]]++] = n;
+    }
+    shape.lists.by_key = by_key_.data();
+    shape.lists.columns = columns_.data();
+  }
+};
+
+// Estimates for one core; they only steer the choices below. A share of fewer microseconds is not
+// worth a thread.
+constexpr double kFlopsPerMicrosecond = 60e3, kShareWorthWaking = 45;
+constexpr double kScoresPerMicrosecond = 500, kRowsPerMicrosecond = 10;  // beside the products
+constexpr int64_t kTasksPerThread = 8;
+
+int threads_for(const Call& call, double products) {
+  const Shape& s = call.shape;
+  const double rows = double(s.B) * s.Hq * s.Tq;
+  const double scores = double(call.total) * std::min(s.Bq, s.Tq) * std::min(s.Bk, s.Tk);
+  const double once = 2 * scores * (s.D + s.Dv) / kFlopsPerMicrosecond +
+                      scores / kScoresPerMicrosecond + rows / kRowsPerMicrosecond;
+  const double share = once * products / kShareWorthWaking;
+  return int(std::clamp(share, 1.0, double(available_threads())));
+}
+
+Plan plan_for(const Shape& s, int threads) {
+  const int64_t heads = s.B * s.Hk, tasks = threads == 1 ? 1 : threads * kTasksPerThread;
+  return {.groups = std::clamp<int64_t>(parts(tasks, heads), 1, s.nQ), .next = 0, .next_column = 0};
+}
+
+template <class Int>
+Tensors<2> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
+  const Tensor output = large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
+  if (!in.need_weights) return {output, at::empty({0}, in.q.options())};
+  const Int rows = in.block_queries, columns = in.block_keys;
+  return {output, large_result<Int>(in.q, {s.B, s.Hq, s.N, rows, columns})};
+}
+
+Tensors<2> forward_cpu(const ForwardInputs& in) {
+  const auto s = check<int64_t>(in);
+  Tensors<2> out = allocate(in, s);
+  const auto& [output, weights] = out;
+  if (s.B * s.Hq * s.Tq == 0) {
+    weights.zero_();
+    return out;
+  }
+  const Call call(in, s);
+  const int threads = threads_for(call, 1);
+  const bool wanted = in.need_weights && weights.numel() > 0;
+  const Forward arguments = {.q = heads_of(in.q),
+                             .k = heads_of(in.k),
+                             .v = heads_of(in.v),
+                             .output = data(output),
+                             .weights = wanted ? data(weights) : nullptr,
+                             .workspace = nullptr};
+  launch(SEQMEM_CHOOSE(forward_kernel), threads, arguments, storage_of(in.q), call.shape,
+         plan_for(call.shape, threads));
+  return out;
+}
+
+Tensors<2> forward_meta(const ForwardInputs& in) { return allocate(in, check<c10::SymInt>(in)); }
+
+// What the backward keeps between its passes.
+Tensor slopes_like(const BackwardInputs& in, const Sizes<int64_t>& s) {
+  constexpr int64_t kVector = 16;  // lanes of the widest one
+  const int64_t columns = parts(std::min(in.block_keys, s.Tk), kVector) * kVector;
+  const auto type = in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return KeptBlocks::empty({s.B, s.Hq, s.N, in.block_queries, columns}, in.q.options().dtype(type));
+}
+
+Tensors<3> backward_cpu(const BackwardInputs& in) {
+  const auto s = check_backward<int64_t>(in);
+  auto gradient = [&](int k, In like) {
+    return in.output_mask[k] ? large_result<int64_t>(
+                                   in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
+                             : at::empty({0}, in.q.options());
+  };
+  const Tensor grad_q = gradient(0, in.q), grad_k = gradient(1, in.k), grad_v = gradient(2, in.v);
+  if (s.B * s.Hq * s.Tq == 0) {
+    grad_k.zero_();
+    grad_v.zero_();
+    return {grad_q, grad_k, grad_v};
+  }
+  Call call(in, s);
+  call.sort_by_key();
+  auto pointer = [](const Tensor& t) { return t.numel() > 0 ? data(t) : nullptr; };
+  const Operand weights(in.weights), grad_weights(in.grad_weights);
+  const Tensor slopes = in.output_mask[1] ? slopes_like(in, s) : Tensor();
+  const Backward arguments = {.grad_output = heads_of(in.grad_output),
+                              .grad_weights = grad_weights.data(),
+                              .q = heads_of(in.q),
+                              .k = heads_of(in.k),
+                              .v = heads_of(in.v),
+                              .weights = weights.data(),
+                              .grad_q = pointer(grad_q),
+                              .grad_k = pointer(grad_k),
+                              .grad_v = pointer(grad_v),
+                              .slopes = data(slopes),
+                              .workspace = nullptr};
+  const int threads = threads_for(call, 2.5);
+  launch(SEQMEM_CHOOSE(backward_kernel), threads, arguments, storage_of(in.q), call.shape,
+         plan_for(call.shape, threads));
+  return {grad_q, grad_k, grad_v};
+}
+
+Tensors<3> backward_meta(const BackwardInputs& in) {
+  check_backward<c10::SymInt>(in);
+  return gradients_like(in.output_mask, in.q, in.k, in.v);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(seqmem, m) {
+#define SEQMEM_INPUTS                                                                \
+  "Tensor q, Tensor k, Tensor v, Tensor blocks, int block_queries, int block_keys, " \
+  "bool is_causal, Tensor? key_end, float? scale, float alpha, "
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
+      m, "(" SEQMEM_INPUTS "bool need_weights) -> (Tensor output, Tensor weights)");
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
+      m, "(Tensor? grad_output, Tensor? grad_weights, " SEQMEM_INPUTS
+         "Tensor weights, bool[3] output_mask) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+}
+
+#undef SEQMEM_INPUTS
+
+}  // namespace seqmem::block_sparse_attention

@@ -1,0 +1,216 @@
+r"""Block-sparse attention on GPU: launchers of `block_sparse_attention` and its backward.
+
+Formulas, shapes and errors: `ops/block_sparse_attention.py`; the kernels:
+block_sparse_attention_kernels.py. Products run on tensor cores, as in attention.py, but for
+float64. Heads wider than 128 features, 32 in float64, and other normalisers than softmax take plain
+PyTorch, which computes every score.
+
+NaN in a key or value that only some queries of a block see may reach the others.
+
+State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops.block_sparse_attention import _plain
+from ..ops.common import reference_vjp
+from . import block_sparse_attention_kernels as kernels
+from .common import (
+    accumulator,
+    autograd_below,
+    dense_rows,
+    fits_heads,
+    int_bound,
+    launcher,
+    product_precision,
+    strides,
+    wide,
+)
+
+_BLOCK = 32  # most queries, and keys, of a part of a block
+
+
+def _begins(sorted_blocks: Tensor, count: int) -> Tensor:
+    """[lists, places] in order, none last, as `count` -> where each begins, [lists, count + 1]."""
+    numbers = torch.arange(count + 1, device=sorted_blocks.device)
+    numbers = numbers.expand(sorted_blocks.size(0), -1).contiguous()
+    return torch.searchsorted(sorted_blocks, numbers)
+
+
+def _part(size: int, q: Tensor) -> int:
+    most = 16 if q.dtype == torch.float64 else _BLOCK
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def _common(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block: tuple[int, int], scale: float | None
+) -> dict[str, Any]:
+    """What every kernel takes."""
+    queries, width = q.shape[2:]
+    keys, values = v.shape[2:]
+    lists = blocks.shape[:2]
+    flat = blocks.contiguous().flatten(0, 1)
+    rows = triton.cdiv(queries, block[0])
+    row = flat[..., 0]
+    row = torch.where((row >= 0) & (row < rows), row, rows).contiguous()
+    return {
+        "blocks_ptr": flat,
+        "rows_ptr": _begins(row, rows),
+        "SCALE": width**-0.5 if scale is None else float(scale),
+        "queries": queries,
+        "keys": keys,
+        "width": width,
+        "value_width": values,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "places": blocks.shape[2],
+        "row_blocks": rows,
+        "column_blocks": triton.cdiv(keys, block[1]),
+        "list_0": 0 if lists[0] == 1 else lists[1],
+        "list_1": 0 if lists[1] == 1 else 1,
+        "block_queries": block[0],
+        "block_keys": block[1],
+        "ACC": accumulator(q.dtype),
+        "PRECISION": product_precision(q.dtype, q.device),
+        "BM": _part(block[0], q),
+        "BN": _part(block[1], q),
+        "BD": max(16, triton.next_power_of_2(width)),
+        "BV": max(16, triton.next_power_of_2(values)),
+        "num_warps": 4 if q.element_size() == 2 else 8,
+        "num_stages": 1,
+    }
+
+
+@launcher
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_queries: int,
+    block_keys: int,
+    is_causal: bool,
+    key_end: Tensor | None,
+    scale: float | None,
+    alpha: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """`seqmem::block_sparse_attention` on GPU."""
+    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha)
+    if not fits_heads(q, v, alpha):
+        found = _plain(q, k, v, *pattern)
+        return found if need_weights else (found[0], q.new_empty(0))
+    block = block_queries, block_keys
+    shape = q.shape[:3]
+    output = q.new_empty(*shape, v.shape[3])
+    weights = q.new_zeros((*shape[:2], blocks.shape[2], *block) if need_weights else 0)
+    if shape.numel():
+        common = _common(q, k, v, blocks, block, scale)
+        q, k, v = (dense_rows(t) for t in (q, k, v))
+        programs = common["row_blocks"] * triton.cdiv(block_queries, common["BM"])
+        kernels.block_sparse_attention_forward[(shape[0] * shape[1] * programs,)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            output_ptr=output,
+            weights_ptr=weights if need_weights else None,
+            CAUSAL=is_causal,
+            **int_bound("end", key_end),
+            **strides("q", q, "0", "1", "t"),
+            **strides("k", k, "0", "1", "t"),
+            **strides("v", v, "0", "1", "t"),
+            **common,
+        )
+    return output, weights
+
+
+@launcher
+def block_sparse_attention_backward(
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_queries: int,
+    block_keys: int,
+    is_causal: bool,
+    key_end: Tensor | None,
+    scale: float | None,
+    alpha: float,
+    weights: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`seqmem::block_sparse_attention_backward` on GPU: one kernel by rows, one by columns."""
+    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha)
+    seeds = (grad_output, grad_weights)
+    none = q.new_empty(0)
+    if not fits_heads(q, v, alpha):
+        with autograd_below():
+            found = reference_vjp(
+                lambda q, k, v: _plain(q, k, v, *pattern), (q, k, v), seeds, output_mask
+            )
+        first, second, third = (none if grad is None else grad.detach() for grad in found)
+        return first, second, third
+    grads = [q.new_zeros(t.shape) for t in (q, k, v)]
+    if q.shape[:3].numel() and k.shape[2]:
+        common = _common(q, k, v, blocks, (block_queries, block_keys), scale)
+        _backward(common, seeds, (q, k, v), weights, grads)
+    first, second, third = (
+        grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
+    )
+    return first, second, third
+
+
+def _backward(
+    common: dict[str, Any],
+    seeds: Sequence[Tensor | None],
+    operands: Sequence[Tensor],
+    weights: Tensor,
+    grads: Sequence[Tensor],
+) -> None:
+    q, k, v = (dense_rows(t) for t in operands)
+    of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
+    weights = weights.contiguous()
+    delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    programs = common["row_blocks"] * triton.cdiv(common["block_queries"], common["BM"])
+    kernels.block_sparse_attention_backward_rows[(q.shape[0] * q.shape[1] * programs,)](
+        grad_output_ptr=of_output,
+        grad_weights_ptr=of_weights,
+        k_ptr=k,
+        v_ptr=v,
+        weights_ptr=weights,
+        delta_ptr=delta,
+        grad_q_ptr=grads[0],
+        **strides("k", k, "0", "1", "t"),
+        **strides("v", v, "0", "1", "t"),
+        **{**common, "BN": common["BN"] if q.element_size() == 2 else 16},  # spills nothing
+    )
+    del common["rows_ptr"]
+    columns = common["column_blocks"]
+    column = common["blocks_ptr"][..., 1]
+    column = torch.where((column >= 0) & (column < columns), column, columns)
+    column, by_key = column.sort(dim=-1, stable=True)
+    programs = columns * triton.cdiv(common["block_keys"], common["BN"])
+    kernels.block_sparse_attention_backward_columns[(k.shape[0] * k.shape[1] * programs,)](
+        grad_output_ptr=of_output,
+        grad_weights_ptr=of_weights,
+        q_ptr=q,
+        v_ptr=v,
+        by_key_ptr=by_key,
+        columns_ptr=_begins(column.contiguous(), columns),
+        weights_ptr=weights,
+        delta_ptr=delta,
+        grad_k_ptr=grads[1],
+        grad_v_ptr=grads[2],
+        **strides("q", q, "0", "1", "t"),
+        **strides("v", v, "0", "1", "t"),
+        **common,
+    )

@@ -1,0 +1,291 @@
+"""Block-sparse attention's kernels: scores, softmax, weights and output, and their gradients.
+
+A head's list names its blocks in the order of their query blocks; `rows` says where those of each
+query block begin. Key blocks are cut into parts of BN keys, query blocks into parts of BM queries.
+
+The forward kernel owns BM queries of a query block and walks over its key blocks twice, as the
+weights that it writes need the softmax's sum. Backward, with P the weights' gradient:
+dS = W (P - delta), delta = rowsum(W P), dQ = scale dS K, dK = scale dS^T Q, dV = W^T grad_output.
+One kernel by rows gives delta and dQ, one by columns dK and dV of BN keys of a key block, from the
+queries of all heads that read them and all blocks that hold them: no atomics, the same bits always.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import (
+    any_row,
+    is_nothing,
+    key_bound,
+    load_rows,
+    product,
+    scores_of,
+    softmax_step,
+    softmax_weights,
+    store_rows,
+    weights_gradient,
+)
+
+# Sizes that change from call to call: specialising on them would only compile the same code twice.
+VARYING = ("queries", "keys", "places", "row_blocks", "column_blocks")
+
+
+@triton.jit
+def _seen(block, c, i, keys, end, block_keys, column_blocks):
+    """Which key each column c of a key block is [BN], and whether each query sees it [BM, BN]."""
+    j = block * block_keys + c
+    there = (block >= 0) & (block < column_blocks) & (c < block_keys) & (j < keys)
+    return j, there[None, :] & (j[None, :] < end[:, None])
+
+
+@triton.jit
+def _at(place, r, c, block_queries, block_keys):
+    """Where in the weights rows r and columns c of a block are."""
+    return ((place * block_queries + r) * block_keys)[:, None] + c[None, :]
+
+
+@triton.jit(do_not_specialize=VARYING)
+def block_sparse_attention_forward(
+    q_ptr,  # [B, Hq, Tq, D]
+    k_ptr,  # [B, Hk, Tk, D]
+    v_ptr,  # [B, Hk, Tk, DV]
+    blocks_ptr,  # int64 [lists, places, 2], dense
+    rows_ptr,  # int64 [lists, row_blocks + 1], dense
+    end_ptr,  # int64 [B] or [B, Tq], or None
+    output_ptr,  # [B, Hq, Tq, DV], dense
+    weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense, zero; or None
+    queries,
+    keys,
+    width,
+    value_width,
+    heads,  # Hq
+    group,  # Hq / Hk
+    places,
+    row_blocks,
+    column_blocks,
+    list_0, list_1,  # which list a row and a head have
+    block_queries,
+    block_keys,
+    q_0, q_1, q_t,
+    k_0, k_1, k_t,
+    v_0, v_1, v_t,
+    CAUSAL: tl.constexpr,
+    EACH_END: tl.constexpr,
+    SCALE: tl.constexpr,  # an argument would be rounded to float32
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(block_queries, BM)
+    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
+    rest = tl.program_id(0) % (row_blocks * parts)
+    row_block = (rest // parts).to(tl.int64)
+    r = (rest % parts) * BM + tl.arange(0, BM)
+    i = row_block * block_queries + r
+    known = (r < block_queries) & (i < queries)
+    b = z // heads
+    h = z % heads
+    k_at = b * k_0 + (h // group) * k_1
+    v_at = b * v_0 + (h // group) * v_1
+    own = b * list_0 + h * list_1
+    first = tl.load(rows_ptr + own * (row_blocks + 1) + row_block)
+    last = tl.load(rows_ptr + own * (row_blocks + 1) + row_block + 1)
+    end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
+    if CAUSAL:
+        end = tl.minimum(end, i + 1)
+    end = tl.where(known, end, 0)
+    q = load_rows(q_ptr, b * q_0 + h * q_1, i, known, q_t, width, BD)
+
+    m = tl.full([BM], float("-inf"), ACC)
+    total = tl.zeros([BM], ACC)
+    out = tl.zeros([BM, BV], ACC)
+    for n in range(first, last):
+        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
+        for c_0 in range(0, block_keys, BN):
+            c = c_0 + tl.arange(0, BN)
+            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
+            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+            m, total = softmax_step(s, m, total)
+    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+
+    for n in range(first, last):
+        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
+        for c_0 in range(0, block_keys, BN):
+            c = c_0 + tl.arange(0, BN)
+            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
+            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+            w = tl.where(seen, softmax_weights(s, m, total), 0.0).to(v_ptr.dtype.element_ty)
+            if weights_ptr is not None:
+                at = _at(z * places + n, r, c, block_queries, block_keys)
+                tl.store(weights_ptr + at, w, mask=known[:, None] & (c < block_keys)[None, :])
+            v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
+            out += product(w, v, ACC, PRECISION)
+    store_rows(output_ptr, z * queries * value_width, out, i, known, value_width, BV)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def block_sparse_attention_backward_rows(
+    grad_output_ptr,  # [B, Hq, Tq, DV], dense, or None
+    grad_weights_ptr,  # as the weights, or None
+    k_ptr,
+    v_ptr,
+    blocks_ptr,
+    rows_ptr,
+    weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense
+    delta_ptr,  # [B, Hq, Tq] float32
+    grad_q_ptr,  # [B, Hq, Tq, D], dense
+    queries,
+    keys,
+    width,
+    value_width,
+    heads,
+    group,
+    places,
+    row_blocks,
+    column_blocks,
+    list_0, list_1,
+    block_queries,
+    block_keys,
+    k_0, k_1, k_t,
+    v_0, v_1, v_t,
+    SCALE: tl.constexpr,  # an argument would be rounded to float32
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(block_queries, BM)
+    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
+    rest = tl.program_id(0) % (row_blocks * parts)
+    row_block = (rest // parts).to(tl.int64)
+    r = (rest % parts) * BM + tl.arange(0, BM)
+    i = row_block * block_queries + r
+    known = (r < block_queries) & (i < queries)
+    end = tl.where(known, keys, 0)
+    b = z // heads
+    h = z % heads
+    k_at = b * k_0 + (h // group) * k_1
+    v_at = b * v_0 + (h // group) * v_1
+    own = b * list_0 + h * list_1
+    first = tl.load(rows_ptr + own * (row_blocks + 1) + row_block)
+    last = tl.load(rows_ptr + own * (row_blocks + 1) + row_block + 1)
+    g = None
+    if grad_output_ptr is not None:
+        g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
+                      value_width, BV)  # fmt: skip
+
+    delta = tl.zeros([BM], ACC)
+    for n in range(first, last):
+        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
+        for c_0 in range(0, block_keys, BN):
+            c = c_0 + tl.arange(0, BN)
+            j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
+            at = _at(z * places + n, r, c, block_queries, block_keys)
+            w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
+                                    j, value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
+            delta += tl.sum(w * p, axis=1)
+    tl.store(delta_ptr + z * queries + i, delta, mask=known)
+
+    grad_q = tl.zeros([BM, BD], ACC)
+    for n in range(first, last):
+        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
+        for c_0 in range(0, block_keys, BN):
+            c = c_0 + tl.arange(0, BN)
+            j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
+            at = _at(z * places + n, r, c, block_queries, block_keys)
+            w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
+                                    j, value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
+            ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
+            k = load_rows(k_ptr, k_at, j, any_row(~is_nothing(w)), k_t, width, BD)
+            grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
+    store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, known, width, BD)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def block_sparse_attention_backward_columns(
+    grad_output_ptr,
+    grad_weights_ptr,
+    q_ptr,
+    v_ptr,
+    blocks_ptr,
+    by_key_ptr,  # int64 [lists, places], dense: places in the order of their key blocks
+    columns_ptr,  # int64 [lists, column_blocks + 1], dense: where those of a key block begin
+    weights_ptr,
+    delta_ptr,
+    grad_k_ptr,  # [B, Hk, Tk, D], dense
+    grad_v_ptr,  # [B, Hk, Tk, DV], dense
+    queries,
+    keys,
+    width,
+    value_width,
+    heads,
+    group,
+    places,
+    row_blocks,
+    column_blocks,
+    list_0, list_1,
+    block_queries,
+    block_keys,
+    q_0, q_1, q_t,
+    v_0, v_1, v_t,
+    SCALE: tl.constexpr,  # an argument would be rounded to float32
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(block_keys, BN)
+    y = (tl.program_id(0) // (column_blocks * parts)).to(tl.int64)  # row and head of keys
+    rest = tl.program_id(0) % (column_blocks * parts)
+    column_block = (rest // parts).to(tl.int64)
+    c = (rest % parts) * BN + tl.arange(0, BN)
+    j = column_block * block_keys + c
+    known = (c < block_keys) & (j < keys)
+    key_heads = heads // group
+    b = y // key_heads
+    v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    grad_k = tl.zeros([BN, BD], ACC)
+    grad_v = tl.zeros([BN, BV], ACC)
+    for member in range(group):
+        h = (y % key_heads) * group + member
+        z = b * heads + h
+        own = b * list_0 + h * list_1
+        first = tl.load(columns_ptr + own * (column_blocks + 1) + column_block)
+        last = tl.load(columns_ptr + own * (column_blocks + 1) + column_block + 1)
+        for n in range(first, last):
+            place = tl.load(by_key_ptr + own * places + n)
+            row_block = tl.load(blocks_ptr + (own * places + place) * 2)
+            for r_0 in range(0, block_queries, BM):
+                r = r_0 + tl.arange(0, BM)
+                i = row_block * block_queries + r
+                there = (r < block_queries) & (i >= 0) & (i < queries)
+                at = _at(z * places + place, r, c, block_queries, block_keys)
+                inside = there[:, None] & known[None, :]
+                w = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
+                busy = there & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
+                p = tl.zeros([BM, BN], ACC)
+                if grad_output_ptr is not None:
+                    g = load_rows(grad_output_ptr, z * queries * value_width, i, busy,
+                                  value_width, value_width, BV)  # fmt: skip
+                    grad_v += product(tl.trans(w.to(g.dtype)), g, ACC, PRECISION)
+                    p += product(g, tl.trans(v), ACC, PRECISION)
+                if grad_weights_ptr is not None:
+                    given = tl.load(grad_weights_ptr + at, mask=inside, other=0.0)
+                    p += given.to(ACC)
+                delta = tl.load(delta_ptr + z * queries + i, mask=there, other=0.0)
+                ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
+                q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)
+                grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
+    store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
+    store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

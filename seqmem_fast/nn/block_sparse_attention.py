@@ -1,0 +1,110 @@
+"""Multi-head attention over listed blocks of keys.
+
+Parameters, their names and initialisation are those of ``torch.nn.MultiheadAttention``, whose
+state_dicts load both ways; the attention is :func:`seqmem_fast.ops.block_sparse_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .attention import Attention
+
+__all__ = ["BlockSparseAttention"]
+
+
+class BlockSparseAttention(Attention):
+    """Attention in which each block of queries sees the blocks of keys that a mask names.
+
+    Args:
+        embed_dim: E, the width of the query and of the output.
+        num_heads: H, dividing E; each head has E / H features.
+        block: (Bq, Bk), queries and keys of a block.
+        bias: with in_proj_bias and out_proj.bias.
+        is_causal: query i sees no key after key i.
+        normalizer, alpha: as in :func:`seqmem_fast.ops.block_sparse_attention`.
+        kdim, vdim: widths of key and value, E by default.
+        batch_first: tensors are [B, T, *] instead of [T, B, *].
+        device, dtype: of the parameters.
+
+    ``attention(query, key, value, blocks, key_end=None, need_weights=True) -> (output, weights)``:
+
+    - query [Tq, B, E], key [Tk, B, kdim], value [Tk, B, vdim].
+    - blocks, key_end: as in :func:`seqmem_fast.ops.block_sparse_attention`; key_end [B] are the
+      lengths of rows that are padded.
+    - need_weights: False returns None instead of weights.
+    - returns output, laid out as query, and each head's weights of each listed block
+      [B, H, N, Bq, Bk]. A query that sees no key gets zeros (and then out_proj).
+
+    Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equation and
+    papers: :mod:`seqmem_fast.ops.block_sparse_attention`; parameters: :class:`Attention`. There is
+    no dropout.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        block: tuple[int, int] = (64, 64),
+        bias: bool = True,
+        *,
+        is_causal: bool = False,
+        normalizer: str = "softmax",
+        alpha: float = 1.5,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            bias=bias,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+            normalizer=normalizer,
+            alpha=alpha,
+        )
+        self.block, self.is_causal = block, is_causal
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: Tensor,
+        key_end: Tensor | None = None,
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.dim() != 3:
+            raise ValueError(
+                "seqmem::block_sparse_attention: expected query with 3 dimensions, "
+                f"got shape {list(query.shape)}"
+            )
+        Attention._check(self, query, key, value, None, None, False)
+        q, k, v = self._heads(query, key, value)
+        output, weights = ops.block_sparse_attention(
+            q,
+            k,
+            v,
+            blocks,
+            self.block,
+            is_causal=self.is_causal,
+            key_end=key_end,
+            normalizer=self.normalizer,
+            alpha=self.alpha,
+            return_weights=need_weights,
+        )
+        return self._joined(output), weights
+
+    def extra_repr(self) -> str:
+        causal = ", is_causal=True" if self.is_causal else ""
+        return f"{super().extra_repr()}, block={self.block}{causal}"
