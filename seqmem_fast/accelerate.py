@@ -46,8 +46,8 @@ def accelerate(model: nn.Module, *, replace: bool = False) -> Report:
     parametrizations; its ``forward`` alone is swapped, on the instance. Copies and pickles of the
     model stay accelerated. What our op refuses (nested tensors, devices without a kernel, wrong
     arguments) torch's own forward computes or refuses, as it does all calls of
-    ``torch.jit.trace`` and the ONNX exporters; ``torch.jit.script`` restores what it scripts. Under
-    ``torch.compile`` an nn.LSTM breaks the graph as ever, unless
+    ``torch.jit.trace`` and of ``torch.onnx.export(..., dynamo=False)``; ``torch.jit.script``
+    restores what it scripts. Under ``torch.compile`` an nn.LSTM breaks the graph as ever, unless
     ``torch._dynamo.config.allow_rnn`` is set.
 
     Left alone are modules with a forward of their own (subclasses, patched, quantized and scripted
@@ -124,23 +124,14 @@ def _reason_to_keep(module: nn.Module, replace: bool) -> str | None:
 
 def runs_ours(module: nn.Module) -> bool:
     """Whether a call of the module with ``lengths`` or ``reset`` is one of our op."""
-    return (
-        _is_swapped(module) or isinstance(module, tuple(_OURS.values()))
-    ) and not _left_to_torch()
-
-
-def _left_to_torch() -> bool:
-    """Whether torch.jit.trace or an ONNX exporter watches, which know torch's own ops alone."""
-    return bool(
-        torch._C._get_tracing_state()
-        or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
-    )
+    ours = _is_swapped(module) or isinstance(module, tuple(_OURS.values()))
+    return ours and not torch._C._get_tracing_state()
 
 
 def _forward(ours: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     """What a swapped module runs."""
     theirs = type(module).forward
-    if _left_to_torch():
+    if torch._C._get_tracing_state():
         return theirs(module, *args, **kwargs)
     try:
         return ours.forward(module, *args, **kwargs)

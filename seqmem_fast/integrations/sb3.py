@@ -43,7 +43,7 @@ def accelerate(model: RecurrentPPO) -> Report:
     step by step. What stands for padding in training, and never enters a loss, is not computed.
 
     Left to sb3 are a ``_process_sequence`` that a subclass or the user wrote; LSTMs that
-    :func:`seqmem_fast.accelerate` leaves; and what ``torch.jit.trace`` and the ONNX exporters ask.
+    :func:`seqmem_fast.accelerate` leaves; and what ``torch.jit.trace`` records.
 
     Args:
         model: a ``sb3_contrib.RecurrentPPO``.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from ..reference.common import attend
-from .common import alpha_of, differentiate_through, fall_back, transform_active
+from .common import alpha_of, differentiate_through, exports_onnx, fall_back, transform_active
 from .flops import Shape, count_products
 
 __all__ = ["attention"]
@@ -122,7 +122,7 @@ def attention(
     if normalizer != "softmax":
         sparse = _sparsely(query, key, value, mask, scale, is_causal, normalizer, alpha)
         return sparse[0], sparse[1] if return_weights else None
-    if not return_weights and not transform_active():
+    if not (return_weights or transform_active() or exports_onnx()):
         _check(query, key, value, mask, scale, is_causal)
         return _without_weights(query, key, value, mask, scale, is_causal), None
     output, weights = _attention(query, key, value, mask, scale, is_causal)
@@ -142,7 +142,7 @@ def _sparsely(
     """By products, scores in float32 at least; entmax is one op between them."""
     learned = alpha if normalizer == "entmax" and isinstance(alpha, Tensor) else None
     power = 1.5 if learned is not None else alpha_of("attention", normalizer, float(alpha))
-    if transform_active():  # nor does the check run inside one
+    if transform_active() or exports_onnx():  # nor does the check run inside one
         output, weights = reference.attention(
             query, key, value, mask, scale, is_causal, normalizer=normalizer, alpha=alpha
         )

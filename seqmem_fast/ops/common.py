@@ -1,7 +1,8 @@
 """What the ops' public functions share: how they call their op, and its second derivative.
 
 :func:`fall_back` gives the op as a public function calls it. torch.func transforms (grad, vmap,
-jacrev, ...) cannot see into C++ functions: inside one, plain PyTorch runs instead. While Dynamo
+jacrev, ...) cannot see into C++ functions: inside one, plain PyTorch runs instead, as it does while
+torch.onnx.export (with ``dynamo=True``) records a model, since ONNX has no op of ours. While Dynamo
 traces, it would wrap what an op's check raises into its own error type: the op therefore runs once
 by itself on the tracer's fake tensors, and where it refuses them, an exception of both types is
 raised, which Dynamo hands on as it is.
@@ -34,13 +35,21 @@ transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 STEMS: dict[str, str] = {}
 
 
-def fall_back(name: str, plain: Callable[..., Result]) -> Callable[..., Result]:
+def exports_onnx() -> bool:
+    """Whether torch.onnx.export records the calls that are made."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def fall_back(
+    name: str, plain: Callable[..., Result], onnx: Callable[..., Result] | None = None
+) -> Callable[..., Result]:
     """The op ``seqmem::<name>``, to be called with all its arguments by position.
 
     Args:
         name: of an op whose files have the stem of the module that defines ``plain``.
         plain: called in place of the op inside a ``torch.func`` transform; takes what the op takes
             and returns what the op returns.
+        onnx: likewise, called while an ONNX model is recorded; ``plain`` where None.
     """
     op = _find(name, plain)
     eager = op._op  # without OpOverload's Python frame
@@ -48,6 +57,8 @@ def fall_back(name: str, plain: Callable[..., Result]) -> Callable[..., Result]:
     def call(*arguments: Any) -> Result:
         if transform_active():
             return plain(*arguments)
+        if exports_onnx():
+            return (onnx or plain)(*arguments)
         if dynamo_traces():
             from torch._dynamo.comptime import comptime
 

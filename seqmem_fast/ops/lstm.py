@@ -80,12 +80,48 @@ def _plain(
     return output, hy, cy, gates, cells
 
 
+def _onnx(
+    input: Tensor, hx: Tensor | None, cx: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ONNX's own LSTM where it can be, else one step after the other."""
+    *weights, w_hr, lengths, reset, batch_sizes, batch_first, reverse, return_gates = rest
+    if return_gates or any(each is not None for each in (w_hr, reset, batch_sizes)):
+        return _plain(input, hx, cx, *rest)
+    x = input.transpose(0, 1) if batch_first else input
+    (time, batch), hidden = x.shape[:2], weights[1].size(1)
+    # ONNX's order of the rows is i, o, f, g.
+    w_ih, w_hh, *biases = (
+        each.unflatten(0, (4, hidden))[[0, 3, 1, 2]].flatten(0, 1)
+        for each in weights
+        if each is not None
+    )
+    bias = torch.cat(biases)[None] if biases else None
+    # ONNX Runtime refuses lengths of 0.
+    ends = None if lengths is None else lengths.clamp(min=1).to(torch.int32)
+    h, c = (None if state is None else state[None] for state in (hx, cx))
+    output, hy, cy = torch.onnx.ops.symbolic_multi_out(
+        "ai.onnx::LSTM",
+        (x, w_ih[None], w_hh[None], bias, ends, h, c),
+        {"hidden_size": hidden, "direction": "reverse" if reverse else "forward"},
+        dtypes=[x.dtype] * 3,
+        shapes=[(time, 1, batch, hidden), (1, batch, hidden), (1, batch, hidden)],
+    )
+    output, hy, cy = output[:, 0], hy[0], cy[0]
+    if lengths is not None:
+        runs = (lengths > 0)[:, None]
+        output = output * runs
+        hy = torch.where(runs, hy, 0 if hx is None else hx)
+        cy = torch.where(runs, cy, 0 if cx is None else cx)
+    empty = input.new_empty(0)
+    return output.transpose(0, 1) if batch_first else output, hy, cy, empty, empty
+
+
 def _state(hx: Tensor | None, cx: Tensor | None) -> State | None:
     return None if hx is None or cx is None else (hx, cx)
 
 
 _lstm_cell = fall_back("lstm_cell", _plain_cell)
-_lstm = fall_back("lstm", _plain)
+_lstm = fall_back("lstm", _plain, _onnx)
 
 
 def _products(
