@@ -105,6 +105,14 @@ class LSTM(nn.RNNBase):
         bidirectional: D = 2 directions instead of 1, concatenated in the output.
         proj_size: P > 0 projects every h to width P < H; 0 means none, and P = H below.
         device, dtype: of the parameters.
+        forget_bias: what the forget gates' two biases sum to at the start, often 1 (Gers,
+            Schmidhuber & Cummins 2000; Jozefowicz, Zaremba & Sutskever 2015); None draws them as
+            all others.
+        locked_dropout: ``dropout`` has one mask for all steps of a row (Gal & Ghahramani 2016),
+            where torch.nn draws one a step.
+        weight_dropout: probability of zeroing, in training, an entry of each weight_hh, with one
+            mask a call (DropConnect; Merity, Keskar & Socher 2017). The parameters stay what they
+            are.
 
     ``lstm(input, hx=None, *, lengths=None, reset=None, return_gates=False)``:
 
@@ -125,6 +133,11 @@ class LSTM(nn.RNNBase):
     weight_hh_l[k] [4H, P], bias_ih_l[k] and bias_hh_l[k] [4H], weight_hr_l[k] [P, H].
     """
 
+    # Of the class too, for modules that accelerate(replace=True) made ours.
+    forget_bias: float | None = None
+    locked_dropout: bool = False
+    weight_dropout: float = 0.0
+
     def __init__(
         self,
         input_size: int,
@@ -137,7 +150,15 @@ class LSTM(nn.RNNBase):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        forget_bias: float | None = None,
+        locked_dropout: bool = False,
+        weight_dropout: float = 0.0,
     ) -> None:
+        if not 0 <= weight_dropout <= 1:
+            raise ValueError(f"seqmem::lstm: expected weight_dropout in 0..1, got {weight_dropout}")
+        if forget_bias is not None and not bias:
+            raise ValueError("seqmem::lstm: expected bias with a forget_bias, got bias False")
         super().__init__(
             "LSTM",
             input_size,
@@ -151,6 +172,29 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
+        self.locked_dropout, self.weight_dropout = locked_dropout, weight_dropout
+        self.forget_bias = forget_bias
+        self._start_forget_gates()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._start_forget_gates()
+
+    @torch.no_grad()
+    def _start_forget_gates(self) -> None:
+        if self.forget_bias is not None:
+            for name, parameter in self.named_parameters():
+                if name.startswith("bias_"):
+                    start = self.forget_bias if name.startswith("bias_ih") else 0.0
+                    parameter[self.hidden_size : 2 * self.hidden_size] = start
+
+    def extra_repr(self) -> str:
+        said = [nn.RNNBase.extra_repr(self)]
+        if isinstance(self, LSTM):  # not where it is asked of torch.nn's module
+            for name in ("forget_bias", "locked_dropout", "weight_dropout"):
+                if getattr(self, name) != getattr(LSTM, name):
+                    said.append(f"{name}={getattr(self, name)}")
+        return ", ".join(said)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -191,7 +235,10 @@ class LSTM(nn.RNNBase):
         if hx is not None and input.dim() == 3:  # else the op refuses the input
             _check_state(self, hx, input.size(0 if first else 1))
         if self.num_layers == 1 and not self.bidirectional and not return_gates:
-            return lone_layer(input, hx, _weights(self, 0), lengths, reset, first)
+            weights = _weights(self, 0)
+            if self.training:
+                weights = _thinned(self, weights)
+            return lone_layer(input, hx, weights, lengths, reset, first)
         options = {"lengths": lengths, "reset": reset, "batch_first": first}
         return _run(self, input, hx, return_gates, options)
 
@@ -256,13 +303,19 @@ def _run(
         for direction in range(directions):
             k = layer * directions + direction
             state = None if hx is None else (hx[0][k], hx[1][k])
-            result = op(x, state, *_weights(module, k), reverse=direction == 1, **options)
+            weights = _weights(module, k)
+            if module.training:
+                weights = _thinned(module, weights)
+            result = op(x, state, *weights, reverse=direction == 1, **options)
             outputs.append(result[0])
             states.append(result[1])
             traces.append(result[2:])
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if module.dropout and module.training and layer + 1 < module.num_layers:
-            x = _dropout(x, module.dropout, options.get("batch_first", False))
+            if isinstance(module, LSTM) and module.locked_dropout:
+                x = _locked(x, module.dropout, **options)
+            else:
+                x = _dropout(x, module.dropout, options.get("batch_first", False))
     final = torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
     if not return_gates:
         return x, final
@@ -276,6 +329,30 @@ def _dropout(x: Tensor, p: float, batch_first: bool) -> Tensor:
     if not batch_first:
         return F.dropout(x, p)
     return F.dropout(x.transpose(0, 1).contiguous(), p).transpose(0, 1)
+
+
+def _locked(
+    x: Tensor,
+    p: float,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+    **_: Tensor | None,
+) -> Tensor:
+    """A row's mask is the same at every step."""
+    if batch_sizes is None:
+        shape = (x.size(0), 1, x.size(2)) if batch_first else (1, *x.shape[1:])
+        return x * F.dropout(x.new_ones(shape), p)
+    sizes = batch_sizes.tolist()
+    mask = F.dropout(x.new_ones(sizes[0], x.size(1)), p)
+    return x * torch.cat([mask[:size] for size in sizes])
+
+
+def _thinned(module: Any, weights: Weights) -> Weights:
+    """With weight_hh as DropConnect leaves it."""
+    if not (isinstance(module, LSTM) and module.weight_dropout):
+        return weights
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    return w_ih, F.dropout(w_hh, module.weight_dropout), b_ih, b_hh, w_hr
 
 
 def _weights(module: Any, k: int) -> Weights:
