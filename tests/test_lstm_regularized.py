@@ -39,6 +39,21 @@ def test_forget_bias(options: dict[str, Any]) -> None:
         plain.reset_parameters()
 
 
+def test_forget_bias_of_a_cell() -> None:
+    torch.manual_seed(0)
+    cell = sf.LSTMCell(IN, H, forget_bias=2.0)
+    for _ in range(2):
+        assert torch.equal((cell.bias_ih + cell.bias_hh)[H : 2 * H], torch.full((H,), 2.0))
+        assert not torch.equal(cell.bias_ih[:H], cell.bias_ih[H : 2 * H])
+        cell.reset_parameters()
+    assert repr(cell) == "LSTMCell(4, 6, forget_bias=2.0)"
+    theirs = nn.LSTMCell(IN, H)
+    sf.accelerate(theirs, replace=True)
+    assert repr(theirs) == "LSTMCell(4, 6)"
+    with pytest.raises(ValueError, match=r"lstm_cell: expected bias with a forget_bias"):
+        sf.LSTMCell(IN, H, bias=False, forget_bias=1.0)
+
+
 def masks(p: float, *shapes: tuple[int, ...]) -> list[Tensor]:
     """What is drawn from the seed, in this order."""
     torch.manual_seed(5)

@@ -48,6 +48,7 @@ class LSTMCell(nn.RNNCellBase):
         hidden_size: H, the width of h and c.
         bias: with bias_ih and bias_hh.
         device, dtype: of the parameters.
+        forget_bias: as in :class:`LSTM`.
 
     ``cell(input, hx=None) -> (hy, cy)`` with input [B, I] and hx = (h, c), both [B, H]; or
     unbatched, [I] and [H]. hx None means zeros. Equation, errors and papers:
@@ -57,6 +58,8 @@ class LSTMCell(nn.RNNCellBase):
     drawn from U(-1/sqrt(H), 1/sqrt(H)).
     """
 
+    forget_bias: float | None = None  # of the class too, where accelerate made a module ours
+
     def __init__(
         self,
         input_size: int,
@@ -64,8 +67,20 @@ class LSTMCell(nn.RNNCellBase):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        forget_bias: float | None = None,
     ) -> None:
+        _check_forget_bias("lstm_cell", forget_bias, bias)
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+        self.forget_bias = forget_bias
+        _start_forget_gates(self)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        _start_forget_gates(self)
+
+    def extra_repr(self) -> str:
+        return nn.RNNCellBase.extra_repr(self) + _said(self, LSTMCell, "forget_bias")
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell) -> LSTMCell:
@@ -157,8 +172,7 @@ class LSTM(nn.RNNBase):
     ) -> None:
         if not 0 <= weight_dropout <= 1:
             raise ValueError(f"seqmem::lstm: expected weight_dropout in 0..1, got {weight_dropout}")
-        if forget_bias is not None and not bias:
-            raise ValueError("seqmem::lstm: expected bias with a forget_bias, got bias False")
+        _check_forget_bias("lstm", forget_bias, bias)
         super().__init__(
             "LSTM",
             input_size,
@@ -174,27 +188,15 @@ class LSTM(nn.RNNBase):
         )
         self.locked_dropout, self.weight_dropout = locked_dropout, weight_dropout
         self.forget_bias = forget_bias
-        self._start_forget_gates()
+        _start_forget_gates(self)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self._start_forget_gates()
-
-    @torch.no_grad()
-    def _start_forget_gates(self) -> None:
-        if self.forget_bias is not None:
-            for name, parameter in self.named_parameters():
-                if name.startswith("bias_"):
-                    start = self.forget_bias if name.startswith("bias_ih") else 0.0
-                    parameter[self.hidden_size : 2 * self.hidden_size] = start
+        _start_forget_gates(self)
 
     def extra_repr(self) -> str:
-        said = [nn.RNNBase.extra_repr(self)]
-        if isinstance(self, LSTM):  # not where it is asked of torch.nn's module
-            for name in ("forget_bias", "locked_dropout", "weight_dropout"):
-                if getattr(self, name) != getattr(LSTM, name):
-                    said.append(f"{name}={getattr(self, name)}")
-        return ", ".join(said)
+        options = "forget_bias", "locked_dropout", "weight_dropout"
+        return nn.RNNBase.extra_repr(self) + _said(self, LSTM, *options)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -241,6 +243,29 @@ class LSTM(nn.RNNBase):
             return lone_layer(input, hx, weights, lengths, reset, first)
         options = {"lengths": lengths, "reset": reset, "batch_first": first}
         return _run(self, input, hx, return_gates, options)
+
+
+def _check_forget_bias(op: str, forget_bias: float | None, bias: bool) -> None:
+    if forget_bias is not None and not bias:
+        raise ValueError(f"seqmem::{op}: expected bias with a forget_bias, got bias False")
+
+
+@torch.no_grad()
+def _start_forget_gates(module: Any) -> None:
+    if module.forget_bias is None:
+        return
+    for name, parameter in module.named_parameters():
+        if name.startswith("bias_"):
+            start = module.forget_bias if name.startswith("bias_ih") else 0.0
+            parameter[module.hidden_size : 2 * module.hidden_size] = start
+
+
+def _said(module: Any, ours: Any, *options: str) -> str:
+    """The options that are not the usual ones; torch.nn's module, asked as ours, has none."""
+    if not isinstance(module, ours):
+        return ""
+    given = {name: getattr(module, name) for name in options}
+    return "".join(f", {k}={v}" for k, v in given.items() if v != getattr(ours, k))
 
 
 def _unbatched(
