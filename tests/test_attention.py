@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from seqmem_fast import ops
 from seqmem_fast.reference import attention as reference
+from seqmem_fast.reference.common import ALPHAS, Sample
 
 NAMES = [sample.name for sample in reference.sample_inputs()]
 
@@ -41,6 +43,13 @@ def case_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
     if query.dim() > 3:
         rows = [(None,) * 4, (None,) * 2]
     return Case(bind(ops.attention), bind(reference.attention), args, *rows)
+
+
+def options_of(sample: Sample) -> tuple[float | None, bool, float]:
+    """What the op takes after its tensors."""
+    given = sample.kwargs
+    alpha = ALPHAS.get(given.get("normalizer", "softmax"), given.get("alpha"))
+    return given.get("scale"), given.get("is_causal", False), alpha
 
 
 def threaded() -> Threaded:
@@ -64,7 +73,7 @@ class TestAttention(AttentionSuite):
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
         sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
-        options = (sample.kwargs.get("scale"), sample.kwargs.get("is_causal", False))
+        options = options_of(sample)
         leaves = tuple(
             t.clone().requires_grad_() if t is not None and t.is_floating_point() else t
             for t in sample.args
@@ -268,13 +277,13 @@ def test_other_normalizers(normalizer: str) -> None:
             wide = [
                 a.double() if a is not None and a.is_floating_point() else a for a in sample.args
             ]
-            right = reference.attention(*wide, **sample.kwargs, **options)
-            ours = ops.attention(*sample.args, **sample.kwargs, **options)
+            both = {**sample.kwargs, **options}
+            right = reference.attention(*wide, **both)
+            ours = ops.attention(*sample.args, **both)
             for a, b in zip(ours, right, strict=True):
                 assert a is not None and b is not None and a.dtype == dtype
                 assert (a.double() - b).abs().max() <= bound * max(1.0, float(b.abs().max()))
-            options_alone = {**sample.kwargs, **options, "return_weights": False}
-            alone, none = ops.attention(*sample.args, **options_alone)
+            alone, none = ops.attention(*sample.args, **both, return_weights=False)
             assert none is None and torch.equal(alone, ours[0])
 
 
@@ -288,6 +297,46 @@ def test_gradients_of_other_normalizers(normalizer: str) -> None:
         return ops.attention(q, k, v, mask, normalizer=normalizer, alpha=alpha)
 
     assert torch.autograd.gradcheck(call, given)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("alpha", [1.05, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("sharpness", [0.02, 1.0, 8.0])
+def test_few_or_many_keys_of_weight(sharpness: float, alpha: float) -> None:
+    """Blocks of rows whose weights are nearly all zero are computed in another way."""
+    q, k, v = (torch.randn(2, n, 17, dtype=torch.float64) for n in (60, 83, 83))
+    added = (sharpness * torch.randn(60, 83, dtype=torch.float64)).requires_grad_()
+    seen = torch.rand(2, 60, 83) < 0.8
+    seen[:, 5] = False
+    options: dict[str, Any] = {"normalizer": "entmax", "alpha": alpha, "scale": sharpness}
+    for causal, mask in ((False, added), (True, seen), (False, None)):
+        options["is_causal"] = causal
+        wide = [t.detach().requires_grad_() for t in (q, k, v)]
+        if mask is added:
+            wide.append(added)
+        leaves = [t.detach().float().requires_grad_() for t in wide]
+        right = reference.attention(*wide[:3], mask, **options)
+        ours = ops.attention(*leaves[:3], leaves[3] if mask is added else mask, **options)
+        seeds = [torch.randn_like(a) for a in right]
+        for a, b in zip(ours, right, strict=True):
+            assert error(a, b) <= 2e-6
+        torch.autograd.backward(right, seeds)
+        torch.autograd.backward(ours, [seed.float() for seed in seeds])
+        for a, b in zip(leaves, wide, strict=True):
+            assert error(a.grad, b.grad) <= 2e-5
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_nothing_leaves_its_row_with_other_normalizers(normalizer: str) -> None:
+    """Rows of -inf have no weights, NaN fills its row, whatever else is in it."""
+    q, k, v = (t.float() for t in operands())
+    mask = torch.zeros(5, 7)
+    clean, _ = ops.attention(q, k, v, mask, normalizer=normalizer)
+    mask[1], mask[2], mask[2, 3], mask[3, 6] = -math.inf, -math.inf, math.nan, math.nan
+    output, weights = ops.attention(q, k, v, mask, normalizer=normalizer)
+    assert not output[1].any() and not weights[1].any()
+    assert output[2:4].isnan().all() and weights[2:4].isnan().all()
+    assert torch.equal(output[[0, 4]], clean[[0, 4]])
 
 
 def test_learned_alpha() -> None:

@@ -47,7 +47,7 @@ def check(ops: Any, sample: Sample) -> None:
     leaves += [mask.double().requires_grad_()] if floating else []
     wide_mask = leaves[3] if floating else mask
     right = reference.attention(*leaves[:3], wide_mask, scale, causal)
-    ours = ops.attention(query, key, value, mask, scale, causal)
+    ours = ops.attention(query, key, value, mask, scale, causal, 1)
     for a, b in zip(ours, right, strict=True):
         assert_near(a, b, sample.name)
     seeds = [torch.randn_like(a) for a in ours]
@@ -57,7 +57,7 @@ def check(ops: Any, sample: Sample) -> None:
         loss = sum((a * seed.double()).sum() for a, seed, used in pairs if used)
         grads = torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
         gradients = [seed if used else None for seed, used in zip(seeds, given, strict=True)]
-        args = (*gradients, query, key, value, mask, saved, scale, causal)
+        args = (*gradients, query, key, value, mask, saved, scale, causal, 1)
         found = ops.attention_backward(*args, [True] * 4)
         assert floating or found[3].shape == (0,)
         for k, (a, b) in enumerate(zip(found, grads, strict=False)):
@@ -73,13 +73,14 @@ def check(ops: Any, sample: Sample) -> None:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_agrees_with_the_reference(ops: Any, sizes: str, dtype: torch.dtype) -> None:
     for sample in reference.sample_inputs(dtype=dtype, sizes=SIZES[sizes]):
-        if sample.args[0].dim() <= 4:
+        if sample.args[0].dim() <= 4 and "normalizer" not in sample.kwargs:
             check(ops, sample)
 
 
 def test_the_widest_heads(ops: Any) -> None:
     for sample in reference.sample_inputs(sizes=(1, 3, 9, 128, 128)):
-        check(ops, sample)
+        if "normalizer" not in sample.kwargs:
+            check(ops, sample)
 
 
 def test_strides_and_broadcasting(ops: Any) -> None:
@@ -94,9 +95,9 @@ def test_strides_and_broadcasting(ops: Any) -> None:
 
 def test_masks_that_leave_nothing(ops: Any) -> None:
     query, key, value = torch.randn(2, 4, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
-    _, weights = ops.attention(query, key, value, torch.zeros(6, dtype=torch.bool), None, False)
+    _, weights = ops.attention(query, key, value, torch.zeros(6, dtype=torch.bool), None, False, 1)
     assert torch.allclose(weights, torch.full_like(weights, 1 / 6))
-    _, weights = ops.attention(query, key, value, torch.full((6,), -math.inf), None, False)
+    _, weights = ops.attention(query, key, value, torch.full((6,), -math.inf), None, False, 1)
     assert weights.isnan().all()
 
 
@@ -108,8 +109,8 @@ def test_other_calls_go_to_triton(ops: Any, shape: tuple[int, ...], keys: int) -
     query = torch.randn(shape)
     key = torch.randn(*shape[:-2], keys, shape[-1])
     with pytest.raises(RuntimeError, match="attention_triton"):
-        ops.attention(query, key, key, None, None, False)
+        ops.attention(query, key, key, None, None, False, 1)
     weights = torch.randn(*shape[:-1], keys)
     with pytest.raises(RuntimeError, match="attention_backward_triton"):
-        args = (None, weights, query, key, key, None, weights, None, False)
+        args = (None, weights, query, key, key, None, weights, None, False, 1)
         ops.attention_backward(*args, [True] * 4)

@@ -16,7 +16,7 @@ from triton_attention_check import check_launchers, spread
 import seqmem_fast
 from seqmem_fast._triton import attention as launchers
 from seqmem_fast.reference import attention as reference
-from seqmem_fast.reference.common import Sample
+from seqmem_fast.reference.common import ALPHAS, Sample
 
 assert seqmem_fast.__version__
 SIZES = (2, 18, 21, 5, 6)  # B, Tq, Tk, D, Dv: two blocks of each, no power of two in sight
@@ -25,14 +25,19 @@ SMALL = launchers.Tiles(16, 16, 4)
 
 
 def check(sample: Any, dtype: torch.dtype, given: tuple[bool, bool] = (True, True)) -> None:
-    options = (sample.kwargs.get("scale"), sample.kwargs.get("is_causal", False))
+    kwargs = sample.kwargs
+    alpha = ALPHAS.get(kwargs.get("normalizer", "softmax"), kwargs.get("alpha"))
+    options = kwargs.get("scale"), kwargs.get("is_causal", False), alpha
     both = launchers.attention, launchers.attention_backward
     check_launchers(both, attention, sample.args, dtype, given, options)
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, scale, is_causal = args
-    return reference.attention(*tensors, scale=scale, is_causal=is_causal)
+    *tensors, scale, is_causal, alpha = args
+    options = {"scale": scale, "is_causal": is_causal, "alpha": alpha}
+    return reference.attention(
+        *tensors, **options, normalizer="softmax" if alpha == 1 else "entmax"
+    )
 
 
 @pytest.fixture
@@ -86,10 +91,10 @@ def test_offsets_past_32_bits(small: None) -> None:
     mask, seeds = torch.randn(1, 2, 3), (torch.randn(1, 2, 5), torch.randn(1, 2, 3))
     near = (q, k, v, mask)
     far = (q, spread(k, 1), spread(v, 1), spread(mask.mT, 1).mT)
-    right = launchers.attention(*near, None, False)
-    ours = launchers.attention(*far, None, False)
+    right = launchers.attention(*near, None, False, 1)
+    ours = launchers.attention(*far, None, False, 1)
     far_seeds = seeds[0], spread(seeds[1].mT, 1).mT
-    tail = right[1], None, False, [True] * 4
+    tail = right[1], None, False, 1, [True] * 4
     ours += launchers.attention_backward(*far_seeds, *far, *tail)
     right += launchers.attention_backward(*seeds, *near, *tail)
     assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
@@ -97,12 +102,12 @@ def test_offsets_past_32_bits(small: None) -> None:
 
 def test_nothing_leaves_its_row(small: None) -> None:
     q, k, v, _ = SAMPLES["plain"].args
-    clean = launchers.attention(q, k, v, None, None, False)
+    clean = launchers.attention(q, k, v, None, None, False, 1)
     q = q.clone()
     q[0, 3] = float("nan")
     for causal in (False, True):
-        clean = launchers.attention(*SAMPLES["plain"].args, None, causal)
-        for a, b in zip(launchers.attention(q, k, v, None, None, causal), clean, strict=True):
+        clean = launchers.attention(*SAMPLES["plain"].args, None, causal, 1)
+        for a, b in zip(launchers.attention(q, k, v, None, None, causal, 1), clean, strict=True):
             assert a[0, 3].isnan().all()
             a[0, 3] = b[0, 3]
             assert torch.equal(a, b)
@@ -110,15 +115,15 @@ def test_nothing_leaves_its_row(small: None) -> None:
 
 def test_nothing_to_do() -> None:
     q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
-    output, weights = launchers.attention(q, k, v, None, None, False)
+    output, weights = launchers.attention(q, k, v, None, None, False, 1)
     assert output.shape == (2, 3, 5) and not output.any() and weights.shape == (2, 3, 0)
     grads = launchers.attention_backward(
-        output, None, q, k, v, None, weights, None, False, [True] * 4
+        output, None, q, k, v, None, weights, None, False, 1, [True] * 4
     )
     assert [tuple(g.shape) for g in grads] == [(2, 3, 4), (2, 0, 4), (2, 0, 5), (0,)]
     assert not grads[0].any()
     with pytest.raises(ValueError, match="expected key of shape"):
-        launchers.attention(q, k[..., 1:], v, None, None, False)
+        launchers.attention(q, k[..., 1:], v, None, None, False, 1)
 
 
 # Sizes of samples whose kernels differ; nothing runs, so large is cheap.

@@ -34,10 +34,15 @@ Kind kind_of(const double* alphas, double alpha) {
 
 template <class C>
 SEQMEM_INLINE bool any(IntVec<C> mask) {
+#if SEQMEM_VEC_BYTES == 32
+  typedef long long Words __attribute__((vector_size(32)));
+  return !__builtin_ia32_ptestz256((Words)mask, (Words)mask);
+#else
   int64_t words[SEQMEM_VEC_BYTES / 8], all = 0;
   __builtin_memcpy(words, &mask, sizeof mask);
   for (const int64_t word : words) all |= word;
   return all != 0;
+#endif
 }
 
 // The first n lanes, in another type than the storage's own too.
@@ -90,6 +95,17 @@ class Rows {
     probabilities(from, alpha, [&](int64_t i, Vec<C> p) { store_as<C>(to + i, p, lanes(i)); });
   }
 
+  // The same where the scores stand, -inf beyond the row to whole vectors; `top` is the highest of
+  // those that are not NaN.
+  void in_place(S* row, S top, double alpha) {
+    if constexpr (std::is_same_v<S, C>) {
+      x = row;
+      weigh(top, alpha, [&](int64_t i, Vec<C> p) { store(row + i, p); });
+    } else {
+      forward(row, row, alpha);
+    }
+  }
+
   // grad_input and grad_alpha may be null. The latter is a difference of sums that nearly cancel:
   // it is asked for in double alone, and p as it was stored would not do.
   void backward(const S* grad, const S* input, const S* output, S* grad_input, double* grad_alpha,
@@ -135,21 +151,36 @@ class Rows {
   // Calls put(i, p) for each vector of the row.
   template <class Put>
   SEQMEM_INLINE void probabilities(const S* from, double alpha, Put&& put) {
-    const C top = read(from), scale = C(alpha - 1), power = C(1) / scale;
-    if (!(-kInfinity < top && top < kInfinity && scale == scale)) {  // or -inf alone
-      const Vec<C> all = splat<C>(top == -kInfinity ? C(0) : C(__builtin_nan("")));
-      for (int64_t i = 0; i < K; i += L) put(i, all);
+    weigh(read(from), alpha, put);
+  }
+
+  // Of the row in x, whose highest entry is `top`.
+  template <class Put>
+  SEQMEM_INLINE void weigh(C top, double alpha, Put&& put) {
+    const C scale = C(alpha - 1), power = C(1) / scale;
+    const C tau = threshold(top, scale, power);
+    if (tau != tau) {
+      IntVec<C> wrong = {};
+      for (int64_t i = 0; i < K; i += L) wrong |= load(x + i) != load(x + i);
+      const bool nothing = top == -kInfinity && !any<C>(wrong);
+      for (int64_t i = 0; i < K; i += L) put(i, splat<C>(nothing ? C(0) : tau));
       return;
     }
-    const C tau = threshold(top, scale, power);
+    const C low = just_below(tau * power);
     for (int64_t i = 0; i < K; i += L) {
-      const Vec<C> above = (load(x + i) - top) * scale - tau;
-      const IntVec<C> supported = above > C(0);
+      const Vec<C> below = load(x + i) - top;
       Vec<C> p = {};
-      if (any<C>(supported)) p = supported ? values(above, supported, power).p : p;
+      if (any<C>(below > low)) {
+        const Vec<C> above = below * scale - tau;
+        const IntVec<C> supported = above > C(0);
+        p = supported ? values(above, supported, power).p : p;
+      }
       put(i, p);
     }
   }
+
+  // So that comparing differences of entries leaves out none that would pass once scaled.
+  static SEQMEM_INLINE C just_below(C negative) { return negative * C(1.0001); }
 
   // x = the row, -inf beyond it; returns its highest entry, NaN where there is one.
   C read(const S* from) {
@@ -181,8 +212,11 @@ class Rows {
     }
   }
 
+  // tau; NaN where some entry is, where the highest is infinite, and where alpha is NaN.
   C threshold(C top, C scale, C power) {
     const int64_t end = padded<C>(K);
+    const C low = just_below(-power);
+    IntVec<C> wrong = {};
     C tau = -1;
     Vec<C> totals = {}, slopes = {};
     int64_t kept = 0;
@@ -195,7 +229,12 @@ class Rows {
       store(y + kept, v);
       kept += L;
     };
-    for (int64_t i = 0; i < end; i += L) take((load(x + i) - top) * scale);
+    for (int64_t i = 0; i < end; i += L) {
+      const Vec<C> below = load(x + i) - top;
+      wrong |= below != below;
+      if (any<C>(below > low)) take(below * scale);
+    }
+    if (any<C>(wrong) || scale != scale) return C(__builtin_nan(""));
     while (true) {
       const C total = sum<C>(totals);
       const C next = tau + (total - root(total, scale)) / sum<C>(slopes);

@@ -32,21 +32,31 @@ SEQMEM_INLINE int64_t line_bytes(int64_t columns) {
   return 2 * longest_line(columns) * int64_t(sizeof(double));
 }
 
-// n scores -> their weights by entmax, in place; rows have at most `columns`.
-template <class C>
-void entmax_row(C* row, int64_t n, double alpha, char* buffer, int64_t columns) {
+// Calls f with the rows that compute entmax of n scores of the at most `columns` of a row.
+template <class C, class F>
+SEQMEM_INLINE void with_entmax(int64_t n, double alpha, char* buffer, int64_t columns, F&& f) {
   using entmax::Kind;
   const int64_t bytes = line_bytes(columns) / 2;
-  if (n == 0) return;
-  if (alpha < entmax::kSteep)
-    return entmax::Rows<C, Kind::Any, double>(n, buffer, bytes).forward(row, row, alpha);
+  if (alpha < entmax::kSteep) return f(entmax::Rows<C, Kind::Any, double>(n, buffer, bytes));
   switch (entmax::kind_of(nullptr, alpha)) {
-    case Kind::Sparsemax:
-      return entmax::Rows<C, Kind::Sparsemax, C>(n, buffer, bytes).forward(row, row, alpha);
-    case Kind::Entmax15:
-      return entmax::Rows<C, Kind::Entmax15, C>(n, buffer, bytes).forward(row, row, alpha);
-    default: return entmax::Rows<C, Kind::Any, C>(n, buffer, bytes).forward(row, row, alpha);
+    case Kind::Sparsemax: return f(entmax::Rows<C, Kind::Sparsemax, C>(n, buffer, bytes));
+    case Kind::Entmax15: return f(entmax::Rows<C, Kind::Entmax15, C>(n, buffer, bytes));
+    default: return f(entmax::Rows<C, Kind::Any, C>(n, buffer, bytes));
   }
+}
+
+// n scores -> their weights by entmax, in place.
+template <class C>
+void entmax_row(C* row, int64_t n, double alpha, char* buffer, int64_t columns) {
+  if (n == 0) return;
+  with_entmax<C>(n, alpha, buffer, columns, [&](auto rows) { rows.forward(row, row, alpha); });
+}
+
+// The same of a row that is -inf from n on to whole vectors; `top` is the highest of its scores
+// that are not NaN.
+template <class C>
+void entmax_row(C* row, int64_t n, C top, double alpha, char* buffer, int64_t columns) {
+  with_entmax<C>(n, alpha, buffer, columns, [&](auto rows) { rows.in_place(row, top, alpha); });
 }
 
 // Of the vectors that hold columns lo..hi-1, as all below: weights -> weights^(2 - alpha) where not

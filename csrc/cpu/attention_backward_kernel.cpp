@@ -1,5 +1,6 @@
 // Attention backward. With P the weights and dW their gradient,
-//   dP = dO V^T + dW,  dS = P (dP - rowsum(dP P)), zero where masked,
+//   dP = dO V^T + dW,  dS = P (dP - rowsum(dP P)), zero where masked (entmax: S' = P^(2 - alpha)
+//   for P and the mean of dP by S' for the sum, in dS alone),
 //   dQ = scale dS K,  dK = dS^T (scale Q),  dV = P^T dO.
 // Threads take tasks, parts of a batch's queries, and go through each in blocks of at most 48
 // queries, so few that their rows of P and dS stay in the L2 cache:
@@ -13,7 +14,10 @@
 //   pass 6  dkey[Tk, D] += slopes^T queries                     columns of the block's queries in
 //   L1
 // Where a batch has several tasks each has its own dkey and dvalue, which are added at the end.
+// A block of entmax's weights with few keys a row goes row by row, over these keys alone, from keys
+// [Tk, D] and values [Tk, Dv] copied to rows; no other block packs panels then.
 #include "attention_common.h"
+#include "attention_sparse_rows.h"
 
 namespace seqmem::attention {
 namespace {
@@ -35,12 +39,14 @@ class BackwardRun {
   const int64_t block, stride;  // query rows of a block; stride of its rows of keys
   const int64_t D_pad, Dv_pad;
   const bool has_output, scores_wanted;  // whether dO is there, whether any of dQ, dK, dmask is
+  const bool sparse;                     // entmax
 
   // Shared: dkey and dvalue of every task, [N, groups, Tk, D_pad or Dv_pad], if a batch has
   // several.
   C *all_dkey, *all_dvalue;
   // This thread's own.
-  C *value_panels, *key_panels;
+  C *value_panels, *key_panels, *value_rows, *key_rows;
+  int64_t *at, in_panels = -1, in_rows = -1;  // keys of a row that have a weight; copied batches
   C *queries, *grads, *weights, *slopes, *out, *mask_copy;  // of a block
   C *task_dkey, *task_dvalue;                               // [Tk, D_pad], [Tk, Dv_pad]
 
@@ -58,7 +64,8 @@ class BackwardRun {
         D_pad(padded<C>(s.D)),
         Dv_pad(padded<C>(s.Dv)),
         has_output(a.grad_output.data != nullptr),
-        scores_wanted(a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr) {}
+        scores_wanted(a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr),
+        sparse(s.alpha != 1) {}
 
   int64_t place(char* base) {
     Carver take(base);
@@ -70,6 +77,9 @@ class BackwardRun {
     take.per_thread(thread, threads, [&] {
       value_panels = take.array<C>(has_output && scores_wanted ? padded<C>(s.Tk) * s.Dv : 0);
       key_panels = take.array<C>(a.grad_query != nullptr ? s.Tk * D_pad : 0);
+      value_rows = take.array<C>(sparse && has_output && scores_wanted ? s.Tk * Dv_pad : 0);
+      key_rows = take.array<C>(sparse && a.grad_query != nullptr ? s.Tk * D_pad : 0);
+      at = take.array<int64_t>(sparse ? padded<C>(s.Tk) : 0);
       queries = take.array<C>(block * D_pad);
       grads = take.array<C>(block * Dv_pad);
       weights = take.array<C>(block * stride);
@@ -83,10 +93,8 @@ class BackwardRun {
   }
 
   void run() {
-    int64_t packed = -1;  // the batch whose keys and values the panels hold
     Task task;
     while (take_task(s, plan, block, task)) {
-      if (task.n != packed) pack(packed = task.n);
       if (plan.groups > 1) {
         const int64_t index = task.n * plan.groups + task.group;
         task_dkey = all_dkey + index * s.Tk * D_pad;
@@ -106,8 +114,17 @@ class BackwardRun {
 
  private:
   void pack(int64_t n) {
+    if (n == in_panels) return;
+    in_panels = n;
     if (has_output && scores_wanted) pack_lanes<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
     if (a.grad_query != nullptr) pack_columns<S>(key_panels, Rows<S>(a.key, n), s.Tk, s.D);
+  }
+
+  void copy(int64_t n) {
+    if (n == in_rows) return;
+    in_rows = n;
+    if (has_output && scores_wanted) copy_rows<S>(value_rows, Rows<S>(a.value, n), s.Tk, s.Dv);
+    if (a.grad_query != nullptr) copy_rows<S>(key_rows, Rows<S>(a.key, n), s.Tk, s.D);
   }
 
   void clear_sums() {
@@ -142,11 +159,24 @@ class BackwardRun {
   void run_block(int64_t n, int64_t i, int64_t rows, bool first) {
     const int64_t keys = visible_keys(s, i + rows);
     const Rows<S> query(a.query, n), grad_output(a.grad_output, n);
+    MaskRows<C> mask;
+    if (s.mask == MaskKind::Allowed && scores_wanted)
+      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
     for (int64_t r = 0; r < rows; ++r) {
       copy_row<S>(queries + r * D_pad, query.row(i + r), query.columns, s.D, C(s.scale));
       if (has_output)
         copy_row<S>(grads + r * Dv_pad, grad_output.row(i + r), grad_output.columns, s.Dv, C(1));
-      const S* from = static_cast<const S*>(a.weights) + (n * s.Tq + i + r) * s.Tk;
+    }
+    if (sparse && mostly_zero(n, i, rows, keys)) {
+      if (first) clear_sums();
+      copy(n);
+      for (int64_t r = 0; r < rows; ++r)
+        sparse_row(n, i, r, keys, s.mask == MaskKind::Allowed ? mask.allowed[r] : nullptr);
+      return;
+    }
+    pack(n);
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* from = weights_of(n, i + r);
       copy_row<S>(weights + r * stride, from, 1, keys, C(1));
       // finish_row takes whole steps of four vectors
       for (int64_t j = padded<C>(keys); j % (4 * L) != 0; j += L) {
@@ -161,9 +191,6 @@ class BackwardRun {
       if (a.grad_value != nullptr) __builtin_memset(task_dvalue, 0, s.Tk * Dv_pad * sizeof(C));
     }
     if (!scores_wanted) return;
-    MaskRows<C> mask;
-    if (s.mask == MaskKind::Allowed)
-      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
     if (has_output)
       multiply_packed_lanes(rows, keys, s.Dv, grads, Dv_pad, value_panels, s.Tk, slopes, stride);
     for (int64_t r = 0; r < rows; ++r) {
@@ -186,10 +213,54 @@ class BackwardRun {
       matrix_multiply<true>(keys, rows, D_pad, slopes, stride, queries, D_pad, task_dkey, !first);
   }
 
+  const S* weights_of(int64_t n, int64_t i) const {
+    return static_cast<const S*>(a.weights) + (n * s.Tq + i) * s.Tk;
+  }
+
+  bool mostly_zero(int64_t n, int64_t i, int64_t rows, int64_t keys) const {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) count += count_weights(weights_of(n, i + r), keys);
+    return count * kKeysPerWeight <= rows * keys;
+  }
+
+  void sparse_row(int64_t n, int64_t i, int64_t r, int64_t keys, const uint8_t* allowed) {
+    C *weight = weights, *slope = slopes;
+    const C *query = queries + r * D_pad, *grad = grads + r * Dv_pad;
+    const int64_t count = find_weights(weights_of(n, i + r), keys, at, weight);
+    if (a.grad_value != nullptr && has_output)
+      scatter_add(count, at, weight, grad, Dv_pad, task_dvalue);
+    if (!scores_wanted) return;
+    if (has_output) {
+      gather_dots(count, at, grad, value_rows, Dv_pad, slope);
+    } else {
+      for (int64_t k = 0; k < count; k += L) store(slope + k, Vec<C>{});
+    }
+    if (a.grad_weights.data != nullptr) {
+      const Rows<S> grad_weights(a.grad_weights, n);
+      for (int64_t k = 0; k < count; ++k)
+        slope[k] += widen_one(grad_weights.row(i + r)[at[k] * grad_weights.columns]);
+    }
+    const C total = to_slopes(weight, 0, count, s.alpha), dot = dot_of(slope, weight, 0, count);
+    scale_slopes(slope, weight, 0, count, total == 0 ? C(0) : dot / total, count);
+    for (int64_t k = 0; allowed != nullptr && k < count; ++k)
+      if (allowed[at[k]] == 0) slope[k] = 0;
+    if (a.grad_mask != nullptr) {
+      S* to = static_cast<S*>(a.grad_mask) + (n * s.Tq + i + r) * s.Tk;
+      __builtin_memset(to, 0, s.Tk * sizeof(S));
+      for (int64_t k = 0; k < count; ++k) store_n(to + at[k], splat(slope[k]), 1);
+    }
+    if (a.grad_query != nullptr) {
+      gather_sum(count, at, slope, key_rows, D_pad, out);
+      for (int64_t j = 0; j < D_pad; j += L) store(out + j, C(s.scale) * load(out + j));
+      store_row(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, out, s.D);
+    }
+    if (a.grad_key != nullptr) scatter_add(count, at, slope, query, D_pad, task_dkey);
+  }
+
   // slopes -> dS, from dO V^T where there is a dO.
   void finish_row(int64_t n, int64_t i, int64_t r, int64_t keys, const uint8_t* allowed) {
-    C* slope = slopes + r * stride;
-    const C* weight = weights + r * stride;
+    C *slope = slopes + r * stride, *weight = weights + r * stride;
+    const C weight_sum = s.alpha == 1 ? C(1) : to_slopes(weight, 0, keys, s.alpha);
     if (!has_output)
       for (int64_t j = 0; j < keys; j += L) store(slope + j, Vec<C>{});
     if (a.grad_weights.data != nullptr) {
@@ -205,7 +276,8 @@ class BackwardRun {
     Vec<C> total[4] = {};
     for (int64_t j = 0; j < keys; j += 4 * L) SEQMEM_UNROLL
     for (int v = 0; v < 4; ++v) total[v] += load(slope + j + v * L) * load(weight + j + v * L);
-    const C mean = sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+    const C dot = sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+    const C mean = weight_sum == 0 ? C(0) : dot / weight_sum;
     int64_t j = 0;
     if (allowed == nullptr) {
       for (; j < keys; j += L) store(slope + j, load(weight + j) * (load(slope + j) - mean));

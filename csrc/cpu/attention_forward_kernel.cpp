@@ -7,9 +7,12 @@
 //   pass 2  scores -> e^(score - highest), masked; their sums
 //   pass 3  weights[rows, Tk] = scores / sum, stored; past the caches where they are large
 //   pass 4  output[rows, Dv] = (scores value) / sum    128 rows of a panel in L1 for all the rows
+// Entmax takes a row to weights of sum 1 in pass 2. Its values are copied to rows [Tk, Dv]: pass 4
+// adds up those that a row has a weight for, where these are few.
 #include "../common/past_caches.h"
 #include "attention_common.h"
 #include "attention_softmax.h"
+#include "attention_sparse_rows.h"
 
 namespace seqmem::attention {
 namespace {
@@ -156,11 +159,15 @@ class ForwardRun {
   const int thread, threads;
   const int64_t block, stride;  // query rows of a block; stride of score rows
   const int64_t D_pad, Dv_pad;
+  const bool sparse;  // entmax
   const bool values_in_place, past_caches;
 
-  C *key_panels, *value_panels;
+  C *key_panels, *value_panels, *value_rows;
   C *queries, *scores, *out;  // of a block: [block, D_pad], [block, stride], [block, Dv_pad]
   C* mask_copy;               // [block, stride]
+  char* line_buffer;          // for entmax of a row
+  int64_t* at;                // keys that have a weight
+  C* kept;                    // their weights
 
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
@@ -174,7 +181,8 @@ class ForwardRun {
         stride(score_stride<C>(s.Tk)),
         D_pad(padded<C>(s.D)),
         Dv_pad(padded<C>(s.Dv)),
-        values_in_place(std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L &&
+        sparse(s.alpha != 1),
+        values_in_place(!sparse && std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L &&
                         !(s.Tq >= kRowsWorthPacking && s.Dv % (4 * L) == 0)),
         past_caches(s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % L == 0 &&
                     reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {}
@@ -183,11 +191,15 @@ class ForwardRun {
     Carver take(base);
     take.per_thread(thread, threads, [&] {
       key_panels = take.array<C>(plan.pack ? padded<C>(s.Tk) * s.D : 0);
-      value_panels = take.array<C>(values_in_place ? 0 : s.Tk * Dv_pad);
+      value_panels = take.array<C>(values_in_place || sparse ? 0 : s.Tk * Dv_pad);
+      value_rows = take.array<C>(sparse ? s.Tk * Dv_pad : 0);
       queries = take.array<C>(block * D_pad);
       scores = take.array<C>(block * stride);
       out = take.array<C>(block * Dv_pad);
       mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
+      line_buffer = take.array<char>(sparse ? line_bytes(stride) : 0);
+      at = take.array<int64_t>(sparse ? padded<C>(s.Tk) : 0);
+      kept = take.array<C>(sparse ? padded<C>(s.Tk) : 0);
     });
     return take.used();
   }
@@ -206,6 +218,7 @@ class ForwardRun {
  private:
   void pack(int64_t n) {
     if (plan.pack) pack_lanes<S>(key_panels, Rows<S>(a.key, n), s.Tk, s.D);
+    if (sparse) return copy_rows<S>(value_rows, Rows<S>(a.value, n), s.Tk, s.Dv);
     if (!values_in_place) pack_columns<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
   }
 
@@ -225,11 +238,13 @@ class ForwardRun {
     C inverse[kMaxRows];
     for (int64_t r = 0; r < rows; ++r) {
       C* row = scores + r * stride;
-      inverse[r] = C(1) / exponentials<C>(row, keys, masked_row(i, r, row, keys, mask));
+      inverse[r] = normalise(row, keys, masked_row(i, r, row, keys, mask));
       write_weights(static_cast<S*>(a.weights) + ((n * s.Tq + i + r) * s.Tk), row, keys,
                     inverse[r]);
     }
-    if (values_in_place) {
+    if (sparse) {
+      multiply_values(rows, keys);
+    } else if (values_in_place) {
       if constexpr (std::is_same_v<S, C>)
         multiply_in_place<C>(rows, keys, s.Dv, scores, stride, Rows<S>(a.value, n).data,
                              a.value.rows, out, Dv_pad);
@@ -258,6 +273,25 @@ class ForwardRun {
       case MaskKind::Added:
         return mask_row<C, MaskKind::Added>(row, keys, last, nullptr, mask.added[r]);
       default: return mask_row<C, MaskKind::None>(row, keys, last, nullptr, nullptr);
+    }
+  }
+
+  // Masked scores -> weights that still have to be multiplied by what it returns.
+  C normalise(C* row, int64_t keys, C highest) {
+    if (!sparse) return C(1) / exponentials<C>(row, keys, highest);
+    entmax_row(row, keys, highest, s.alpha, line_buffer, stride);
+    return row[0] == row[0] ? C(1) : row[0];
+  }
+
+  void multiply_values(int64_t rows, int64_t keys) {
+    int64_t weights = 0;
+    for (int64_t r = 0; r < rows; ++r) weights += count_weights(scores + r * stride, keys);
+    if (weights * kKeysPerWeight > rows * keys)
+      return multiply_in_place<C>(rows, keys, Dv_pad, scores, stride, value_rows, Dv_pad, out,
+                                  Dv_pad);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = find_weights(scores + r * stride, keys, at, kept);
+      gather_sum(n, at, kept, value_rows, Dv_pad, out + r * Dv_pad);
     }
   }
 

@@ -15,7 +15,8 @@ enum class MaskKind { None, Allowed, Added };
 struct Shape {
   int64_t N, Tq, Tk, D, Dv;
   double scale;
-  bool causal;  // query i sees keys 0..i alone
+  double alpha;  // 1: softmax, else entmax's
+  bool causal;   // query i sees keys 0..i alone
   MaskKind mask;
 };
 

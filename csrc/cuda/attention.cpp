@@ -65,18 +65,18 @@ cuda::AttentionShape shape_of(const AttentionSizes<int64_t>& s, const Operands& 
   return shape;
 }
 
-// No more than two leading dimensions, and something to compute.
+// A softmax, no more than two leading dimensions, and something to compute.
 bool small(const AttentionSizes<int64_t>& s, const cuda::AttentionShape& shape,
-           const Tensor& query) {
-  return s.batch.with(s.Tq, s.Tk).size() <= 4 && shape.N * s.Tq * s.Tk > 0 &&
+           const Options& options, const Tensor& query) {
+  return options.alpha == 1 && s.batch.with(s.Tq, s.Tk).size() <= 4 && shape.N * s.Tq * s.Tk > 0 &&
          cuda::small_attention(storage_of(query), shape);
 }
 
 Tensors<2> forward_cuda(const Inputs& in) {
   const auto s = check<int64_t>(in);
   const auto shape = shape_of(s, in, in);
-  if (!small(s, shape, in.query))
-    return TritonOp::call(in.query, in.key, in.value, in.mask, in.scale, in.is_causal);
+  if (!small(s, shape, in, in.query))
+    return TritonOp::call(in.query, in.key, in.value, in.mask, in.scale, in.is_causal, in.alpha);
   const c10::cuda::CUDAGuard guard(in.query.device());
   const Tensor output = at::empty(s.batch.with(s.Tq, s.Dv), in.query.options()),
                weights = at::empty(s.batch.with(s.Tq, s.Tk), in.query.options());
@@ -91,9 +91,10 @@ Tensors<2> forward_cuda(const Inputs& in) {
 Tensors<4> backward_cuda(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
   const auto shape = shape_of(s, in, in);
-  if (!small(s, shape, in.query))
+  if (!small(s, shape, in, in.query))
     return BackwardTritonOp::call(in.grad_output, in.grad_weights, in.query, in.key, in.value,
-                                  in.mask, in.weights, in.scale, in.is_causal, in.output_mask);
+                                  in.mask, in.weights, in.scale, in.is_causal, in.alpha,
+                                  in.output_mask);
   const c10::cuda::CUDAGuard guard(in.query.device());
   const auto [of_query, of_key, of_value, of_mask] = in.output_mask;
   const auto options = in.query.options();

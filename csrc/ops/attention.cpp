@@ -46,6 +46,7 @@ struct Call {
               .D = s.width,
               .Dv = s.Dv,
               .scale = options.scale.value_or(1 / std::sqrt(double(s.width))),
+              .alpha = options.alpha,
               .causal = options.is_causal,
               .mask = !in.mask.has_value()                     ? MaskKind::None
                       : mask.tensor.scalar_type() == at::kBool ? MaskKind::Allowed

@@ -73,7 +73,7 @@ std::optional<std::tuple<Tensor, OptionalTensor>> module(
   Tensor output;
   OptionalTensor weights;
   if (need_weights || worth_own(q, k)) {
-    std::tie(output, weights) = ForwardOp::call(q, k, v, {}, {}, false);
+    std::tie(output, weights) = ForwardOp::call(q, k, v, {}, {}, false, 1);
     if (!need_weights) weights.reset();
     if (need_weights && average) weights = heads == 1 ? weights->squeeze(1) : weights->mean(1);
   } else {

@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference.attention import scores_of
 from . import attention_kernels as kernels
 from .common import as_bytes, launcher, product_precision, strides, two_leading, wide
 
@@ -119,6 +120,7 @@ def attention(
     mask: Tensor | None,
     scale: float | None,
     is_causal: bool,
+    alpha: float,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::attention` on GPU."""
     call = _Call(query, key, value, mask, scale)
@@ -126,6 +128,8 @@ def attention(
     output = call.empty(call.queries, call.value_width)
     if weights.numel() == 0:
         return output.zero_(), weights
+    if alpha != 1:
+        return _sparsely(call, mask, is_causal, alpha)
     tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
     if tile is None:
         _by_products(call, is_causal, output, weights)
@@ -160,6 +164,7 @@ def attention_backward(
     weights: Tensor,
     scale: float | None,
     is_causal: bool,
+    alpha: float,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::attention_backward` on GPU: one kernel by rows, one by columns."""
@@ -179,8 +184,8 @@ def attention_backward(
             call.empty(*size).zero_() if is_wanted else None
             for size, is_wanted in zip(sizes, wanted, strict=True)
         ]
-    elif tile is None:
-        grads = _back_by_products(call, grad_output, grad_weights, weights, wanted)
+    elif tile is None or alpha != 1:
+        grads = _back_by_products(call, grad_output, grad_weights, weights, wanted, alpha)
     else:
         grads = [
             call.empty(*size) if is_wanted else None
@@ -282,12 +287,52 @@ def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) 
     torch.bmm(weights.view(matrices), value, out=output.view(matrices))
 
 
+def _sparsely(
+    call: _Call, mask: Tensor | None, is_causal: bool, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The forward by torch's products, entmax's op between them."""
+    dtype = call.like.dtype
+    products = call.query.to(wide(dtype)) @ call.key.to(wide(dtype)).mT
+    products = products.view(*call.lead, *products.shape[-2:])
+    scores = scores_of(products, mask, call.width, call.scale, is_causal)
+    weights = torch.ops.seqmem.entmax(scores, None, alpha, -1).to(dtype)
+    output = call.scores(weights) @ call.value
+    return output.view(*call.lead, call.queries, call.value_width), weights
+
+
+def _softmax_gradient(
+    call: _Call, p: Tensor, weights: Tensor, grad_weights: Tensor | None
+) -> Tensor:
+    """That of the scores, from the weights' by the outputs, p, and their own."""
+    scores = p if p.dtype == call.like.dtype else torch.empty_like(p, dtype=call.like.dtype)
+    blocks = _softmax_blocks(call)
+    kernels.attention_softmax_backward[(call.batch * blocks["blocks"],)](
+        p_ptr=p,
+        weights_ptr=weights.contiguous(),
+        grad_weights_ptr=grad_weights,
+        grad_scores_ptr=scores,
+        **strides("g", grad_weights, "0", "1", "i", "j"),
+        **blocks,
+    )
+    return scores
+
+
+def _entmax_gradient(call: _Call, p: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    weights = weights.to(p.dtype)
+    found = torch.ops.seqmem.entmax_backward(p, weights, None, alpha, -1, weights, [True, False])
+    scores: Tensor = found[0].to(call.like.dtype)
+    if call.mask is not None and call.mask.dtype == torch.uint8:
+        scores = scores.masked_fill(call.mask == 0, 0)
+    return scores
+
+
 def _back_by_products(
     call: _Call,
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
     weights: Tensor,
     wanted: Sequence[bool],
+    alpha: float,
 ) -> list[Tensor | None]:
     """The backward by torch's products, one kernel between them."""
     dtype = call.like.dtype
@@ -298,17 +343,12 @@ def _back_by_products(
     found: list[Tensor | None] = [None] * 4
     if of_query or of_key or of_mask:
         p = (g @ call.value.mT).to(wide(dtype))
-        scores = p if p.dtype == dtype else torch.empty_like(p, dtype=dtype)
         g_weights = None if grad_weights is None else call.scores(grad_weights)
-        blocks = _softmax_blocks(call)
-        kernels.attention_softmax_backward[(call.batch * blocks["blocks"],)](
-            p_ptr=p,
-            weights_ptr=weights.contiguous(),
-            grad_weights_ptr=g_weights,
-            grad_scores_ptr=scores,
-            **strides("g", g_weights, "0", "1", "i", "j"),
-            **blocks,
-        )
+        if alpha == 1:
+            scores = _softmax_gradient(call, p, weights, g_weights)
+        else:
+            p = p if g_weights is None else p + g_weights
+            scores = _entmax_gradient(call, p, w, alpha)
         found[0] = (scores @ call.key).mul_(call.scale) if of_query else None
         found[1] = (scores.mT @ call.query).mul_(call.scale) if of_key else None
         found[3] = scores if of_mask else None

@@ -24,9 +24,27 @@ from .flops import Shape, count_products
 
 __all__ = ["attention"]
 
-_attention = fall_back("attention", reference.attention)
-_check = fall_back("check_attention", reference.attention)
-differentiate_through("attention", reference.attention, gradients=2)
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    alpha: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    normalizer = "softmax" if not isinstance(alpha, Tensor) and alpha == 1 else "entmax"
+    output, weights = reference.attention(
+        query, key, value, mask, scale, is_causal, normalizer=normalizer, alpha=alpha
+    )
+    assert weights is not None
+    return output, weights
+
+
+_attention = fall_back("attention", _plain)
+_check = fall_back("check_attention", _plain)
+differentiate_through("attention", _plain, gradients=2)
 
 
 def _products(query: Shape, key: Shape, value: Shape) -> int:
@@ -105,10 +123,11 @@ def attention(
         return_weights: False calls ``F.scaled_dot_product_attention``, which never holds the
             weights; a row whose mask is all zero is uniform there, too.
         normalizer: what makes weights of scores: "softmax", or "sparsemax", "entmax15" or "entmax",
-            which give many keys a weight of exactly 0. They run as torch's products with
-            :func:`entmax` between them; a row of -inf has weights of zero there.
+            which give many keys a weight of exactly 0; where most of a row's are, only the
+            others are multiplied. A row of -inf has weights of zero there.
         alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [..., Tq, 1] and is
-            differentiable ([H, 1, 1] for one a head).
+            differentiable ([H, 1, 1] for one a head). With a tensor, torch's products run with
+            :func:`entmax` between them.
 
     Returns:
         output [..., Tq, Dv] and weights [..., Tq, Tk] (None without ``return_weights``). No keys
@@ -119,43 +138,35 @@ def attention(
             came.
         TypeError: a dtype, device or layout does not fit.
     """
-    if normalizer != "softmax":
-        sparse = _sparsely(query, key, value, mask, scale, is_causal, normalizer, alpha)
-        return sparse[0], sparse[1] if return_weights else None
-    if not (return_weights or transform_active() or exports_onnx()):
-        _check(query, key, value, mask, scale, is_causal)
+    if normalizer == "entmax" and isinstance(alpha, Tensor):
+        output, weights = _by_products(query, key, value, mask, scale, is_causal, alpha)
+        return output, weights if return_weights else None
+    power = 1.0 if normalizer == "softmax" else alpha_of("attention", normalizer, float(alpha))
+    if power == 1 and not (return_weights or transform_active() or exports_onnx()):
+        _check(query, key, value, mask, scale, is_causal, power)
         return _without_weights(query, key, value, mask, scale, is_causal), None
-    output, weights = _attention(query, key, value, mask, scale, is_causal)
+    output, weights = _attention(query, key, value, mask, scale, is_causal, power)
     return output, weights if return_weights else None
 
 
-def _sparsely(
+def _by_products(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     scale: float | None,
     is_causal: bool,
-    normalizer: str,
-    alpha: Tensor | float,
+    alpha: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """By products, scores in float32 at least; entmax is one op between them."""
-    learned = alpha if normalizer == "entmax" and isinstance(alpha, Tensor) else None
-    power = 1.5 if learned is not None else alpha_of("attention", normalizer, float(alpha))
+    """With a learned alpha: scores in float32 at least, and entmax as one op between products."""
     if transform_active() or exports_onnx():  # nor does the check run inside one
-        output, weights = reference.attention(
-            query, key, value, mask, scale, is_causal, normalizer=normalizer, alpha=alpha
-        )
-        assert weights is not None
-        return output, weights
-    _check(query, key, value, mask, scale, is_causal)
+        return _plain(query, key, value, mask, scale, is_causal, alpha)
+    _check(query, key, value, mask, scale, is_causal, 1.5)
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    if learned is not None:
-        learned = learned.to(wide)
     products = query.to(wide) @ key.to(wide).mT
     scores = reference.scores_of(products, mask, query.size(-1), scale, is_causal)
-    weights = torch.ops.seqmem.entmax(scores, learned, power, -1)
+    weights = torch.ops.seqmem.entmax(scores, alpha.to(wide), 1.5, -1)
     return attend(weights.to(dtype), value)
 
 

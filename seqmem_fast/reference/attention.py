@@ -92,3 +92,5 @@ def sample_inputs(
         ),
         {},
     )
+    yield Sample("sparsemax", (8 * q, k, v, None), {"normalizer": "sparsemax", "is_causal": True})
+    yield Sample("entmax", (q, k, v, mask), {"normalizer": "entmax", "alpha": 1.3})
