@@ -6,6 +6,8 @@ pytest benchmarks/bench_attention.py          the same contenders under pytest-b
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import random
 import sys
@@ -20,7 +22,8 @@ from benchmarks.harness import measure, rows
 from seqmem_fast import ops
 
 LETTERS = "B, Tq, Tk, d"
-EAGER, SDPA = "eager", "F.sdpa, no weights"
+EAGER, SDPA, SOFTMAX = "eager", "F.sdpa, no weights", "softmax, ours"
+PACKAGE = "entmax"  # for sparse weights, between torch's products
 # Random shapes: each size's bound, and billions of multiply-adds of a forward pass at most.
 RANDOM = {"b": 64, "queries": 2048, "keys": 2048, "width": 256}
 CAP = 2.0
@@ -67,6 +70,39 @@ def work(
     return rows.Work(sample, ops.attention, {EAGER: eager}, compile_with=compile_with)
 
 
+def sparse_work(normalizer: str, b: int, queries: int, keys: int, width: int) -> rows.Work:
+    """Three operands without a mask."""
+
+    def sample(rng: torch.Generator) -> tuple[Tensor, ...]:
+        sizes = ((b, queries, width), (b, keys, width), (b, keys, width))
+        return tuple(torch.randn(*size, generator=rng) for size in sizes)
+
+    def by_products(weigh: Any) -> Any:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            weights = weigh(query @ key.mT / math.sqrt(query.size(-1)), dim=-1)
+            return weights @ value, weights
+
+        return attend
+
+    op = getattr(ops, normalizer)
+    peers = {f"products, ops.{normalizer}": by_products(op), SOFTMAX: ops.attention}
+    if importlib.util.find_spec(PACKAGE) is not None:
+        package = importlib.import_module(PACKAGE)
+        peers[PACKAGE] = by_products(getattr(package, normalizer))
+    return rows.Work(sample, partial(ops.attention, normalizer=normalizer), peers)
+
+
+def sparse_row(normalizer: str, *sizes: int, goals: Any = None) -> list[rows.Row]:
+    """A normaliser other than softmax, in both modes."""
+    return rows.pair(
+        "attention",
+        ", ".join(map(str, sizes)),
+        partial(sparse_work, normalizer, *sizes),
+        goals=goals or {},
+        name=f"attention with {normalizer}",
+    )
+
+
 def row(
     b: int,
     queries: int,
@@ -104,6 +140,10 @@ ROWS = [
     *row(8, 512, 512, 64, (6, 3)),
     *row(32, 64, 64, 64, (3, 2)),
     *row(8, 512, 512, 64, dtype=torch.bfloat16),
+    *sparse_row(
+        "sparsemax", 8, 1024, 1024, 64, goals={PACKAGE: (20, 12), SOFTMAX: (0.77, 0.77)}
+    ),
+    *sparse_row("entmax15", 8, 1024, 1024, 64),
 ]
 GPU_ROWS = [
     made
