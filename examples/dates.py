@@ -1,12 +1,16 @@
 """Dates as people write them, turned into ISO form, and where the network looks as it writes.
 
     python examples/dates.py [--seed 0] [--steps 800] [--out docs/images/dates_alignment.png]
+    python examples/dates.py --normalizer entmax15 --out docs/images/dates_entmax15.png
 
 "Mar 3rd, '98", "Tuesday, 3 March 1998" and "03.03.1998" all become 1998-03-03. The model is the
 encoder and decoder of Bahdanau, Cho & Bengio 2014 (arXiv 1409.0473), small: a bidirectional
 seqmem_fast.LSTM reads the characters, and for each character of the answer a
 seqmem_fast.LSTMCell is given what seqmem_fast.AdditiveAttention found in the text. Dates come from
 a generator; fresh ones, never trained on but by chance, are what it is examined on.
+
+With --normalizer, two models attend by scaled dot products instead, one with softmax and one with
+the normaliser named, and are drawn side by side.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import datetime
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +99,32 @@ def batch(rng: random.Random, size: int) -> Batch:
     return Batch(*encode(texts), torch.tensor([[ANSWER.index(c) for c in a] for a in answers]))
 
 
+class DotAttention(nn.Module):
+    """Scaled dot products in additive attention's place, with any normaliser of ops.attention."""
+
+    def __init__(self, query: int, memory: int, width: int, normalizer: str) -> None:
+        super().__init__()
+        self.query, self.project_keys = nn.Linear(query, width), nn.Linear(memory, width)
+        self.normalizer = normalizer
+
+    def forward(
+        self, query: Tensor, keys: Tensor, memory: Tensor, mask: Tensor, keys_projected: bool
+    ) -> tuple[Tensor, Tensor]:
+        return sf.ops.attention(self.query(query), keys, memory, mask, normalizer=self.normalizer)
+
+
 class Translator(nn.Module):
     """Reads a text and writes LENGTH characters, attending to the text before each one."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, normalizer: str | None = None) -> None:
         super().__init__()
         self.read = nn.Embedding(len(SOURCE) + 1, 32, padding_idx=0)
         self.encoder = sf.LSTM(32, width, bidirectional=True, batch_first=True)
-        self.attention = sf.AdditiveAttention(width, 2 * width, width)
+        self.attention: Any = (
+            sf.AdditiveAttention(width, 2 * width, width)
+            if normalizer is None
+            else DotAttention(width, 2 * width, width, normalizer)
+        )
         self.recall = nn.Embedding(len(ANSWER) + 1, 16)  # the last one: nothing written yet
         self.decoder = sf.LSTMCell(16 + 2 * width, width)
         self.start = nn.Linear(width, width)
@@ -132,17 +154,21 @@ class Translator(nn.Module):
         return torch.stack(logits, 1), torch.stack(weights, 1)
 
 
-def train(steps: int, size: int, seed: int, console: Console) -> tuple[Translator, list[float]]:
+def train(
+    steps: int, size: int, seed: int, console: Console, normalizer: str | None = None
+) -> tuple[Translator, list[float]]:
     """A model trained on `steps` batches of `size` dates, and the loss of each."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = Translator()
+    model = Translator(normalizer=normalizer)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, max(steps, 2))
     losses = []
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]}")
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("reading dates", total=steps, loss="...")
+        bar = progress.add_task(
+            f"reading dates{', ' + normalizer if normalizer else ''}", total=steps, loss="..."
+        )
         for _ in range(steps):
             given = batch(rng, size)
             logits, _ = model(*given)
@@ -166,6 +192,15 @@ def accuracy(model: Translator, count: int = 2000) -> float:
 
 
 @torch.no_grad()
+def zeros(model: Translator, count: int = 2000) -> float:
+    """The share of weights over the characters of fresh dates that are exactly 0."""
+    given = batch(random.Random(FRESH_SEED), count)
+    _, weights = model(given.source, given.lengths)
+    present = (given.source != 0).unsqueeze(1).expand_as(weights)
+    return float((weights[present] == 0).double().mean())
+
+
+@torch.no_grad()
 def translate(model: Translator, text: str) -> tuple[str, Tensor]:
     """The answer, and for each of its characters the weights over those of the text."""
     logits, weights = model(*encode([text]))
@@ -173,13 +208,14 @@ def translate(model: Translator, text: str) -> tuple[str, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains, examines, draws; returns the first and the last loss and the accuracy."""
+    """Trains, examines, draws; returns the first and the last loss and the accuracy of the last."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--normalizer", choices=("sparsemax", "entmax15"))
     parser.add_argument("--text", default=SHOWN[0], help="the date to draw")
     parser.add_argument("--out", type=Path, default=Path("docs/images/dates_alignment.png"))
     args = parser.parse_args(argv)
@@ -187,14 +223,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if unknown:
         parser.error(f"characters that no date is written with: {''.join(sorted(unknown))}")
     console = Console()
-    model, losses = train(args.steps, args.batch, args.seed, console)
-    share = accuracy(model.eval())
-    console.print(f"{share:.1%} of 2,000 fresh dates turned into ISO form without a mistake")
-    for text in SHOWN:
-        console.print(f"{text:>24}  ->  {translate(model, text)[0]}", highlight=False)
-    answer, weights = translate(model, args.text)
+    names = (None,) if args.normalizer is None else ("softmax", args.normalizer)
+    pictures, answer = [], ""
+    for name in names:
+        model, losses = train(args.steps, args.batch, args.seed, console, name)
+        share = accuracy(model.eval())
+        told = f"{name}: " if name else ""
+        console.print(
+            f"{told}{share:.1%} of 2,000 fresh dates turned into ISO form without a mistake"
+        )
+        if name:
+            console.print(f"{told}{zeros(model):.1%} of the weights are exactly 0")
+        for text in SHOWN:
+            console.print(f"{text:>24}  ->  {translate(model, text)[0]}", highlight=False)
+        answer, weights = translate(model, args.text)
+        pictures.append(weights)
+    figure = sf.plot.attention(torch.stack(pictures), args.text, answer)
+    for axes, name in zip(figure.axes, names, strict=False):
+        axes.set_xlabel(name or "", fontsize=9)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sf.plot.attention(weights, args.text, answer).savefig(args.out, dpi=120)
+    figure.savefig(args.out, dpi=120)
     console.print(f"picture: {args.out}", highlight=False, soft_wrap=True)
     return {"first_loss": losses[0], "last_loss": losses[-1], "accuracy": share}
 

@@ -70,6 +70,31 @@ def test_a_short_training_learns_and_draws(
     assert "of 2,000 fresh dates" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_normalizers_side_by_side(
+    dates: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], restored_threads: None
+) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "alignment.png"
+    torch.set_num_threads(1)
+    options = ["--steps", "2", "--batch", "8", "--normalizer", "sparsemax", "--out", str(out)]
+    dates.main(options)
+    said = capsys.readouterr().out
+    assert "softmax: 0.0% of the weights are exactly 0" in said and "sparsemax: " in said
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_exact_zeros(dates: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = dates.Translator(width=16, normalizer="sparsemax")
+    with torch.no_grad():
+        model.attention.query.weight.mul_(50)
+    _, weights = model(*dates.encode(["3/3/1998", "the 3rd of March, 1998"]))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, dates.LENGTH))
+    assert (weights[1] == 0).double().mean() > 0.3
+    assert dates.zeros(model, 20) > 0.1
+
+
 def test_strange_characters_are_named(
     dates: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
