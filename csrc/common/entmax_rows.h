@@ -91,18 +91,20 @@ class Rows {
   Rows(int64_t K, char* buffer, int64_t bytes)
       : K(K), x(reinterpret_cast<C*>(buffer)), y(reinterpret_cast<C*>(buffer + bytes)) {}
 
-  void forward(const S* from, S* to, double alpha) {
-    probabilities(from, alpha, [&](int64_t i, Vec<C> p) { store_as<C>(to + i, p, lanes(i)); });
+  // Returns how many entries have a probability.
+  int64_t forward(const S* from, S* to, double alpha) {
+    return probabilities(from, alpha,
+                         [&](int64_t i, Vec<C> p) { store_as<C>(to + i, p, lanes(i)); });
   }
 
   // The same where the scores stand, -inf beyond the row to whole vectors; `top` is the highest of
   // those that are not NaN.
-  void in_place(S* row, S top, double alpha) {
+  int64_t in_place(S* row, S top, double alpha) {
     if constexpr (std::is_same_v<S, C>) {
       x = row;
-      weigh(top, alpha, [&](int64_t i, Vec<C> p) { store(row + i, p); });
+      return weigh(top, alpha, [&](int64_t i, Vec<C> p) { store(row + i, p); });
     } else {
-      forward(row, row, alpha);
+      return forward(row, row, alpha);
     }
   }
 
@@ -148,15 +150,15 @@ class Rows {
  private:
   SEQMEM_INLINE int lanes(int64_t i) const { return static_cast<int>(min(L, K - i)); }
 
-  // Calls put(i, p) for each vector of the row.
+  // Calls put(i, p) for each vector of the row; returns how many are not zero.
   template <class Put>
-  SEQMEM_INLINE void probabilities(const S* from, double alpha, Put&& put) {
-    weigh(read(from), alpha, put);
+  SEQMEM_INLINE int64_t probabilities(const S* from, double alpha, Put&& put) {
+    return weigh(read(from), alpha, put);
   }
 
   // Of the row in x, whose highest entry is `top`.
   template <class Put>
-  SEQMEM_INLINE void weigh(C top, double alpha, Put&& put) {
+  SEQMEM_INLINE int64_t weigh(C top, double alpha, Put&& put) {
     const C scale = C(alpha - 1), power = C(1) / scale;
     const C tau = threshold(top, scale, power);
     if (tau != tau) {
@@ -164,9 +166,10 @@ class Rows {
       for (int64_t i = 0; i < K; i += L) wrong |= load(x + i) != load(x + i);
       const bool nothing = top == -kInfinity && !any<C>(wrong);
       for (int64_t i = 0; i < K; i += L) put(i, splat<C>(nothing ? C(0) : tau));
-      return;
+      return nothing ? 0 : K;
     }
     const C low = just_below(tau * power);
+    IntVec<C> minus = {};
     for (int64_t i = 0; i < K; i += L) {
       const Vec<C> below = load(x + i) - top;
       Vec<C> p = {};
@@ -174,9 +177,13 @@ class Rows {
         const Vec<C> above = below * scale - tau;
         const IntVec<C> supported = above > C(0);
         p = supported ? values(above, supported, power).p : p;
+        minus += supported;
       }
       put(i, p);
     }
+    int64_t count = 0;
+    for (int l = 0; l < L; ++l) count -= minus[l];
+    return count;
   }
 
   // So that comparing differences of entries leaves out none that would pass once scaled.

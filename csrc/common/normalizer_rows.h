@@ -32,9 +32,9 @@ SEQMEM_INLINE int64_t line_bytes(int64_t columns) {
   return 2 * longest_line(columns) * int64_t(sizeof(double));
 }
 
-// Calls f with the rows that compute entmax of n scores of the at most `columns` of a row.
+// What f returns of the rows that compute entmax of n scores of the at most `columns` of a row.
 template <class C, class F>
-SEQMEM_INLINE void with_entmax(int64_t n, double alpha, char* buffer, int64_t columns, F&& f) {
+SEQMEM_INLINE int64_t with_entmax(int64_t n, double alpha, char* buffer, int64_t columns, F&& f) {
   using entmax::Kind;
   const int64_t bytes = line_bytes(columns) / 2;
   if (alpha < entmax::kSteep) return f(entmax::Rows<C, Kind::Any, double>(n, buffer, bytes));
@@ -45,18 +45,20 @@ SEQMEM_INLINE void with_entmax(int64_t n, double alpha, char* buffer, int64_t co
   }
 }
 
-// n scores -> their weights by entmax, in place.
+// n scores -> their weights by entmax, in place; returns how many are not zero.
 template <class C>
-void entmax_row(C* row, int64_t n, double alpha, char* buffer, int64_t columns) {
-  if (n == 0) return;
-  with_entmax<C>(n, alpha, buffer, columns, [&](auto rows) { rows.forward(row, row, alpha); });
+int64_t entmax_row(C* row, int64_t n, double alpha, char* buffer, int64_t columns) {
+  if (n == 0) return 0;
+  return with_entmax<C>(n, alpha, buffer, columns,
+                        [&](auto rows) { return rows.forward(row, row, alpha); });
 }
 
 // The same of a row that is -inf from n on to whole vectors; `top` is the highest of its scores
 // that are not NaN.
 template <class C>
-void entmax_row(C* row, int64_t n, C top, double alpha, char* buffer, int64_t columns) {
-  with_entmax<C>(n, alpha, buffer, columns, [&](auto rows) { rows.in_place(row, top, alpha); });
+int64_t entmax_row(C* row, int64_t n, C top, double alpha, char* buffer, int64_t columns) {
+  return with_entmax<C>(n, alpha, buffer, columns,
+                        [&](auto rows) { return rows.in_place(row, top, alpha); });
 }
 
 // Of the vectors that hold columns lo..hi-1, as all below: weights -> weights^(2 - alpha) where not

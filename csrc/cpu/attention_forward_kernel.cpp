@@ -168,6 +168,7 @@ class ForwardRun {
   char* line_buffer;          // for entmax of a row
   int64_t* at;                // keys that have a weight
   C* kept;                    // their weights
+  int64_t weights;            // of a block that are not zero
 
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
@@ -236,6 +237,7 @@ class ForwardRun {
       score_in_place<S>(rows, keys, s.D, queries, D_pad, key, scores, stride);
     }
     C inverse[kMaxRows];
+    weights = 0;
     for (int64_t r = 0; r < rows; ++r) {
       C* row = scores + r * stride;
       inverse[r] = normalise(row, keys, masked_row(i, r, row, keys, mask));
@@ -279,13 +281,11 @@ class ForwardRun {
   // Masked scores -> weights that still have to be multiplied by what it returns.
   C normalise(C* row, int64_t keys, C highest) {
     if (!sparse) return C(1) / exponentials<C>(row, keys, highest);
-    entmax_row(row, keys, highest, s.alpha, line_buffer, stride);
+    weights += entmax_row(row, keys, highest, s.alpha, line_buffer, stride);
     return row[0] == row[0] ? C(1) : row[0];
   }
 
   void multiply_values(int64_t rows, int64_t keys) {
-    int64_t weights = 0;
-    for (int64_t r = 0; r < rows; ++r) weights += count_weights(scores + r * stride, keys);
     if (weights * kKeysPerWeight > rows * keys)
       return multiply_in_place<C>(rows, keys, Dv_pad, scores, stride, value_rows, Dv_pad, out,
                                   Dv_pad);
