@@ -42,27 +42,27 @@ def pattern(grid: int, listed: int) -> Tensor:
     return mask
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, *, blocks: Tensor, size: int) -> Output:
+def ours(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, size: int) -> Output:
     """The weights are made as well, and dropped; so by the eager peers."""
     return (ops.block_sparse_attention(q, k, v, blocks, (size, size))[0],)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor) -> Output:
+def eager(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, seen: Tensor) -> Output:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v,)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor) -> Output:
+def fused(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, seen: Tensor) -> Output:
     return (F.scaled_dot_product_attention(q, k, v, seen),)
 
 
-def gathered(q: Tensor, k: Tensor, v: Tensor, *, blocks: Tensor, size: int) -> Output:
+def gathered(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, size: int) -> Output:
     """The listed pairs of blocks side by side; softmax by rows of blocks, added up in the end."""
     steps, rest = q.shape[2], -q.shape[2] % size
     near_q, near_k, near_v = (
         F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, size)) for x in (q * q.shape[-1] ** -0.5, k, v)
     )
-    row, column = blocks[0, 0].to(q.device).unbind(-1)
+    row, column = blocks[0, 0].unbind(-1)
     scores = near_q[:, :, row] @ near_k[:, :, column].transpose(-1, -2)
     if rest:
         key = column[:, None] * size + torch.arange(size, device=q.device)
@@ -77,24 +77,23 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, *, blocks: Tensor, size: int) -> O
 
 
 def work(batch: int, heads: int, steps: int, width: int, size: int, listed: int) -> rows.Work:
-    def sample(rng: torch.Generator) -> tuple[Any, ...]:
-        return tuple(torch.randn(batch, heads, steps, width, generator=rng) for _ in range(3))
-
     mask = pattern(-(-steps // size), listed)
-    options: dict[str, Any] = {"blocks": ops.block_list(mask), "size": size}
-    peers: dict[str, Callable[..., Output]] = {GATHER: partial(gathered, **options)}
+
+    def sample(rng: torch.Generator) -> tuple[Any, ...]:
+        operands = (torch.randn(batch, heads, steps, width, generator=rng) for _ in range(3))
+        return *operands, ops.block_list(mask)
+
+    peers: dict[str, Callable[..., Output]] = {GATHER: partial(gathered, size=size)}
     if steps <= DENSE:
         seen = mask.repeat_interleave(size, 0).repeat_interleave(size, 1)[:steps, :steps]
         peers |= {EAGER: partial(eager, seen=seen), SDPA: partial(fused, seen=seen)}
-    return rows.Work(sample, partial(ours, **options), peers)
+    return rows.Work(sample, partial(ours, size=size), peers)
 
 
 def on_gpu(*sizes: int) -> rows.Work:
-    """The peer that makes no tensor of its own on the CPU; the list goes over once."""
+    """The peer that makes no tensor of its own on the CPU."""
     whole = work(*sizes)
-    blocks: Tensor = whole.ours.keywords["blocks"].cuda()  # type: ignore[attr-defined]
-    options: dict[str, Any] = {"blocks": blocks, "size": sizes[4]}
-    return rows.Work(whole.sample, partial(ours, **options), {GATHER: partial(gathered, **options)})
+    return rows.Work(whole.sample, whole.ours, {GATHER: whole.peers[GATHER]})
 
 
 def pair(

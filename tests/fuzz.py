@@ -48,7 +48,7 @@ REFUSAL = re.compile(
     r"seqmem(::|: out of memory)|fixed-size array|allocate memory|not enough memory|overflow"
 )
 VALUES = re.compile(
-    r"(lengths|action|batch_sizes)\b|alpha in"
+    r"(lengths|action|batch_sizes|index in)\b|alpha in|expected blocks that exist"
 )  # refused for what a meta tensor does not hold
 
 Arguments = list[Any]

@@ -18,6 +18,7 @@ from seqmem_fast.reference.common import Sample
 
 # These multiply and sum up element by element, which torch does not count.
 ELEMENTWISE = ("additive_attention", "delta_memory", "dynamic_memory")
+DENSE = ("block_sparse_attention",)  # whose reference computes the other blocks' scores too
 OPS = sorted({*STEMS.values()})
 
 
@@ -42,7 +43,7 @@ def samples(op: str, sizes: tuple[int, ...] | None = None) -> list[Sample]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ELEMENTWISE])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ELEMENTWISE + DENSE])
 def test_as_many_as_in_the_reference(op: str) -> None:
     functions = importlib.import_module(f"seqmem_fast.ops.{op}")
     reference = importlib.import_module(f"seqmem_fast.reference.{op}")
@@ -69,6 +70,21 @@ def test_what_references_compute_element_by_element() -> None:
     assert found == (2 * hops * 2 * row, 4 * hops * 2 * row)
     delta = next(iter(samples("delta_memory", (2, 3, 5, 7, 11))))
     assert flops(ops.delta_memory, *delta.args)[0] == 2 * 3 * 2 * 3 * 5 * 7 * 11
+
+
+def test_of_blocks_the_listed_ones_count() -> None:
+    from seqmem_fast import ops
+
+    q, k, v = (torch.randn(2, 4, 50, n) for n in (3, 3, 5))
+    blocks = ops.block_list(torch.eye(5).bool())
+    products = 2 * 4 * 5 * 10 * 10 * (3 + 5)
+    assert flops(ops.block_sparse_attention, q, k, v, blocks, (10, 10)) == (
+        2 * products,
+        4 * products,
+    )
+    top = flops(ops.top_k_attention, q, k, v, 7)
+    chosen = 2 * 4 * 50 * 7 * (3 + 5)
+    assert top == (2 * 2 * 4 * 50 * 50 * 3 + 2 * chosen, 4 * chosen)
 
 
 def test_every_op_has_a_formula() -> None:

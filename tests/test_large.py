@@ -84,6 +84,17 @@ def block_sparse_attention(x: Tensor) -> None:
 
 
 @slow
+def indexed_attention(x: Tensor) -> None:
+    """The last query names the last key and one before."""
+    rows = x[None, None]
+    index = torch.arange(ROWS)[None, None, :, None]
+    output, weights = ops.indexed_attention(rows, rows, rows, torch.cat((index, index // 2), 3))
+    near(weights[0, 0, -1], torch.tensor([4.0, 0.0]).softmax(0))
+    near(output[0, 0, -1], math.exp(4) / (math.exp(4) + 1) * LAST)
+    assert (weights[0, 0, :-1] == 0.5).all()
+
+
+@slow
 def additive_attention(x: Tensor) -> None:
     key = small(ROWS, 1)
     key[-1] = 30

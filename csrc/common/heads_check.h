@@ -39,6 +39,13 @@ void check_alpha(const Check<Int>& check, double alpha) {
   TORCH_CHECK_VALUE(alpha >= 1 && alpha <= 2, check.op(), ": expected alpha in 1..2, got ", alpha);
 }
 
+// How many lists a tensor [1 or B, 1 or Hq, ...] of lists has along its first two dimensions.
+template <class Int>
+std::array<Int, 2> lists_of(const Check<Int>& check, In t, const HeadSizes<Int>& s) {
+  auto either = [&](int64_t d, const Int& size) { return check.size(t, d) == 1 ? Int(1) : size; };
+  return {either(0, s.B), either(1, s.Hq)};
+}
+
 // Integers for each row, or for each query.
 template <class Int>
 void check_bound(const Check<Int>& check, const char* name, Maybe t, const HeadSizes<Int>& s) {

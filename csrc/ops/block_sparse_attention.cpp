@@ -3,12 +3,10 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../common/dispatch.h"
 #include "../common/head_operands.h"
-#include "../common/team.h"
 #include "../cpu/block_sparse_attention_kernel.h"
 #include "block_sparse_attention_check.h"
 
@@ -45,7 +43,7 @@ class Call {
               .lists = {},
               .is_causal = in.is_causal,
               .end = end_.bounds(),
-              .scale = in.scale.value_or(1 / std::sqrt(double(s.D))),
+              .scale = scale_of(in.scale, s.D),
               .alpha = in.alpha} {
     const int64_t heads = list_.size(1), nQ = shape.nQ, N = s.N;
     const int64_t* pairs = list_.const_data_ptr<int64_t>();
@@ -86,20 +84,12 @@ class Call {
   }
 };
 
-// Estimates for one core; they only steer the choices below. A share of fewer microseconds is not
-// worth a thread.
-constexpr double kFlopsPerMicrosecond = 60e3, kShareWorthWaking = 45;
-constexpr double kScoresPerMicrosecond = 500, kRowsPerMicrosecond = 10;  // beside the products
 constexpr int64_t kTasksPerThread = 8;
 
 int threads_for(const Call& call, double products) {
   const Shape& s = call.shape;
-  const double rows = double(s.B) * s.Hq * s.Tq;
   const double scores = double(call.total) * std::min(s.Bq, s.Tq) * std::min(s.Bk, s.Tk);
-  const double once = 2 * scores * (s.D + s.Dv) / kFlopsPerMicrosecond +
-                      scores / kScoresPerMicrosecond + rows / kRowsPerMicrosecond;
-  const double share = once * products / kShareWorthWaking;
-  return int(std::clamp(share, 1.0, double(available_threads())));
+  return threads_for_heads(double(s.B) * s.Hq * s.Tq, scores, s.D + s.Dv, products);
 }
 
 Plan plan_for(const Shape& s, int threads) {
@@ -125,12 +115,11 @@ Tensors<2> forward_cpu(const ForwardInputs& in) {
   }
   const Call call(in, s);
   const int threads = threads_for(call, 1);
-  const bool wanted = in.need_weights && weights.numel() > 0;
   const Forward arguments = {.q = heads_of(in.q),
                              .k = heads_of(in.k),
                              .v = heads_of(in.v),
                              .output = data(output),
-                             .weights = wanted ? data(weights) : nullptr,
+                             .weights = some_data(weights),
                              .workspace = nullptr};
   launch(SEQMEM_CHOOSE(forward_kernel), threads, arguments, storage_of(in.q), call.shape,
          plan_for(call.shape, threads));
@@ -149,20 +138,15 @@ Tensor slopes_like(const BackwardInputs& in, const Sizes<int64_t>& s) {
 
 Tensors<3> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
-  auto gradient = [&](int k, In like) {
-    return in.output_mask[k] ? large_result<int64_t>(
-                                   in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
-                             : at::empty({0}, in.q.options());
-  };
-  const Tensor grad_q = gradient(0, in.q), grad_k = gradient(1, in.k), grad_v = gradient(2, in.v);
+  const Tensors<3> out = large_gradients(in.output_mask, in.q, in.k, in.v);
+  const auto& [grad_q, grad_k, grad_v] = out;
   if (s.B * s.Hq * s.Tq == 0) {
     grad_k.zero_();
     grad_v.zero_();
-    return {grad_q, grad_k, grad_v};
+    return out;
   }
   Call call(in, s);
   call.sort_by_key();
-  auto pointer = [](const Tensor& t) { return t.numel() > 0 ? data(t) : nullptr; };
   const Operand weights(in.weights), grad_weights(in.grad_weights);
   const Tensor slopes = in.output_mask[1] ? slopes_like(in, s) : Tensor();
   const Backward arguments = {.grad_output = heads_of(in.grad_output),
@@ -171,15 +155,15 @@ Tensors<3> backward_cpu(const BackwardInputs& in) {
                               .k = heads_of(in.k),
                               .v = heads_of(in.v),
                               .weights = weights.data(),
-                              .grad_q = pointer(grad_q),
-                              .grad_k = pointer(grad_k),
-                              .grad_v = pointer(grad_v),
+                              .grad_q = some_data(grad_q),
+                              .grad_k = some_data(grad_k),
+                              .grad_v = some_data(grad_v),
                               .slopes = data(slopes),
                               .workspace = nullptr};
   const int threads = threads_for(call, 2.5);
   launch(SEQMEM_CHOOSE(backward_kernel), threads, arguments, storage_of(in.q), call.shape,
          plan_for(call.shape, threads));
-  return {grad_q, grad_k, grad_v};
+  return out;
 }
 
 Tensors<3> backward_meta(const BackwardInputs& in) {

@@ -68,13 +68,9 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   const auto heads = check_heads(check, in.q, in.k, in.v);
   check.typed("blocks", in.blocks, at::kLong);
   check.dims("blocks", in.blocks, 4);
-  auto either = [&](int64_t d, const Int& size) {
-    const Int own = check.size(in.blocks, d);
-    return own == 1 ? Int(1) : size;
-  };
-  const Int rows = either(0, heads.B), columns = either(1, heads.Hq);
+  const auto lists = lists_of(check, in.blocks, heads);
   const Int N = check.size(in.blocks, 2);
-  check.shape("blocks", in.blocks, {rows, columns, N, 2});
+  check.shape("blocks", in.blocks, {lists[0], lists[1], N, 2});
   constexpr int64_t kMost = 1 << 20;  // products of sizes stay in range
   for (const int64_t size : {in.block_queries, in.block_keys})
     TORCH_CHECK_VALUE(1 <= size && size <= kMost, check.op(),
@@ -82,7 +78,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   check_bound(check, "key_end", in.key_end, heads);
   check_alpha(check, in.alpha);
   if (in.blocks.is_cpu()) check_blocks(check, in);
-  return {heads, rows * columns, N};
+  return {heads, lists[0] * lists[1], N};
 }
 
 template <class Int>

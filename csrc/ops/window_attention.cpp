@@ -2,11 +2,9 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "../common/dispatch.h"
 #include "../common/head_operands.h"
-#include "../common/team.h"
 #include "../cpu/window_attention_kernel.h"
 #include "window_attention_check.h"
 
@@ -35,22 +33,15 @@ struct Call {
               .G = in.global_keys,
               .start = start.bounds(),
               .end = end.bounds(),
-              .scale = in.scale.value_or(1 / std::sqrt(double(s.D))),
+              .scale = scale_of(in.scale, s.D),
               .alpha = in.alpha} {}
 };
 
-// Estimates for one core; they only steer the choices below. A share of fewer microseconds is not
-// worth a thread.
-constexpr double kFlopsPerMicrosecond = 60e3, kShareWorthWaking = 45;
-constexpr double kScoresPerMicrosecond = 500, kRowsPerMicrosecond = 10;  // beside the products
 constexpr int64_t kTasksPerThread = 4;
 
 int threads_for(const Shape& s, double products) {
-  const double rows = double(s.B) * s.Hq * s.Tq, scores = rows * std::min(s.W() + s.G, s.Tk);
-  const double once = 2 * scores * (s.D + s.Dv) / kFlopsPerMicrosecond +
-                      scores / kScoresPerMicrosecond + rows / kRowsPerMicrosecond;
-  const double share = once * products / kShareWorthWaking;
-  return int(std::clamp(share, 1.0, double(available_threads())));
+  const double rows = double(s.B) * s.Hq * s.Tq;
+  return threads_for_heads(rows, rows * std::min(s.W() + s.G, s.Tk), s.D + s.Dv, products);
 }
 
 // Queries below which a part of a head is not worth the packing of its keys.
@@ -100,15 +91,12 @@ constexpr int64_t kBackwardTasks = 16;
 
 Tensors<3> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
-  auto gradient = [&](int k, In like) {
-    return in.output_mask[k] ? large_result<int64_t>(
-                                   in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
-                             : Tensor();
-  };
-  const Tensor grad_q = gradient(0, in.q), grad_k = gradient(1, in.k), grad_v = gradient(2, in.v);
-  if (s.Tq < in.dilation || s.Hq == 0)  // keys that no query sees
-    for (const Tensor& grad : {grad_k, grad_v})
-      if (grad.defined()) grad.zero_();
+  const Tensors<3> out = large_gradients(in.output_mask, in.q, in.k, in.v);
+  const auto& [grad_q, grad_k, grad_v] = out;
+  if (s.Tq < in.dilation || s.Hq == 0) {  // keys that no query sees
+    grad_k.zero_();
+    grad_v.zero_();
+  }
   if (s.B * s.Hq * s.Tq > 0) {
     const Call call(in, s);
     const Plan plan = {.groups = groups_for(call.shape, kBackwardTasks), .next = 0};
@@ -121,15 +109,14 @@ Tensors<3> backward_cpu(const BackwardInputs& in) {
                                 .v = heads_of(in.v),
                                 .weights = weights.data(),
                                 .global_weights = global_weights.data(),
-                                .grad_q = data(grad_q),
-                                .grad_k = data(grad_k),
-                                .grad_v = data(grad_v),
+                                .grad_q = some_data(grad_q),
+                                .grad_k = some_data(grad_k),
+                                .grad_v = some_data(grad_v),
                                 .workspace = nullptr};
     launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 2.5), arguments,
            storage_of(in.q), call.shape, plan);
   }
-  auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, in.q.options()); };
-  return {given(grad_q), given(grad_k), given(grad_v)};
+  return out;
 }
 
 Tensors<3> backward_meta(const BackwardInputs& in) {

@@ -25,6 +25,7 @@ from . import block_sparse_attention_kernels as kernels
 from .common import (
     accumulator,
     autograd_below,
+    begins_of,
     dense_rows,
     fits_heads,
     int_bound,
@@ -35,13 +36,6 @@ from .common import (
 )
 
 _BLOCK = 32  # most queries, and keys, of a part of a block
-
-
-def _begins(sorted_blocks: Tensor, count: int) -> Tensor:
-    """[lists, places] in order, none last, as `count` -> where each begins, [lists, count + 1]."""
-    numbers = torch.arange(count + 1, device=sorted_blocks.device)
-    numbers = numbers.expand(sorted_blocks.size(0), -1).contiguous()
-    return torch.searchsorted(sorted_blocks, numbers)
 
 
 def _part(size: int, q: Tensor) -> int:
@@ -59,10 +53,10 @@ def _common(
     flat = blocks.contiguous().flatten(0, 1)
     rows = triton.cdiv(queries, block[0])
     row = flat[..., 0]
-    row = torch.where((row >= 0) & (row < rows), row, rows).contiguous()
+    row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
         "blocks_ptr": flat,
-        "rows_ptr": _begins(row, rows),
+        "rows_ptr": begins_of(row, rows),
         "SCALE": width**-0.5 if scale is None else float(scale),
         "queries": queries,
         "keys": keys,
@@ -205,7 +199,7 @@ def _backward(
         q_ptr=q,
         v_ptr=v,
         by_key_ptr=by_key,
-        columns_ptr=_begins(column.contiguous(), columns),
+        columns_ptr=begins_of(column, columns),
         weights_ptr=weights,
         delta_ptr=delta,
         grad_k_ptr=grads[1],

@@ -106,6 +106,12 @@ def dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def begins_of(numbers: Tensor, count: int) -> Tensor:
+    """[lists, places] in order, `count` where there is none -> where each begins, of count + 1."""
+    wanted = torch.arange(count + 1, device=numbers.device).expand(numbers.size(0), -1)
+    return torch.searchsorted(numbers.contiguous(), wanted.contiguous())
+
+
 def int_bound(prefix: str, t: Tensor | None) -> dict[str, Any]:
     """A bound of the keys that queries see, [B] or [B, Tq], as `key_bound` takes it."""
     if t is not None:

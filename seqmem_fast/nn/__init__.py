@@ -20,6 +20,7 @@ from .hard_attention import (
     discounted_returns,
     reinforce_train_step,
 )
+from .indexed_attention import TopKAttention
 from .lrua import MANN
 from .lstm import LSTM, LSTMCell, LSTMGates
 from .ntm import NTM
@@ -49,6 +50,7 @@ __all__ = [
     "MovingAverageBaseline",
     "NTMMemory",
     "Sparsemax",
+    "TopKAttention",
     "WindowAttention",
     "WindowState",
     "WindowWeights",

@@ -278,6 +278,13 @@ class Attention(nn.Module):
         parts = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(map(F.linear, (query, key, value), weight.chunk(3), cast(Any, parts)))
 
+    def _heads_of_batch(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Checked and projected, [B, H, T, E / H] each; three dimensions are asked for."""
+        if query.dim() != 3:
+            _refuse("query with 3 dimensions", query)
+        Attention._check(self, query, key, value, None, None, False)
+        return self._heads(query, key, value)
+
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Projected, [B, H, T, E / H] each."""
         projected = Attention._project(self, query, key, value)

@@ -84,13 +84,7 @@ class BlockSparseAttention(Attention):
         key_end: Tensor | None = None,
         need_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.dim() != 3:
-            raise ValueError(
-                "seqmem::block_sparse_attention: expected query with 3 dimensions, "
-                f"got shape {list(query.shape)}"
-            )
-        Attention._check(self, query, key, value, None, None, False)
-        q, k, v = self._heads(query, key, value)
+        q, k, v = self._heads_of_batch(query, key, value)
         output, weights = ops.block_sparse_attention(
             q,
             k,

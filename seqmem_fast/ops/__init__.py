@@ -9,6 +9,7 @@ from .dnc import DNCOptions, DNCState, DNCTrace, dnc, dnc_trace
 from .dynamic_memory import dynamic_memory
 from .entmax import entmax, entmax15, sparsemax
 from .hard_attention import categorical_sample, reinforce_loss
+from .indexed_attention import indexed_attention, top_k_attention
 from .lrua import LRUAState, LRUATrace, lrua, lrua_trace
 from .lstm import lstm, lstm_cell, lstm_trace
 from .ntm import ntm, ntm_trace
@@ -34,6 +35,7 @@ __all__ = [
     "dynamic_memory",
     "entmax",
     "entmax15",
+    "indexed_attention",
     "lrua",
     "lrua_trace",
     "lstm",
@@ -47,6 +49,7 @@ __all__ = [
     "ntm_write",
     "reinforce_loss",
     "sparsemax",
+    "top_k_attention",
     "window_attention",
 ]
 # End of what `make format` writes.

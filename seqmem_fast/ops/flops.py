@@ -23,7 +23,7 @@ _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
 def count_products(name: str, products: Callable[..., int]) -> None:
-    """Register the formula of ``seqmem::<name>`` and of its backward, which has two for each.
+    """Register the formula of ``seqmem::<name>`` and of its backward, if it has one: two for each.
 
     Args:
         name: of the forward op.
@@ -33,7 +33,8 @@ def count_products(name: str, products: Callable[..., int]) -> None:
     """
     takes = inspect.signature(products).parameters
     for op, flops in ((name, 2), (f"{name}_backward", 4)):
-        packet = getattr(torch.ops.seqmem, op)
+        if (packet := getattr(torch.ops.seqmem, op, None)) is None:
+            continue  # without a derivative
         names = [argument.name for argument in packet.default._schema.arguments]
 
         def formula(*args: Any, _names: Any = names, _flops: int = flops, **kwargs: Any) -> int:

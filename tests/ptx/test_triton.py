@@ -90,6 +90,11 @@ def block_sparse_attention(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["shared"], torch.bfloat16)
 
 
+def indexed_attention(patch: pytest.MonkeyPatch) -> None:
+    module = checks("indexed_attention")
+    module.check(module.SAMPLES["each"], torch.float32)
+
+
 def additive_attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("additive_attention")
     module.check(module.SAMPLES["masked"], torch.float32)

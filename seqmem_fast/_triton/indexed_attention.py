@@ -1,0 +1,197 @@
+r"""Indexed attention on GPU: launchers of `indexed_attention`, its backward and `top_k_keys`.
+
+Formulas, shapes and errors: `ops/indexed_attention.py`; the kernels: indexed_attention_kernels.py.
+Heads wider than 128 features, 32 in float64, and other normalisers than softmax take plain PyTorch,
+which writes out the keys of each query. `top_k_keys` is plain PyTorch, some queries at a time.
+
+State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops.common import reference_vjp
+from ..ops.indexed_attention import _plain
+from ..reference import indexed_attention as reference
+from . import indexed_attention_kernels as kernels
+from .common import (
+    accumulator,
+    autograd_below,
+    begins_of,
+    dense_rows,
+    fits_heads,
+    launcher,
+    strides,
+    wide,
+)
+
+_PLACES = 32  # most places of a list at once
+_SCORES = 1 << 26  # most scores that the selection holds at once
+
+
+def _common(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None) -> dict[str, Any]:
+    """What every kernel takes."""
+    queries, width = q.shape[2:]
+    keys, values = v.shape[2:]
+    lists, count = index.shape[:2], index.shape[3]
+    return {
+        "SCALE": width**-0.5 if scale is None else float(scale),
+        "queries": queries,
+        "keys": keys,
+        "width": width,
+        "value_width": values,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "count": count,
+        "list_0": 0 if lists[0] == 1 else lists[1],
+        "list_1": 0 if lists[1] == 1 else 1,
+        "ACC": accumulator(q.dtype),
+        "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
+        "BD": max(16, triton.next_power_of_2(width)),
+        "BV": max(16, triton.next_power_of_2(values)),
+        "num_warps": 4 if q.element_size() == 2 else 8,
+        "num_stages": 1,
+    }
+
+
+@launcher
+def indexed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    scale: float | None,
+    alpha: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """`seqmem::indexed_attention` on GPU."""
+    if not fits_heads(q, v, alpha):
+        found = _plain(q, k, v, index, scale, alpha)
+        return found if need_weights else (found[0], q.new_empty(0))
+    shape = q.shape[:3]
+    output = q.new_empty(*shape, v.shape[3])
+    weights = q.new_empty((*shape, index.shape[3]) if need_weights else 0)
+    if shape.numel():
+        common = _common(q, k, v, index, scale)
+        q, k, v = (dense_rows(t) for t in (q, k, v))
+        kernels.indexed_attention_forward[(shape.numel(),)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            index_ptr=index.contiguous(),
+            output_ptr=output,
+            weights_ptr=weights if need_weights else None,
+            **strides("q", q, "0", "1", "t"),
+            **strides("k", k, "0", "1", "t"),
+            **strides("v", v, "0", "1", "t"),
+            **common,
+        )
+    return output, weights
+
+
+@launcher
+def indexed_attention_backward(
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    scale: float | None,
+    alpha: float,
+    weights: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`seqmem::indexed_attention_backward` on GPU: one kernel by queries, one by keys."""
+    seeds = (grad_output, grad_weights)
+    none = q.new_empty(0)
+    if not fits_heads(q, v, alpha):
+        with autograd_below():
+            found = reference_vjp(
+                lambda q, k, v: _plain(q, k, v, index, scale, alpha), (q, k, v), seeds, output_mask
+            )
+        first, second, third = (none if grad is None else grad.detach() for grad in found)
+        return first, second, third
+    grads = [q.new_zeros(t.shape) for t in (q, k, v)]
+    if q.shape[:3].numel() and k.shape[2]:
+        common = _common(q, k, v, index, scale)
+        _backward(common, seeds, (q, k, v), index.contiguous(), weights.contiguous(), grads)
+    first, second, third = (
+        grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
+    )
+    return first, second, third
+
+
+def _backward(
+    common: dict[str, Any],
+    seeds: Sequence[Tensor | None],
+    operands: Sequence[Tensor],
+    index: Tensor,
+    weights: Tensor,
+    grads: Sequence[Tensor],
+) -> None:
+    q, k, v = (dense_rows(t) for t in operands)
+    of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
+    slopes = weights.new_empty(weights.shape, dtype=wide(q.dtype))
+    kernels.indexed_attention_backward_rows[(q.shape[:3].numel(),)](
+        grad_output_ptr=of_output,
+        grad_weights_ptr=of_weights,
+        k_ptr=k,
+        v_ptr=v,
+        index_ptr=index,
+        weights_ptr=weights,
+        slopes_ptr=slopes,
+        grad_q_ptr=grads[0],
+        **strides("k", k, "0", "1", "t"),
+        **strides("v", v, "0", "1", "t"),
+        **common,
+    )
+    keys = common["keys"]
+    key = index.flatten(0, 1).flatten(1)
+    key, places = torch.where((key >= 0) & (key < keys), key, keys).sort(dim=-1, stable=True)
+    kernels.indexed_attention_backward_keys[(k.shape[:3].numel(),)](
+        grad_output_ptr=of_output,
+        q_ptr=q,
+        places_ptr=places,
+        begins_ptr=begins_of(key, keys),
+        weights_ptr=weights,
+        slopes_ptr=slopes,
+        grad_k_ptr=grads[1],
+        grad_v_ptr=grads[2],
+        **strides("q", q, "0", "1", "t"),
+        **common,
+    )
+
+
+@launcher
+def top_k_keys(
+    q: Tensor,
+    k: Tensor,
+    count: int,
+    is_causal: bool,
+    key_end: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """`seqmem::top_k_keys` on GPU."""
+    queries, keys = q.size(2), k.size(2)
+    end = torch.full((q.size(0), queries), keys, device=q.device)
+    if key_end is not None:
+        end = end.minimum(key_end if key_end.dim() == 2 else key_end[:, None])
+    if is_causal:
+        end = end.minimum(torch.arange(1, queries + 1, device=q.device))
+    step = max(1, _SCORES // max(1, q.size(0) * q.size(1) * keys))
+    return torch.cat(
+        [
+            reference.top_k_keys(
+                q[:, :, i : i + step], k, count, key_end=end[:, i : i + step], scale=scale
+            )
+            for i in range(0, max(queries, 1), step)
+        ],
+        2,
+    )
