@@ -105,31 +105,30 @@ def window_attention(
     if not fits_heads(q, v, alpha):
         found = _plain(q, k, v, *window)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
-    with torch.cuda.device_of(q):
-        common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
-        shape = q.shape[:3]
-        output = q.new_empty(*shape, v.shape[3])
-        columns = common["left"] + 1 + common["right"]
-        weights = q.new_zeros((*shape, columns) if need_weights else 0)
-        of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
-        q, k, v = (dense_rows(t) for t in (q, k, v))
-        programs, counted = _by_queries(common)
-        if shape.numel():
-            kernels.window_attention_forward[(shape[0] * shape[1] * programs,)](
-                q_ptr=q,
-                k_ptr=k,
-                v_ptr=v,
-                output_ptr=output,
-                weights_ptr=weights if need_weights else None,
-                global_ptr=of_global if need_weights else None,
-                **int_bound("start", key_start),
-                **int_bound("end", key_end),
-                **strides("q", q, "0", "1", "t"),
-                **strides("k", k, "0", "1", "t"),
-                **strides("v", v, "0", "1", "t"),
-                **counted,
-                **common,
-            )
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
+    shape = q.shape[:3]
+    output = q.new_empty(*shape, v.shape[3])
+    columns = common["left"] + 1 + common["right"]
+    weights = q.new_zeros((*shape, columns) if need_weights else 0)
+    of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
+    q, k, v = (dense_rows(t) for t in (q, k, v))
+    programs, counted = _by_queries(common)
+    if shape.numel():
+        kernels.window_attention_forward[(shape[0] * shape[1] * programs,)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            output_ptr=output,
+            weights_ptr=weights if need_weights else None,
+            global_ptr=of_global if need_weights else None,
+            **int_bound("start", key_start),
+            **int_bound("end", key_end),
+            **strides("q", q, "0", "1", "t"),
+            **strides("k", k, "0", "1", "t"),
+            **strides("v", v, "0", "1", "t"),
+            **counted,
+            **common,
+        )
     return output, weights, of_global
 
 
@@ -165,16 +164,15 @@ def window_attention_backward(
             )
         first, second, third = (none if grad is None else grad.detach() for grad in found)
         return first, second, third
-    with torch.cuda.device_of(q):
-        common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
-        rows, heads, queries = q.shape[:3]
-        grads = [q.new_zeros(t.shape) for t in (q, k, v)]
-        if rows * heads * queries and k.shape[2]:
-            _backward(common, seeds, (q, k, v), weights, global_weights, grads)
-        first, second, third = (
-            grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
-        )
-        return first, second, third
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
+    rows, heads, queries = q.shape[:3]
+    grads = [q.new_zeros(t.shape) for t in (q, k, v)]
+    if rows * heads * queries and k.shape[2]:
+        _backward(common, seeds, (q, k, v), weights, global_weights, grads)
+    first, second, third = (
+        grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
+    )
+    return first, second, third
 
 
 def _backward(
