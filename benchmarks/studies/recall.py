@@ -94,6 +94,7 @@ def train(console: Console, settings: Settings, memory: str) -> dict[str, Any]:
         "seed": settings.seed,
         "settings": settings.to_json(),
         "steps": training.step_count,
+        "sequences": SEQUENCES,
         "loss": bar.loss,
         "seconds": trained,
         "cpu_s": trained_cpu,
@@ -167,7 +168,7 @@ def draw(name: str, runs: Sequence[Mapping[str, Any]]) -> Any:
         axes.set_xlabel("writes to 16 keys before the questions")
         said = "trained on"
     axes.axvline(trained, color="#333333", lw=0.8, ls="--")
-    axes.annotate(said, (trained, 0.5), rotation=90, ha="right", va="center", fontsize=8)
+    axes.annotate(said, (trained, 0.72), rotation=90, ha="right", va="center", fontsize=8)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("right answers")
     axes.spines[["top", "right"]].set_visible(False)
