@@ -56,6 +56,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COLOURS = ("#7f7f7f", "#e07a3f", "#2a9d4a", "#2a6f97", "#8e4585", "#d0342c")
+LINES = (".-", ".-", ".-", ".--", ".:", ".-.")  # several lines lie upon each other
 
 
 def sizes_of(task: str) -> dict[str, dict[str, int]]:
@@ -144,13 +145,13 @@ def draw(name: str, runs: Sequence[Mapping[str, Any]]) -> Any:
     task = standard(name).build_task()
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    for memory, colour in zip(MEMORIES[name], COLOURS, strict=False):
+    for memory, colour, line in zip(MEMORIES[name], COLOURS, LINES, strict=False):
         curves = [curve(task, run) for run in runs if run["memory"] == memory]
         if not curves:
             continue
         places = [*curves[0]]
         each = torch.tensor([[one[place] for place in places] for one in curves])
-        axes.plot(places, each.mean(0).tolist(), ".-", color=colour, label=memory)
+        axes.plot(places, each.mean(0).tolist(), line, color=colour, label=memory)
         low, high = (part.values.tolist() for part in (each.min(0), each.max(0)))
         axes.fill_between(places, low, high, color=colour, alpha=0.2, lw=0)
     axes.axhline(1 / task.output_size, color="#333333", lw=0.8, ls=":")
