@@ -299,10 +299,14 @@ def test_gradients_of_other_normalizers(normalizer: str) -> None:
     assert torch.autograd.gradcheck(call, given)
 
 
+@pytest.mark.isa
 @pytest.mark.sanitize
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("alpha", [1.05, 1.3, 1.5, 2.0])
 @pytest.mark.parametrize("sharpness", [0.02, 1.0, 8.0])
-def test_few_or_many_keys_of_weight(sharpness: float, alpha: float) -> None:
+def test_few_or_many_keys_of_weight(
+    sharpness: float, alpha: float, dtype: torch.dtype, bound: float
+) -> None:
     """Blocks of rows whose weights are nearly all zero are computed in another way."""
     q, k, v = (torch.randn(2, n, 17, dtype=torch.float64) for n in (60, 83, 83))
     added = (sharpness * torch.randn(60, 83, dtype=torch.float64)).requires_grad_()
@@ -314,16 +318,17 @@ def test_few_or_many_keys_of_weight(sharpness: float, alpha: float) -> None:
         wide = [t.detach().requires_grad_() for t in (q, k, v)]
         if mask is added:
             wide.append(added)
-        leaves = [t.detach().float().requires_grad_() for t in wide]
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in wide]
         right = reference.attention(*wide[:3], mask, **options)
         ours = ops.attention(*leaves[:3], leaves[3] if mask is added else mask, **options)
         seeds = [torch.randn_like(a) for a in right]
         for a, b in zip(ours, right, strict=True):
-            assert error(a, b) <= 2e-6
+            assert error(a, b) <= bound
         torch.autograd.backward(right, seeds)
-        torch.autograd.backward(ours, [seed.float() for seed in seeds])
+        torch.autograd.backward(ours, [seed.to(dtype) for seed in seeds])
         for a, b in zip(leaves, wide, strict=True):
-            assert error(a.grad, b.grad) <= 2e-5
+            assert error(a.grad, b.grad) <= 10 * bound
+        added.grad = None
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -350,8 +355,23 @@ def test_learned_alpha() -> None:
     assert torch.allclose(ours, right) and ours.all()
 
 
+def test_learned_alpha_under_autocast() -> None:
+    """Scores are as exact as with a number, and results have its dtypes."""
+    q, k, v = (t.float() for t in operands(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        learned = ops.attention(q, k, v, normalizer="entmax", alpha=torch.tensor(1.4))
+        number = ops.attention(q, k, v, normalizer="entmax", alpha=1.4)
+    exact = reference.attention(q, k, v, normalizer="entmax", alpha=1.4)
+    for a, b, c in zip(learned, number, exact, strict=True):
+        assert a is not None and b is not None and c is not None
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert error(a, c) <= 1e-2
+
+
 def test_normalizers_are_checked() -> None:
     q, k, v = operands()
+    with pytest.raises(TypeError, match="expected alpha to be a number with normalizer entmax15"):
+        ops.attention(q, k, v, normalizer="entmax15", alpha=torch.tensor(1.5))
     with pytest.raises(ValueError, match="seqmem::attention: expected normalizer softmax, spars"):
         ops.attention(q, k, v, normalizer="hardmax")
     with pytest.raises(ValueError, match="seqmem::attention: expected alpha with 1 < alpha <= 2"):

@@ -343,3 +343,42 @@ MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", MODULE)
 def test_module_refuses(name: str) -> None:
     check_refused_by_module(*MODULE[name])
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+def test_torchs_layers_do_not_put_softmax_in_its_place(normalizer: str) -> None:
+    """nn.TransformerEncoderLayer computes a usual nn.MultiheadAttention by itself in inference."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    layer.self_attn = sf.Attention(8, 2, batch_first=True, normalizer=normalizer)  # type: ignore[assignment]
+    x = 3 * torch.randn(2, 5, 8)
+    layer.eval()
+    followed = layer(x)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), followed, atol=1e-5)
+
+
+def test_a_normalizer_is_checked_and_told() -> None:
+    with pytest.raises(ValueError, match="seqmem::attention: expected normalizer softmax"):
+        sf.Attention(8, 2, normalizer="hardmax")
+    with pytest.raises(ValueError, match="expected alpha with 1 < alpha <= 2, got 7"):
+        sf.Attention(8, 2, normalizer="entmax", alpha=7)
+    with pytest.raises(TypeError, match="expected alpha to be a number with normalizer sparsemax"):
+        sf.Attention(8, 2, normalizer="sparsemax", alpha=torch.tensor(2.0))
+    assert repr(sf.Attention(8, 2, normalizer="entmax", alpha=1.3)) == (
+        "Attention(\n  8, 2, normalizer=entmax, alpha=1.3\n"
+        "  (out_proj): Linear(in_features=8, out_features=8, bias=True)\n)"
+    )
+    with pytest.raises(TypeError, match=r"expected Attention\.from_torch, got WindowAttention"):
+        sf.WindowAttention.from_torch(nn.MultiheadAttention(8, 2))
+
+
+def test_a_row_without_keys_and_another_normalizer() -> None:
+    """It attends to all keys alike, whether weights are wanted or not."""
+    layer = sf.Attention(8, 2, batch_first=True, normalizer="sparsemax")
+    x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1] = True
+    for mask in (None, torch.zeros(5, 5, dtype=torch.bool), torch.zeros(5, 5)):
+        output, _ = layer(x, x, x, padding, attn_mask=mask)
+        alone, none = layer(x, x, x, padding, need_weights=False, attn_mask=mask)
+        assert none is None and torch.equal(output, alone)

@@ -206,6 +206,9 @@ def test_the_mask_is_checked() -> None:
     q, k, v = block_case((1, 2, 2, 50, 60, 8, 8), (16, 20), torch.float32).tensors[:3]
     with pytest.raises(ValueError, match=r"expected blocks of shape \[..., 4, 3\], got \[4, 4\]"):
         ops.block_sparse_attention(q, k, v, torch.ones(4, 4).bool(), (16, 20))
+    with pytest.raises(ValueError, match=r"weights of shape \[B, Hq, 12, 16, 20\], got \[1, 2, 9"):
+        weights = torch.zeros(1, 2, 9, 16, 20)
+        ops.dense_weights(weights, torch.ones(4, 3).bool(), (16, 20), 50, 60)
     with pytest.raises(ValueError, match="block_mask with 2, 3 or 4 dimensions"):
         ops.block_list(torch.ones(4).bool())
     with pytest.raises(TypeError, match="block_mask of dtype bool"):

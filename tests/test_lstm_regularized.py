@@ -123,6 +123,11 @@ def test_the_options_are_kept_and_said() -> None:
     theirs(torch.randn(T, B, IN))
 
 
+def test_locked_dropout_is_no_probability() -> None:
+    with pytest.raises(TypeError, match="seqmem::lstm: expected locked_dropout to be a bool, got"):
+        sf.LSTM(IN, H, 2, locked_dropout=0.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_they_compile_in_one_graph() -> None:
     lstm = sf.LSTM(IN, H, 2, dropout=0.5, locked_dropout=True, weight_dropout=1.0)

@@ -79,7 +79,7 @@ class BackwardRun {
       key_panels = take.array<C>(a.grad_query != nullptr ? s.Tk * D_pad : 0);
       value_rows = take.array<C>(sparse && has_output && scores_wanted ? s.Tk * Dv_pad : 0);
       key_rows = take.array<C>(sparse && a.grad_query != nullptr ? s.Tk * D_pad : 0);
-      at = take.array<int64_t>(sparse ? padded<C>(s.Tk) : 0);
+      at = take.array<int64_t>(sparse ? filled<C>(s.Tk) : 0);
       queries = take.array<C>(block * D_pad);
       grads = take.array<C>(block * Dv_pad);
       weights = take.array<C>(block * stride);

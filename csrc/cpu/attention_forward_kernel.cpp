@@ -199,8 +199,8 @@ class ForwardRun {
       out = take.array<C>(block * Dv_pad);
       mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
       line_buffer = take.array<char>(sparse ? line_bytes(stride) : 0);
-      at = take.array<int64_t>(sparse ? padded<C>(s.Tk) : 0);
-      kept = take.array<C>(sparse ? padded<C>(s.Tk) : 0);
+      at = take.array<int64_t>(sparse ? filled<C>(s.Tk) : 0);
+      kept = take.array<C>(sparse ? filled<C>(s.Tk) : 0);
     });
     return take.used();
   }

@@ -12,6 +12,13 @@ namespace {
 // From so many keys for each weight on, a block's rows go one by one, over the keys of each.
 constexpr int64_t kKeysPerWeight = 8;
 
+// n rounded up to whole vectors and to whole fours of keys, which gather_dots takes at once.
+template <class C>
+SEQMEM_INLINE int64_t filled(int64_t n) {
+  constexpr int64_t step = kLanes<C> > 4 ? kLanes<C> : 4;
+  return ceil_div(n, step) * step;
+}
+
 template <class S>
 int64_t count_weights(const S* row, int64_t keys) {
   using C = compute_t<S>;
@@ -26,7 +33,7 @@ int64_t count_weights(const S* row, int64_t keys) {
 }
 
 // Where a row of weights is not zero, and the weights there; returns how many there are. Both are
-// filled up to whole vectors, with the last of these keys and with zero.
+// filled up to filled(n), with the last of these keys and with zero.
 template <class S, class C = compute_t<S>>
 int64_t find_weights(const S* row, int64_t keys, int64_t* at, C* weights) {
   constexpr int L = kLanes<C>;
@@ -41,7 +48,7 @@ int64_t find_weights(const S* row, int64_t keys, int64_t* at, C* weights) {
       n += here[l] != 0;
     }
   }
-  for (int64_t k = n; k < padded<C>(n); ++k) at[k] = at[n - 1], weights[k] = 0;
+  for (int64_t k = n; k < filled<C>(n); ++k) at[k] = at[n - 1], weights[k] = 0;
   return n;
 }
 
@@ -78,10 +85,10 @@ void scatter_add(int64_t n, const int64_t* at, const C* weights, const C* x, int
   }
 }
 
-// out[k] = x . rows[at[k]], up to whole vectors.
+// out[k] = x . rows[at[k]], up to filled(n).
 template <class C>
 void gather_dots(int64_t n, const int64_t* at, const C* x, const C* rows, int64_t width, C* out) {
-  for (int64_t k = 0; k < padded<C>(n); k += 4) {
+  for (int64_t k = 0; k < filled<C>(n); k += 4) {
     const C* from[4];
     SEQMEM_UNROLL
     for (int i = 0; i < 4; ++i) from[i] = rows + at[k + i] * width;

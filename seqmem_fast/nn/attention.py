@@ -1,7 +1,8 @@
 """Multi-head attention as torch.nn has it, over :mod:`seqmem_fast.ops.attention`.
 
 Constructor, call form, attributes, parameter names and initialisation are those of
-``torch.nn.MultiheadAttention``, and state_dicts load both ways. ``forward`` uses only attributes
+``torch.nn.MultiheadAttention``, and state_dicts load both ways (a learned alpha is a parameter
+more). ``forward`` uses only attributes
 that torch.nn's module has as well, so :func:`seqmem_fast.accelerate` can run it on one.
 """
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _C, ops
-from ..ops.common import MASKED, dynamo_traces, overridden, transform_active
+from ..ops.common import MASKED, alpha_of, dynamo_traces, overridden, transform_active
 
 __all__ = ["Attention"]
 
@@ -43,7 +44,7 @@ class Attention(nn.Module):
     - key_padding_mask: [B, Tk] ([Tk] unbatched), bool (true: the key is left out) or floating
       (added to the scores).
     - attn_mask: [Tq, Tk] or [B * H, Tq, Tk], likewise.
-    - need_weights: False returns None instead of weights and calls
+    - need_weights: False returns None instead of weights; with softmax it calls
       ``F.scaled_dot_product_attention``, which never holds them.
     - average_attn_weights: weights are the heads' mean [B, Tq, Tk]; False gives each head's,
       [B, H, Tq, Tk]. Unbatched weights have no B. Both are differentiable.
@@ -51,9 +52,10 @@ class Attention(nn.Module):
       0..i alone. Half of the work is then left out.
     - returns output, laid out as query.
 
-    A query whose every key is left out gets zeros (and then out_proj) where no weights are wanted,
-    as in ``torch.nn.MultiheadAttention``. With weights, which torch makes NaN there, it attends to
-    all keys alike if bool masks left them out; -inf in a floating mask gives NaN as in torch.
+    A query whose every key is left out gets zeros (and then out_proj) where no weights of softmax
+    are wanted, as in ``torch.nn.MultiheadAttention``. Else, where torch's weights are NaN, it
+    attends to all keys alike if bool masks left them out; -inf in a floating mask gives NaN as in
+    torch, and zeros with another normalizer.
     Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equation and
     paper: :mod:`seqmem_fast.ops.attention`.
 
@@ -89,6 +91,8 @@ class Attention(nn.Module):
         alpha: Tensor | float = 1.5,
     ) -> None:
         super().__init__()
+        learned = isinstance(alpha, Tensor) and normalizer == "entmax"
+        alpha_of("attention", normalizer, 1.5 if learned else alpha)  # refuses what the op would
         self.normalizer = normalizer
         self.alpha: Any = alpha
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
@@ -99,14 +103,16 @@ class Attention(nn.Module):
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
-        self._qkv_same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
+        same = self.kdim == embed_dim and self.vdim == embed_dim
+        # Where this is true, torch's transformer layers may compute a softmax of their own instead.
+        self._qkv_same_embed_dim = same and normalizer == "softmax" and type(self) is Attention
         self.num_heads = num_heads
         self.dropout = dropout
         self.batch_first = batch_first
         self.head_dim = embed_dim // num_heads
         self.add_zero_attn = add_zero_attn
         shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(_PARAMETERS[:5])
-        if self._qkv_same_embed_dim:
+        if same:
             shapes["in_proj_weight"] = (3 * embed_dim, embed_dim)
         else:
             shapes["q_proj_weight"] = (embed_dim, embed_dim)
@@ -127,6 +133,11 @@ class Attention(nn.Module):
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention) -> Attention:
         """The same attention over the very Parameters of a ``torch.nn.MultiheadAttention``."""
+        if cls is not Attention:
+            raise TypeError(
+                f"seqmem::attention: expected Attention.from_torch, got {cls.__name__}.from_torch: "
+                "make the module and load the other one's state_dict"
+            )
         attention = cls(
             module.embed_dim,
             module.num_heads,
@@ -198,7 +209,8 @@ class Attention(nn.Module):
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         causal = is_causal and key_padding_mask is None and not Attention._extends(self)
         extra = None if causal else attn_mask
-        mask = Attention._mask(self, key_padding_mask, extra, q, need_weights)
+        ours = need_weights or getattr(self, "normalizer", "softmax") != "softmax"
+        mask = Attention._mask(self, key_padding_mask, extra, q, ours)
         k, v, mask = Attention._extend(self, k, v, mask)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         # output [B, H, Tq, E / H]
@@ -215,7 +227,7 @@ class Attention(nn.Module):
         """Whether the compiled module may run the whole call at once."""
         projection = self.out_proj
         return not (
-            not self._qkv_same_embed_dim
+            self.in_proj_weight is None
             or Attention._extends(self)
             or getattr(self, "normalizer", "softmax") != "softmax"
             or (self.training and self.dropout)
@@ -262,12 +274,12 @@ class Attention(nn.Module):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         bias = self.in_proj_bias
-        if not self._qkv_same_embed_dim:
+        if self.in_proj_weight is None:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             inputs = (query, key, value)
             return tuple(map(F.linear, inputs, cast(Any, weights), cast(Any, biases)))
-        weight = cast(Tensor, self.in_proj_weight)
+        weight = self.in_proj_weight
         if query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, -1)
         width = self.embed_dim
@@ -336,9 +348,16 @@ class Attention(nn.Module):
         return k, v, mask
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dim}, {self.num_heads}" + (
-            ", batch_first=True" if self.batch_first else ""
-        )
+        text = f"{self.embed_dim}, {self.num_heads}"
+        if self.batch_first:
+            text += ", batch_first=True"
+        # A torch.nn.MultiheadAttention that is accelerated has no normalizer.
+        normalizer = getattr(self, "normalizer", "softmax")
+        if normalizer != "softmax":
+            text += f", normalizer={normalizer}"
+        if normalizer == "entmax" and not isinstance(self.alpha, Tensor):
+            text += f", alpha={self.alpha}"
+        return text
 
     def _check(
         self,

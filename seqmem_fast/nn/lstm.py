@@ -172,6 +172,10 @@ class LSTM(nn.RNNBase):
     ) -> None:
         if not 0 <= weight_dropout <= 1:
             raise ValueError(f"seqmem::lstm: expected weight_dropout in 0..1, got {weight_dropout}")
+        if not isinstance(locked_dropout, bool):
+            raise TypeError(
+                f"seqmem::lstm: expected locked_dropout to be a bool, got {locked_dropout}"
+            )
         _check_forget_bias("lstm", forget_bias, bias)
         super().__init__(
             "LSTM",

@@ -105,10 +105,11 @@ class WindowAttention(Attention):
             batch_first=batch_first,
             device=device,
             dtype=dtype,
+            normalizer=normalizer,
+            alpha=alpha,
         )
         self.left, self.right = left, right
         self.dilation, self.global_tokens = dilation, global_tokens
-        self.normalizer, self.alpha = normalizer, alpha
 
     def forward(  # type: ignore[override]
         self,
@@ -218,12 +219,12 @@ class WindowAttention(Attention):
         return output, WindowWeights(band, of_keys, of_queries)
 
     def extra_repr(self) -> str:
-        text = f"{self.embed_dim}, {self.num_heads}, left={self.left}, right={self.right}"
+        text = f"{super().extra_repr()}, left={self.left}, right={self.right}"
         if self.dilation != 1:
             text += f", dilation={self.dilation}"
         if self.global_tokens:
             text += f", global_tokens={self.global_tokens}"
-        return text + (", batch_first=True" if self.batch_first else "")
+        return text
 
 
 def _ends(mask: Tensor) -> tuple[Tensor, Tensor]:

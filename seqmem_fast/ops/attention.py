@@ -123,8 +123,10 @@ def attention(
         return_weights: False calls ``F.scaled_dot_product_attention``, which never holds the
             weights; a row whose mask is all zero is uniform there, too.
         normalizer: what makes weights of scores: "softmax", or "sparsemax", "entmax15" or "entmax",
-            which give many keys a weight of exactly 0; where most of a row's are, only the
-            others are multiplied. A row of -inf has weights of zero there.
+            which give many keys a weight of exactly 0. On the CPU, where fewer than one key in
+            eight has a weight in a block of queries, only those keys' values are added up: whether
+            a value that nobody has a weight for spreads a NaN is left open. A row of -inf has
+            weights of zero.
         alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [..., Tq, 1] and is
             differentiable ([H, 1, 1] for one a head). With a tensor, torch's products run with
             :func:`entmax` between them.
@@ -141,7 +143,7 @@ def attention(
     if normalizer == "entmax" and isinstance(alpha, Tensor):
         output, weights = _by_products(query, key, value, mask, scale, is_causal, alpha)
         return output, weights if return_weights else None
-    power = 1.0 if normalizer == "softmax" else alpha_of("attention", normalizer, float(alpha))
+    power = 1.0 if normalizer == "softmax" else alpha_of("attention", normalizer, alpha)
     if power == 1 and not (return_weights or transform_active() or exports_onnx()):
         _check(query, key, value, mask, scale, is_causal, power)
         return _without_weights(query, key, value, mask, scale, is_causal), None
@@ -162,12 +164,15 @@ def _by_products(
     if transform_active() or exports_onnx():  # nor does the check run inside one
         return _plain(query, key, value, mask, scale, is_causal, alpha)
     _check(query, key, value, mask, scale, is_causal, 1.5)
-    dtype = query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    products = query.to(wide) @ key.to(wide).mT
-    scores = reference.scores_of(products, mask, query.size(-1), scale, is_causal)
-    weights = torch.ops.seqmem.entmax(scores, alpha.to(wide), 1.5, -1)
-    return attend(weights.to(dtype), value)
+    device, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        products = query.to(wide) @ key.to(wide).mT
+        scores = reference.scores_of(products, mask, query.size(-1), scale, is_causal)
+        weights = torch.ops.seqmem.entmax(scores, alpha.to(wide), 1.5, -1)
+        return attend(weights.to(dtype), value.to(dtype))
 
 
 def _without_weights(

@@ -184,4 +184,10 @@ def dense_weights(
     (Bq, Bk); queries, keys: Tq and Tk.
     """
     listed = block_list(blocks) if blocks.dtype == torch.bool else blocks
+    wanted = [listed.size(-2), *block]
+    if weights.dim() != 5 or list(weights.shape[2:]) != wanted:
+        sizes = ", ".join(map(str, wanted))
+        raise ValueError(
+            f"{_NAME}: expected weights of shape [B, Hq, {sizes}], got {list(weights.shape)}"
+        )
     return reference.to_dense(weights, listed, block, queries, keys)

@@ -278,8 +278,13 @@ def _refusal(error: Exception) -> Exception:
     return refusal
 
 
-def alpha_of(op: str, normalizer: str, alpha: float) -> float:
+def alpha_of(op: str, normalizer: str, alpha: Tensor | float) -> float:
     """The normalizer's alpha as entmax, 1 for softmax."""
+    if isinstance(alpha, Tensor):
+        raise TypeError(
+            f"seqmem::{op}: expected alpha to be a number with normalizer {normalizer}, "
+            "got a tensor"
+        )
     if normalizer == "entmax":
         if not 1 < alpha <= 2:
             raise ValueError(f"seqmem::{op}: expected alpha with 1 < alpha <= 2, got {alpha}")
