@@ -27,7 +27,7 @@ using machine::square_root;
 
 enum class Kind { Sparsemax, Entmax15, Any };
 
-Kind kind_of(const double* alphas, double alpha) {
+SEQMEM_INLINE Kind kind_of(const double* alphas, double alpha) {
   if (alphas != nullptr) return Kind::Any;
   return alpha == 2 ? Kind::Sparsemax : alpha == 1.5 ? Kind::Entmax15 : Kind::Any;
 }

@@ -322,8 +322,8 @@ def test_attention(name: str, storage: Storage) -> None:
         return (None, 0, 0, 0, 0) if t is None else (t, 0, *t.stride())
 
     kind = 0 if mask is None else 2 if added else 1
-    sizes_of = (batch, queries, keys, width, value_width, width**-0.5, causal, kind, batch)
-    shape = Struct("5qd?iq", *sizes_of)
+    sizes_of = (batch, queries, keys, width, value_width, width**-0.5, 1.0, causal, kind, batch)
+    shape = Struct("5q2d?iq", *sizes_of)
     operands = Struct("P4q" * 4, *(v for t in (query, key, value, mask) for v in matrix(t)))
     ours = [torch.empty(t.shape, dtype=storage.dtype) for t in (output, weights)]
     template = f"{storage.name}, {storage.width}"
