@@ -20,18 +20,18 @@ import triton
 from torch import Tensor
 
 from ..ops.block_sparse_attention import _plain
-from ..ops.common import reference_vjp
 from . import block_sparse_attention_kernels as kernels
 from .common import (
-    accumulator,
-    autograd_below,
     begins_of,
     dense_rows,
     fits_heads,
     int_bound,
     launcher,
+    of_heads,
+    only,
     product_precision,
     strides,
+    through_reference,
     wide,
 )
 
@@ -47,23 +47,16 @@ def _common(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block: tuple[int, int], scale: float | None
 ) -> dict[str, Any]:
     """What every kernel takes."""
-    queries, width = q.shape[2:]
-    keys, values = v.shape[2:]
+    queries, keys = q.shape[2], k.shape[2]
     lists = blocks.shape[:2]
     flat = blocks.contiguous().flatten(0, 1)
     rows = triton.cdiv(queries, block[0])
     row = flat[..., 0]
     row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
+        **of_heads(q, k, v, scale),
         "blocks_ptr": flat,
         "rows_ptr": begins_of(row, rows),
-        "SCALE": width**-0.5 if scale is None else float(scale),
-        "queries": queries,
-        "keys": keys,
-        "width": width,
-        "value_width": values,
-        "heads": q.shape[1],
-        "group": q.shape[1] // k.shape[1],
         "places": blocks.shape[2],
         "row_blocks": rows,
         "column_blocks": triton.cdiv(keys, block[1]),
@@ -71,14 +64,9 @@ def _common(
         "list_1": 0 if lists[1] == 1 else 1,
         "block_queries": block[0],
         "block_keys": block[1],
-        "ACC": accumulator(q.dtype),
         "PRECISION": product_precision(q.dtype, q.device),
         "BM": _part(block[0], q),
         "BN": _part(block[1], q),
-        "BD": max(16, triton.next_power_of_2(width)),
-        "BV": max(16, triton.next_power_of_2(values)),
-        "num_warps": 4 if q.element_size() == 2 else 8,
-        "num_stages": 1,
     }
 
 
@@ -141,26 +129,19 @@ def block_sparse_attention_backward(
     alpha: float,
     weights: Tensor,
     output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`seqmem::block_sparse_attention_backward` on GPU: one kernel by rows, one by columns."""
     pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha)
     seeds = (grad_output, grad_weights)
-    none = q.new_empty(0)
     if not fits_heads(q, v, alpha):
-        with autograd_below():
-            found = reference_vjp(
-                lambda q, k, v: _plain(q, k, v, *pattern), (q, k, v), seeds, output_mask
-            )
-        first, second, third = (none if grad is None else grad.detach() for grad in found)
-        return first, second, third
+        return through_reference(
+            lambda q, k, v: _plain(q, k, v, *pattern), (q, k, v), seeds, output_mask
+        )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
         common = _common(q, k, v, blocks, (block_queries, block_keys), scale)
         _backward(common, seeds, (q, k, v), weights, grads)
-    first, second, third = (
-        grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
-    )
-    return first, second, third
+    return only(output_mask, grads)
 
 
 def _backward(

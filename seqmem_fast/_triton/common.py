@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.common import reference_vjp
+
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
@@ -147,6 +149,44 @@ def autograd_below() -> Iterator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
+
+
+def through_reference(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """A plain path's gradients by autograd; empty where not wanted."""
+    with autograd_below():
+        found = reference_vjp(function, inputs, grads, output_mask)
+    return tuple(inputs[0].new_empty(0) if a is None else a.detach() for a in found)
+
+
+def only(output_mask: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients that are wanted, empty in the place of the others."""
+    pairs = zip(output_mask, grads, strict=True)
+    return tuple(grad if wanted else grad.new_empty(0) for wanted, grad in pairs)
+
+
+def of_heads(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> dict[str, Any]:
+    """What every kernel of attention over heads takes: q [B, Hq, Tq, D], k and v [B, Hk, Tk, *]."""
+    queries, width = q.shape[2:]
+    keys, values = v.shape[2:]
+    return {
+        "SCALE": width**-0.5 if scale is None else float(scale),
+        "queries": queries,
+        "keys": keys,
+        "width": width,
+        "value_width": values,
+        "heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "ACC": accumulator(q.dtype),
+        "BD": max(16, triton.next_power_of_2(width)),
+        "BV": max(16, triton.next_power_of_2(values)),
+        "num_warps": 4 if q.element_size() == 2 else 8,
+        "num_stages": 1,
+    }
 
 
 @triton.jit

@@ -16,18 +16,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.common import reference_vjp
 from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
 from .common import (
-    accumulator,
-    autograd_below,
     begins_of,
     dense_rows,
     fits_heads,
     launcher,
+    of_heads,
+    only,
     strides,
+    through_reference,
     wide,
 )
 
@@ -37,26 +37,13 @@ _SCORES = 1 << 26  # most scores that the selection holds at once
 
 def _common(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None) -> dict[str, Any]:
     """What every kernel takes."""
-    queries, width = q.shape[2:]
-    keys, values = v.shape[2:]
     lists, count = index.shape[:2], index.shape[3]
     return {
-        "SCALE": width**-0.5 if scale is None else float(scale),
-        "queries": queries,
-        "keys": keys,
-        "width": width,
-        "value_width": values,
-        "heads": q.shape[1],
-        "group": q.shape[1] // k.shape[1],
+        **of_heads(q, k, v, scale),
         "count": count,
         "list_0": 0 if lists[0] == 1 else lists[1],
         "list_1": 0 if lists[1] == 1 else 1,
-        "ACC": accumulator(q.dtype),
         "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
-        "BD": max(16, triton.next_power_of_2(width)),
-        "BV": max(16, triton.next_power_of_2(values)),
-        "num_warps": 4 if q.element_size() == 2 else 8,
-        "num_stages": 1,
     }
 
 
@@ -107,25 +94,18 @@ def indexed_attention_backward(
     alpha: float,
     weights: Tensor,
     output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`seqmem::indexed_attention_backward` on GPU: one kernel by queries, one by keys."""
     seeds = (grad_output, grad_weights)
-    none = q.new_empty(0)
     if not fits_heads(q, v, alpha):
-        with autograd_below():
-            found = reference_vjp(
-                lambda q, k, v: _plain(q, k, v, index, scale, alpha), (q, k, v), seeds, output_mask
-            )
-        first, second, third = (none if grad is None else grad.detach() for grad in found)
-        return first, second, third
+        return through_reference(
+            lambda q, k, v: _plain(q, k, v, index, scale, alpha), (q, k, v), seeds, output_mask
+        )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
         common = _common(q, k, v, index, scale)
         _backward(common, seeds, (q, k, v), index.contiguous(), weights.contiguous(), grads)
-    first, second, third = (
-        grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
-    )
-    return first, second, third
+    return only(output_mask, grads)
 
 
 def _backward(

@@ -12,17 +12,16 @@ State of proof: as in lstm.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..ops.common import reference_vjp
 from ..reference import ntm_addressing as reference
 from . import ntm_addressing_kernels as kernels
-from .common import accumulator, autograd_below, launcher
+from .common import accumulator, launcher, only, through_reference
 from .machine import blocks, fits
 
 
@@ -37,22 +36,6 @@ def _shape(memory: Tensor, of_head: Tensor) -> tuple[int, int, dict[str, Any]]:
 
 def _taps(shift: Tensor) -> dict[str, int]:
     return {"taps": shift.shape[-1], "BS": max(2, triton.next_power_of_2(shift.shape[-1]))}
-
-
-def _plain_backward(
-    function: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    grad: Tensor,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    with autograd_below():
-        found = reference_vjp(lambda *args: (function(*args),), inputs, [grad], output_mask)
-    return tuple(inputs[0].new_empty(0) if a is None else a.detach() for a in found)
-
-
-def _only(output_mask: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    pairs = zip(output_mask, grads, strict=True)
-    return tuple(grad if wanted else grad.new_empty(0) for wanted, grad in pairs)
 
 
 @launcher
@@ -137,7 +120,7 @@ def _address_backward(
     if not fits(*memory.shape[-2:]):
         whole = bool(rest)
         function = reference.ntm_addressing if whole else reference.ntm_content_addressing
-        return _plain_backward(function, inputs, grad, output_mask)
+        return through_reference(lambda *a: (function(*a),), inputs, [grad], output_mask)
     batch, _, common = _shape(memory, key)
     grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
     names = ("memory", "key", "beta", "gate", "shift", "gamma", "prev")
@@ -152,7 +135,7 @@ def _address_backward(
             **_optional(rest or None),
             **common,
         )
-    return _only(output_mask, grads)
+    return only(output_mask, grads)
 
 
 @launcher
@@ -209,7 +192,9 @@ def ntm_write_backward(
     """`seqmem::ntm_write_backward` on GPU."""
     inputs = (memory, weights, erase, add)
     if not fits(*memory.shape[-2:]):
-        return _plain_backward(reference.ntm_write, inputs, grad_new_memory, output_mask)
+        return through_reference(
+            lambda *a: (reference.ntm_write(*a),), inputs, [grad_new_memory], output_mask
+        )
     batch, _, common = _shape(memory, weights)
     grads = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in inputs]
     names = ("memory", "weights", "erase", "add")
@@ -220,4 +205,4 @@ def ntm_write_backward(
             **{f"d_{k}_ptr": a for k, a in zip(names, grads, strict=True)},
             **common,
         )
-    return _only(output_mask, grads)
+    return only(output_mask, grads)

@@ -19,19 +19,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.common import reference_vjp
 from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
 from .common import (
-    accumulator,
-    autograd_below,
     dense_rows,
     fits_heads,
     int_bound,
     launcher,
+    of_heads,
+    only,
     product_precision,
     strides,
+    through_reference,
     wide,
 )
 
@@ -50,30 +50,18 @@ def _common(
     scale: float | None,
 ) -> dict[str, Any]:
     """What every kernel takes."""
-    queries, width = q.shape[2:]
-    keys, values = v.shape[2:]
+    queries, keys = q.shape[2], k.shape[2]
     left, right = reference.bounds(left, right, dilation, offset, queries, keys)
     return {
-        "SCALE": width**-0.5 if scale is None else float(scale),
-        "queries": queries,
-        "keys": keys,
-        "width": width,
-        "value_width": values,
-        "heads": q.shape[1],
-        "group": q.shape[1] // k.shape[1],
+        **of_heads(q, k, v, scale),
         "left": left,
         "right": right,
         "dilation": dilation,
         "offset": offset,
         "count": global_keys,
-        "ACC": accumulator(q.dtype),
         "PRECISION": product_precision(q.dtype, q.device),
         "BM": 16 if q.dtype == torch.float64 else _BLOCK,
         "BN": 16 if q.dtype == torch.float64 else _BLOCK,
-        "BD": max(16, triton.next_power_of_2(width)),
-        "BV": max(16, triton.next_power_of_2(values)),
-        "num_warps": 4 if q.element_size() == 2 else 8,
-        "num_stages": 1,
     }
 
 
@@ -152,27 +140,20 @@ def window_attention_backward(
     weights: Tensor,
     global_weights: Tensor,
     output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`seqmem::window_attention_backward` on GPU: one kernel by rows, one by columns."""
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
     seeds = (grad_output, grad_weights, grad_global_weights)
-    none = q.new_empty(0)
     if not fits_heads(q, v, alpha):
-        with autograd_below():
-            found = reference_vjp(
-                lambda q, k, v: _plain(q, k, v, *window), (q, k, v), seeds, output_mask
-            )
-        first, second, third = (none if grad is None else grad.detach() for grad in found)
-        return first, second, third
+        return through_reference(
+            lambda q, k, v: _plain(q, k, v, *window), (q, k, v), seeds, output_mask
+        )
     common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
     rows, heads, queries = q.shape[:3]
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if rows * heads * queries and k.shape[2]:
         _backward(common, seeds, (q, k, v), weights, global_weights, grads)
-    first, second, third = (
-        grad if wanted else none for grad, wanted in zip(grads, output_mask, strict=True)
-    )
-    return first, second, third
+    return only(output_mask, grads)
 
 
 def _backward(
