@@ -34,11 +34,11 @@ def checks(op: str) -> Any:
 def lstm(patch: pytest.MonkeyPatch) -> None:
     module = checks("lstm")
     for route, dtype in (("multiply-add", torch.float32), ("dot", torch.float16)):
-        patch.setattr(module.launchers, "on_chip_plan", lambda *_, r=route: module.ROUTES[r])
+        patch.setattr(module.lstm_routes, "on_chip_plan", lambda *_, r=route: module.ROUTES[r])
         for sample in module.samples(dtype, projected=False):
             if sample.name == "plain":
                 module.check(sample, dtype)
-    patch.setattr(module.launchers, "on_chip_plan", lambda *_: None)
+    patch.setattr(module.lstm_routes, "on_chip_plan", lambda *_: None)
     for sample in module.samples(torch.float32, projected=True):
         if sample.name == "all_padded":
             module.check(sample, torch.float32)
