@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -110,6 +111,30 @@ def test_a_resumed_training_takes_the_same_steps(model: str, tmp_path: Path) -> 
     again = loop.resume(tmp_path)
     assert steps(again, 5) == losses[3:]
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+def test_more_steps_before_the_rate_falls_are_those_of_a_longer_training(tmp_path: Path) -> None:
+    losses = steps(Training(settings(steps=14)), 14)
+    first = Training(settings(steps=8))
+    assert steps(first, 4) == losses[:4]
+    checkpoint.save(tmp_path, first.tensors(), first.counters())
+    again = loop.resume(tmp_path)
+    again.end_at(14)
+    assert again.last_step == 14 and steps(again, 10) == losses[4:]
+
+
+def test_more_steps_after_the_end_have_the_rate_of_a_longer_training() -> None:
+    """Also after an early end."""
+    given = settings(steps=8, learnt=1.0)
+    whole, ended = Training(given.with_changes(steps=20, learnt=0.0)), Training(given)
+    steps(ended, ended.last_step)
+    while ended.step_count < ended.last_step:
+        ended.step()
+    assert ended.last_step == 5 and ended.schedule.learnt
+    ended.end_at(20)
+    rates = [ended.schedule.learning_rate(done) for done in range(5, 20)]
+    assert rates == [whole.schedule.learning_rate(done) for done in range(5, 20)]
+    assert ended.last_step == ended.settings.steps == 20
 
 
 def test_options_of_a_dnc_are_names() -> None:
@@ -414,6 +439,19 @@ def test_the_command_resumes_to_the_same_weights(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_the_command_goes_on_after_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(tmp_path)) == 0
+    more = ["train", "copy", f"--checkpoint={tmp_path}", "--sequences=4", "--resume"]
+    assert cli.main([*more, "--steps=10"]) == 0
+    assert "step 10 of 10, kept" in capsys.readouterr().out
+    assert cli.main([*more, "--steps=10"]) == cli.main(more) == 0  # nothing is left to do
+    assert loop.resume(tmp_path).step_count == 10
+    assert cli.main([*more, "--steps=9"]) == 2
+    assert "steps: expected more than the 10 that were taken, got 9" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_not_overwritten_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -527,8 +565,16 @@ def test_the_verdict_says_how_far_it_reaches() -> None:
     assert found == "Right: 20.0% (1st), 95.0% (2nd)."
 
 
-def test_help_names_the_tasks_own_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_help_explains_every_setting_and_size(
+    task: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        command.main(["associative_recall", "--help"])
+        command.main([task, "--help"])
     printed = capsys.readouterr().out
-    assert "--item-length" in printed and "--max-items" in printed and "--heads" in printed
+    for name in [*vars(settings(task)), *SIZES[task]]:
+        if name not in ("task", "sizes"):
+            assert re.search(rf"--{name.replace('_', '-')} [A-Z]+\s+\w.*; standard: ", printed), (
+                name
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator
@@ -28,10 +29,10 @@ class AssociativeRecallTask(BitsTask):
     name = "associative_recall"
     flags = 2
 
-    bits: int = 6
-    item_length: int = 3
-    min_items: int = 2
-    max_items: int = 6
+    bits: Annotated[int, "of each vector"] = 6
+    item_length: Annotated[int, "vectors in an item"] = 3
+    min_items: Annotated[int, "fewest items in a sequence"] = 2
+    max_items: Annotated[int, "most items in a sequence"] = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SEQUENCES = 200  # of each size in the table at the end
+EXAMPLES = """examples:
+  python -m seqmem_fast train copy --help         the settings and sizes of one task
+  python -m seqmem_fast train copy                as that task is trained usually
+  python -m seqmem_fast train copy --minutes 5    what fits into five minutes
+  python -m seqmem_fast train copy --resume       goes on from there
+  python -m seqmem_fast train copy --resume --steps 20000
+                                                  goes on further than was asked at first
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m seqmem_fast train",
         description="Trains a network with a memory, or an LSTM, on one of the tasks, then judges "
         "the result on fresh sequences, larger ones too.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tasks = whole.add_subparsers(dest="task", required=True, metavar="task")
     for name, kind in TASKS.items():
@@ -41,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         one = tasks.add_parser(
             name,
             help=summary,
+            usage=f"{whole.prog} {name} [options]",
             description=(inspect.getdoc(kind) or "").partition("\n\nRaises")[0],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -54,13 +65,16 @@ def parser() -> argparse.ArgumentParser:
                 _option(each.name),
                 type=type(value),
                 choices=tuple(BUILDERS) if each.name == "model" else None,
-                metavar=None if each.name == "model" else type(value).__name__.upper(),
-                help=f"standard: {value}",
+                metavar=type(value).__name__.upper(),
+                help=_help(Settings, each.name, value),
             )
         sizes = one.add_argument_group("sizes of the task")
         for each in fields(kind):  # type: ignore[arg-type]
             sizes.add_argument(
-                _option(each.name), type=int, metavar="INT", help=f"standard: {each.default}"
+                _option(each.name),
+                type=int,
+                metavar="INT",
+                help=_help(kind, each.name, each.default),
             )
         _add_run_options(one.add_argument_group("this run"), name)
     return whole
@@ -68,21 +82,52 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_run_options(group: Any, name: str) -> None:
     default = Path("checkpoints") / name
-    group.add_argument("--checkpoint", type=Path, default=default, help=f"folder: {default}")
-    how = group.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    how.add_argument("--restart", action="store_true", help="replace the checkpoint")
-    group.add_argument("--minutes", type=float, help="stop then, resumable; no limit if not given")
-    group.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
-    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write curves there")
-    group.add_argument("--threads", type=int, default=1, help="of torch; standard: 1")
     group.add_argument(
-        "--sequences", type=int, default=SEQUENCES, help="of each size in the evaluation"
+        "--checkpoint",
+        type=Path,
+        default=default,
+        metavar="DIR",
+        help=f"where the training is kept; standard: {default}",
+    )
+    how = group.add_mutually_exclusive_group()
+    how.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint, with --steps to another last step",
+    )
+    how.add_argument("--restart", action="store_true", help="begin anew, replace the checkpoint")
+    group.add_argument(
+        "--minutes", type=float, metavar="FLOAT", help="stop then, resumable; standard: no limit"
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="keep it so often, and at the end; standard: %(default)s",
+    )
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write curves there")
+    group.add_argument(
+        "--threads", type=int, default=1, metavar="INT", help="of torch; standard: %(default)s"
+    )
+    group.add_argument(
+        "--sequences",
+        type=int,
+        default=SEQUENCES,
+        metavar="INT",
+        help="fresh ones of each size to judge it by; standard: %(default)s",
     )
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _help(kind: type, name: str, standard: object) -> str:
+    """What the field's annotation says, fit for argparse."""
+    (text,) = get_type_hints(kind, include_extras=True)[name].__metadata__
+    known = f": {', '.join(BUILDERS)}" if name == "model" else ""
+    return f"{text}{known}; standard: {standard or repr(standard)}".replace("%", "%%")
 
 
 def chosen(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, int]]:
@@ -111,6 +156,8 @@ def start(options: argparse.Namespace) -> Training:
     if options.resume:
         training = loop.resume(options.checkpoint)
         kept = training.settings.to_json()
+        if (steps := settings.pop("steps", kept["steps"])) != kept["steps"]:
+            training.end_at(steps)
         wanted = {"task": options.task, **settings}
         here = {name: kept["sizes"].get(name) for name in sizes} | {n: kept[n] for n in wanted}
         for name, value in (wanted | sizes).items():

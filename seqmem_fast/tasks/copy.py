@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator
@@ -24,8 +25,8 @@ class CopyTask(BitsTask):
 
     name = "copy"
 
-    min_length: int = 1
-    max_length: int = 20
+    min_length: Annotated[int, "fewest vectors"] = 1
+    max_length: Annotated[int, "most vectors"] = 20
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         return {"length": (self.min_length, self.max_length)}

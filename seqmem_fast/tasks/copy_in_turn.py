@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator
@@ -30,10 +31,10 @@ class CopyInTurnTask(BitsTask):
     name = "copy_in_turn"
     flags = 2
 
-    min_length: int = 1
-    max_length: int = 8
-    min_sequences: int = 1
-    max_sequences: int = 5
+    min_length: Annotated[int, "fewest vectors in a sequence"] = 1
+    max_length: Annotated[int, "most vectors in a sequence"] = 8
+    min_sequences: Annotated[int, "fewest sequences"] = 1
+    max_sequences: Annotated[int, "most sequences"] = 5
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         return {

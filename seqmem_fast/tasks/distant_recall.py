@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -33,11 +34,11 @@ class DistantRecallTask(AnswersTask):
             more notes than keys.
     """
 
-    keys: int = 16
-    values: int = 16
-    words: int = 16
-    history: int = 80
-    apart: int = 8
+    keys: Annotated[int, "different keys"] = 16
+    values: Annotated[int, "different values"] = 16
+    words: Annotated[int, "different words that mean nothing"] = 16
+    history: Annotated[int, "steps before the questions"] = 80
+    apart: Annotated[int, "steps that have one note among them"] = 8
 
     def __post_init__(self) -> None:
         for name, low in {"keys": 1, "values": 2, "words": 1, "apart": 1}.items():

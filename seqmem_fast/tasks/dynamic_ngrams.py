@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -24,8 +25,8 @@ class DynamicNgramsTask(Task):
         ValueError: order below 2, a length that leaves nothing to predict.
     """
 
-    order: int = 6
-    length: int = 200
+    order: Annotated[int, "n: a bit depends on the n - 1 before it"] = 6
+    length: Annotated[int, "bits"] = 200
 
     def __post_init__(self) -> None:
         if self.order < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -50,12 +50,12 @@ class GraphTraversalTask(AnswersTask):
         ValueError: a number out of range.
     """
 
-    node_labels: int = 16
-    edge_labels: int = 16
-    max_nodes: int = 8
-    max_edges: int = 20
-    max_path: int = 4
-    questions: int = 4
+    node_labels: Annotated[int, "different labels of nodes"] = 16
+    edge_labels: Annotated[int, "different labels of edges"] = 16
+    max_nodes: Annotated[int, "most nodes"] = 8
+    max_edges: Annotated[int, "most edges"] = 20
+    max_path: Annotated[int, "most edges of a path"] = 4
+    questions: Annotated[int, "paths asked for"] = 4
 
     def __post_init__(self) -> None:
         require_positive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -35,10 +36,10 @@ class OneShotTask(AnswersTask):
         MissingPackage: from the first batch on, where matplotlib is not installed.
     """
 
-    classes: int = 5
-    images: int = 10
-    side: int = 20
-    letters: int = 2000  # at most; the fonts have fewer
+    classes: Annotated[int, "letters in an episode"] = 5
+    images: Annotated[int, "pictures of each letter"] = 10
+    side: Annotated[int, "pixels a side of a picture"] = 20
+    letters: Annotated[int, "to draw from, at most; the fonts have fewer"] = 2000
 
     def __post_init__(self) -> None:
         require_positive("one_shot", images=self.images)

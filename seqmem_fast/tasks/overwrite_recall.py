@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -28,9 +29,9 @@ class OverwriteRecallTask(AnswersTask):
         ValueError: fewer than 2 keys or values, fewer writes than keys.
     """
 
-    keys: int = 16
-    values: int = 64
-    writes: int = 48
+    keys: Annotated[int, "different keys"] = 16
+    values: Annotated[int, "different values"] = 64
+    writes: Annotated[int, "before the questions"] = 48
 
     def __post_init__(self) -> None:
         for name in ("keys", "values"):

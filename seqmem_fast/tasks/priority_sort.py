@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator
@@ -26,8 +27,8 @@ class PrioritySortTask(BitsTask):
 
     name = "priority_sort"
 
-    items: int = 20
-    highest: int = 16
+    items: Annotated[int, "vectors shown"] = 20
+    highest: Annotated[int, "vectors asked for"] = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -35,10 +36,10 @@ class RepeatCopyTask(BitsTask):
 
     name = "repeat_copy"
 
-    min_length: int = 1
-    max_length: int = 10
-    min_repeats: int = 1
-    max_repeats: int = 10
+    min_length: Annotated[int, "fewest vectors"] = 1
+    max_length: Annotated[int, "most vectors"] = 10
+    min_repeats: Annotated[int, "fewest copies"] = 1
+    max_repeats: Annotated[int, "most copies"] = 10
 
     @property
     def output_size(self) -> int:

@@ -30,6 +30,16 @@ class Schedule:
         self.turn = settings.steps - self.falling_steps  # the step from which the rate falls
         self.learnt = False
 
+    def with_settings(self, settings: Settings) -> Schedule:
+        """At the same stage, with the fall that belongs to these settings.
+
+        Where the rate had not begun to fall, a training goes on as if it had started so; where it
+        had, also because all was learnt, the rate is again what these settings give at that step.
+        """
+        other = Schedule(settings, self.stages, self.chance)
+        other.stage, other.loss = self.stage, self.loss
+        return other
+
     def observe(self, loss: float, step: int) -> None:
         """Takes in the loss of a step, the step-th, counted from 1."""
         self.loss += SMOOTHING * (loss - self.loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from . import TASKS
 from .model import BUILDERS, DNC_OPTIONS
@@ -16,33 +16,39 @@ from .task import Task
 class Settings:
     """The settings of one training; equal settings give equal weights on the same machine.
 
+    What `Annotated` says is the help of the command line.
+
     Raises:
         ValueError: an unknown task or model, a number out of range.
     """
 
     task: str
     sizes: Mapping[str, int] = field(default_factory=dict)  # fields of the task, its defaults else
-    model: str = "ntm"
-    seed: int = 0
-    steps: int = 5000
-    batch_size: int = 8
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01  # AdamW's, times the learning rate at each step
-    clip: float = 1.0  # largest norm of the gradient
-    curriculum: float = 0.0  # sizes grow by one when the loss is under this; 0: all from the start
-    fall: float = 0.5  # the last share of the steps, over which the learning rate falls
-    learnt: float = 0.0  # at all sizes, the loss under which that begins early; 0: never early
-    controller_size: int = 100  # hidden units, of the LSTM alone too; else the layers' width
-    num_layers: int = 1
-    memory_size: int = 128  # slots; features of a key in an associative memory
-    memory_dim: int = 20
-    heads: str = "wr"  # of an NTM
-    read_heads: int = 4  # of a DNC, of attention, or of a MANN, where each writes as well
-    write_heads: int = 1  # of a DNC
-    dnc_options: str = ""  # of a DNC: names of DNC_OPTIONS, by commas
-    compression: str = "conv"  # of a compressive memory: a name of COMPRESSIONS
-    ratio: int = 4  # of a compressive memory: vectors in a compressed one
-    segment: int = 16  # steps that a network with a compressive memory reads at once
+    model: Annotated[str, "the network"] = "ntm"
+    seed: Annotated[int, "of the weights and of the data"] = 0
+    steps: Annotated[int, "of the optimizer, at most"] = 5000
+    batch_size: Annotated[int, "sequences a step"] = 8
+    learning_rate: Annotated[float, "until it falls"] = 3e-3
+    weight_decay: Annotated[float, "AdamW's, times the learning rate at each step"] = 0.01
+    clip: Annotated[float, "largest norm of the gradient"] = 1.0
+    curriculum: Annotated[
+        float, "the loss under which sizes grow by one; 0: all from the start"
+    ] = 0.0
+    fall: Annotated[float, "the last share of the steps, over which the learning rate falls"] = 0.5
+    learnt: Annotated[float, "the loss under which that begins early; 0: never"] = 0.0
+    controller_size: Annotated[int, "units of the controller or LSTM; else the width"] = 100
+    num_layers: Annotated[int, "of the controller or LSTM; else of the network"] = 1
+    memory_size: Annotated[int, "slots; features of a key in an associative memory"] = 128
+    memory_dim: Annotated[int, "width of a slot; features of a value in an associative memory"] = 20
+    heads: Annotated[str, "of an NTM, in order: w writes, r reads"] = "wr"
+    read_heads: Annotated[
+        int, "of a DNC, of attention, or of a MANN, where each writes as well"
+    ] = 4
+    write_heads: Annotated[int, "of a DNC"] = 1
+    dnc_options: Annotated[str, f"of a DNC, separated by commas: {', '.join(DNC_OPTIONS)}"] = ""
+    compression: Annotated[str, f"of a compressive memory: {', '.join(COMPRESSIONS)}"] = "conv"
+    ratio: Annotated[int, "of a compressive memory: vectors in a compressed one"] = 4
+    segment: Annotated[int, "of a compressive memory: steps that are read at once"] = 16
 
     def __post_init__(self) -> None:
         known_by: dict[str, Collection[str]] = {

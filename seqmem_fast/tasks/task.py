@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -116,7 +116,7 @@ class BitsTask(Task):
     name: ClassVar[str]
     flags: ClassVar[int] = 1
 
-    bits: int = 8
+    bits: Annotated[int, "of each vector"] = 8
 
     def __post_init__(self) -> None:
         require_positive(self.name, bits=self.bits)

@@ -51,6 +51,19 @@ class Training:
         """The step it ends with, as far as is known by now: `settings.steps` or an earlier one."""
         return self.schedule.last_step
 
+    def end_at(self, steps: int) -> None:
+        """Goes on to that step, whatever its settings were: see :meth:`Schedule.with_settings`.
+
+        Raises:
+            ValueError: not more steps than were taken.
+        """
+        if steps <= self.step_count:
+            raise ValueError(
+                f"steps: expected more than the {self.step_count} that were taken, got {steps}"
+            )
+        self.settings = self.settings.with_changes(steps=steps)
+        self.schedule = self.schedule.with_settings(self.settings)
+
     def step(self) -> tuple[float, float]:
         """One optimizer step on a fresh batch: its loss, and wrong bits or answers a sequence.
 
