@@ -131,7 +131,7 @@ COMPILED = [(3, 5, 7, 4, 6), (2, 256, 256, 64, 64), (2, 64, 320, 128, 128)]
 
 
 def kernels() -> list[Kernel]:
-    file = "attention_kernels"
+    file, between = "attention_kernels", "attention_softmax_kernels"
     rows = ("q_t", "k_t", "v_t", "m_i", "g_i", "keys", "width", "value_width")
     found = []
     for storage, (block_m, block_n, warps) in {"bf16": (64, 64, 4), "fp32": (32, 32, 8)}.items():
@@ -152,5 +152,5 @@ def kernels() -> list[Kernel]:
             ("attention_softmax_backward", {}),
         ):
             constants = {**row, **options}
-            found.append(Kernel(file, name, storage, 8, constants, wide, rows))
+            found.append(Kernel(between, name, storage, 8, constants, wide, rows))
     return found

@@ -1,9 +1,10 @@
 r"""Attention with its weights on GPU: launchers of `attention` and `attention_backward`.
 
-Formulas, shapes and errors: `ops/attention.py`; the kernels: attention_kernels.py. Leading
-dimensions of any number become two, each argument keeping its own strides: nothing that broadcasts
-is copied, except a non-collapsible expansion over more than two. Gradients of what was broadcast
-come out at full size and are summed by torch, in a fixed order.
+Formulas, shapes and errors: `ops/attention.py`; kernels: attention_kernels.py, and between torch's
+products attention_softmax_kernels.py. Leading dimensions of any number become two, each argument
+keeping its own strides: nothing that broadcasts is copied, except a non-collapsible expansion over
+more than two. Gradients of what was broadcast come out at full size and are summed by torch, in a
+fixed order.
 
 Products run on tensor cores: 16-bit storage as it is, float32 as three TF32 products, which keep
 its precision to a few units in the last place (one where `torch.backends.cuda.matmul` allows TF32;
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from ..reference.attention import scores_of
 from . import attention_kernels as kernels
+from . import attention_softmax_kernels as between
 from .common import as_bytes, launcher, product_precision, strides, two_leading, wide
 
 _SCORES = 4096  # that a program of the softmax kernels holds
@@ -281,7 +283,7 @@ def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) 
         out=products,
     )
     blocks = _softmax_blocks(call)
-    kernels.attention_softmax[(call.batch * blocks["blocks"],)](
+    between.attention_softmax[(call.batch * blocks["blocks"],)](
         scores_ptr=scores, weights_ptr=weights, CAUSAL=is_causal, **blocks
     )
     torch.bmm(weights.view(matrices), value, out=output.view(matrices))
@@ -306,7 +308,7 @@ def _softmax_gradient(
     """That of the scores, from the weights' by the outputs, p, and their own."""
     scores = p if p.dtype == call.like.dtype else torch.empty_like(p, dtype=call.like.dtype)
     blocks = _softmax_blocks(call)
-    kernels.attention_softmax_backward[(call.batch * blocks["blocks"],)](
+    between.attention_softmax_backward[(call.batch * blocks["blocks"],)](
         p_ptr=p,
         weights_ptr=weights.contiguous(),
         grad_weights_ptr=grad_weights,
