@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
-
-settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("suite")
 
 # cuBLAS asks for this under deterministic algorithms, which every test runs with.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -38,11 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is NaN, so that an element a kernel forgets to write shows itself."""
-    torch.use_deterministic_algorithms(True)
+    """Fresh memory is NaN, so that an element a kernel forgets to write shows itself.
+
+    `torch.use_deterministic_algorithms` would import the compiler: 2 s of every process.
+    """
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import ROOT, run
 
 from seqmem_fast import _C
 from seqmem_fast.info import available_isas
 
-ROOT = Path(__file__).parents[1]
 NEVER_COPIED = (".git", ".venv", "build", "dist", ".*_cache", "__pycache__", "*.so", "*.egg-info")
 
 
@@ -34,30 +33,6 @@ def python(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.Complete
         capture_output=True,
         text=True,
     )
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["setuptools", "torch"])
-
-
-def run(
-    program: str, folder: Path, cwd: Path = ROOT, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """A Python program in a fork of a process that has imported torch: most of its time otherwise.
-
-    What it says goes through the folder.
-    """
-    files = [str(folder / name) for name in ("stdout", "stderr")]
-    before = (
-        f"import os; os.environ.update({env!r}); os.chdir({str(cwd)!r})\n"
-        f"for k, file in enumerate({files!r}):\n"
-        "    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), k + 1)\n"
-    )
-    process = FORKS.Process(target=exec, args=(before + program, {"__name__": "__main__"}))
-    process.start()
-    process.join()
-    texts = [Path(file).read_text() for file in files]
-    return subprocess.CompletedProcess(program, process.exitcode, *texts)
 
 
 def test_build_info() -> None:
@@ -347,8 +322,8 @@ def compile_kernels(
             )
             for kernel in kernels
         ]
-    for run in runs:
-        assert run.result().returncode == 0, run.result().stderr
+    for done in runs:
+        assert done.result().returncode == 0, done.result().stderr
 
 
 @pytest.mark.slow

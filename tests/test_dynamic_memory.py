@@ -116,7 +116,7 @@ def test_sizes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None, derandomize=True, print_blob=True)
 @given(
     st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40)),
     st.integers(1, 4),

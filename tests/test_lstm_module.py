@@ -243,7 +243,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, derandomize=True, print_blob=True)
 @given(configurations())
 def test_space_of_configurations(config: dict[str, Any]) -> None:
     """Any options, sizes, lengths and resets: outputs and gradients against nn.LSTM in float64."""

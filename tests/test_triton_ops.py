@@ -1,8 +1,7 @@
 """The Triton kernels of all ops: interpreted, compiled ahead of time, and run where a GPU is.
 
-Each op's tests under the interpreter, its `kernels()` to compile, and `COMPILED`, sizes to compile
-all its calls for, are in triton_<op>_interpreted.py; the tests of all ops run in one process of
-their own.
+Each op's tests under the interpreter, which run in a process of their own, its `kernels()` to
+compile, and `COMPILED`, sizes to compile all its calls for, are in triton_<op>_interpreted.py.
 """
 
 from __future__ import annotations
@@ -10,10 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +29,7 @@ from ahead_of_time import (
     resources,
     translating,
 )
+from forks import run_pytest
 from ptx.triton_driver import differs, is_newest_s_own
 from torch.utils._pytree import tree_leaves
 
@@ -65,13 +62,9 @@ def triton() -> Any:
 
 
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    files = [str(HERE / f"triton_{op}_interpreted.py") for op in OPS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+@pytest.mark.parametrize("op", OPS)
+def test_in_the_interpreter(op: str, tmp_path: Path) -> None:
+    run_pytest([str(HERE / f"triton_{op}_interpreted.py")], tmp_path, TRITON_INTERPRET="1")
 
 
 def test_every_op_has_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,13 @@ processes of their own.
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import run_pytest
 
 from .triton_driver import emulated
 
@@ -145,12 +143,7 @@ def test_one_call_each_way(
 @pytest.mark.slow
 @pytest.mark.parametrize("arch, seed", [(90, 0), (80, 1)])
 @pytest.mark.parametrize("op", OPS)
-def test_all(op: str, arch: int, seed: int) -> None:
+def test_all(op: str, arch: int, seed: int, tmp_path: Path) -> None:
     file = str(TESTS / f"triton_{op}_interpreted.py")
     options = ["-p", "ptx.plugin", "--ptx-arch", str(arch), "--ptx-seed", str(seed), *NOT_HERE]
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *options, file]
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
+    run_pytest(["-s", *options, file], tmp_path)
