@@ -1,7 +1,8 @@
 // Entmax of one row, for kernel sources compiled once per ISA. For each row of K entries, with x =
 // (alpha - 1) (z - highest) <= 0 and k = 1 / (alpha - 1):
-//   pass 1  z into L1, its highest entry, and whether there is a NaN
-//   pass 2  the vectors with an entry above tau = -1, packed: nothing else can be in the support
+//   pass 1  z into L1, and its highest entry
+//   pass 2  the vectors with an entry above tau = -1, packed: nothing else can be in the support;
+//           whether there is a NaN
 //   Newton  for the norm (sum (x - tau)^k)^(1/k) = 1, which is nearly linear in tau: with P the sum
 //           of the powers and Q that of (x - tau)^(k-1), tau += (P - P^(2 - alpha)) / Q. From the
 //           left tau only climbs, for a norm is convex; vectors that it leaves behind are dropped
@@ -27,9 +28,15 @@ using machine::square_root;
 
 enum class Kind { Sparsemax, Entmax15, Any };
 
-SEQMEM_INLINE Kind kind_of(const double* alphas, double alpha) {
-  if (alphas != nullptr) return Kind::Any;
-  return alpha == 2 ? Kind::Sparsemax : alpha == 1.5 ? Kind::Entmax15 : Kind::Any;
+template <Kind kind>
+using KindConstant = std::integral_constant<Kind, kind>;
+
+// What f returns of the kind of this alpha, as a constant; `alphas`, if any, differ by row.
+template <class F>
+SEQMEM_INLINE auto with_kind(const double* alphas, double alpha, F&& f) {
+  if (alphas == nullptr && alpha == 2) return f(KindConstant<Kind::Sparsemax>());
+  if (alphas == nullptr && alpha == 1.5) return f(KindConstant<Kind::Entmax15>());
+  return f(KindConstant<Kind::Any>());
 }
 
 template <class C>
@@ -156,7 +163,7 @@ class Rows {
     return weigh(read(from), alpha, put);
   }
 
-  // Of the row in x, whose highest entry is `top`.
+  // Of the row in x; `top` is the highest of its entries that are not NaN.
   template <class Put>
   SEQMEM_INLINE int64_t weigh(C top, double alpha, Put&& put) {
     const C scale = C(alpha - 1), power = C(1) / scale;
@@ -189,19 +196,17 @@ class Rows {
   // So that comparing differences of entries leaves out none that would pass once scaled.
   static SEQMEM_INLINE C just_below(C negative) { return negative * C(1.0001); }
 
-  // x = the row, -inf beyond it; returns its highest entry, NaN where there is one.
+  // x = the row, -inf beyond it; returns the highest of its entries that are not NaN.
   C read(const S* from) {
     Vec<C> highest = splat<C>(-kInfinity);
-    IntVec<C> wrong = {};
     for (int64_t i = 0; i < K; i += L) {
       const int n = lanes(i);
       Vec<C> v = load_as<C>(from + i, n);
       for (int64_t l = n; l < L; ++l) v[l] = -kInfinity;
       store(x + i, v);
       highest = v > highest ? v : highest;
-      wrong |= v != v;
     }
-    return any<C>(wrong) ? C(__builtin_nan("")) : largest<C>(highest);
+    return largest<C>(highest);
   }
 
   struct Values {

@@ -3,13 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "heads.h"
 #include "kept_blocks.h"
 #include "operand.h"
-#include "team.h"
+#include "scores.h"
 
 namespace seqmem {
 
@@ -57,18 +54,5 @@ inline Tensors<3> large_gradients(const std::array<bool, 3>& wanted, In q, In k,
 
 // Null where there is nothing to write.
 inline void* some_data(const at::Tensor& t) { return t.numel() > 0 ? data(t) : nullptr; }
-
-inline double scale_of(const std::optional<double>& given, int64_t features) {
-  return given.value_or(1 / std::sqrt(double(features)));
-}
-
-// For so many rows of queries and scores, whose products are with `features` in all. Estimates for
-// one core, in microseconds: a smaller share is not worth a thread.
-inline int threads_for_heads(double rows, double scores, int64_t features, double products) {
-  constexpr double kFlops = 60e3, kScores = 500, kRows = 10, kShareWorthWaking = 45;
-  const double once = 2 * scores * double(features) / kFlops + scores / kScores + rows / kRows;
-  const double share = once * products / kShareWorthWaking;
-  return int(std::clamp(share, 1.0, double(available_threads())));
-}
 
 }  // namespace seqmem

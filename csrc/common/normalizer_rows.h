@@ -35,14 +35,11 @@ SEQMEM_INLINE int64_t line_bytes(int64_t columns) {
 // What f returns of the rows that compute entmax of n scores of the at most `columns` of a row.
 template <class C, class F>
 SEQMEM_INLINE int64_t with_entmax(int64_t n, double alpha, char* buffer, int64_t columns, F&& f) {
-  using entmax::Kind;
   const int64_t bytes = line_bytes(columns) / 2;
-  if (alpha < entmax::kSteep) return f(entmax::Rows<C, Kind::Any, double>(n, buffer, bytes));
-  switch (entmax::kind_of(nullptr, alpha)) {
-    case Kind::Sparsemax: return f(entmax::Rows<C, Kind::Sparsemax, C>(n, buffer, bytes));
-    case Kind::Entmax15: return f(entmax::Rows<C, Kind::Entmax15, C>(n, buffer, bytes));
-    default: return f(entmax::Rows<C, Kind::Any, C>(n, buffer, bytes));
-  }
+  if (alpha < entmax::kSteep)
+    return f(entmax::Rows<C, entmax::Kind::Any, double>(n, buffer, bytes));
+  return entmax::with_kind(
+      nullptr, alpha, [&](auto kind) { return f(entmax::Rows<C, kind, C>(n, buffer, bytes)); });
 }
 
 // n scores -> their weights by entmax, in place; returns how many are not zero.
@@ -63,25 +60,18 @@ int64_t entmax_row(C* row, int64_t n, C top, double alpha, char* buffer, int64_t
 
 // Of the vectors that hold columns lo..hi-1, as all below: weights -> weights^(2 - alpha) where not
 // zero; their sum.
-template <class C, entmax::Kind kind>
-C to_slopes_of(C* row, int64_t lo, int64_t hi, double alpha) {
-  constexpr int64_t L = kLanes<C>;
-  Vec<C> total = {};
-  for (int64_t x = lo / L * L; x < hi; x += L) {
-    const Vec<C> slope = entmax::Rows<C, kind>::slopes(load(row + x), C(2 - alpha));
-    store(row + x, slope);
-    total += slope;
-  }
-  return sum<C>(total);
-}
 template <class C>
 C to_slopes(C* row, int64_t lo, int64_t hi, double alpha) {
-  using entmax::Kind;
-  switch (entmax::kind_of(nullptr, alpha)) {
-    case Kind::Sparsemax: return to_slopes_of<C, Kind::Sparsemax>(row, lo, hi, alpha);
-    case Kind::Entmax15: return to_slopes_of<C, Kind::Entmax15>(row, lo, hi, alpha);
-    default: return to_slopes_of<C, Kind::Any>(row, lo, hi, alpha);
-  }
+  return entmax::with_kind(nullptr, alpha, [&](auto kind) {
+    constexpr int64_t L = kLanes<C>;
+    Vec<C> total = {};
+    for (int64_t x = lo / L * L; x < hi; x += L) {
+      const Vec<C> slope = entmax::Rows<C, kind>::slopes(load(row + x), C(2 - alpha));
+      store(row + x, slope);
+      total += slope;
+    }
+    return sum<C>(total);
+  });
 }
 
 // sum of slope * weight.

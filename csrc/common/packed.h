@@ -45,6 +45,13 @@ struct Rows {
   const S* row(int64_t i) const { return data + i * rows; }
 };
 
+// Rows one after the other, as copy_row has each.
+template <class S, class C = compute_t<S>>
+void copy_rows(C* to, const Rows<S>& from, int64_t rows, int64_t width, C factor) {
+  for (int64_t i = 0; i < rows; ++i)
+    copy_row<S>(to + i * padded<C>(width), from.row(i), from.columns, width, factor);
+}
+
 // Rows in SIMD lanes: the panel of rows 4 L p ... is [width][vectors * L], where the last panel has
 // as many vectors as it needs; lanes beyond the last row repeat it or are zero.
 template <class S, class C = compute_t<S>>

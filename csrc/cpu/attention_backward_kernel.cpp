@@ -123,8 +123,9 @@ class BackwardRun {
   void copy(int64_t n) {
     if (n == in_rows) return;
     in_rows = n;
-    if (has_output && scores_wanted) copy_rows<S>(value_rows, Rows<S>(a.value, n), s.Tk, s.Dv);
-    if (a.grad_query != nullptr) copy_rows<S>(key_rows, Rows<S>(a.key, n), s.Tk, s.D);
+    if (has_output && scores_wanted)
+      copy_rows<S>(value_rows, Rows<S>(a.value, n), s.Tk, s.Dv, C(1));
+    if (a.grad_query != nullptr) copy_rows<S>(key_rows, Rows<S>(a.key, n), s.Tk, s.D, C(1));
   }
 
   void clear_sums() {

@@ -219,7 +219,7 @@ class ForwardRun {
  private:
   void pack(int64_t n) {
     if (plan.pack) pack_lanes<S>(key_panels, Rows<S>(a.key, n), s.Tk, s.D);
-    if (sparse) return copy_rows<S>(value_rows, Rows<S>(a.value, n), s.Tk, s.Dv);
+    if (sparse) return copy_rows<S>(value_rows, Rows<S>(a.value, n), s.Tk, s.Dv, C(1));
     if (!values_in_place) pack_columns<S>(value_panels, Rows<S>(a.value, n), s.Tk, s.Dv);
   }
 

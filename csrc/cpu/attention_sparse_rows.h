@@ -99,12 +99,5 @@ void gather_dots(int64_t n, const int64_t* at, const C* x, const C* rows, int64_
   }
 }
 
-// A batch's rows one after the other, zero up to whole vectors.
-template <class S, class C = compute_t<S>>
-void copy_rows(C* to, const Rows<S>& from, int64_t rows, int64_t width) {
-  for (int64_t k = 0; k < rows; ++k)
-    copy_row<S>(to + k * padded<C>(width), from.row(k), from.columns, width, C(1));
-}
-
 }  // namespace
 }  // namespace seqmem::attention

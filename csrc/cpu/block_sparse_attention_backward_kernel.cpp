@@ -109,17 +109,11 @@ class BackwardRun {
     });
   }
 
-  void copy_rows(C* to, const Heads& from, int64_t b, int64_t h, int64_t first, int64_t rows,
-                 int64_t width, C factor) {
-    const Rows<S> source = rows_of<S>(from, b, h, first, 1);
-    for (int64_t r = 0; r < rows; ++r)
-      copy_row<S>(to + r * padded<C>(width), source.row(r), source.columns, width, factor);
-  }
-
   void run_tile(const Task& task, int64_t h, const Blocks& blocks, int64_t first, int64_t rows,
                 int64_t row_of_block) {
     const int64_t b = task.row;
-    if (has_output) copy_rows(grads, a.grad_output, b, h, first, rows, s.Dv, C(1));
+    if (has_output)
+      copy_rows<S>(grads, rows_of<S>(a.grad_output, b, h, first, 1), rows, s.Dv, C(1));
     for (int64_t m = 0; m < blocks.count; ++m) {
       const int64_t key_block = blocks.key(m), x = m * Bk_pad;
       const int64_t place = ((blocks.first + m) * s.Bq + row_of_block) * s.Bk;
@@ -206,14 +200,14 @@ class BackwardRun {
     set_ranges(t, s, b, first, rows, key_block);
     const int64_t row = place * s.Bq + row_of_block;
     if (a.grad_v != nullptr && has_output) {
-      copy_rows(grads, a.grad_output, b, h, first, rows, s.Dv, C(1));
+      copy_rows<S>(grads, rows_of<S>(a.grad_output, b, h, first, 1), rows, s.Dv, C(1));
       for (int64_t r = 0; r < rows; ++r)
         read_range(block_weights + r * Bk_pad, static_cast<const S*>(a.weights) + (row + r) * s.Bk,
                    0, t.hi[r], 0, Bk_pad);
       add_transposed(block_weights, grads, Dv_pad, dvalue);
     }
     if (a.grad_k != nullptr) {
-      copy_rows(queries, a.q, b, h, first, rows, s.D, C(s.scale));
+      copy_rows<S>(queries, rows_of<S>(a.q, b, h, first, 1), rows, s.D, C(s.scale));
       add_transposed(static_cast<const C*>(a.slopes) + row * Bk_pad, queries, D_pad, dkey);
     }
   }

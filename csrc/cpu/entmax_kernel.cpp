@@ -19,11 +19,7 @@ class Run {
   }
 
   void run() {
-    switch (kind_of(a.alpha, s.alpha)) {
-      case Kind::Sparsemax: return rows<Kind::Sparsemax>();
-      case Kind::Entmax15: return rows<Kind::Entmax15>();
-      case Kind::Any: return rows<Kind::Any>();
-    }
+    with_kind(a.alpha, s.alpha, [&](auto kind) { rows<kind>(); });
   }
 
  private:

@@ -6,9 +6,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 
+#include "../common/scores.h"
 #include "../ops/attention_check.h"
 #include "attention_kernel.h"
 #include "launcher.h"
@@ -57,7 +57,7 @@ cuda::AttentionShape shape_of(const AttentionSizes<int64_t>& s, const Operands& 
   shape.Tk = s.Tk;
   shape.D = s.width;
   shape.Dv = s.Dv;
-  shape.scale = options.scale.value_or(1 / std::sqrt(double(s.width)));
+  shape.scale = scale_of(options.scale, s.width);
   shape.causal = options.is_causal;
   shape.mask = !in.mask.has_value()           ? MaskKind::None
                : in.mask->is_floating_point() ? MaskKind::Added

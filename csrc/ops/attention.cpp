@@ -1,9 +1,9 @@
 // Attention ops: schemas, the CPU and Meta keys. Arguments: seqmem_fast/ops/attention.py.
 #include <algorithm>
-#include <cmath>
 
 #include "../common/dispatch.h"
 #include "../common/operand.h"
+#include "../common/scores.h"
 #include "../common/team.h"
 #include "../cpu/attention_kernel.h"
 #include "attention_check.h"
@@ -45,7 +45,7 @@ struct Call {
               .Tk = s.Tk,
               .D = s.width,
               .Dv = s.Dv,
-              .scale = options.scale.value_or(1 / std::sqrt(double(s.width))),
+              .scale = scale_of(options.scale, s.width),
               .alpha = options.alpha,
               .causal = options.is_causal,
               .mask = !in.mask.has_value()                     ? MaskKind::None
@@ -53,18 +53,11 @@ struct Call {
                                                                : MaskKind::Added} {}
 };
 
-// Estimates for one core; they only steer the choices below. A share of fewer microseconds is not
-// worth a thread.
-constexpr double kFlopsPerMicrosecond = 60e3, kShareWorthWaking = 45;
-constexpr double kScoresPerMicrosecond = 500, kRowsPerMicrosecond = 20;  // beside the products
 constexpr int64_t kTasksPerThread = 4;
 
 int threads_for(const Shape& s, double products) {
-  const double rows = double(s.N) * s.Tq, scores = rows * s.Tk;
-  const double once = 2 * scores * (s.D + s.Dv) / kFlopsPerMicrosecond +
-                      scores / kScoresPerMicrosecond + rows / kRowsPerMicrosecond;
-  const double share = once * products / kShareWorthWaking;
-  return int(std::clamp(share, 1.0, double(available_threads())));
+  const double rows = double(s.N) * s.Tq;
+  return threads_for_scores(rows, rows * s.Tk, s.D + s.Dv, products, 20);
 }
 
 // Query rows below which a part of a batch is not worth its packing.

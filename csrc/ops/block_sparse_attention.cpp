@@ -89,7 +89,7 @@ constexpr int64_t kTasksPerThread = 8;
 int threads_for(const Call& call, double products) {
   const Shape& s = call.shape;
   const double scores = double(call.total) * std::min(s.Bq, s.Tq) * std::min(s.Bk, s.Tk);
-  return threads_for_heads(double(s.B) * s.Hq * s.Tq, scores, s.D + s.Dv, products);
+  return threads_for_scores(double(s.B) * s.Hq * s.Tq, scores, s.D + s.Dv, products);
 }
 
 Plan plan_for(const Shape& s, int threads) {

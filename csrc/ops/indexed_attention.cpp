@@ -39,7 +39,7 @@ struct Call {
 
   int threads(double products) const {
     const double rows = double(shape.B) * shape.Hq * shape.Tq;
-    return threads_for_heads(rows, rows * shape.C, shape.D + shape.Dv, 4 * products);
+    return threads_for_scores(rows, rows * shape.C, shape.D + shape.Dv, 4 * products);
   }
 };
 
@@ -142,7 +142,7 @@ Tensor select_cpu(const SelectionInputs& in) {
                                .end = end.bounds(),
                                .workspace = nullptr};
   const double rows = double(s.B) * s.Hq * s.Tq;
-  launch(SEQMEM_CHOOSE(selection_kernel), threads_for_heads(rows, rows * s.Tk, s.D, 1), arguments,
+  launch(SEQMEM_CHOOSE(selection_kernel), threads_for_scores(rows, rows * s.Tk, s.D, 1), arguments,
          storage_of(in.q), shape, Plan{});
   return index;
 }

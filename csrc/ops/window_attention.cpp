@@ -41,7 +41,7 @@ constexpr int64_t kTasksPerThread = 4;
 
 int threads_for(const Shape& s, double products) {
   const double rows = double(s.B) * s.Hq * s.Tq;
-  return threads_for_heads(rows, rows * std::min(s.W() + s.G, s.Tk), s.D + s.Dv, products);
+  return threads_for_scores(rows, rows * std::min(s.W() + s.G, s.Tk), s.D + s.Dv, products);
 }
 
 // Queries below which a part of a head is not worth the packing of its keys.
