@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import signal
@@ -123,9 +124,12 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
+
+
 def _help(kind: type, name: str, standard: object) -> str:
     """What the field's annotation says, fit for argparse."""
-    (text,) = get_type_hints(kind, include_extras=True)[name].__metadata__
+    (text,) = _hints(kind)[name].__metadata__
     known = f": {', '.join(BUILDERS)}" if name == "model" else ""
     return f"{text}{known}; standard: {standard or repr(standard)}".replace("%", "%%")
 
