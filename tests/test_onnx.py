@@ -88,6 +88,17 @@ def test_lengths(gates: bool) -> None:
     close(model(x, lengths, *state), run(x, lengths, *state))
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_zoneout_and_layer_norm_step_by_step(norm: bool) -> None:
+    """For the time that was exported, and any batch."""
+    lstm = sf.LSTM(4, 6, bidirectional=True, zoneout_h=0.2, zoneout_c=0.1, layer_norm=norm)
+    x = torch.randn(3, 2, 4)
+    run, kinds = exported(lstm, (x,), dynamic_shapes=({1: DIM("batch", min=2)},))
+    assert "LSTM" not in kinds
+    x = torch.randn(3, 5, 4)
+    close(lstm(x), run(x))
+
+
 def test_other_ops_are_taken_apart() -> None:
     class Several(nn.Module):
         def __init__(self) -> None:

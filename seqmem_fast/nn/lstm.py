@@ -11,19 +11,18 @@ Both ``forward`` use only attributes that torch.nn's modules have as well, so
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
-from ..ops.lstm import Weights, lone_layer
+from ..ops.lstm import State, Weights, lone_layer
+from . import lstm_options
 
 __all__ = ["LSTM", "LSTMCell", "LSTMGates"]
-
-State = tuple[Tensor, Tensor]
 
 
 class LSTMGates(NamedTuple):
@@ -48,17 +47,22 @@ class LSTMCell(nn.RNNCellBase):
         hidden_size: H, the width of h and c.
         bias: with bias_ih and bias_hh.
         device, dtype: of the parameters.
-        forget_bias: as in :class:`LSTM`.
+        forget_bias, zoneout_h, zoneout_c, layer_norm: as in :class:`LSTM`.
 
     ``cell(input, hx=None) -> (hy, cy)`` with input [B, I] and hx = (h, c), both [B, H]; or
     unbatched, [I] and [H]. hx None means zeros. Equation, errors and papers:
     :mod:`seqmem_fast.ops.lstm`.
 
     Parameters: weight_ih [4H, I], weight_hh [4H, H], bias_ih and bias_hh [4H], rows i, f, g, o,
-    drawn from U(-1/sqrt(H), 1/sqrt(H)).
+    drawn from U(-1/sqrt(H), 1/sqrt(H)); with layer_norm those of :class:`LSTM` as well, without
+    ``_l[k]``.
     """
 
-    forget_bias: float | None = None  # of the class too, where accelerate made a module ours
+    # Of the class too, where accelerate made a module ours.
+    forget_bias: float | None = None
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    layer_norm: bool = False
 
     def __init__(
         self,
@@ -69,18 +73,24 @@ class LSTMCell(nn.RNNCellBase):
         dtype: torch.dtype | None = None,
         *,
         forget_bias: float | None = None,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
-        _check_forget_bias("lstm_cell", forget_bias, bias)
+        lstm_options.check_forget_bias("lstm_cell", forget_bias, bias)
+        lstm_options.check_regularization("lstm_cell", zoneout_h, zoneout_c, layer_norm)
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
-        self.forget_bias = forget_bias
-        _start_forget_gates(self)
+        self.forget_bias, self.layer_norm = forget_bias, layer_norm
+        self.zoneout_h, self.zoneout_c = zoneout_h, zoneout_c
+        lstm_options.add_norms(self, [""], device, dtype)
+        lstm_options.start(self)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        _start_forget_gates(self)
+        lstm_options.start(self)
 
     def extra_repr(self) -> str:
-        return nn.RNNCellBase.extra_repr(self) + _said(self, LSTMCell, "forget_bias")
+        return nn.RNNCellBase.extra_repr(self) + _said(self, LSTMCell, *_cell_options)
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell) -> LSTMCell:
@@ -98,12 +108,16 @@ class LSTMCell(nn.RNNCellBase):
             w_ih, w_hh, b_ih, b_hh = (getattr(self, name) for name in _cell_names)
         if hx is not None:
             _check_pair("lstm_cell", hx)
+        if isinstance(self, LSTMCell) and lstm_options.is_regularized(self):
+            step: Any = partial(_regularized_step, self)
+        else:
+            step = ops.lstm_cell
         if input.dim() != 1:
-            return ops.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+            return step(input, hx, w_ih, w_hh, b_ih, b_hh)
         if hx is not None:
             _check_dims("lstm_cell", hx, 1)
             hx = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
-        hy, cy = ops.lstm_cell(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh)
+        hy, cy = step(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh)
         return hy.squeeze(0), cy.squeeze(0)
 
 
@@ -128,6 +142,11 @@ class LSTM(nn.RNNBase):
         weight_dropout: probability of zeroing, in training, an entry of each weight_hh, with one
             mask a call (DropConnect; Merity, Keskar & Socher 2017). The parameters stay what they
             are.
+        zoneout_h, zoneout_c: probability that, in training, a unit's h, or c, stays what it was
+            before a step, drawn for each unit, row and step; in evaluation it is the expectation
+            (Krueger et al. 2017).
+        layer_norm: W_ih x, W_hh h and the c within h = o tanh c are normalised over their units
+            (Ba, Kiros & Hinton 2016). Excludes, as zoneout does, ``proj_size``.
 
     ``lstm(input, hx=None, *, lengths=None, reset=None, return_gates=False)``:
 
@@ -141,17 +160,23 @@ class LSTM(nn.RNNBase):
       ``return_gates`` a third, :class:`LSTMGates`.
 
     Errors are a ValueError for shapes and values, a TypeError for types, dtypes and devices.
-    Equation and papers: :mod:`seqmem_fast.ops.lstm`.
+    Equation and papers: :mod:`seqmem_fast.ops.lstm`, with zoneout or layer_norm
+    :mod:`seqmem_fast.ops.lstm_regularized`, which is several calls a step and no kernel of its own.
 
     Parameters of layer k (``_reverse`` appended for the second direction), rows i, f, g, o, drawn
     from U(-1/sqrt(H), 1/sqrt(H)): weight_ih_l[k] [4H, I] ([4H, D*P] above the first layer),
     weight_hh_l[k] [4H, P], bias_ih_l[k] and bias_hh_l[k] [4H], weight_hr_l[k] [P, H].
+    With layer_norm also gain_ih_l[k] and gain_hh_l[k] [4H], gain_c_l[k] [H], all 1, and
+    shift_c_l[k] [H], 0; the shifts that the paper has for the first two are bias_ih and bias_hh.
     """
 
     # Of the class too, for modules that accelerate(replace=True) made ours.
     forget_bias: float | None = None
     locked_dropout: bool = False
     weight_dropout: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    layer_norm: bool = False
 
     def __init__(
         self,
@@ -169,6 +194,9 @@ class LSTM(nn.RNNBase):
         forget_bias: float | None = None,
         locked_dropout: bool = False,
         weight_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
         if not 0 <= weight_dropout <= 1:
             raise ValueError(f"seqmem::lstm: expected weight_dropout in 0..1, got {weight_dropout}")
@@ -176,7 +204,8 @@ class LSTM(nn.RNNBase):
             raise TypeError(
                 f"seqmem::lstm: expected locked_dropout to be a bool, got {locked_dropout}"
             )
-        _check_forget_bias("lstm", forget_bias, bias)
+        lstm_options.check_forget_bias("lstm", forget_bias, bias)
+        lstm_options.check_regularization("lstm", zoneout_h, zoneout_c, layer_norm)
         super().__init__(
             "LSTM",
             input_size,
@@ -191,15 +220,20 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self.locked_dropout, self.weight_dropout = locked_dropout, weight_dropout
-        self.forget_bias = forget_bias
-        _start_forget_gates(self)
+        self.forget_bias, self.layer_norm = forget_bias, layer_norm
+        self.zoneout_h, self.zoneout_c = zoneout_h, zoneout_c
+        lstm_options.check_no_projection(self)
+        layers = [names[0].removeprefix("weight_ih") for names in self._all_weights]
+        lstm_options.add_norms(self, layers, device, dtype)
+        lstm_options.start(self)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        _start_forget_gates(self)
+        lstm_options.start(self)
 
     def extra_repr(self) -> str:
-        options = "forget_bias", "locked_dropout", "weight_dropout"
+        first, *others = _cell_options
+        options = first, "locked_dropout", "weight_dropout", *others
         return nn.RNNBase.extra_repr(self) + _said(self, LSTM, *options)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -240,28 +274,15 @@ class LSTM(nn.RNNBase):
         first = self.batch_first
         if hx is not None and input.dim() == 3:  # else the op refuses the input
             _check_state(self, hx, input.size(0 if first else 1))
-        if self.num_layers == 1 and not self.bidirectional and not return_gates:
+        ours = isinstance(self, LSTM)
+        lone = self.num_layers == 1 and not self.bidirectional and not return_gates
+        if lone and not (ours and lstm_options.is_regularized(self)):
             weights = _weights(self, 0)
-            if self.training:
-                weights = _thinned(self, weights)
+            if ours and self.training and self.weight_dropout:
+                weights = lstm_options.thinned(self.weight_dropout, weights)
             return lone_layer(input, hx, weights, lengths, reset, first)
         options = {"lengths": lengths, "reset": reset, "batch_first": first}
         return _run(self, input, hx, return_gates, options)
-
-
-def _check_forget_bias(op: str, forget_bias: float | None, bias: bool) -> None:
-    if forget_bias is not None and not bias:
-        raise ValueError(f"seqmem::{op}: expected bias with a forget_bias, got bias False")
-
-
-@torch.no_grad()
-def _start_forget_gates(module: Any) -> None:
-    if module.forget_bias is None:
-        return
-    for name, parameter in module.named_parameters():
-        if name.startswith("bias_"):
-            start = module.forget_bias if name.startswith("bias_ih") else 0.0
-            parameter[module.hidden_size : 2 * module.hidden_size] = start
 
 
 def _said(module: Any, ours: Any, *options: str) -> str:
@@ -324,6 +345,8 @@ def _run(
 ) -> Any:
     """All layers and directions over a batched or packed input: (output, state[, gates])."""
     op: Any = ops.lstm_trace if return_gates else ops.lstm
+    ours = isinstance(module, LSTM)
+    regularized = ours and lstm_options.is_regularized(module)
     directions = 2 if module.bidirectional else 1
     states: list[State] = []
     traces: list[Any] = []
@@ -333,55 +356,31 @@ def _run(
             k = layer * directions + direction
             state = None if hx is None else (hx[0][k], hx[1][k])
             weights = _weights(module, k)
-            if module.training:
-                weights = _thinned(module, weights)
-            result = op(x, state, *weights, reverse=direction == 1, **options)
+            if ours and module.training and module.weight_dropout:
+                weights = lstm_options.thinned(module.weight_dropout, weights)
+            layout = {"reverse": direction == 1, **options}
+            if regularized:
+                name = module._all_weights[k][0].removeprefix("weight_ih")
+                result = lstm_options.run_regularized(
+                    module, name, x, state, weights, return_gates, **layout
+                )
+            else:
+                result = op(x, state, *weights, **layout)
             outputs.append(result[0])
             states.append(result[1])
             traces.append(result[2:])
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if module.dropout and module.training and layer + 1 < module.num_layers:
-            if isinstance(module, LSTM) and module.locked_dropout:
-                x = _locked(x, module.dropout, **options)
+            if ours and module.locked_dropout:
+                x = lstm_options.locked(x, module.dropout, **options)
             else:
-                x = _dropout(x, module.dropout, options.get("batch_first", False))
+                x = lstm_options.dropout(x, module.dropout, options.get("batch_first", False))
     final = torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
     if not return_gates:
         return x, final
     gates, cells = (torch.stack(each) for each in zip(*traces, strict=True))
     i, f, g, o = gates.chunk(4, -1)
     return x, final, LSTMGates(i, f, g, o, cells)
-
-
-def _dropout(x: Tensor, p: float, batch_first: bool) -> Tensor:
-    """nn.LSTM's masks from the same seed: it draws them over time-major outputs."""
-    if not batch_first:
-        return F.dropout(x, p)
-    return F.dropout(x.transpose(0, 1).contiguous(), p).transpose(0, 1)
-
-
-def _locked(
-    x: Tensor,
-    p: float,
-    batch_first: bool = False,
-    batch_sizes: Tensor | None = None,
-    **_: Tensor | None,
-) -> Tensor:
-    """A row's mask is the same at every step."""
-    if batch_sizes is None:
-        shape = (x.size(0), 1, x.size(2)) if batch_first else (1, *x.shape[1:])
-        return x * F.dropout(x.new_ones(shape), p)
-    sizes = batch_sizes.tolist()
-    mask = F.dropout(x.new_ones(sizes[0], x.size(1)), p)
-    return x * torch.cat([mask[:size] for size in sizes])
-
-
-def _thinned(module: Any, weights: Weights) -> Weights:
-    """With weight_hh as DropConnect leaves it."""
-    if not (isinstance(module, LSTM) and module.weight_dropout):
-        return weights
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
-    return w_ih, F.dropout(w_hh, module.weight_dropout), b_ih, b_hh, w_hr
 
 
 def _weights(module: Any, k: int) -> Weights:
@@ -429,6 +428,16 @@ def _check_state(module: Any, hx: State, batch: int) -> None:
             )
 
 
+def _regularized_step(cell: LSTMCell, input: Tensor, hx: State | None, *weights: Any) -> State:
+    if input.dim() != 2:
+        raise ValueError(
+            f"seqmem::lstm_cell: expected input of shape [B, I], got {list(input.shape)}"
+        )
+    _, state, *_ = lstm_options.run_regularized(cell, "", input[None], hx, (*weights, None))
+    return state
+
+
+_cell_options = "forget_bias", "zoneout_h", "zoneout_c", "layer_norm"
 _cell_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 

@@ -12,6 +12,7 @@ from .hard_attention import categorical_sample, reinforce_loss
 from .indexed_attention import indexed_attention, top_k_attention
 from .lrua import LRUAState, LRUATrace, lrua, lrua_trace
 from .lstm import lstm, lstm_cell, lstm_trace
+from .lstm_regularized import LSTMNorms, lstm_regularized
 from .ntm import ntm, ntm_trace
 from .ntm_addressing import NTMState, ntm_addressing, ntm_content_addressing, ntm_read, ntm_write
 from .window_attention import window_attention
@@ -22,6 +23,7 @@ __all__ = [
     "DNCTrace",
     "LRUAState",
     "LRUATrace",
+    "LSTMNorms",
     "NTMState",
     "additive_attention",
     "attention",
@@ -40,6 +42,7 @@ __all__ = [
     "lrua_trace",
     "lstm",
     "lstm_cell",
+    "lstm_regularized",
     "lstm_trace",
     "ntm",
     "ntm_addressing",

@@ -71,7 +71,7 @@ def lstm_trace(
     reverse: bool = False,
 ) -> tuple[Tensor, State, Tensor, Tensor]:
     """As :func:`lstm`, also with gates [T, B, 4H] (i, f, g, o) and cells [T, B, H] of all steps."""
-    layout = _Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
+    layout = Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
     x = layout.to_padded(input)  # [T, B, I]
     h, c = _zero_state(x, weight_hh, weight_hr, x.size(1)) if hx is None else hx
     projected = F.linear(x, weight_ih, bias_ih).unbind()  # T of [B, 4H]
@@ -148,7 +148,7 @@ def lstm_backward(
     It reads ``output``, ``gates`` and ``cells`` instead of recomputing them, so differentiating it
     gives gradients for these too, which then continue through the forward op.
     """
-    layout = _Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
+    layout = Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
     x, h_all, z_all, c_all = (layout.to_padded(a) for a in (input, output, gates, cells))
     hs, zs, cs = h_all.unbind(), z_all.unbind(), c_all.unbind()
     grad_hs, grad_zs, grad_cs = (
@@ -233,7 +233,7 @@ def _step_backward(
     return da * slope, dc * f
 
 
-class _Layout:
+class Layout:
     """Hides packing, batch_first, lengths, reset and direction from the loops over time."""
 
     def __init__(
@@ -262,11 +262,11 @@ class _Layout:
             self.valid = step[:, None] < lengths.to(input.device)
         if reset is not None:
             cut = reset.t() if batch_first else reset
+            if self.valid is not None:
+                cut = cut & self.valid
             if (
                 reverse
             ):  # what enters step t comes from step t + 1, if that exists, and is cut there
-                if self.valid is not None:
-                    cut = cut & self.valid
                 cut = torch.cat((cut[1:], torch.zeros_like(cut[:1])))
             self.cut = cut
         self.before = 1 if reverse else -1  # from a step to the one computed before it
