@@ -94,7 +94,7 @@ def test_every_task_trains_with_every_model(task: str, model: str) -> None:
     training = Training(settings(task, model=model))
     before = weights(training)
     loss, wrong = training.step()
-    assert 0.4 < loss < 1.2 and wrong >= 0
+    assert 0.4 < loss < 1.5 and wrong >= 0
     assert training.step_count == 1
     # The first weighting of a feed-forward start may get no gradient; most parameters must.
     moved = [not torch.equal(a, b) for a, b in zip(before, weights(training), strict=True)]

@@ -38,7 +38,7 @@ class GraphTraversalTask(AnswersTask):
     Which node and which kind of edge has which label is drawn anew for each sequence, so nothing
     can be learnt but to look edges up, and to look up the next one with what was found. An edge is
     only found by source and label together: each label stands on several edges, no node has two of
-    one label. A curriculum lets nodes, edges and paths grow together.
+    one label. A curriculum lets paths grow; graphs of all sizes are there from the start.
 
     Other graphs are real: :data:`~.underground.MAPS`, parts of the London Underground, by `map`.
 
@@ -84,14 +84,13 @@ class GraphTraversalTask(AnswersTask):
 
     @property
     def stages(self) -> int:
-        return self.max_nodes - 2
+        return self.max_path - 1
 
     def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        """Up to 2 nodes at stage 0, up to one more at each; edges and paths in proportion."""
-        most = self.max_nodes if stage is None else min(self.max_nodes, 2 + stage)
-        path = math.ceil(self.max_path * (most - 1) / (self.max_nodes - 1))
-        nodes = draw_between(2, most, generator)
-        edges = math.ceil(self.max_edges * most / self.max_nodes)
+        """Paths of one edge at stage 0, up to one more at each; edges in proportion to nodes."""
+        path = self.max_path if stage is None else min(self.max_path, 1 + stage)
+        nodes = draw_between(2, self.max_nodes, generator)
+        edges = math.ceil(self.max_edges * nodes / self.max_nodes)
         edges = max(nodes, min(edges, nodes * self.edge_labels))
         return {
             "nodes": nodes,
