@@ -373,6 +373,13 @@ def test_wrong_arguments(name: str) -> None:
         sf.ops.lstm_regularized(**right | changes)  # type: ignore[arg-type]
 
 
+def test_wrong_inputs_of_a_module() -> None:
+    for lstm in regularized():
+        for shape in ((IN,), (T, B, 1, IN)):
+            with pytest.raises(ValueError, match="expected input of 3 dimensions, got shape"):
+                lstm(torch.zeros(shape, **DOUBLE))
+
+
 def test_no_row_is_no_error() -> None:
     for lstm in regularized():
         output, (h, _) = lstm(torch.randn(T, 0, IN, **DOUBLE))

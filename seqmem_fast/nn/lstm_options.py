@@ -72,17 +72,15 @@ def run_regularized(
 ) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
     """One layer in one direction; in training its masks are drawn by torch's generator."""
     sizes = options.get("batch_sizes")
-    if sizes is None:
-        batch_first = int(options.get("batch_first", False))
-        shape = x.size(batch_first), x.size(1 - batch_first)
-    else:
-        shape = len(sizes), int(sizes[0])
     zoneouts: dict[str, Tensor | float] = {}
     for name in ("zoneout_h", "zoneout_c"):
         zoneouts[name] = share = getattr(module, name)
-        if share and module.training:
-            drawn = torch.rand(*shape, module.hidden_size, device=x.device, dtype=torch.float32)
-            zoneouts[name] = drawn < share
+        if not (share and module.training) or x.dim() < 2:  # the op refuses such an input
+            continue
+        first = int(options.get("batch_first", False))
+        steps = (x.size(first), x.size(1 - first)) if sizes is None else (len(sizes), int(sizes[0]))
+        drawn = torch.rand(*steps, module.hidden_size, device=x.device, dtype=torch.float32)
+        zoneouts[name] = drawn < share
     norms = None
     if module.layer_norm:
         norms = ops.LSTMNorms(*(getattr(module, name + layer) for name in ops.LSTMNorms._fields))

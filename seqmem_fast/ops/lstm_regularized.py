@@ -7,7 +7,11 @@ r"""One LSTM layer with zoneout and layer normalisation over a whole sequence.
     c_t &= d^c_t \odot c_{t-1} + (1 - d^c_t) \odot \hat c_t \\
     h_t &= d^h_t \odot h_{t-1} + (1 - d^h_t) \odot \hat h_t
 
-with N(v; a) = a (v - mean v) / sqrt(var v + 1e-5). It has no kernel of its own: the products of all
+with N(v; a) = a (v - mean v) / sqrt(var v + 1e-5), over all 4H values of W x and of W h, and over
+the H of c; without norms N is the identity and s_c zero. haste's LayerNormLSTM normalises the same
+three; it has one bias, the order i, g, f, o, and zoneout of h alone.
+
+It has no kernel of its own: the products of all
 steps that wait for no other are one each (W_ih x, and every weight's gradient), and between them a
 few calls of torch a step, whose backward is written out. On any device, but on a GPU the launches
 of these calls take longer than their work.
