@@ -278,7 +278,9 @@ def test_they_are_kept_said_and_started_again() -> None:
     assert repr(cell) == "LSTMCell(3, 5, zoneout_h=0.5, layer_norm=True)"
     cell.reset_parameters()
     assert torch.equal(cell.get_parameter("gain_hh"), torch.ones(4 * H))
-    assert sf.LSTM(IN, H, layer_norm=True, device="meta").get_parameter("gain_c_l0").is_meta
+    lstm = sf.LSTM(IN, H, zoneout_h=0.1, layer_norm=True, device="meta")
+    assert lstm.get_parameter("gain_c_l0").is_meta
+    assert lstm(torch.empty(4, 2, IN, device="meta"))[0].shape == (4, 2, H)
     theirs = nn.LSTM(IN, H)
     sf.accelerate(theirs, replace=True)
     theirs(x)

@@ -11,6 +11,7 @@ Paper: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, 2017.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -19,7 +20,14 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from ..reference.common import attend
-from .common import alpha_of, differentiate_through, exports_onnx, fall_back, transform_active
+from .common import (
+    alpha_of,
+    autocast_dtype,
+    differentiate_through,
+    exports_onnx,
+    fall_back,
+    transform_active,
+)
 from .flops import Shape, count_products
 
 __all__ = ["attention"]
@@ -164,15 +172,13 @@ def _by_products(
     if transform_active() or exports_onnx():  # nor does the check run inside one
         return _plain(query, key, value, mask, scale, is_causal, alpha)
     _check(query, key, value, mask, scale, is_causal, 1.5)
-    device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
+    dtype = autocast_dtype(query)
+    with nullcontext() if dtype is None else torch.autocast(query.device.type, enabled=False):
         wide = torch.promote_types(query.dtype, torch.float32)
         products = query.to(wide) @ key.to(wide).mT
         scores = reference.scores_of(products, mask, query.size(-1), scale, is_causal)
         weights = torch.ops.seqmem.entmax(scores, alpha.to(wide), 1.5, -1)
-        return attend(weights.to(dtype), value.to(dtype))
+        return attend(weights.to(dtype or query.dtype), value.to(dtype or query.dtype))
 
 
 def _without_weights(

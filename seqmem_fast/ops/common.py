@@ -40,6 +40,14 @@ def exports_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What ``torch.autocast`` makes of a tensor; None where it is off or knows no such device."""
+    device = t.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def fall_back(
     name: str, plain: Callable[..., Result], onnx: Callable[..., Result] | None = None
 ) -> Callable[..., Result]:

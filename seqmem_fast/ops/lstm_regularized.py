@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lstm_regularized as reference
-from .common import overridden, transform_active
+from .common import autocast_dtype, overridden, transform_active
 from .lstm_regularized_steps import ARGUMENTS, Steps
 
 __all__ = ["LSTMNorms", "lstm_regularized"]
@@ -88,13 +88,12 @@ def lstm_regularized(
     layout = lengths, reset, batch_sizes, batch_first, reverse
     _check(tensors, zoneout_h, zoneout_c, *layout)
     rest = zoneout_h, zoneout_c, *layout, return_gates
-    device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    lower = autocast_dtype(input)
+    if lower is None or input.dtype == torch.float64:
         results = _run(*tensors, *rest)
     else:
-        lower = torch.get_autocast_dtype(device)
         cast = (None if each is None else each.to(lower) for each in tensors)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             results = _run(*cast, *rest)
     output, hy, cy, gates, cells = results
     return output, (hy, cy), gates, cells
@@ -148,7 +147,7 @@ def _check(
             continue
         if list(tensor.shape) != shape:
             raise ValueError(f"{NAME}: expected {name} of shape {shape}, got {list(tensor.shape)}")
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if tensor.dtype != input.dtype and autocast_dtype(input) is None:
             raise TypeError(f"{NAME}: expected {name} of {input.dtype}, got {tensor.dtype}")
         if tensor.device != input.device:
             raise TypeError(f"{NAME}: expected {name} on {input.device}, got {tensor.device}")
