@@ -26,13 +26,15 @@ def run(
     process.start()
     process.join()
     texts = [Path(file).read_text() for file in files]
-    return subprocess.CompletedProcess(program, process.exitcode, *texts)
+    code = process.exitcode
+    assert code is not None  # it has been joined
+    return subprocess.CompletedProcess(program, code, *texts)
 
 
 def run_pytest(arguments: Sequence[str], folder: Path, **env: str) -> None:
     """On files beside this one; all must pass."""
     program = f"import sys, pytest\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
     words = ["-q", "-p", "no:cacheprovider", *arguments]
-    done = run(f"{program}sys.exit(pytest.main({words!r}))", folder, **env)
+    done = run(f"{program}sys.exit(pytest.main({words!r}))", folder, ROOT, **env)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
