@@ -32,7 +32,7 @@ cases=$((seconds / 12 - 5)) patience=1
 if [ $device = cpu ]; then
     cases=4 patience=8 # where a rehearsal runs, other tests run beside it
     rows=(--rows "1, 1, 64, 64" --samples 3)
-    host=(--rounds 2)
+    host=(--rounds 2 --calls 2)
     compiled=(--rows "ntm_read 16, 128, 20" --samples 3)
 fi
 

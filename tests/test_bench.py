@@ -457,10 +457,12 @@ def test_on_another_device_arguments_and_modules_are_moved() -> None:
 
 
 def test_host_times_of_small_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_host, "CALLS", 2)
     monkeypatch.setattr(gpu_host, "ROWS", gpu_host.ROWS[:1] + gpu_host.ROWS[-2:])
     path = tmp_path / "host.json"
-    assert gpu_host.main(["--device", "cpu", "--rounds", "1", "--json", str(path)]) == 0
+    assert (
+        gpu_host.main(["--device", "cpu", "--rounds", "1", "--calls", "2", "--json", str(path)])
+        == 0
+    )
     found = json.loads(path.read_text())["results"]
     assert [r["mode"].split()[0] for r in found] == ["inference", *["inference", "training"] * 3]
     assert all(r["ours"] > 0 and r["eager"] > 0 for r in found)

@@ -1,6 +1,6 @@
 """The host's time of small calls on a GPU, which is what bounds them: ours beside eager torch.
 
-    python -m benchmarks.harness.gpu_host [--rounds 5] [--json PATH] [--device cpu]
+    python -m benchmarks.harness.gpu_host [--rounds 5] [--calls 50] [--json PATH] [--device cpu]
 
 Microseconds a call while the GPU works behind: the median of rounds of calls in a row, with a wait
 before each round alone. A training step is a forward and a backward, with gradients of all floating
@@ -85,30 +85,31 @@ def calls(device: str) -> Iterator[tuple[str, str, dict[str, Call]]]:
             yield f"{name} {', '.join(map(str, sizes))}", mode, sides
 
 
-def host_us(call: Call, rounds: int) -> float:
-    """Of the host's time; the median over rounds."""
+def host_us(call: Call, rounds: int, calls: int) -> float:
+    """Of the host's time for a call; the median over rounds."""
     call()
     times = []
     for _ in range(rounds):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        times.append((time.perf_counter() - start) / CALLS)
+        times.append((time.perf_counter() - start) / calls)
     return 1e6 * statistics.median(times)
 
 
-def measured(device: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """A record for each row."""
+def measured(device: str, *counts: int) -> Iterator[dict[str, Any]]:
+    """A record for each row, by so many rounds and calls."""
     for name, mode, sides in calls(device):
-        yield {"row": name, "mode": mode, **{s: host_us(c, rounds) for s, c in sides.items()}}
+        yield {"row": name, "mode": mode, **{s: host_us(c, *counts) for s, c in sides.items()}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and keeps the JSON."""
     parser = report.parser("benchmarks.harness.gpu_host", __doc__)
-    parser.add_argument("--rounds", type=int, default=5, help=f"of {CALLS} calls, for each side")
+    parser.add_argument("--rounds", type=int, default=5, help="for each side")
+    parser.add_argument("--calls", type=int, default=CALLS, help="of a round")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "gpu_host.json")
     args = parser.parse_args(argv)
@@ -118,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = report.console()
     console.print(f"{here['gpu']['name']}: host us a call, ours and eager")
     results: list[dict[str, Any]] = []
-    for result in measured(args.device, args.rounds):  # a run that is stopped loses nothing
+    for result in measured(
+        args.device, args.rounds, args.calls
+    ):  # a run that is stopped loses nothing
         results.append(result)
         content = {"schema": report.SCHEMA, "job": "gpu_host", "machine": here, "results": results}
         report.write_json(args.json, content)
