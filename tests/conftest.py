@@ -22,6 +22,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+    ask, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype: Any) -> Any:
+        """Asked several times for every operation, and slow to say; a block's is its elements'."""
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = ask(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = np_dtype
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
