@@ -1,10 +1,11 @@
 // The keys of the highest scores. A task is a few queries of a head; for each 512 keys, packed into
 // panels,
 //   pass 1  scores = (scale query) key^T
-//   pass 2  scores -> integers in their order; by query, those above the bound so far are
-//           candidates. When there is no room for more, the bound becomes the last one that would
-//           be chosen, which is found by halving an interval, and the candidates below it are
-//           dropped; the first keys give a bound at once
+//   pass 2  by query, scores above the bound so far are candidates, as integers in their order. The
+//           first keys give a bound at once: of the maxima of small groups of scores, so many times
+//           the chosen, one that enough of them reach. When there is no room for more, the bound
+//           becomes the last one that would be chosen, which is found by halving an interval, and
+//           the candidates below it are dropped
 // and in the end
 //   pass 3  by query: the chosen sorted, the best first
 // Candidates are in the order of their keys: of equal scores the lower key comes first. NaN is
@@ -14,7 +15,31 @@
 namespace seqmem::indexed_attention {
 namespace {
 
-constexpr int64_t kKeys = 512, kRoom = 4;  // room for so many times the chosen
+constexpr int64_t kKeys = 512, kWord = 64;  // scores that are compared at once
+constexpr int64_t kRoom = 4, kGroups = 2;   // room, and groups, for so many times the chosen
+
+// Bit l is set where lane l is.
+template <class C>
+SEQMEM_INLINE uint32_t lanes_set(IntVec<C> mask) {
+  uint32_t bits = 0;
+#if SEQMEM_VEC_BYTES >= 32
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  constexpr int kPart = 32 / sizeof(C);
+  for (size_t part = 0; part < sizeof mask / 32; ++part) {
+    std::conditional_t<sizeof(C) == 4, Floats, Doubles> here;
+    __builtin_memcpy(&here, reinterpret_cast<const char*>(&mask) + part * 32, 32);
+    if constexpr (sizeof(C) == 4) {
+      bits |= uint32_t(__builtin_ia32_movmskps256(here)) << (part * kPart);
+    } else {
+      bits |= uint32_t(__builtin_ia32_movmskpd256(here)) << (part * kPart);
+    }
+  }
+#else
+  for (int l = 0; l < kLanes<C>; ++l) bits |= uint32_t(mask[l] & 1) << l;
+#endif
+  return bits;
+}
 
 template <class S>
 class SelectionRun {
@@ -32,10 +57,12 @@ class SelectionRun {
   const int64_t D_pad, stride, room;
 
   C *panels, *queries, *scores;
-  Order *line, *orders;  // of a row of scores; of candidates [kQueriesOfTask, room]
+  Order *maxima, *orders;  // of groups of scores; of candidates [kQueriesOfTask, room]
   int64_t* keys;
   int64_t sizes[kQueriesOfTask];
-  Order bounds[kQueriesOfTask];
+  // What a candidate is not below, or, once the bound's equals would be too many, is above.
+  enum class Bounded { No, NotBelow, Above } bounded[kQueriesOfTask];
+  C bounds[kQueriesOfTask];
 
  public:
   SelectionRun(const Shape& s, const Plan& plan, const Selection& a, int thread, int threads,
@@ -47,7 +74,7 @@ class SelectionRun {
         threads(threads),
         D_pad(padded<C>(s.D)),
         stride(score_stride<C>(min(kKeys, s.Tk))),
-        room(padded<C>(kRoom * a.count) + 2 * L) {}
+        room(padded<C>(kRoom * a.count) + kWord + L) {}
 
   int64_t place(char* base) {
     Carver take(base);
@@ -55,7 +82,7 @@ class SelectionRun {
       panels = take.array<C>(padded<C>(min(kKeys, s.Tk)) * s.D);
       queries = take.array<C>(kQueriesOfTask * D_pad);
       scores = take.array<C>(kQueriesOfTask * stride);
-      line = take.array<Order>(kKeys);
+      maxima = take.array<Order>(kKeys);
       orders = take.array<Order>(kQueriesOfTask * room);
       keys = take.array<int64_t>(kQueriesOfTask * room);
     });
@@ -76,7 +103,8 @@ class SelectionRun {
       ends[r] = a.is_causal ? min(end, i + 1) : end;
       last = max(last, ends[r]);
       sizes[r] = 0;
-      bounds[r] = kLeast;
+      bounded[r] = Bounded::No;
+      bounds[r] = 0;
       const Rows<S> query = rows_of<S>(a.q, task.b, task.h, i, 1);
       copy_row<S>(queries + r * D_pad, query.row(0), query.columns, s.D, C(s.scale));
     }
@@ -100,16 +128,24 @@ class SelectionRun {
     }
   }
 
-  // line = the row's scores as integers in their order; below all beyond n.
-  void to_orders(const C* row, int64_t n) {
-    for (int64_t x = 0; x < n; x += L) {
-      const Vec<C> score = load(row + x) + C(0);  // -0 is 0
-      const IntVec<C> bits = (IntVec<C>)score;
-      IntVec<C> order = bits ^ ((bits >> kSign) & kMost);
-      order = score != score ? (IntVec<C>{} + kMost) : order;
-      __builtin_memcpy(line + x, &order, sizeof order);
-    }
-    for (int64_t x = n; x < padded<C>(n); ++x) line[x] = kLeast;
+  static IntVec<C> to_orders(Vec<C> score) {
+    const IntVec<C> bits = (IntVec<C>)(score + C(0));  // -0 is 0
+    const IntVec<C> order = bits ^ ((bits >> kSign) & kMost);
+    return score != score ? (IntVec<C>{} + kMost) : order;
+  }
+
+  static Order to_order(C score) {
+    Order bits;
+    score += C(0);
+    __builtin_memcpy(&bits, &score, sizeof bits);
+    return score != score ? kMost : bits ^ ((bits >> kSign) & kMost);
+  }
+
+  static C to_score(Order order) {
+    C score;
+    order ^= (order >> kSign) & kMost;
+    __builtin_memcpy(&score, &order, sizeof score);
+    return score;
   }
 
   static IntVec<C> load_orders(const Order* from) {
@@ -119,21 +155,47 @@ class SelectionRun {
   }
 
   void collect(int64_t r, const C* row, int64_t n, int64_t first) {
-    to_orders(row, n);
-    if (bounds[r] == kLeast && n >= 2 * kRoom * a.count)
-      bounds[r] = lowest_of(line, n, 2 * a.count) - 1;
-    Order* of_row = orders + r * room;
-    for (int64_t x = 0; x < n; x += L) {
-      if (!entmax::any<C>(load_orders(line + x) > bounds[r])) continue;
+    if (bounded[r] == Bounded::No) bound_by_groups(r, row, n);
+    for (int64_t x = 0; x < n; x += kWord) {
+      const int64_t count = min(kWord, n - x);
+      const Vec<C> bound = splat(bounds[r]);
+      uint64_t found = 0;
+      for (int64_t y = 0; y < count; y += L) {
+        const Vec<C> score = load(row + x + y);
+        const IntVec<C> out = bounded[r] == Bounded::Above ? score <= bound : score < bound;
+        found |= uint64_t(lanes_set<C>(out)) << y;
+      }
+      found = ~found;
+      if (bounded[r] == Bounded::No) found = ~uint64_t(0);
+      if (count < kWord) found &= (uint64_t(1) << count) - 1;
+      if (found == 0) continue;
       int64_t size = sizes[r];
-      for (int64_t y = x; y < x + L; ++y) {
-        of_row[size] = line[y];
-        keys[r * room + size] = first + y;
-        size += line[y] > bounds[r];
+      for (; found != 0; found &= found - 1) {
+        const int64_t y = x + __builtin_ctzll(found);
+        orders[r * room + size] = to_order(row[y]);
+        keys[r * room + size++] = first + y;
       }
       sizes[r] = size;
-      if (size > room - 2 * L) drop(r);
+      if (size > room - kWord - L) drop(r);
     }
+  }
+
+  // Each group has a score that reaches its maximum.
+  void bound_by_groups(int64_t r, const C* row, int64_t n) {
+    const int64_t vectors = n / L, group = vectors * L / (kGroups * a.count);
+    if (group < 2) return;
+    const int64_t groups = vectors / group;
+    for (int64_t g = 0; g < groups; ++g) {
+      Vec<C> most = load(row + g * group * L);
+      for (int64_t x = 1; x < group; ++x) {
+        const Vec<C> score = load(row + (g * group + x) * L);
+        most = score > most ? score : most;
+      }
+      const IntVec<C> order = to_orders(most);
+      __builtin_memcpy(maxima + g * L, &order, sizeof order);
+    }
+    bounds[r] = to_score(lowest_of(maxima, groups * L, a.count + a.count / 4));
+    bounded[r] = Bounded::NotBelow;
   }
 
   static int64_t at_least(const Order* from, int64_t n, Order low) {
@@ -182,7 +244,8 @@ class SelectionRun {
       kept += order > low || tied;
     }
     sizes[r] = kept;
-    bounds[r] = low;
+    bounds[r] = to_score(low);
+    bounded[r] = Bounded::Above;
   }
 
   // The highest order first, of equal ones the lower key.
