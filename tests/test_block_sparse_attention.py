@@ -27,6 +27,7 @@ from seqmem_fast import ops
 from seqmem_fast.reference import block_sparse_attention as reference
 from seqmem_fast.reference.common import ALPHAS, Sample
 
+SEED = torch.tensor([2**40 + 3])  # of dropout
 NAMES = [sample.name for sample in reference.sample_inputs()]
 OPTIONS: dict[str, Any] = {
     "is_causal": False,
@@ -34,13 +35,15 @@ OPTIONS: dict[str, Any] = {
     "scale": None,
     "normalizer": "softmax",
     "alpha": 1.5,
+    "dropout": 0.0,
+    "seed": None,
 }
 
 
 def op_options(sample: Sample) -> list[Any]:
     """What the op in the dispatcher takes after the block's sizes."""
-    *options, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    return [*options, ALPHAS.get(normalizer, alpha)]
+    *options, normalizer, alpha, dropout, seed = {**OPTIONS, **sample.kwargs}.values()
+    return [*options, ALPHAS.get(normalizer, alpha), dropout, seed]
 
 
 def case_of(sample: Sample) -> Case:
@@ -209,6 +212,12 @@ def test_the_mask_is_checked() -> None:
     with pytest.raises(ValueError, match=r"weights of shape \[B, Hq, 12, 16, 20\], got \[1, 2, 9"):
         weights = torch.zeros(1, 2, 9, 16, 20)
         ops.dense_weights(weights, torch.ones(4, 3).bool(), (16, 20), 50, 60)
+    for wrong in (16, (16,), [16, 20, 4]):
+        with pytest.raises(TypeError, match=r"block of two sizes, \(Bq, Bk\), got"):
+            ops.block_sparse_attention(q, k, v, torch.ones(4, 3).bool(), wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="key_end to be a tensor, got list"):
+        mask = torch.ones(4, 3).bool()
+        ops.block_sparse_attention(q, k, v, mask, (16, 20), key_end=[9])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_mask with 2, 3 or 4 dimensions"):
         ops.block_list(torch.ones(4).bool())
     with pytest.raises(TypeError, match="block_mask of dtype bool"):
@@ -223,6 +232,21 @@ def test_nothing_is_left_over_from_an_earlier_call(threads: int, restored_thread
     for sizes, block in (((2, 2, 1, 9, 8, 6, 3), (4, 3)), ((1, 2, 2, 130, 120, 9, 11), (33, 17))):
         larger = block_case((*sizes[:3], *(n + 60 for n in sizes[3:])), (40, 40), torch.float32)
         check_nothing_left_over(block_case(sizes, block, torch.float32), larger)
+
+
+@pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout(dtype: torch.dtype, restored_threads: None) -> None:
+    options: dict[str, Any]
+    for lists, options in (
+        ((4,), {"is_causal": True, "key_end": torch.tensor([70, 0])}),
+        ((), {"normalizer": "sparsemax"}),
+    ):
+        sizes = (2, 4, 2, 70, 75, 5, 3)
+        case = block_case(sizes, (20, 17), dtype, lists, **options, dropout=0.3, seed=SEED)
+        check_against_float64(case)
+        check_same_bits_at_any_thread_count(case)
 
 
 @pytest.mark.isa
@@ -296,7 +320,7 @@ def test_without_weights() -> None:
     with torch.no_grad():
         output, _ = ops.block_sparse_attention(q, k, v, mask, (8, 8), return_weights=False)
         _, weights = torch.ops.seqmem.block_sparse_attention(
-            q, k, v, ops.block_list(mask), 8, 8, False, None, None, 1.0, False
+            q, k, v, ops.block_list(mask), 8, 8, False, None, None, 1.0, 0.0, None, False
         )
     assert torch.equal(output, expected) and weights.numel() == 0
 
@@ -413,6 +437,11 @@ ROWS = [
     Bad("block", {"block": (2, 0)}, ValueError, "block of two sizes in 1..1048576, got 0"),
     Bad("block large", {"block": (2**40, 3)}, ValueError, "block of two sizes in 1"),
     Bad("alpha", {"normalizer": "entmax", "alpha": 1.0}, ValueError, "1 < alpha", in_python=True),
+    Bad(
+        "dropout", {"dropout": 1.5, "seed": z(1).long()}, ValueError, r"dropout in 0\.\.1, got 1.5"
+    ),
+    Bad("seed type", {"dropout": 0.5, "seed": z(1)}, TypeError, "seed of dtype int64"),
+    Bad("seeds", {"dropout": 0.5, "seed": z(2).long()}, ValueError, r"seed of shape \[1\]"),
     Bad("end dtype", {"key_end": z(B)}, TypeError, "key_end of dtype int64 or int32"),
     Bad("end rows", {"key_end": z(B + 1).int()}, ValueError, r"key_end of shape \[2\]"),
     Bad("end queries", {"key_end": z(B, TK).int()}, ValueError, r"key_end of shape \[2, 3\]"),

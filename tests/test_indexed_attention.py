@@ -27,14 +27,21 @@ from seqmem_fast import ops
 from seqmem_fast.reference import indexed_attention as reference
 from seqmem_fast.reference.common import ALPHAS, Sample
 
+SEED = torch.tensor([2**40 + 3])  # of dropout
 NAMES = [sample.name for sample in reference.sample_inputs()]
-OPTIONS: dict[str, Any] = {"scale": None, "normalizer": "softmax", "alpha": 1.5}
+OPTIONS: dict[str, Any] = {
+    "scale": None,
+    "normalizer": "softmax",
+    "alpha": 1.5,
+    "dropout": 0.0,
+    "seed": None,
+}
 
 
 def op_options(sample: Sample) -> list[Any]:
     """What the op in the dispatcher takes after the index."""
-    scale, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    return [scale, ALPHAS.get(normalizer, alpha)]
+    scale, normalizer, alpha, *dropout = {**OPTIONS, **sample.kwargs}.values()
+    return [scale, ALPHAS.get(normalizer, alpha), *dropout]
 
 
 def case_of(sample: Sample) -> Case:
@@ -186,6 +193,18 @@ def test_nothing_is_left_over_from_an_earlier_call(threads: int, restored_thread
 
 
 @pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout(dtype: torch.dtype, restored_threads: None) -> None:
+    options: dict[str, Any]
+    for count, options in ((5, {}), (33, {"normalizer": "sparsemax"})):
+        sizes = (2, 4, 2, 70, 75, 5, 3)
+        case = index_case(sizes, count, dtype, (2, 4), **options, dropout=0.3, seed=SEED)
+        check_against_float64(case)
+        check_same_bits_at_any_thread_count(case)
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("spoilt", ["q", "k", "v", "grad"])
 def test_bad_values_reach_only_what_names_them(spoilt: str, bad: float) -> None:
@@ -225,7 +244,7 @@ def test_without_weights() -> None:
     assert all(map(torch.equal, ours, theirs))
     with torch.no_grad():
         output, _ = ops.indexed_attention(q, k, v, index, return_weights=False)
-        _, weights = torch.ops.seqmem.indexed_attention(q, k, v, index, None, 1.0, False)
+        _, weights = torch.ops.seqmem.indexed_attention(q, k, v, index, None, 1.0, 0.0, None, False)
     assert torch.equal(output, expected) and weights.numel() == 0
 
 
@@ -417,6 +436,11 @@ ROWS = [
     Bad("no such key", {"index": wrong_key}, ValueError, r"index in -1\.\.4, got 5", True),
     Bad("negative", {"index": wrong_key - 7}, ValueError, r"index in -1\.\.4, got -7", True),
     Bad("alpha", {"normalizer": "entmax", "alpha": 1.0}, ValueError, "1 < alpha", in_python=True),
+    Bad(
+        "dropout", {"dropout": 1.5, "seed": z(1).long()}, ValueError, r"dropout in 0\.\.1, got 1.5"
+    ),
+    Bad("seed type", {"dropout": 0.5, "seed": z(1)}, TypeError, "seed of dtype int64"),
+    Bad("seeds", {"dropout": 0.5, "seed": z(2).long()}, ValueError, r"seed of shape \[1\]"),
 ]
 ROWS_OF_KEYS = [
     *BOTH,

@@ -27,6 +27,7 @@ from seqmem_fast import ops
 from seqmem_fast.reference import window_attention as reference
 from seqmem_fast.reference.common import ALPHAS, Sample
 
+SEED = torch.tensor([2**40 + 3])  # of dropout
 NAMES = [sample.name for sample in reference.sample_inputs()]
 OPTIONS: dict[str, Any] = {
     "dilation": 1,
@@ -37,13 +38,15 @@ OPTIONS: dict[str, Any] = {
     "scale": None,
     "normalizer": "softmax",
     "alpha": 1.5,
+    "dropout": 0.0,
+    "seed": None,
 }
 
 
 def op_options(sample: Sample) -> list[Any]:
     """What the op in the dispatcher takes after q, k, v, left and right."""
-    *options, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    return [*options, ALPHAS.get(normalizer, alpha)]
+    *options, normalizer, alpha, dropout, seed = {**OPTIONS, **sample.kwargs}.values()
+    return [*options, ALPHAS.get(normalizer, alpha), dropout, seed]
 
 
 def case_of(sample: Sample) -> Case:
@@ -234,6 +237,20 @@ def test_nothing_is_left_over_from_an_earlier_call(
 
 
 @pytest.mark.isa
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout(dtype: torch.dtype, restored_threads: None) -> None:
+    options: dict[str, Any]
+    for sizes, options in (
+        ((2, 4, 2, 70, 75, 5, 3), {"dilation": 3, "key_end": torch.tensor([40, 0])}),
+        ((1, 2, 1, 129, 129, 8, 8), {"global_keys": 9, "normalizer": "sparsemax"}),
+    ):
+        case = window_case(sizes, 9, 30, dtype, **options, dropout=0.3, seed=SEED)
+        check_against_float64(case)
+        check_same_bits_at_any_thread_count(case)
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("spoilt", ["q", "k", "v", "grad"])
 def test_bad_values_reach_only_what_sees_them(spoilt: str, bad: float) -> None:
@@ -311,7 +328,7 @@ def test_without_weights() -> None:
     with torch.no_grad():
         output, *_ = ops.window_attention(q, k, v, 9, 2, return_weights=False)
         _, weights, _ = torch.ops.seqmem.window_attention(
-            q, k, v, 9, 2, 1, 0, None, None, 0, None, 1.0, False
+            q, k, v, 9, 2, 1, 0, None, None, 0, None, 1.0, 0.0, None, False
         )
     assert torch.equal(output, expected) and weights.numel() == 0
 
@@ -388,6 +405,11 @@ ROWS = [
     Bad("global", {"global_keys": TK + 1}, ValueError, r"global_keys in 0\.\.5, got 6"),
     Bad("global negative", {"global_keys": -1}, ValueError, r"global_keys in 0\.\.5, got -1"),
     Bad("alpha", {"normalizer": "entmax", "alpha": 1.0}, ValueError, "1 < alpha", in_python=True),
+    Bad(
+        "dropout", {"dropout": 1.5, "seed": z(1).long()}, ValueError, r"dropout in 0\.\.1, got 1.5"
+    ),
+    Bad("seed type", {"dropout": 0.5, "seed": z(1)}, TypeError, "seed of dtype int64"),
+    Bad("seeds", {"dropout": 0.5, "seed": z(2).long()}, ValueError, r"seed of shape \[1\]"),
     Bad("name", {"normalizer": "max"}, ValueError, "normalizer softmax, spars", in_python=True),
     Bad("start dtype", {"key_start": z(B)}, TypeError, "key_start of dtype int64 or int32"),
     Bad("start bool", {"key_start": z(B).bool()}, TypeError, "key_start of dtype int64 or int32"),

@@ -29,6 +29,8 @@ OPTIONS: dict[str, Any] = {
     "scale": None,
     "normalizer": "softmax",
     "alpha": 1.5,
+    "dropout": 0.0,
+    "seed": None,
 }
 ALL = (True, True)
 
@@ -37,8 +39,8 @@ def check(sample: Sample, dtype: torch.dtype, given: tuple[bool, ...] = ALL) -> 
     """Forward and backward beside the reference in float64; given: which gradients come in."""
     *tensors, blocks, block = sample.args
     operands = [t.to(dtype) for t in tensors]
-    *options, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    pattern = (blocks, *block, *options, ALPHAS.get(normalizer, alpha))
+    *options, normalizer, alpha, dropout, seed = {**OPTIONS, **sample.kwargs}.values()
+    pattern = (blocks, *block, *options, ALPHAS.get(normalizer, alpha), dropout, seed)
     exact = [t.double().requires_grad_() for t in operands]
     right_ones = launchers._plain(*exact, *pattern)
     found = launchers.block_sparse_attention(*operands, *pattern, True)
@@ -83,7 +85,7 @@ def test_each_gradient_alone() -> None:
 
 def test_without_weights_without_rows_and_wrong_shapes() -> None:
     q, k, v, blocks, block = SAMPLES["shared"].args
-    tail = (*block, False, None, None, 1.0)
+    tail = (*block, False, None, None, 1.0, 0.0, None)
     run = launchers.block_sparse_attention
     output, _ = run(q, k, v, blocks, *tail, True)
     alone, none = run(q, k, v, blocks, *tail, False)
@@ -104,7 +106,7 @@ def test_blocks_that_do_not_exist_hold_none() -> None:
     """As on a GPU, whose lists are not read by the checks."""
     q, k, v, blocks, block = SAMPLES["shared"].args
     call = partial(launchers.block_sparse_attention.__wrapped__, q, k, v)  # type: ignore[attr-defined]
-    tail = (*block, False, None, None, 1.0, True)
+    tail = (*block, False, None, None, 1.0, 0.0, None, True)
     output, weights = call(blocks, *tail)
     more = torch.tensor([[2**40, 0], [9, 9]])[None, None]
     again, more_weights = call(torch.cat((blocks, more), 2), *tail)
@@ -117,14 +119,15 @@ def kernels() -> list[Kernel]:
     rows = ("q_0", "q_1", "q_t", "k_0", "k_1", "k_t", "v_0", "v_1", "v_t", "width", "value_width")
     found = []
     for storage, warps in {"bf16": 4, "fp32": 8}.items():
-        tile = {"BM": 32, "BN": 32, "BD": 64, "BV": 64, "SCALE": 0.125}
+        dropout = {"BELOW": 0, "FACTOR": 1.0} if warps == 4 else {"BELOW": 9, "FACTOR": 1.5}
+        tile = {"BM": 32, "BN": 32, "BD": 64, "BV": 64, "SCALE": 0.125, **dropout}
         for name, options in (
             ("forward", {"CAUSAL": True, "EACH_END": True}),
             ("backward_rows", {"BN": 32 if storage == "bf16" else 16}),
             ("backward_columns", {}),
         ):
             integers = ("blocks_ptr", "rows_ptr", "by_key_ptr", "columns_ptr", "end_ptr")
-            pointers = {**dict.fromkeys(integers, "*i64"), "delta_ptr": "*fp32"}
+            pointers = {**dict.fromkeys((*integers, "seed_ptr"), "*i64"), "delta_ptr": "*fp32"}
             kernel = f"block_sparse_attention_{name}"
             constants = {**tile, **options}
             found.append(Kernel(file, kernel, storage, warps, constants, pointers, rows))

@@ -22,7 +22,13 @@ SIZES = (2, 1, 6, 9, 5, 6)  # B, Hk, Tq, Tk, D, Dv
 SAMPLES = {s.name: s for s in reference.sample_inputs(sizes=SIZES)}
 # Sizes of samples whose kernels differ; nothing runs, so large is cheap.
 COMPILED = [(2, 1, 40, 40, 20, 32)]
-OPTIONS: dict[str, Any] = {"scale": None, "normalizer": "softmax", "alpha": 1.5}
+OPTIONS: dict[str, Any] = {
+    "scale": None,
+    "normalizer": "softmax",
+    "alpha": 1.5,
+    "dropout": 0.0,
+    "seed": None,
+}
 ALL = (True, True)
 
 
@@ -30,8 +36,8 @@ def check(sample: Sample, dtype: torch.dtype, given: tuple[bool, ...] = ALL) -> 
     """Forward and backward beside the reference in float64; given: which gradients come in."""
     *tensors, index = sample.args
     operands = [t.to(dtype) for t in tensors]
-    scale, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    rest = (index, scale, ALPHAS.get(normalizer, alpha))
+    scale, normalizer, alpha, *dropout = {**OPTIONS, **sample.kwargs}.values()
+    rest = (index, scale, ALPHAS.get(normalizer, alpha), *dropout)
     exact = [t.double().requires_grad_() for t in operands]
     right_ones = launchers._plain(*exact, *rest)
     found = launchers.indexed_attention(*operands, *rest, True)
@@ -78,28 +84,28 @@ def test_each_gradient_alone() -> None:
 def test_without_weights_without_rows_and_wrong_shapes() -> None:
     q, k, v, index = SAMPLES["shared"].args
     run = launchers.indexed_attention
-    output, _ = run(q, k, v, index, None, 1.0, True)
-    alone, none = run(q, k, v, index, None, 1.0, False)
+    output, _ = run(q, k, v, index, None, 1.0, 0.0, None, True)
+    alone, none = run(q, k, v, index, None, 1.0, 0.0, None, False)
     assert torch.equal(alone, output) and none.numel() == 0
     for part in ((q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0]), (q[:0], k[:0], v[:0])):
         nothing = torch.full((1, 1, part[0].size(2), 3), -1)
-        output, weights = run(*part, nothing, None, 1.0, True)
+        output, weights = run(*part, nothing, None, 1.0, 0.0, None, True)
         assert output.shape == (*part[0].shape[:3], v.shape[3]) and not output.any()
         grads = launchers.indexed_attention_backward(
-            output, None, *part, nothing, None, 1.0, weights, [True] * 3
+            output, None, *part, nothing, None, 1.0, 0.0, None, weights, [True] * 3
         )
         assert [g.shape for g in grads] == [t.shape for t in part] and not grads[1].any()
     with pytest.raises(ValueError, match="expected k of shape"):
-        run(q, k[:1], v, index, None, 1.0, True)
+        run(q, k[:1], v, index, None, 1.0, 0.0, None, True)
 
 
 def test_keys_that_do_not_exist_are_none() -> None:
     """As on a GPU, whose lists are not read by the checks."""
     run = launchers.indexed_attention.__wrapped__  # type: ignore[attr-defined]
     q, k, v, index = SAMPLES["shared"].args
-    output, _ = run(q, k, v, index, None, 1.0, True)
+    output, _ = run(q, k, v, index, None, 1.0, 0.0, None, True)
     more = torch.tensor([2**40, 9, -7]).expand(*index.shape[:3], -1)
-    again, weights = run(q, k, v, torch.cat((index, more), -1), None, 1.0, True)
+    again, weights = run(q, k, v, torch.cat((index, more), -1), None, 1.0, 0.0, None, True)
     torch.testing.assert_close(again, output)
     assert not weights[..., -3:].any()
 
@@ -120,9 +126,10 @@ def kernels() -> list[Kernel]:
     rows = ("q_0", "q_1", "q_t", "k_0", "k_1", "k_t", "v_0", "v_1", "v_t", "width", "value_width")
     found = []
     for storage, warps in {"bf16": 4, "fp32": 8}.items():
-        constants = {"BC": 32, "BD": 64, "BV": 64, "SCALE": 0.125}
+        dropout = {"BELOW": 0, "FACTOR": 1.0} if warps == 4 else {"BELOW": 9, "FACTOR": 1.5}
+        constants = {"BC": 32, "BD": 64, "BV": 64, "SCALE": 0.125, **dropout}
         for name in ("forward", "backward_rows", "backward_keys"):
-            integers = ("index_ptr", "places_ptr", "begins_ptr")
+            integers = ("index_ptr", "places_ptr", "begins_ptr", "seed_ptr")
             pointers = {**dict.fromkeys(integers, "*i64"), "slopes_ptr": "*fp32"}
             kernel = f"indexed_attention_{name}"
             found.append(Kernel(file, kernel, storage, warps, constants, pointers, rows))

@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "scale": None,
     "normalizer": "softmax",
     "alpha": 1.5,
+    "dropout": 0.0,
+    "seed": None,
 }
 ALL = (True, True, True)
 
@@ -39,8 +41,8 @@ def check(sample: Sample, dtype: torch.dtype, given: tuple[bool, ...] = ALL) -> 
     """Forward and backward beside the reference in float64; given: which gradients come in."""
     *tensors, left, right = sample.args
     operands = [t.to(dtype) for t in tensors]
-    *options, normalizer, alpha = {**OPTIONS, **sample.kwargs}.values()
-    window = (left, right, *options, ALPHAS.get(normalizer, alpha))
+    *options, normalizer, alpha, dropout, seed = {**OPTIONS, **sample.kwargs}.values()
+    window = (left, right, *options, ALPHAS.get(normalizer, alpha), dropout, seed)
     exact = [t.double().requires_grad_() for t in operands]
     right_ones = launchers._plain(*exact, *window)
     found = launchers.window_attention(*operands, *window, True)
@@ -84,7 +86,7 @@ def test_each_gradient_alone() -> None:
 
 def test_without_weights_without_rows_and_wrong_shapes() -> None:
     q, k, v, *_ = SAMPLES["causal"].args
-    tail = (3, 0, 1, 0, None, None, 0, None, 1.0)
+    tail = (3, 0, 1, 0, None, None, 0, None, 1.0, 0.0, None)
     output, *_ = launchers.window_attention(q, k, v, *tail, True)
     alone, *rest = launchers.window_attention(q, k, v, *tail, False)
     assert torch.equal(alone, output) and [t.numel() for t in rest] == [0, 0]
@@ -101,7 +103,7 @@ def test_without_weights_without_rows_and_wrong_shapes() -> None:
 
 def test_keys_that_nobody_sees_may_hold_anything() -> None:
     q, k, v, *_ = (t.clone() for t in SAMPLES["causal"].args[:3])
-    tail = (3, 2, 1, 0, None, torch.tensor([20, 9]), 0, None, 1.0)
+    tail = (3, 2, 1, 0, None, torch.tensor([20, 9]), 0, None, 1.0, 0.0, None)
     expected = launchers.window_attention(q, k, v, *tail, True)
     k[1, :, 9:], v[1, :, 9:] = torch.nan, torch.inf
     found = launchers.window_attention(q, k, v, *tail, True)
@@ -113,13 +115,20 @@ def kernels() -> list[Kernel]:
     rows = ("q_0", "q_1", "q_t", "k_0", "k_1", "k_t", "v_0", "v_1", "v_t", "width", "value_width")
     found = []
     for storage, warps in {"bf16": 4, "fp32": 8}.items():
-        tile = {"BM": 32, "BN": 32, "BD": 64, "BV": 64, "SCALE": 0.125}
+        dropout = {"BELOW": 0, "FACTOR": 1.0} if warps == 4 else {"BELOW": 9, "FACTOR": 1.5}
+        keys = 32 if storage == "bf16" else 16  # with dropout in float32
+        tile = {"BM": 32, "BN": keys, "BD": 64, "BV": 64, "SCALE": 0.125, **dropout}
         for name, options in (
             ("forward", {"EACH_START": False, "EACH_END": True}),
-            ("backward_rows", {"BN": 32 if storage == "bf16" else 16}),
-            ("backward_columns", {"GLOBAL": False}),
+            ("backward_rows", {}),
+            ("backward_columns", {"GLOBAL": False, "BM": keys}),
         ):
-            pointers = {"start_ptr": "*i64", "end_ptr": "*i64", "delta_ptr": "*fp32"}
+            pointers = {
+                "start_ptr": "*i64",
+                "end_ptr": "*i64",
+                "seed_ptr": "*i64",
+                "delta_ptr": "*fp32",
+            }
             constants = {**tile, **options}
             kernel = f"window_attention_{name}"
             found.append(Kernel(file, kernel, storage, warps, constants, pointers, rows))

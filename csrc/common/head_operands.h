@@ -55,4 +55,8 @@ inline Tensors<3> large_gradients(const std::array<bool, 3>& wanted, In q, In k,
 // Null where there is nothing to write.
 inline void* some_data(const at::Tensor& t) { return t.numel() > 0 ? data(t) : nullptr; }
 
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  return {p, p > 0 ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0};
+}
+
 }  // namespace seqmem

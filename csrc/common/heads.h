@@ -17,4 +17,10 @@ struct Bounds {
   int64_t row, query;
 };
 
+// Dropout of weights by counting (dropout.h).
+struct Dropout {
+  double p = 0;  // the share that is dropped
+  uint64_t seed = 0;
+};
+
 }  // namespace seqmem

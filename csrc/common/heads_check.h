@@ -39,6 +39,16 @@ void check_alpha(const Check<Int>& check, double alpha) {
   TORCH_CHECK_VALUE(alpha >= 1 && alpha <= 2, check.op(), ": expected alpha in 1..2, got ", alpha);
 }
 
+// The share of weights that is dropped, and what the choice of them depends on.
+template <class Int>
+void check_dropout(const Check<Int>& check, double dropout, Maybe seed) {
+  TORCH_CHECK_VALUE(dropout >= 0 && dropout <= 1, check.op(), ": expected dropout in 0..1, got ",
+                    dropout);
+  TORCH_CHECK_VALUE(dropout == 0 || seed.has_value(), check.op(),
+                    ": expected a seed with dropout, got None");
+  if (seed.has_value()) check.typed("seed", *seed, at::kLong, {Int(1)});
+}
+
 // How many lists a tensor [1 or B, 1 or Hq, ...] of lists has along its first two dimensions.
 template <class Int>
 std::array<Int, 2> lists_of(const Check<Int>& check, In t, const HeadSizes<Int>& s) {

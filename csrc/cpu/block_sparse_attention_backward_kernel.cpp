@@ -128,10 +128,13 @@ class BackwardRun {
       } else {
         for (int64_t r = 0; r < rows; ++r) clear_outside(slopes + r * stride + x, 0, 0, Bk_pad);
       }
-      if (a.grad_weights == nullptr) continue;
-      for (int64_t r = 0; r < rows; ++r)
-        add(slopes + r * stride + x, static_cast<const S*>(a.grad_weights) + place + r * s.Bk,
-            t.hi[r]);
+      for (int64_t r = 0; r < rows; ++r) {
+        C *slope = slopes + r * stride + x, *weight = weights + r * stride + x;
+        if (s.dropout.p > 0) meet_gradients(slope, weight, 0, t.hi[r], s.dropout);
+        if (a.grad_weights != nullptr)
+          add(slope, static_cast<const S*>(a.grad_weights) + place + r * s.Bk, t.hi[r]);
+        if (s.dropout.p > 0) take_signs(slope, weight, 0, t.hi[r]);
+      }
     }
     for (int64_t r = 0; r < rows; ++r)
       finish_row(slopes + r * stride, weights + r * stride, line_of<C>(s, blocks, b, first + r),
@@ -204,6 +207,9 @@ class BackwardRun {
       for (int64_t r = 0; r < rows; ++r)
         read_range(block_weights + r * Bk_pad, static_cast<const S*>(a.weights) + (row + r) * s.Bk,
                    0, t.hi[r], 0, Bk_pad);
+      if (s.dropout.p > 0)
+        for (int64_t r = 0; r < rows; ++r)
+          meet_values(block_weights + r * Bk_pad, 0, t.hi[r], s.dropout);
       add_transposed(block_weights, grads, Dv_pad, dvalue);
     }
     if (a.grad_k != nullptr) {

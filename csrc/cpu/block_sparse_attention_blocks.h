@@ -3,6 +3,7 @@
 // are in order and a bound cuts off the last keys, what a query sees is a beginning of its line.
 #pragma once
 
+#include "../common/dropout.h"
 #include "../common/normalizer_rows.h"
 #include "block_sparse_attention_kernel.h"
 

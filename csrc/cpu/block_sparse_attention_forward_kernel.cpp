@@ -124,11 +124,16 @@ class ForwardRun {
       const int64_t key_block = blocks.key(m);
       set_ranges(t, s, b, first, rows, key_block);
       C* from = scores + m * Bk_pad;
-      if (a.weights != nullptr)
-        for (int64_t r = 0; r < rows; ++r)
-          write_range(
-              static_cast<S*>(a.weights) + ((blocks.first + m) * s.Bq + row_of_block + r) * s.Bk,
-              s.Bk, from + r * stride, 0, t.hi[r], 0, inverse[r], past_caches);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t place = (blocks.first + m) * s.Bq + row_of_block + r;
+        C* row = from + r * stride;
+        if (s.dropout.p > 0)
+          drop(row, 0, t.hi[r], s.dropout, key_of(s.dropout, place), [](int64_t x) { return x; });
+        if (a.weights != nullptr)
+          write_range(static_cast<S*>(a.weights) + place * s.Bk, s.Bk, row, 0, t.hi[r], 0,
+                      inverse[r], past_caches);
+        if (s.dropout.p > 0) meet_values(row, 0, t.hi[r], s.dropout);
+      }
       const auto [slot, exact] = pack(task, key_block);
       multiply_columns(t, exact, true, Dv_pad, from, stride, values + slot * Bk_pad * Dv_pad,
                        t.columns, 0, out, Dv_pad);

@@ -30,6 +30,7 @@ struct Shape {
   Bounds end;      // and keys 0..end-1 alone
   double scale;
   double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
+  Dropout dropout;
 };
 
 // How the work of one call is divided among the threads.
@@ -45,7 +46,7 @@ struct Forward {
   Heads k;        // [B, Hk, Tk, D]
   Heads v;        // [B, Hk, Tk, Dv]
   void* output;   // [B, Hq, Tq, Dv]
-  void* weights;  // [B, Hq, N, Bq, Bk], or null
+  void* weights;  // [B, Hq, N, Bq, Bk], or null; negative where dropped
   void* workspace;
 };
 

@@ -101,8 +101,10 @@ class BackwardRun {
     } else {
       clear_outside(slopes, 0, 0, n);
     }
+    if (s.dropout.p > 0) meet_gradients(slopes, weights, 0, n, s.dropout);
     if (given != nullptr)
       for (int64_t x = 0; x < n; ++x) slopes[x] += widen_one(given[row * s.C + keys.places[x]]);
+    if (s.dropout.p > 0) take_signs(slopes, weights, 0, n);
     close_range(slopes, 0, n, C(0));
     close_range(weights, 0, n, C(0));
     const C total = s.alpha == 1 ? C(1) : to_slopes(weights, 0, n, s.alpha);
@@ -140,6 +142,7 @@ class BackwardRun {
           of_grad[x] = widen_one(static_cast<const S*>(a.weights)[base + places[x]]);
         }
         if (a.grad_k != nullptr) add_rows<S>(out, count, of_query, queries, s.D);
+        if (s.dropout.p > 0 && has_output) meet_values(of_grad, 0, count, s.dropout);
         if (a.grad_v != nullptr && has_output) add_rows<S>(dvalue, count, of_grad, grads, s.Dv);
       }
     }

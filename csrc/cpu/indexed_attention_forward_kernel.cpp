@@ -63,6 +63,9 @@ class ForwardRun {
     copy_row<S>(query, row_at<S>(a.q, b, h, i), 1, s.D, C(s.scale));
     if (n > 0) dots<S>(scores, n, query, keys.rows, s.D);
     normalise(n);
+    if (s.dropout.p > 0)
+      drop(scores, 0, n, s.dropout, key_of(s.dropout, row),
+           [places = keys.places](int64_t x) { return places[x]; });
     if (a.weights != nullptr) {
       S* to = static_cast<S*>(a.weights) + row * s.C;
       if (n < s.C) __builtin_memset(to, 0, s.C * sizeof(S));
@@ -72,6 +75,7 @@ class ForwardRun {
         for (int64_t x = 0; x < n; ++x) store_n(to + keys.places[x], splat(scores[x]), 1);
       }
     }
+    if (s.dropout.p > 0) meet_values(scores, 0, n, s.dropout);
     __builtin_memset(out, 0, Dv_pad * sizeof(C));
     add_rows<S>(out, n, scores, values.rows, s.Dv);
     store_row(static_cast<S*>(a.output) + row * s.Dv, out, s.Dv);

@@ -17,6 +17,7 @@ struct Shape {
   int64_t lists, row, head;
   double scale;
   double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
+  Dropout dropout;
 };
 
 // The first tasks that no thread has taken yet, of each pass; 0 at the start.
@@ -31,7 +32,7 @@ struct Forward {
   Heads v;               // [B, Hk, Tk, Dv]
   const int64_t* index;  // [lists, Tq, C], -1 for none
   void* output;          // [B, Hq, Tq, Dv]
-  void* weights;         // [B, Hq, Tq, C], or null
+  void* weights;         // [B, Hq, Tq, C], or null; negative where dropped
   void* workspace;
 };
 

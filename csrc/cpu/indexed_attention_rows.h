@@ -2,6 +2,7 @@
 // list names, which are read where they lie.
 #pragma once
 
+#include "../common/dropout.h"
 #include "../common/normalizer_rows.h"
 #include "indexed_attention_kernel.h"
 

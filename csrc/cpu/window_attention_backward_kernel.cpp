@@ -162,21 +162,20 @@ class BackwardRun {
         copy_row<S>(grads + r * Dv_pad, grad_output.row(r), grad_output.columns, s.Dv, C(1));
     }
     const int64_t row = (b * s.Hq + h) * s.Tq + first;
-    for (int64_t r = 0; r < rows; ++r) {
-      read_range(weights + r * stride,
-                 static_cast<const S*>(a.weights) + (row + r * s.dilation) * W, t.band.lo[r],
-                 t.band.hi[r], t.diagonal + r, t.band.columns);
-      if (s.G > 0)
-        read_range(global_weights + r * global_stride,
-                   static_cast<const S*>(a.global_weights) + (row + r * s.dilation) * s.G,
-                   t.global.lo[r], t.global.hi[r], 0, t.global.columns);
-    }
+    read_weights(t, row);
     const int64_t sum_row = s.G + t.base - first_sum;
     if (a.grad_v != nullptr && has_output) {
+      if (s.dropout.p > 0)
+        for (int64_t r = 0; r < rows; ++r) {
+          meet_values(weights + r * stride, t.band.lo[r], t.band.hi[r], s.dropout);
+          meet_values(global_weights + r * global_stride, t.global.lo[r], t.global.hi[r],
+                      s.dropout);
+        }
       const bool alone = any_not_finite(grads, rows * Dv_pad);
       add_transposed(t, alone, Dv_pad, weights, global_weights, grads, dvalue, sum_row);
     }
     if (!scores_wanted) return;
+    if (s.dropout.p > 0) read_weights(t, row);
     if (has_output) {
       multiply_lanes(t.band, s.Dv, grads, Dv_pad, value_panels + at * s.Dv, count - at, slopes,
                      stride);
@@ -202,6 +201,19 @@ class BackwardRun {
     }
   }
 
+  // A tile's, whose first is row number `row` of the weights.
+  void read_weights(const Tile& t, int64_t row) {
+    for (int64_t r = 0; r < t.band.rows; ++r) {
+      read_range(weights + r * stride,
+                 static_cast<const S*>(a.weights) + (row + r * s.dilation) * W, t.band.lo[r],
+                 t.band.hi[r], t.diagonal + r, t.band.columns);
+      if (s.G > 0)
+        read_range(global_weights + r * global_stride,
+                   static_cast<const S*>(a.global_weights) + (row + r * s.dilation) * s.G,
+                   t.global.lo[r], t.global.hi[r], 0, t.global.columns);
+    }
+  }
+
   // sums += of_band^T b and of_global^T b, of the keys from row `at` on and of the global ones.
   void add_transposed(const Tile& t, bool alone, int64_t width, const C* of_band,
                       const C* of_global, const C* b, C* sums, int64_t at) {
@@ -215,32 +227,36 @@ class BackwardRun {
   // slopes -> dS, from dO V^T where there is a dO.
   void finish_row(int64_t b, int64_t h, int64_t i, const Tile& t, int64_t r) {
     C *near = slopes + r * stride, *far = global_slopes + r * global_stride;
-    const C *near_weights = weights + r * stride, *far_weights = global_weights + r * global_stride;
+    C *near_weights = weights + r * stride, *far_weights = global_weights + r * global_stride;
+    const Rows<S> near_grad = rows_of<S>(a.grad_weights, b, h, i, 1);
+    const Rows<S> far_grad = rows_of<S>(a.grad_global, b, h, i, 1);
+    add_gradient(near, near_weights, t.band, r, near_grad, t.diagonal + r);
+    if (s.G > 0) add_gradient(far, far_weights, t.global, r, far_grad, 0);
     C total = 1;
     if (s.alpha != 1) {
-      total = to_slopes(weights + r * stride, t.band.lo[r], t.band.hi[r], s.alpha);
-      if (s.G > 0)
-        total +=
-            to_slopes(global_weights + r * global_stride, t.global.lo[r], t.global.hi[r], s.alpha);
+      total = to_slopes(near_weights, t.band.lo[r], t.band.hi[r], s.alpha);
+      if (s.G > 0) total += to_slopes(far_weights, t.global.lo[r], t.global.hi[r], s.alpha);
     }
-    C mean =
-        dots(near, near_weights, t.band, r, rows_of<S>(a.grad_weights, b, h, i, 1), t.diagonal + r);
-    if (s.G > 0)
-      mean += dots(far, far_weights, t.global, r, rows_of<S>(a.grad_global, b, h, i, 1), 0);
+    // Where a row sees nothing, nothing is there to be read.
+    C mean = 0;
+    if (t.band.lo[r] < t.band.hi[r]) mean += dot_of(near, near_weights, t.band.lo[r], t.band.hi[r]);
+    if (t.global.lo[r] < t.global.hi[r])
+      mean += dot_of(far, far_weights, t.global.lo[r], t.global.hi[r]);
     if (s.alpha != 1) mean = total == 0 ? C(0) : mean / total;
     scale_slopes(near, near_weights, t.band.lo[r], t.band.hi[r], mean, t.band.columns);
     if (s.G > 0)
       scale_slopes(far, far_weights, t.global.lo[r], t.global.hi[r], mean, t.global.columns);
   }
 
-  // slope += the gradient of the weights themselves; sum of slope * weight.
-  C dots(C* slope, const C* weight, const Ranges& t, int64_t r, const Rows<S>& grad,
-         int64_t diagonal) {
+  // slope += the gradient of the weights themselves; zero around the range.
+  void add_gradient(C* slope, C* weight, const Ranges& t, int64_t r, const Rows<S>& grad,
+                    int64_t diagonal) {
     const int64_t lo = t.lo[r], hi = t.hi[r];
-    if (lo >= hi) return 0;
+    if (lo >= hi) return;
     const Span whole = {lo / L * L, ceil_div(hi, L) * L};
     if (!has_output)
       for (int64_t x = whole.begin; x < whole.end; x += L) store(slope + x, Vec<C>{});
+    if (s.dropout.p > 0) meet_gradients(slope, weight, lo, hi, s.dropout);
     if (grad.data != nullptr) {
       const S* from = grad.data + (lo - diagonal) * grad.columns;
       for (int64_t x = lo; x < hi; x += L) {
@@ -249,8 +265,8 @@ class BackwardRun {
               load(slope + x) + load_strided(from + (x - lo) * grad.columns, grad.columns, lanes));
       }
     }
+    if (s.dropout.p > 0) take_signs(slope, weight, lo, hi);
     close_range(slope, lo, hi, C(0));
-    return dot_of(slope, weight, lo, hi);
   }
 
   // A class's keys, from its only task.

@@ -5,6 +5,7 @@
 // such a class is an undilated window over every dilation-th query and key, and is treated as one.
 #pragma once
 
+#include "../common/dropout.h"
 #include "../common/normalizer_rows.h"
 #include "window_attention_kernel.h"
 

@@ -121,6 +121,7 @@ class ForwardRun {
       inverse[r] = normalise(t, r);
       const int64_t row = (b * s.Hq + h) * s.Tq + first + r * s.dilation;
       const int64_t column = t.diagonal + r;  // of the scores, where the band's first is
+      if (s.dropout.p > 0) drop_some(t, r, row);
       if (a.weights != nullptr)
         write_range(static_cast<S*>(a.weights) + row * W, W, scores + r * stride, t.band.lo[r],
                     t.band.hi[r], column, inverse[r], past_caches);
@@ -129,6 +130,11 @@ class ForwardRun {
                     global_scores + r * global_stride, t.global.lo[r], t.global.hi[r], 0,
                     inverse[r], false);
     }
+    if (s.dropout.p > 0)
+      for (int64_t r = 0; r < rows; ++r) {
+        meet_values(scores + r * stride, t.band.lo[r], t.band.hi[r], s.dropout);
+        meet_values(global_scores + r * global_stride, t.global.lo[r], t.global.hi[r], s.dropout);
+      }
     multiply_columns(t.band, exact, false, Dv_pad, scores, stride, value_panels, count, at, out,
                      Dv_pad);
     if (s.G > 0)
@@ -140,6 +146,16 @@ class ForwardRun {
       const int64_t to = (b * s.Hq + h) * s.Tq + first + r * s.dilation;
       store_row(static_cast<S*>(a.output) + to * s.Dv, row, s.Dv);
     }
+  }
+
+  // Row r of the tile, row number `row` of the weights; global keys are columns after the band's.
+  void drop_some(const Tile& t, int64_t r, int64_t row) {
+    const uint32_t key = key_of(s.dropout, row);
+    const int64_t first = t.diagonal + r, width = W;
+    drop(scores + r * stride, t.band.lo[r], t.band.hi[r], s.dropout, key,
+         [=](int64_t x) { return x - first; });
+    drop(global_scores + r * global_stride, t.global.lo[r], t.global.hi[r], s.dropout, key,
+         [=](int64_t x) { return width + x; });
   }
 
   // Scores of row r -> weights that still have to be multiplied by what it returns.

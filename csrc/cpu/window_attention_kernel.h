@@ -18,6 +18,7 @@ struct Shape {
   Bounds start, end;  // query i sees keys start..end-1 alone
   double scale;
   double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
+  Dropout dropout;
 
   int64_t W() const { return left + 1 + right; }
 };
@@ -36,7 +37,7 @@ struct Forward {
   Heads k;               // [B, Hk, Tk, D]
   Heads v;               // [B, Hk, Tk, Dv]
   void* output;          // [B, Hq, Tq, Dv]
-  void* weights;         // [B, Hq, Tq, W], or null
+  void* weights;         // [B, Hq, Tq, W], or null; negative where dropped
   void* global_weights;  // [B, Hq, Tq, G], or null
   void* workspace;
 };

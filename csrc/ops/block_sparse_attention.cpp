@@ -44,7 +44,8 @@ class Call {
               .is_causal = in.is_causal,
               .end = end_.bounds(),
               .scale = scale_of(in.scale, s.D),
-              .alpha = in.alpha} {
+              .alpha = in.alpha,
+              .dropout = dropout_of(in.dropout, in.seed)} {
     const int64_t heads = list_.size(1), nQ = shape.nQ, N = s.N;
     const int64_t* pairs = list_.const_data_ptr<int64_t>();
     rows_.assign(s.lists * (nQ + 1), 0);
@@ -176,7 +177,7 @@ Tensors<3> backward_meta(const BackwardInputs& in) {
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
 #define SEQMEM_INPUTS                                                                \
   "Tensor q, Tensor k, Tensor v, Tensor blocks, int block_queries, int block_keys, " \
-  "bool is_causal, Tensor? key_end, float? scale, float alpha, "
+  "bool is_causal, Tensor? key_end, float? scale, float alpha, float dropout, Tensor? seed, "
   ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
       m, "(" SEQMEM_INPUTS "bool need_weights) -> (Tensor output, Tensor weights)");
   BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(

@@ -10,11 +10,11 @@ using at::Tensor;
 
 inline constexpr char kName[] = "seqmem::block_sparse_attention",
                       kBackwardName[] = "seqmem::block_sparse_attention_backward";
-using ForwardOp =
-    Op<kName, Tensors<2>(In, In, In, In, int64_t, int64_t, bool, Maybe, Scale, double, bool)>;
+using ForwardOp = Op<kName, Tensors<2>(In, In, In, In, int64_t, int64_t, bool, Maybe, Scale, double,
+                                       double, Maybe, bool)>;
 using BackwardOp =
     Op<kBackwardName, Tensors<3>(Maybe, Maybe, In, In, In, In, int64_t, int64_t, bool, Maybe, Scale,
-                                 double, In, std::array<bool, 3>)>;
+                                 double, double, Maybe, In, std::array<bool, 3>)>;
 
 struct Inputs {
   In q, k, v, blocks;
@@ -23,6 +23,8 @@ struct Inputs {
   Maybe key_end;
   Scale scale;
   double alpha;  // 1: softmax, else entmax's
+  double dropout;
+  Maybe seed;
 };
 
 struct ForwardInputs : Inputs {
@@ -77,6 +79,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
                       ": expected block of two sizes in 1..", kMost, ", got ", size);
   check_bound(check, "key_end", in.key_end, heads);
   check_alpha(check, in.alpha);
+  check_dropout(check, in.dropout, in.seed);
   if (in.blocks.is_cpu()) check_blocks(check, in);
   return {heads, lists[0] * lists[1], N};
 }

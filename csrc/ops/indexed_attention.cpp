@@ -35,7 +35,8 @@ struct Call {
               .row = index.size(0) == 1 ? 0 : index.size(1),
               .head = index.size(1) == 1 ? 0 : 1,
               .scale = scale_of(in.scale, s.D),
-              .alpha = in.alpha} {}
+              .alpha = in.alpha,
+              .dropout = dropout_of(in.dropout, in.seed)} {}
 
   int threads(double products) const {
     const double rows = double(shape.B) * shape.Hq * shape.Tq;
@@ -133,7 +134,8 @@ Tensor select_cpu(const SelectionInputs& in) {
                        .row = 0,
                        .head = 0,
                        .scale = scale_of(in.scale, s.D),
-                       .alpha = 1};
+                       .alpha = 1,
+                       .dropout = {}};
   const Selection arguments = {.q = heads_of(in.q),
                                .k = heads_of(in.k),
                                .index = index.mutable_data_ptr<int64_t>(),
@@ -155,7 +157,9 @@ Tensor select_meta(const SelectionInputs& in) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-#define SEQMEM_INPUTS "Tensor q, Tensor k, Tensor v, Tensor index, float? scale, float alpha, "
+#define SEQMEM_INPUTS                                                                      \
+  "Tensor q, Tensor k, Tensor v, Tensor index, float? scale, float alpha, float dropout, " \
+  "Tensor? seed, "
   ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
       m, "(" SEQMEM_INPUTS "bool need_weights) -> (Tensor output, Tensor weights)");
   BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(

@@ -11,15 +11,17 @@ using at::Tensor;
 inline constexpr char kName[] = "seqmem::indexed_attention",
                       kBackwardName[] = "seqmem::indexed_attention_backward",
                       kSelectionName[] = "seqmem::top_k_keys";
-using ForwardOp = Op<kName, Tensors<2>(In, In, In, In, Scale, double, bool)>;
-using BackwardOp = Op<kBackwardName, Tensors<3>(Maybe, Maybe, In, In, In, In, Scale, double, In,
-                                                std::array<bool, 3>)>;
+using ForwardOp = Op<kName, Tensors<2>(In, In, In, In, Scale, double, double, Maybe, bool)>;
+using BackwardOp = Op<kBackwardName, Tensors<3>(Maybe, Maybe, In, In, In, In, Scale, double, double,
+                                                Maybe, In, std::array<bool, 3>)>;
 using SelectionOp = Op<kSelectionName, Tensor(In, In, int64_t, bool, Maybe, Scale)>;
 
 struct Inputs {
   In q, k, v, index;
   Scale scale;
   double alpha;  // 1: softmax, else entmax's
+  double dropout;
+  Maybe seed;
 };
 
 struct ForwardInputs : Inputs {
@@ -57,6 +59,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   const Int C = check.size(in.index, 3);
   check.shape("index", in.index, {lists[0], lists[1], heads.Tq, C});
   check_alpha(check, in.alpha);
+  check_dropout(check, in.dropout, in.seed);
   // A GPU would have to be waited for: there, a key that does not exist is none.
   if (in.index.is_cpu()) {
     const Tensor index = in.index.contiguous();

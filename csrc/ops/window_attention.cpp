@@ -34,7 +34,8 @@ struct Call {
               .start = start.bounds(),
               .end = end.bounds(),
               .scale = scale_of(in.scale, s.D),
-              .alpha = in.alpha} {}
+              .alpha = in.alpha,
+              .dropout = dropout_of(in.dropout, in.seed)} {}
 };
 
 constexpr int64_t kTasksPerThread = 4;
@@ -127,9 +128,10 @@ Tensors<3> backward_meta(const BackwardInputs& in) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
-#define SEQMEM_INPUTS                                                             \
-  "Tensor q, Tensor k, Tensor v, int left, int right, int dilation, int offset, " \
-  "Tensor? key_start, Tensor? key_end, int global_keys, float? scale, float alpha, "
+#define SEQMEM_INPUTS                                                                \
+  "Tensor q, Tensor k, Tensor v, int left, int right, int dilation, int offset, "    \
+  "Tensor? key_start, Tensor? key_end, int global_keys, float? scale, float alpha, " \
+  "float dropout, Tensor? seed, "
   ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
       m, "(" SEQMEM_INPUTS
          "bool need_weights) -> (Tensor output, Tensor weights, Tensor global_weights)");

@@ -13,10 +13,11 @@ using at::Tensor;
 inline constexpr char kName[] = "seqmem::window_attention",
                       kBackwardName[] = "seqmem::window_attention_backward";
 using ForwardOp = Op<kName, Tensors<3>(In, In, In, int64_t, int64_t, int64_t, int64_t, Maybe, Maybe,
-                                       int64_t, Scale, double, bool)>;
-using BackwardOp = Op<kBackwardName, Tensors<3>(Maybe, Maybe, Maybe, In, In, In, int64_t, int64_t,
-                                                int64_t, int64_t, Maybe, Maybe, int64_t, Scale,
-                                                double, In, In, std::array<bool, 3>)>;
+                                       int64_t, Scale, double, double, Maybe, bool)>;
+using BackwardOp =
+    Op<kBackwardName,
+       Tensors<3>(Maybe, Maybe, Maybe, In, In, In, int64_t, int64_t, int64_t, int64_t, Maybe, Maybe,
+                  int64_t, Scale, double, double, Maybe, In, In, std::array<bool, 3>)>;
 
 struct Inputs {
   In q, k, v;
@@ -25,6 +26,8 @@ struct Inputs {
   int64_t global_keys;
   Scale scale;
   double alpha;  // 1: softmax, else entmax's
+  double dropout;
+  Maybe seed;
 };
 
 struct ForwardInputs : Inputs {
@@ -71,6 +74,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   TORCH_CHECK_VALUE(in.global_keys >= 0 && in.global_keys <= s.Tk, check.op(),
                     ": expected global_keys in 0..", s.Tk, ", got ", in.global_keys);
   check_alpha(check, in.alpha);
+  check_dropout(check, in.dropout, in.seed);
   check_bound(check, "key_start", in.key_start, s);
   check_bound(check, "key_end", in.key_end, s);
   // Without a bound, as far as the last query's first key or the first query's last one.

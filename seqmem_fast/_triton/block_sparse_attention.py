@@ -27,6 +27,7 @@ from .common import (
     fits_heads,
     int_bound,
     launcher,
+    of_dropout,
     of_heads,
     only,
     product_precision,
@@ -44,7 +45,13 @@ def _part(size: int, q: Tensor) -> int:
 
 
 def _common(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block: tuple[int, int], scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block: tuple[int, int],
+    scale: float | None,
+    dropout: float,
 ) -> dict[str, Any]:
     """What every kernel takes."""
     queries, keys = q.shape[2], k.shape[2]
@@ -54,7 +61,7 @@ def _common(
     row = flat[..., 0]
     row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
-        **of_heads(q, k, v, scale),
+        **of_heads(q, k, v, scale, dropout),
         "blocks_ptr": flat,
         "rows_ptr": begins_of(row, rows),
         "places": blocks.shape[2],
@@ -82,10 +89,12 @@ def block_sparse_attention(
     key_end: Tensor | None,
     scale: float | None,
     alpha: float,
+    dropout: float,
+    seed: Tensor | None,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::block_sparse_attention` on GPU."""
-    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha)
+    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
     if not fits_heads(q, v, alpha):
         found = _plain(q, k, v, *pattern)
         return found if need_weights else (found[0], q.new_empty(0))
@@ -94,7 +103,7 @@ def block_sparse_attention(
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_zeros((*shape[:2], blocks.shape[2], *block) if need_weights else 0)
     if shape.numel():
-        common = _common(q, k, v, blocks, block, scale)
+        common = _common(q, k, v, blocks, block, scale, dropout)
         q, k, v = (dense_rows(t) for t in (q, k, v))
         programs = common["row_blocks"] * triton.cdiv(block_queries, common["BM"])
         kernels.block_sparse_attention_forward[(shape[0] * shape[1] * programs,)](
@@ -108,6 +117,7 @@ def block_sparse_attention(
             **strides("q", q, "0", "1", "t"),
             **strides("k", k, "0", "1", "t"),
             **strides("v", v, "0", "1", "t"),
+            **of_dropout(dropout, seed),
             **common,
         )
     return output, weights
@@ -127,11 +137,13 @@ def block_sparse_attention_backward(
     key_end: Tensor | None,
     scale: float | None,
     alpha: float,
+    dropout: float,
+    seed: Tensor | None,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::block_sparse_attention_backward` on GPU: one kernel by rows, one by columns."""
-    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha)
+    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
     seeds = (grad_output, grad_weights)
     if not fits_heads(q, v, alpha):
         return through_reference(
@@ -139,7 +151,7 @@ def block_sparse_attention_backward(
         )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        common = _common(q, k, v, blocks, (block_queries, block_keys), scale)
+        common = _common(q, k, v, blocks, (block_queries, block_keys), scale, dropout)
         _backward(common, seeds, (q, k, v), weights, grads)
     return only(output_mask, grads)
 

@@ -22,12 +22,15 @@ from .common import (
     is_nothing,
     key_bound,
     load_rows,
+    meet_values,
     product,
     scores_of,
+    signed,
     softmax_step,
     softmax_weights,
     store_rows,
     weights_gradient,
+    with_sign,
 )
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
@@ -56,6 +59,7 @@ def block_sparse_attention_forward(
     blocks_ptr,  # int64 [lists, places, 2], dense
     rows_ptr,  # int64 [lists, row_blocks + 1], dense
     end_ptr,  # int64 [B] or [B, Tq], or None
+    seed_ptr,  # int64 [1], or None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense, zero; or None
     queries,
@@ -78,6 +82,8 @@ def block_sparse_attention_forward(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    BELOW: tl.constexpr,
+    FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -121,12 +127,15 @@ def block_sparse_attention_forward(
             c = c_0 + tl.arange(0, BN)
             j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
             s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-            w = tl.where(seen, softmax_weights(s, m, total), 0.0).to(v_ptr.dtype.element_ty)
+            w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+            row = (z * places + n) * block_queries + r
+            w = signed(w, seed_ptr, row[:, None], c[None, :], BELOW)
             if weights_ptr is not None:
                 at = _at(z * places + n, r, c, block_queries, block_keys)
-                tl.store(weights_ptr + at, w, mask=known[:, None] & (c < block_keys)[None, :])
+                inside = known[:, None] & (c < block_keys)[None, :]
+                tl.store(weights_ptr + at, w.to(weights_ptr.dtype.element_ty), mask=inside)
             v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-            out += product(w, v, ACC, PRECISION)
+            out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
     store_rows(output_ptr, z * queries * value_width, out, i, known, value_width, BV)
 
 
@@ -158,6 +167,7 @@ def block_sparse_attention_backward_rows(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -191,7 +201,8 @@ def block_sparse_attention_backward_rows(
             j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
             at = _at(z * places + n, r, c, block_queries, block_keys)
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                                    j, value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
+                                    j, value_width, ACC, PRECISION, FACTOR, BM, BN,
+                                    BV)  # fmt: skip
             delta += tl.sum(w * p, axis=1)
     tl.store(delta_ptr + z * queries + i, delta, mask=known)
 
@@ -203,7 +214,8 @@ def block_sparse_attention_backward_rows(
             j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
             at = _at(z * places + n, r, c, block_queries, block_keys)
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                                    j, value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
+                                    j, value_width, ACC, PRECISION, FACTOR, BM, BN,
+                                    BV)  # fmt: skip
             ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
             k = load_rows(k_ptr, k_at, j, any_row(~is_nothing(w)), k_t, width, BD)
             grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
@@ -240,6 +252,7 @@ def block_sparse_attention_backward_columns(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -272,17 +285,19 @@ def block_sparse_attention_backward_columns(
                 there = (r < block_queries) & (i >= 0) & (i < queries)
                 at = _at(z * places + place, r, c, block_queries, block_keys)
                 inside = there[:, None] & known[None, :]
-                w = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
+                sign = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
+                w = with_sign(sign, sign, FACTOR)
                 busy = there & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
                 p = tl.zeros([BM, BN], ACC)
                 if grad_output_ptr is not None:
                     g = load_rows(grad_output_ptr, z * queries * value_width, i, busy,
                                   value_width, value_width, BV)  # fmt: skip
-                    grad_v += product(tl.trans(w.to(g.dtype)), g, ACC, PRECISION)
-                    p += product(g, tl.trans(v), ACC, PRECISION)
+                    met = meet_values(sign, w, FACTOR).to(g.dtype)
+                    grad_v += product(tl.trans(met), g, ACC, PRECISION)
+                    p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
                 if grad_weights_ptr is not None:
                     given = tl.load(grad_weights_ptr + at, mask=inside, other=0.0)
-                    p += given.to(ACC)
+                    p += with_sign(sign, given.to(ACC), FACTOR)
                 delta = tl.load(delta_ptr + z * queries + i, mask=there, other=0.0)
                 ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
                 q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)

@@ -104,6 +104,12 @@ def fits_heads(q: Tensor, v: Tensor, alpha: float) -> bool:
     return alpha == 1 and max(q.shape[-1], v.shape[-1]) <= most
 
 
+def of_dropout(dropout: float, seed: Tensor | None) -> dict[str, Any]:
+    """What a forward kernel takes, beside the factor, to draw which weights are dropped."""
+    below = int(dropout * 2**24 + 0.5)
+    return {"seed_ptr": seed if below else None, "BELOW": below}
+
+
 def dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
@@ -169,7 +175,9 @@ def only(output_mask: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor, 
     return tuple(grad if wanted else grad.new_empty(0) for wanted, grad in pairs)
 
 
-def of_heads(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> dict[str, Any]:
+def of_heads(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float
+) -> dict[str, Any]:
     """What every kernel of attention over heads takes: q [B, Hq, Tq, D], k and v [B, Hk, Tk, *]."""
     queries, width = q.shape[2:]
     keys, values = v.shape[2:]
@@ -182,6 +190,7 @@ def of_heads(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> dict[str, 
         "heads": q.shape[1],
         "group": q.shape[1] // k.shape[1],
         "ACC": accumulator(q.dtype),
+        "FACTOR": 1 / (1 - dropout) if dropout < 1 else 0.0,  # of weights that are not dropped
         "BD": max(16, triton.next_power_of_2(width)),
         "BV": max(16, triton.next_power_of_2(values)),
         "num_warps": 4 if q.element_size() == 2 else 8,
@@ -363,6 +372,46 @@ def is_nothing(w):
 
 
 @triton.jit
+def mixed(x):
+    """32 bits, each of which depends on all of those given."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def signed(w, seed_ptr, row, column, BELOW: tl.constexpr):
+    """Weights, with a minus sign where dropout drops them; row and column broadcast to them."""
+    if BELOW > 0:
+        seed = tl.load(seed_ptr)
+        key = mixed(seed.to(tl.uint32) + 0x9E3779B9)
+        key = mixed(key + (seed >> 32).to(tl.uint32) + 0x9E3779B9)
+        row = row.to(tl.int64)
+        key = mixed(key + row.to(tl.uint32) + 0x9E3779B9)
+        key = mixed(key + (row >> 32).to(tl.uint32) + 0x9E3779B9)
+        number = mixed(key ^ (column.to(tl.uint32) * 0x9E3779B9)) >> 8
+        w = tl.where(number.to(tl.int32) < BELOW, -w, w)
+    return w
+
+
+@triton.jit
+def meet_values(w, x, FACTOR: tl.constexpr):
+    """Weights x as they meet the values, or the gradient x of that as it comes back: zero where the
+    signed weights w are dropped."""
+    if FACTOR != 1.0:
+        x = tl.where(w < 0, 0.0, x * FACTOR)
+    return x
+
+
+@triton.jit
+def with_sign(w, x, FACTOR: tl.constexpr):
+    """x with the sign of w."""
+    if FACTOR != 1.0:
+        x = tl.where(w < 0, -x, x)
+    return x
+
+
+@triton.jit
 def scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.constexpr,
             PRECISION: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     k = load_rows(k_ptr, k_at, j, any_row(seen), k_t, width, BD)
@@ -371,14 +420,16 @@ def scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.
 
 @triton.jit
 def weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, at, there, j, value_width,
-              ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-              BV: tl.constexpr):  # fmt: skip
+              ACC: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """Weights W, zero where a query does not see a key, and their gradient P, [BM, BN] each."""
-    w = tl.load(weights_ptr + at, mask=there, other=0.0).to(ACC)
+    sign = tl.load(weights_ptr + at, mask=there, other=0.0).to(ACC)
+    w = with_sign(sign, sign, FACTOR)
     p = tl.zeros([BM, BN], ACC)
     if g is not None:
         v = load_rows(v_ptr, v_at, j, any_row(~is_nothing(w)), v_t, value_width, BV)
-        p += product(g, tl.trans(v), ACC, PRECISION)
+        p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
     if grad_ptr is not None:
-        p += tl.load(grad_ptr + at, mask=there, other=0.0).to(ACC)
+        given = tl.load(grad_ptr + at, mask=there, other=0.0).to(ACC)
+        p += with_sign(sign, given, FACTOR)
     return w, tl.where(is_nothing(w), 0.0, p)

@@ -24,6 +24,7 @@ from .common import (
     dense_rows,
     fits_heads,
     launcher,
+    of_dropout,
     of_heads,
     only,
     strides,
@@ -35,11 +36,13 @@ _PLACES = 32  # most places of a list at once
 _SCORES = 1 << 26  # most scores that the selection holds at once
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None) -> dict[str, Any]:
+def _common(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, dropout: float
+) -> dict[str, Any]:
     """What every kernel takes."""
     lists, count = index.shape[:2], index.shape[3]
     return {
-        **of_heads(q, k, v, scale),
+        **of_heads(q, k, v, scale, dropout),
         "count": count,
         "list_0": 0 if lists[0] == 1 else lists[1],
         "list_1": 0 if lists[1] == 1 else 1,
@@ -55,17 +58,19 @@ def indexed_attention(
     index: Tensor,
     scale: float | None,
     alpha: float,
+    dropout: float,
+    seed: Tensor | None,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::indexed_attention` on GPU."""
     if not fits_heads(q, v, alpha):
-        found = _plain(q, k, v, index, scale, alpha)
+        found = _plain(q, k, v, index, scale, alpha, dropout, seed)
         return found if need_weights else (found[0], q.new_empty(0))
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_empty((*shape, index.shape[3]) if need_weights else 0)
     if shape.numel():
-        common = _common(q, k, v, index, scale)
+        common = _common(q, k, v, index, scale, dropout)
         q, k, v = (dense_rows(t) for t in (q, k, v))
         kernels.indexed_attention_forward[(shape.numel(),)](
             q_ptr=q,
@@ -77,6 +82,7 @@ def indexed_attention(
             **strides("q", q, "0", "1", "t"),
             **strides("k", k, "0", "1", "t"),
             **strides("v", v, "0", "1", "t"),
+            **of_dropout(dropout, seed),
             **common,
         )
     return output, weights
@@ -92,6 +98,8 @@ def indexed_attention_backward(
     index: Tensor,
     scale: float | None,
     alpha: float,
+    dropout: float,
+    seed: Tensor | None,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -99,12 +107,22 @@ def indexed_attention_backward(
     seeds = (grad_output, grad_weights)
     if not fits_heads(q, v, alpha):
         return through_reference(
-            lambda q, k, v: _plain(q, k, v, index, scale, alpha), (q, k, v), seeds, output_mask
+            lambda q, k, v: _plain(q, k, v, index, scale, alpha, dropout, seed),
+            (q, k, v),
+            seeds,
+            output_mask,
         )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        common = _common(q, k, v, index, scale)
-        _backward(common, seeds, (q, k, v), index.contiguous(), weights.contiguous(), grads)
+        common = _common(q, k, v, index, scale, dropout)
+        _backward(
+            common,
+            seeds,
+            (q, k, v),
+            index.contiguous(),
+            weights.contiguous(),
+            grads,
+        )
     return only(output_mask, grads)
 
 

@@ -14,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import is_nothing, load_rows, softmax_step, softmax_weights
+from .common import (
+    is_nothing,
+    load_rows,
+    meet_values,
+    signed,
+    softmax_step,
+    softmax_weights,
+    with_sign,
+)
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "count")
@@ -52,6 +60,7 @@ def indexed_attention_forward(
     k_ptr,  # [B, Hk, Tk, D]
     v_ptr,  # [B, Hk, Tk, DV]
     index_ptr,  # int64 [lists, Tq, count], dense
+    seed_ptr,  # int64 [1], or None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, count], dense, or None
     queries,
@@ -67,6 +76,8 @@ def indexed_attention_forward(
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
+    BELOW: tl.constexpr,
+    FACTOR: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
@@ -92,25 +103,29 @@ def indexed_attention_forward(
         j, seen = _listed(index_ptr, at, c, count, keys)
         s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, BD)
         w = tl.where(seen, tl.sum(softmax_weights(s, m, total), axis=0), 0.0)
+        w = signed(w, seed_ptr, z * queries + i, c, BELOW)
         if weights_ptr is not None:
             where = weights_ptr + (z * queries + i) * count + c
             tl.store(where, w.to(weights_ptr.dtype.element_ty), mask=c < count)
         v = load_rows(v_ptr, v_at, j, seen, v_t, value_width, BV).to(ACC)
-        out += tl.sum(w[:, None] * v, axis=0)
+        out += tl.sum(meet_values(w, w, FACTOR)[:, None] * v, axis=0)
     _store_row(output_ptr, (z * queries + i) * value_width, out, value_width, BV)
 
 
 @triton.jit
 def _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, own, c, count, j, seen, value_width,
-              ACC: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+              ACC: tl.constexpr, FACTOR: tl.constexpr, BC: tl.constexpr,
+              BV: tl.constexpr):  # fmt: skip
     """Weights W at places c of query number `own`, zero where none, and their gradient P."""
-    w = tl.load(weights_ptr + own * count + c, mask=seen, other=0.0).to(ACC)
+    sign = tl.load(weights_ptr + own * count + c, mask=seen, other=0.0).to(ACC)
+    w = with_sign(sign, sign, FACTOR)
     p = tl.zeros([BC], ACC)
     if g is not None:
         v = load_rows(v_ptr, v_at, j, seen, v_t, value_width, BV).to(ACC)
-        p += tl.sum(v * g[None, :], axis=1)
+        p += meet_values(sign, tl.sum(v * g[None, :], axis=1), FACTOR)
     if grad_ptr is not None:
-        p += tl.load(grad_ptr + own * count + c, mask=seen, other=0.0).to(ACC)
+        given = tl.load(grad_ptr + own * count + c, mask=seen, other=0.0).to(ACC)
+        p += with_sign(sign, given, FACTOR)
     return w, tl.where(is_nothing(w), 0.0, p)
 
 
@@ -136,6 +151,7 @@ def indexed_attention_backward_rows(
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
+    FACTOR: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
@@ -156,7 +172,7 @@ def indexed_attention_backward_rows(
         c = c_0 + tl.arange(0, BC)
         j, seen = _listed(index_ptr, at, c, count, keys)
         w, p = _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, own, c, count, j,
-                         seen, value_width, ACC, BC, BV)  # fmt: skip
+                         seen, value_width, ACC, FACTOR, BC, BV)  # fmt: skip
         delta += w * p
     mean = tl.sum(delta, axis=0)
     grad_q = tl.zeros([BD], ACC)
@@ -164,7 +180,7 @@ def indexed_attention_backward_rows(
         c = c_0 + tl.arange(0, BC)
         j, seen = _listed(index_ptr, at, c, count, keys)
         w, p = _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, own, c, count, j,
-                         seen, value_width, ACC, BC, BV)  # fmt: skip
+                         seen, value_width, ACC, FACTOR, BC, BV)  # fmt: skip
         ds = tl.where(is_nothing(w), 0.0, w * (p - mean))
         tl.store(slopes_ptr + own * count + c, ds, mask=c < count)
         k = load_rows(k_ptr, k_at, j, seen, k_t, width, BD).to(ACC)
@@ -193,6 +209,7 @@ def indexed_attention_backward_keys(
     q_0, q_1, q_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
+    FACTOR: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
@@ -222,6 +239,6 @@ def indexed_attention_backward_keys(
                 w = tl.load(weights_ptr + at, mask=known, other=0.0).to(ACC)
                 g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
                               value_width, BV).to(ACC)  # fmt: skip
-                grad_v += tl.sum(w[:, None] * g, axis=0)
+                grad_v += tl.sum(meet_values(w, w, FACTOR)[:, None] * g, axis=0)
     _store_row(grad_k_ptr, (y * keys + j) * width, grad_k * SCALE, width, BD)
     _store_row(grad_v_ptr, (y * keys + j) * value_width, grad_v, value_width, BV)

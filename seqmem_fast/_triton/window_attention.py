@@ -27,6 +27,7 @@ from .common import (
     fits_heads,
     int_bound,
     launcher,
+    of_dropout,
     of_heads,
     only,
     product_precision,
@@ -48,12 +49,13 @@ def _common(
     offset: int,
     global_keys: int,
     scale: float | None,
+    dropout: float,
 ) -> dict[str, Any]:
     """What every kernel takes."""
     queries, keys = q.shape[2], k.shape[2]
     left, right = reference.bounds(left, right, dilation, offset, queries, keys)
     return {
-        **of_heads(q, k, v, scale),
+        **of_heads(q, k, v, scale, dropout),
         "left": left,
         "right": right,
         "dilation": dilation,
@@ -61,7 +63,8 @@ def _common(
         "count": global_keys,
         "PRECISION": product_precision(q.dtype, q.device),
         "BM": 16 if q.dtype == torch.float64 else _BLOCK,
-        "BN": 16 if q.dtype == torch.float64 else _BLOCK,
+        # Dropout's numbers take registers, too.
+        "BN": 16 if q.dtype == torch.float64 or (dropout and q.element_size() == 4) else _BLOCK,
     }
 
 
@@ -86,14 +89,17 @@ def window_attention(
     global_keys: int,
     scale: float | None,
     alpha: float,
+    dropout: float,
+    seed: Tensor | None,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::window_attention` on GPU."""
-    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
+    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
+    rule = alpha, dropout, seed
     if not fits_heads(q, v, alpha):
-        found = _plain(q, k, v, *window)
+        found = _plain(q, k, v, *window, *rule)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, dropout)
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     columns = common["left"] + 1 + common["right"]
@@ -115,6 +121,7 @@ def window_attention(
             **strides("k", k, "0", "1", "t"),
             **strides("v", v, "0", "1", "t"),
             **counted,
+            **of_dropout(dropout, seed),
             **common,
         )
     return output, weights, of_global
@@ -137,22 +144,32 @@ def window_attention_backward(
     global_keys: int,
     scale: float | None,
     alpha: float,
+    dropout: float,
+    seed: Tensor | None,
     weights: Tensor,
     global_weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::window_attention_backward` on GPU: one kernel by rows, one by columns."""
-    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale, alpha)
+    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
+    rule = alpha, dropout, seed
     seeds = (grad_output, grad_weights, grad_global_weights)
     if not fits_heads(q, v, alpha):
         return through_reference(
-            lambda q, k, v: _plain(q, k, v, *window), (q, k, v), seeds, output_mask
+            lambda q, k, v: _plain(q, k, v, *window, *rule), (q, k, v), seeds, output_mask
         )
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale)
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, dropout)
     rows, heads, queries = q.shape[:3]
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if rows * heads * queries and k.shape[2]:
-        _backward(common, seeds, (q, k, v), weights, global_weights, grads)
+        _backward(
+            common,
+            seeds,
+            (q, k, v),
+            weights,
+            global_weights,
+            grads,
+        )
     return only(output_mask, grads)
 
 
@@ -207,5 +224,5 @@ def _backward(
             GLOBAL=is_global,
             **strides("q", q, "0", "1", "t"),
             **strides("v", v, "0", "1", "t"),
-            **common,
+            **{**common, "BM": common["BN"]},
         )

@@ -23,12 +23,15 @@ from .common import (
     is_nothing,
     key_bound,
     load_rows,
+    meet_values,
     product,
     scores_of,
+    signed,
     softmax_step,
     softmax_weights,
     store_rows,
     weights_gradient,
+    with_sign,
 )
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
@@ -65,6 +68,7 @@ def window_attention_forward(
     v_ptr,  # [B, Hk, Tk, DV]
     start_ptr,  # int64 [B] or [B, Tq], or None
     end_ptr,
+    seed_ptr,  # int64 [1], or None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense, zero; or None
     global_ptr,  # [B, Hq, Tq, count], dense; or None
@@ -89,6 +93,8 @@ def window_attention_forward(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    BELOW: tl.constexpr,
+    FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -132,22 +138,26 @@ def window_attention_forward(
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
         s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        w = tl.where(seen, softmax_weights(s, m, total), 0.0).to(v_ptr.dtype.element_ty)
+        w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+        column = x[None, :] + left + 1 + right
+        w = signed(w, seed_ptr, (z * queries + i)[:, None], column, BELOW)
         if global_ptr is not None:
             at, there = _places(i, own, x, z, queries, count, left, True)
-            tl.store(global_ptr + at, w, mask=there)
+            tl.store(global_ptr + at, w.to(global_ptr.dtype.element_ty), mask=there)
         v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-        out += product(w, v, ACC, PRECISION)
+        out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
         s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        w = tl.where(seen, softmax_weights(s, m, total), 0.0).to(v_ptr.dtype.element_ty)
+        w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+        column = x[None, :] - own[:, None] + left
+        w = signed(w, seed_ptr, (z * queries + i)[:, None], column, BELOW)
         if weights_ptr is not None:
             at, there = _places(i, own, x, z, queries, left + 1 + right, left, False)
-            tl.store(weights_ptr + at, w, mask=there)
+            tl.store(weights_ptr + at, w.to(weights_ptr.dtype.element_ty), mask=there)
         v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-        out += product(w, v, ACC, PRECISION)
+        out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
     store_rows(output_ptr, z * queries * value_width, out, i, i < queries, value_width, BV)
 
 
@@ -180,6 +190,7 @@ def window_attention_backward_rows(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -211,13 +222,13 @@ def window_attention_backward_rows(
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
-                         value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
+                         value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
         delta += tl.sum(w * p, axis=1)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                         first_key + x * dilation, value_width, ACC, PRECISION, BM, BN,
+                         first_key + x * dilation, value_width, ACC, PRECISION, FACTOR, BM, BN,
                          BV)  # fmt: skip
         delta += tl.sum(w * p, axis=1)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
@@ -227,7 +238,7 @@ def window_attention_backward_rows(
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
-                         value_width, ACC, PRECISION, BM, BN, BV)  # fmt: skip
+                         value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
         ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
         k = load_rows(k_ptr, k_at, x, any_row(~is_nothing(w)), k_t, width, BD)
         grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
@@ -235,7 +246,7 @@ def window_attention_backward_rows(
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                         first_key + x * dilation, value_width, ACC, PRECISION, BM, BN,
+                         first_key + x * dilation, value_width, ACC, PRECISION, FACTOR, BM, BN,
                          BV)  # fmt: skip
         ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
         k = load_rows(
@@ -274,6 +285,7 @@ def window_attention_backward_columns(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -312,17 +324,19 @@ def window_attention_backward_columns(
             n = n_0 + tl.arange(0, BM)
             i = first + n * step
             at, there = _places(i, n + ahead, x, z, queries, columns, left, GLOBAL)
-            w = tl.load(weights_ptr + at, mask=there & known[None, :], other=0.0).to(ACC)
+            sign = tl.load(weights_ptr + at, mask=there & known[None, :], other=0.0).to(ACC)
+            w = with_sign(sign, sign, FACTOR)
             busy = (i < queries) & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
             p = tl.zeros([BM, BN], ACC)
             if grad_output_ptr is not None:
                 g = load_rows(grad_output_ptr, z * queries * value_width, i, busy, value_width,
                           value_width, BV)  # fmt: skip
-                grad_v += product(tl.trans(w.to(g.dtype)), g, ACC, PRECISION)
-                p += product(g, tl.trans(v), ACC, PRECISION)
+                met = meet_values(sign, w, FACTOR).to(g.dtype)
+                grad_v += product(tl.trans(met), g, ACC, PRECISION)
+                p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
             if grad_weights_ptr is not None:
                 given = tl.load(grad_weights_ptr + at, mask=there & known[None, :], other=0.0)
-                p += given.to(ACC)
+                p += with_sign(sign, given.to(ACC), FACTOR)
             delta = tl.load(delta_ptr + z * queries + i, mask=i < queries, other=0.0)
             ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
             q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)

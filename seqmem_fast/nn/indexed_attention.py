@@ -26,6 +26,7 @@ class TopKAttention(Attention):
         count: C, how many keys a query sees.
         bias: with in_proj_bias and out_proj.bias.
         is_causal: query i sees no key after key i.
+        dropout: probability of zeroing a weight in training.
         normalizer, alpha: as in :func:`seqmem_fast.ops.indexed_attention`.
         kdim, vdim: widths of key and value, E by default.
         batch_first: tensors are [B, T, *] instead of [T, B, *].
@@ -41,8 +42,7 @@ class TopKAttention(Attention):
       that sees no key gets zeros (and then out_proj).
 
     Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equation and
-    papers: :mod:`seqmem_fast.ops.indexed_attention`; parameters: :class:`Attention`. There is no
-    dropout.
+    papers: :mod:`seqmem_fast.ops.indexed_attention`; parameters: :class:`Attention`.
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class TopKAttention(Attention):
         bias: bool = True,
         *,
         is_causal: bool = False,
+        dropout: float = 0.0,
         normalizer: str = "softmax",
-        alpha: float = 1.5,
+        alpha: Tensor | float = 1.5,
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
@@ -64,6 +65,7 @@ class TopKAttention(Attention):
         super().__init__(
             embed_dim,
             num_heads,
+            dropout,
             bias=bias,
             kdim=kdim,
             vdim=vdim,
@@ -93,6 +95,7 @@ class TopKAttention(Attention):
             key_end=key_end,
             normalizer=self.normalizer,
             alpha=self.alpha,
+            dropout=self.dropout if self.training else 0.0,
             return_weights=need_weights,
         )
         return self._joined(output), weights, index

@@ -46,6 +46,7 @@ class WindowAttention(Attention):
         global_tokens: G. Where right is not 0, the first G keys are seen by every query, and the
             first G queries see every key (Longformer). Where it is 0, keys only are global, and
             only for the queries after them (attention sinks).
+        dropout: probability of zeroing a weight in training.
         normalizer, alpha: as in :func:`seqmem_fast.ops.window_attention`.
         kdim, vdim: widths of key and value, E by default.
         batch_first: tensors are [B, T, *] instead of [T, B, *].
@@ -64,8 +65,7 @@ class WindowAttention(Attention):
     :meth:`stream` takes a sequence chunk by chunk.
 
     Errors are a ValueError for shapes and values, a TypeError for dtypes and devices. Equation and
-    papers: :mod:`seqmem_fast.ops.window_attention`; parameters: :class:`Attention`. There is no
-    dropout.
+    papers: :mod:`seqmem_fast.ops.window_attention`; parameters: :class:`Attention`.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class WindowAttention(Attention):
         *,
         dilation: int = 1,
         global_tokens: int = 0,
+        dropout: float = 0.0,
         normalizer: str = "softmax",
-        alpha: float = 1.5,
+        alpha: Tensor | float = 1.5,
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
@@ -99,6 +100,7 @@ class WindowAttention(Attention):
         super().__init__(
             embed_dim,
             num_heads,
+            dropout,
             bias=bias,
             kdim=kdim,
             vdim=vdim,
@@ -195,6 +197,7 @@ class WindowAttention(Attention):
             global_keys=count,
             normalizer=self.normalizer,
             alpha=self.alpha,
+            dropout=self.dropout if self.training else 0.0,
             return_weights=need_weights,
         )
         of_queries = None
@@ -211,6 +214,7 @@ class WindowAttention(Attention):
                 global_keys=keys,
                 normalizer=self.normalizer,
                 alpha=self.alpha,
+                dropout=self.dropout if self.training else 0.0,
                 return_weights=need_weights,
             )
             output = torch.cat((seen, output[:, :, rows:]), 2)

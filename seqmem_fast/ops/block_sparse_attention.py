@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from ..reference import block_sparse_attention as reference
-from .common import alpha_of, differentiate_through, fall_back
+from .common import (
+    Normalizer,
+    attend_to_some,
+    differentiate_through,
+    fall_back,
+    plain_rule,
+    require_tensors,
+)
 from .flops import Shape, count_products
 
 __all__ = ["block_list", "block_sparse_attention", "dense_weights"]
@@ -43,7 +50,9 @@ def _plain(
     is_causal: bool,
     key_end: Tensor | None,
     scale: float | None,
-    alpha: float,
+    alpha: Tensor | float | Normalizer,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return reference.block_sparse_attention(
         q,
@@ -53,9 +62,8 @@ def _plain(
         (block_queries, block_keys),
         is_causal=is_causal,
         key_end=key_end,
-        normalizer="softmax" if alpha == 1 else "entmax",
-        alpha=alpha,
         scale=scale,
+        **plain_rule(alpha, dropout, seed),
     )
 
 
@@ -107,8 +115,10 @@ def block_sparse_attention(
     is_causal: bool = False,
     key_end: Tensor | None = None,
     normalizer: str = "softmax",
-    alpha: float = 1.5,
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
     return_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over blocks as a single op; the equation is in the module's docstring.
@@ -135,8 +145,15 @@ def block_sparse_attention(
             sees, whatever they hold.
         normalizer: of the scores that a query sees: "softmax", "sparsemax", "entmax15" or "entmax"
             (:func:`entmax`). On a GPU, all but softmax run in plain PyTorch.
-        alpha: of "entmax", 1 < alpha <= 2.
+        alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [B, Hq, Tq, 1] and is
+            differentiable ([H, 1, 1] for one a head). With a tensor, plain PyTorch runs around
+            :func:`entmax`, and all scores are computed:
+            memory Tq times Tk.
         scale: factor of the scores, 1 / sqrt(D) by default.
+        dropout: in 0..1, how probably a weight is zero when it meets the values; the others are
+            divided by 1 - dropout, as torch.nn.MultiheadAttention has it. Which ones depends on
+            seed and on the weight's place alone.
+        seed: int64 [1] or a number; drawn from torch's generator by default.
         return_weights: False returns None in place of weights, which are not stored unless a
             gradient is wanted.
 
@@ -151,6 +168,8 @@ def block_sparse_attention(
             expected and what came.
         TypeError: a dtype, device or layout does not fit.
     """
+    require_tensors("block_sparse_attention", blocks=blocks, key_end=key_end)
+    _check_block(block)
     if blocks.dtype == torch.bool:
         if q.dim() == k.dim() == 4 and min(block) > 0:
             grid = [-(-t.size(2) // size) for t, size in zip((q, k), block, strict=True)]
@@ -160,19 +179,23 @@ def block_sparse_attention(
                     f"got {list(blocks.shape)}"
                 )
         blocks = block_list(blocks)
-    output, weights = _block_sparse_attention(
-        q,
-        k,
-        v,
-        blocks,
-        *block,
-        is_causal,
-        key_end,
-        scale,
-        alpha_of("block_sparse_attention", normalizer, alpha),
+    output, weights = attend_to_some(
+        _block_sparse_attention,
+        _plain,
+        (q, k, v),
+        (blocks, *block, is_causal, key_end, scale),
+        normalizer,
+        alpha,
+        dropout,
+        seed,
         return_weights,
     )
     return output, weights if return_weights else None
+
+
+def _check_block(block: tuple[int, int]) -> None:
+    if not isinstance(block, tuple | list) or len(block) != 2:
+        raise TypeError(f"{_NAME}: expected block of two sizes, (Bq, Bk), got {block!r}")
 
 
 def dense_weights(
@@ -183,6 +206,7 @@ def dense_weights(
     Differentiable. blocks: the mask or list that :func:`block_sparse_attention` was given; block:
     (Bq, Bk); queries, keys: Tq and Tk.
     """
+    _check_block(block)
     listed = block_list(blocks) if blocks.dtype == torch.bool else blocks
     wanted = [listed.size(-2), *block]
     if weights.dim() != 5 or list(weights.shape[2:]) != wanted:

@@ -286,6 +286,96 @@ def _refusal(error: Exception) -> Exception:
     return refusal
 
 
+Normalizer = Callable[[Tensor], Tensor]
+
+
+def plain_rule(
+    alpha: Tensor | float | Normalizer, dropout: float, seed: Tensor | None
+) -> dict[str, Any]:
+    """How weights are made of scores, as a reference takes it that computes what the op does."""
+    rule: dict[str, Any] = {"dropout": dropout, "seed": seed, "signed": True}
+    if callable(alpha):
+        return {"normalizer": alpha, **rule}
+    softmax = not isinstance(alpha, Tensor) and alpha == 1
+    return {"normalizer": "softmax" if softmax else "entmax", "alpha": alpha, **rule}
+
+
+def attend_to_some(
+    op: Callable[..., tuple[Tensor, ...]],
+    plain: Callable[..., tuple[Tensor, ...]],
+    operands: tuple[Tensor, Tensor, Tensor],
+    pattern: tuple[Any, ...],
+    normalizer: str,
+    alpha: Tensor | float,
+    dropout: float,
+    seed: Tensor | int | None,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    """An attention of heads to some keys: its output, and the weights that met the values.
+
+    Args:
+        op: takes q, k, v, the pattern, alpha, dropout, seed and need_weights.
+        plain: the same in plain PyTorch, without need_weights.
+        operands: q, k and v.
+        seed: drawn from torch's generator where None.
+    """
+    device = operands[0].device
+    if not dropout:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=device)
+    elif isinstance(seed, int):
+        seed = torch.tensor([seed], device=device)
+    if normalizer == "entmax" and isinstance(alpha, Tensor):
+        found = _with_learned_alpha(op, plain, operands, pattern, alpha, dropout, seed)
+    else:
+        name = plain.__module__.rpartition(".")[2]
+        power = alpha_of(name, normalizer, alpha)
+        found = op(*operands, *pattern, power, dropout, seed, need_weights)
+    if not dropout or not need_weights:
+        return found
+    factor = 1 / (1 - dropout) if dropout < 1 else 0
+    return found[0], *(weights.clamp(min=0) * factor for weights in found[1:])
+
+
+def _with_learned_alpha(
+    op: Callable[..., tuple[Tensor, ...]],
+    plain: Callable[..., tuple[Tensor, ...]],
+    operands: tuple[Tensor, Tensor, Tensor],
+    pattern: tuple[Any, ...],
+    alpha: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Plain PyTorch, in float32 at least, with entmax as one op; the op only checks."""
+    if transform_active() or exports_onnx():
+        return plain(*operands, *pattern, alpha, dropout, seed)
+    q, k, v = operands
+    device, dtype = q.device.type, q.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.no_grad():
+        op(q, k, v[..., :0], *pattern, 1.5, dropout, seed, False)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(device, enabled=False):
+
+        def normalizer(scores: Tensor) -> Tensor:
+            weights: Tensor = torch.ops.seqmem.entmax(scores, alpha.to(wide), 1.5, -1)
+            return weights
+
+        found = plain(*(t.to(wide) for t in operands), *pattern, normalizer, dropout, seed)
+        return tuple(t.to(dtype) for t in found)
+
+
+def require_tensors(op: str, **given: Tensor | None) -> None:
+    """What the dispatcher would refuse in words of its own."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"seqmem::{op}: expected {name} to be a tensor, got {type(value).__name__}"
+            )
+
+
 def alpha_of(op: str, normalizer: str, alpha: Tensor | float) -> float:
     """The normalizer's alpha as entmax, 1 for softmax."""
     if isinstance(alpha, Tensor):

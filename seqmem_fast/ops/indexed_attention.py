@@ -25,19 +25,31 @@ from typing import Any
 from torch import Tensor
 
 from ..reference import indexed_attention as reference
-from .common import alpha_of, differentiate_through, fall_back
+from .common import (
+    Normalizer,
+    attend_to_some,
+    differentiate_through,
+    fall_back,
+    plain_rule,
+    require_tensors,
+)
 from .flops import Shape, count_products
 
 __all__ = ["indexed_attention", "top_k_attention"]
 
 
 def _plain(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, alpha: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    scale: float | None,
+    alpha: Tensor | float | Normalizer,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    normalizer = "softmax" if alpha == 1 else "entmax"
-    return reference.indexed_attention(
-        q, k, v, index, normalizer=normalizer, alpha=alpha, scale=scale
-    )
+    rule = plain_rule(alpha, dropout, seed)
+    return reference.indexed_attention(q, k, v, index, scale=scale, **rule)
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -79,8 +91,10 @@ def indexed_attention(
     index: Tensor,
     *,
     normalizer: str = "softmax",
-    alpha: float = 1.5,
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
     return_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention to listed keys as a single op; the equation is in the module's docstring.
@@ -100,8 +114,15 @@ def indexed_attention(
             in any order. A key that is named twice counts twice.
         normalizer: of a query's scores: "softmax", "sparsemax", "entmax15" or "entmax"
             (:func:`entmax`). On a GPU, all but softmax run in plain PyTorch.
-        alpha: of "entmax", 1 < alpha <= 2.
+        alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [B, Hq, Tq, 1] and is
+            differentiable ([H, 1, 1] for one a head). With a tensor, plain PyTorch runs around
+            :func:`entmax`, and each query's keys are
+            written out: memory Tq times C times D.
         scale: factor of the scores, 1 / sqrt(D) by default.
+        dropout: in 0..1, how probably a weight is zero when it meets the values; the others are
+            divided by 1 - dropout, as torch.nn.MultiheadAttention has it. Which ones depends on
+            seed and on the weight's place alone.
+        seed: int64 [1] or a number; drawn from torch's generator by default.
         return_weights: False returns None in place of weights, which are not stored unless a
             gradient is wanted.
 
@@ -116,8 +137,19 @@ def indexed_attention(
             exist is none.
         TypeError: a dtype, device or layout does not fit.
     """
-    alpha = alpha_of("indexed_attention", normalizer, alpha)
-    output, weights = _indexed_attention(q, k, v, index, scale, alpha, return_weights)
+    require_tensors("indexed_attention", index=index)
+    pattern = index, scale
+    output, weights = attend_to_some(
+        _indexed_attention,
+        _plain,
+        (q, k, v),
+        pattern,
+        normalizer,
+        alpha,
+        dropout,
+        seed,
+        return_weights,
+    )
     return output, weights if return_weights else None
 
 
@@ -130,8 +162,10 @@ def top_k_attention(
     is_causal: bool = False,
     key_end: Tensor | None = None,
     normalizer: str = "softmax",
-    alpha: float = 1.5,
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
     return_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Attention of each query to the keys of its highest scores.
@@ -141,7 +175,8 @@ def top_k_attention(
     gradient flows through the chosen keys alone.
 
     Args:
-        q, k, v, normalizer, alpha, scale, return_weights: as in :func:`indexed_attention`.
+        q, k, v, normalizer, alpha, scale, dropout, seed, return_weights: as in
+            :func:`indexed_attention`.
         count: C, how many keys; at least 1.
         is_causal: query i sees no key after key i.
         key_end: int64 or int32, [B] or [B, Tq]: the query sees keys 0..key_end - 1 alone; Tk by
@@ -155,6 +190,7 @@ def top_k_attention(
     Raises:
         ValueError, TypeError: as :func:`indexed_attention`.
     """
+    require_tensors("top_k_attention", key_end=key_end)
     index = _top_k_keys(q, k, count, is_causal, key_end, scale)
     output, weights = indexed_attention(
         q,
@@ -164,6 +200,8 @@ def top_k_attention(
         normalizer=normalizer,
         alpha=alpha,
         scale=scale,
+        dropout=dropout,
+        seed=seed,
         return_weights=return_weights,
     )
     return output, weights, index

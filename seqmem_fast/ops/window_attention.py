@@ -25,7 +25,14 @@ from typing import Any
 from torch import Tensor
 
 from ..reference import window_attention as reference
-from .common import alpha_of, differentiate_through, fall_back
+from .common import (
+    Normalizer,
+    attend_to_some,
+    differentiate_through,
+    fall_back,
+    plain_rule,
+    require_tensors,
+)
 from .flops import Shape, count_products
 
 __all__ = ["window_attention"]
@@ -43,7 +50,9 @@ def _plain(
     key_end: Tensor | None,
     global_keys: int,
     scale: float | None,
-    alpha: float,
+    alpha: Tensor | float | Normalizer,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.window_attention(
         q,
@@ -56,9 +65,8 @@ def _plain(
         key_start=key_start,
         key_end=key_end,
         global_keys=global_keys,
-        normalizer="softmax" if alpha == 1 else "entmax",
-        alpha=alpha,
         scale=scale,
+        **plain_rule(alpha, dropout, seed),
     )
 
 
@@ -100,8 +108,10 @@ def window_attention(
     key_end: Tensor | None = None,
     global_keys: int = 0,
     normalizer: str = "softmax",
-    alpha: float = 1.5,
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
     return_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention over a band as a single op; the equation is in the module's docstring.
@@ -133,36 +143,41 @@ def window_attention(
             and zero in the band.
         normalizer: of the scores that a query sees: "softmax", "sparsemax", "entmax15" or "entmax"
             (:func:`entmax`). On a GPU, all but softmax run in plain PyTorch.
-        alpha: of "entmax", 1 < alpha <= 2.
+        alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [B, Hq, Tq, 1] and is
+            differentiable ([H, 1, 1] for one a head). With a tensor, plain PyTorch runs around
+            :func:`entmax`, and each query's keys are
+            written out: memory Tq times W times D.
         scale: factor of the scores, 1 / sqrt(D) by default.
+        dropout: in 0..1, how probably a weight is zero when it meets the values; the others are
+            divided by 1 - dropout, as torch.nn.MultiheadAttention has it. Which ones depends on
+            seed and on the weight's place alone.
+        seed: int64 [1] or a number; drawn from torch's generator by default.
         return_weights: False returns None in place of weights, which are not stored unless a
             gradient is wanted.
 
     Returns:
         output [B, Hq, Tq, Dv]; weights [B, Hq, Tq, W]: column c of query i is key
         offset + i + (c - left) * dilation, and exactly 0 where there is no such key or the query
-        does not see it; the global keys' weights [B, Hq, Tq, G], None where G is 0. A query that
-        sees no key gets zeros, and no gradient (:func:`attention` has it see all keys alike). On
-        the CPU, NaN or infinity in a query, key or value reaches what sees it and nothing else.
+        does not see it or it was dropped; the global keys' weights [B, Hq, Tq, G], None where G is
+        0. A query that sees no key gets zeros, and no gradient (:func:`attention` has it see all
+        keys alike). On the CPU, NaN or infinity in a query, key or value reaches what sees it and
+        nothing else.
 
     Raises:
         ValueError: a shape or value does not fit; the message names the argument, what was
             expected and what came.
         TypeError: a dtype, device or layout does not fit.
     """
-    output, weights, global_weights = _window_attention(
-        q,
-        k,
-        v,
-        left,
-        right,
-        dilation,
-        offset,
-        key_start,
-        key_end,
-        global_keys,
-        scale,
-        alpha_of("window_attention", normalizer, alpha),
+    require_tensors("window_attention", key_start=key_start, key_end=key_end)
+    output, weights, global_weights = attend_to_some(
+        _window_attention,
+        _plain,
+        (q, k, v),
+        (left, right, dilation, offset, key_start, key_end, global_keys, scale),
+        normalizer,
+        alpha,
+        dropout,
+        seed,
         return_weights,
     )
     if not return_weights:

@@ -18,13 +18,13 @@ that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, normalized
+from .common import Draw, Sample, dropped, normalized, thinned
 
 
 def block_sparse_attention(
@@ -36,12 +36,18 @@ def block_sparse_attention(
     *,
     is_causal: bool = False,
     key_end: Tensor | None = None,
-    normalizer: str = "softmax",
-    alpha: float = 1.5,
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], blocks int64 [1 or B, 1 or Hq, N, 2],
-    key_end [B] or [B, Tq] -> output [B, Hq, Tq, Dv], weights [B, Hq, N, Bq, Bk]."""
+    key_end [B] or [B, Tq], seed [1] -> output [B, Hq, Tq, Dv], weights [B, Hq, N, Bq, Bk].
+
+    signed: weights as they were before dropout, with a minus sign where they are dropped, as the op
+    has them."""
     queries, width = q.shape[2:]
     keys = k.size(2)
     scale = width**-0.5 if scale is None else scale
@@ -67,7 +73,14 @@ def block_sparse_attention(
     scores = scale * (q @ k.transpose(-1, -2))
     scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
     weights = torch.where(seen, normalized(scores, normalizer, alpha), 0) if keys else scores
-    output = torch.where(some, weights @ v, 0)
+    met = weights
+    if dropout and seed is not None:
+        listed = dropped((*weights.shape[:2], blocks.size(2), *block), dropout, seed)
+        drop = to_dense(listed.to(weights.dtype), blocks, block, queries, keys) > 0
+        weights = torch.where(drop, -weights, weights)
+        met = thinned(weights, dropout)
+        weights = weights if signed else met
+    output = torch.where(some, met @ v, 0)
     return output, to_blocks(weights, blocks, block)
 
 
@@ -152,5 +165,7 @@ def sample_inputs(
     options = {"is_causal": True, "key_end": each}
     yield Sample("causal", (*operands(2), *some(batch, 2 * heads)), options)
     yield Sample("sparsemax", (*operands(), *some()), {"normalizer": "sparsemax", "scale": 1.5})
+    options = {"is_causal": True, "dropout": 0.4, "seed": draw.seed()}
+    yield Sample("dropout", (*operands(2), *some(2 * heads)), options)
     options = {"normalizer": "entmax", "alpha": 1.3, "key_end": end}
     yield Sample("entmax", (*operands(2), *some(2 * heads)), options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -65,8 +66,12 @@ def entmax(input: Tensor, alpha: Tensor | float = 1.5, dim: int = -1) -> Tensor:
     return p.masked_fill(wrong | power.isnan(), torch.nan)
 
 
-def normalized(scores: Tensor, normalizer: str, alpha: Tensor | float) -> Tensor:
-    """Softmax over the last dimension, or what the normalizer names; alpha is "entmax"'s."""
+def normalized(
+    scores: Tensor, normalizer: str | Callable[[Tensor], Tensor], alpha: Tensor | float
+) -> Tensor:
+    """Softmax over the last dimension, or what the normalizer names or does."""
+    if callable(normalizer):
+        return normalizer(scores)
     alpha = ALPHAS.get(normalizer, alpha)
     softmax = not isinstance(alpha, Tensor) and alpha == 1
     return torch.softmax(scores, -1) if softmax else entmax(scores, alpha)
@@ -81,6 +86,29 @@ def _threshold(x: Tensor, power: Tensor, out: Tensor, dim: int) -> Tensor:
         above = (x - middle).clamp(min=0).masked_fill(out, 0)
         tau = torch.where((above**power).sum(dim, keepdim=True) >= 1, middle, tau)
     return tau
+
+
+def dropped(shape: Sequence[int], dropout: float, seed: Tensor) -> Tensor:
+    """Which weights of this shape dropout drops: bool. It depends on the seed [1], the row (all
+    dimensions but the last) and the column alone."""
+    low, step = 2**32 - 1, 0x9E3779B9
+
+    def mixed(x: Tensor) -> Tensor:  # integers of 32 bits, whose products wrap around
+        x = (x ^ (x >> 16)) * 0x85EBCA6B & low
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 & low
+        return x ^ (x >> 16)
+
+    row = torch.arange(math.prod(shape[:-1]), device=seed.device)
+    key = torch.zeros_like(row)
+    for part in (seed, seed >> 32, row, row >> 32):
+        key = mixed(key + (part & low) + step & low)
+    column = torch.arange(shape[-1], device=seed.device) * step & low
+    return ((mixed(key[:, None] ^ column) >> 8) < int(dropout * 2**24 + 0.5)).reshape(*shape)
+
+
+def thinned(signed: Tensor, dropout: float) -> Tensor:
+    """Zero where the sign is minus, as dropped weights have it; the others larger by as much."""
+    return torch.where(signed < 0, 0, signed * (1 / (1 - dropout) if dropout < 1 else 0))
 
 
 def controller_layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
@@ -188,6 +216,10 @@ class Draw:
     def mask(self, *shape: int, share: float = 0.7) -> Tensor:
         """bool, that share of it true."""
         return (torch.rand(shape, generator=self.generator) < share).to(self.device)
+
+    def seed(self) -> Tensor:
+        """Of dropout, [1]."""
+        return self.whole(-(2**63), 2**63 - 1, 1).to(self.device)
 
     def whole(self, low: int, high: int, *shape: int) -> Tensor:
         """int64 on the CPU, low <= value < high."""

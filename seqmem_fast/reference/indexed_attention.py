@@ -17,13 +17,13 @@ Arguments are not checked: the op does that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, normalized
+from .common import Draw, Sample, dropped, normalized, thinned
 
 
 def indexed_attention(
@@ -32,12 +32,18 @@ def indexed_attention(
     v: Tensor,
     index: Tensor,
     *,
-    normalizer: str = "softmax",
-    alpha: float = 1.5,
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], index int64 [1 or B, 1 or Hq, Tq, C]
-    -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, C]."""
+    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], index int64 [1 or B, 1 or Hq, Tq, C],
+    seed [1] -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, C].
+
+    signed: weights as they were before dropout, with a minus sign where they are dropped, as the op
+    has them."""
     scale = q.size(3) ** -0.5 if scale is None else scale
     keys, group = k.size(2), q.size(1) // k.size(1)
     index = index.expand(*q.shape[:3], -1)
@@ -58,7 +64,13 @@ def indexed_attention(
     weights = (
         torch.where(seen, normalized(scores, normalizer, alpha), 0) if seen.size(3) else scores
     )
-    return (weights.unsqueeze(-2) @ v).squeeze(-2), weights
+    met = weights
+    if dropout and seed is not None:
+        drop = dropped(weights.shape, dropout, seed)
+        weights = torch.where(drop, -weights, weights)
+        met = thinned(weights, dropout)
+        weights = weights if signed else met
+    return (met.unsqueeze(-2) @ v).squeeze(-2), weights
 
 
 def top_k_keys(
@@ -114,4 +126,5 @@ def sample_inputs(
     some[:, :, -1] = -1  # a query without any key
     yield Sample("each", (*operands(2), some))
     yield Sample("sparsemax", (*operands(), index(1, 1)), {"normalizer": "sparsemax", "scale": 1.5})
+    yield Sample("dropout", (*operands(2), some), {"dropout": 0.4, "seed": draw.seed()})
     yield Sample("entmax", (*operands(2), some), {"normalizer": "entmax", "alpha": 1.3})

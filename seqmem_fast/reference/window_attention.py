@@ -20,13 +20,13 @@ are not checked: the op does that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, normalized
+from .common import Draw, Sample, dropped, normalized, thinned
 
 
 def window_attention(
@@ -41,12 +41,18 @@ def window_attention(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     global_keys: int = 0,
-    normalizer: str = "softmax",
-    alpha: float = 1.5,
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
+    alpha: Tensor | float = 1.5,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], key_start and key_end [B] or [B, Tq]
-    -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, W], global weights [B, Hq, Tq, G]."""
+    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], key_start and key_end [B] or [B, Tq],
+    seed [1] -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, W], global weights [B, Hq, Tq, G].
+
+    Global keys drop as columns after the band's. signed: weights as they were before dropout, with
+    a minus sign where they are dropped, as the op has them."""
     heads, queries, width = q.shape[1:]
     keys = k.size(2)
     left, right = bounds(left, right, dilation, offset, queries, keys)
@@ -75,7 +81,13 @@ def window_attention(
     some = seen.any(-1, keepdim=True)
     scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
     weights = torch.where(seen, normalized(scores, normalizer, alpha), 0)
-    output = (weights.unsqueeze(-2) @ v).squeeze(-2)
+    met = weights
+    if dropout and seed is not None:
+        drop = dropped(weights.shape, dropout, seed).roll(global_keys, -1)
+        weights = torch.where(drop, -weights, weights)
+        met = thinned(weights, dropout)
+        weights = weights if signed else met
+    output = (met.unsqueeze(-2) @ v).squeeze(-2)
     global_weights, weights = weights.split([global_keys, left + 1 + right], -1)
     return output, weights, global_weights
 
@@ -125,5 +137,7 @@ def sample_inputs(
         "entmax", (*operands(), wide, 1), {"global_keys": 1, "normalizer": "entmax", "alpha": 1.3}
     )
     yield Sample("sparsemax", (*operands(), wide, 2), {"scale": 1.5, "normalizer": "sparsemax"})
+    options = {"global_keys": min(2, keys), "dropout": 0.4, "seed": draw.seed(), "dilation": 2}
+    yield Sample("dropout", (*operands(2), wide, 1), options)
     whole = {"global_keys": min(3, keys), "dilation": 3, "key_start": end // 2}
     yield Sample("everything", (*operands(3), -1, -1), whole)
