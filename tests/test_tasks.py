@@ -30,6 +30,7 @@ SMALL: dict[str, tuple[Task, dict[str, int]]] = {
         tasks.GraphTraversalTask(node_labels=5, edge_labels=3, max_nodes=4, max_edges=6),
         {"nodes": 4, "edges": 6, "path": 3},
     ),
+    "long_copy": (tasks.LongCopyTask(symbols=3, delays=2, length=5), {"length": 7}),
     "one_shot": (tasks.OneShotTask(classes=3, side=10, letters=60), {"images": 4}),
     "overwrite_recall": (tasks.OverwriteRecallTask(keys=3, values=4, writes=7), {"writes": 9}),
     "priority_sort": (

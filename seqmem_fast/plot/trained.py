@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tasks import TASKS, Batch, GraphTraversalTask, OneShotTask, OverwriteRecallTask
+from ..tasks import (
+    TASKS,
+    Batch,
+    GraphTraversalTask,
+    LongCopyTask,
+    OneShotTask,
+    OverwriteRecallTask,
+)
 from ..tasks.checkpoint import CheckpointError
 from ..tasks.loop import resume
-from ..tasks.model import CompressiveModel, MemoryModel
+from ..tasks.model import AttentionModel, CompressiveModel, MemoryModel
 from ..tasks.task import AnswersTask
 from ..tasks.training import Training
+from .attention import attention
 from .compressive import compressive
 from .dnc import dnc
 from .graph_traversal import graph_traversal, looked_at
@@ -41,7 +49,7 @@ def save_picture(training: Training, sizes: dict[str, int], seed: int, path: Pat
     else:
         batch = task.batch(1, generator, **size)
     trace = None
-    if isinstance(training.model, (MemoryModel, CompressiveModel)):
+    if isinstance(training.model, (MemoryModel, CompressiveModel, AttentionModel)):
         logits, trace = training.model.trace(batch.input)
     else:
         logits = training.model(batch.input)
@@ -83,6 +91,11 @@ def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title:
         steps = len(shown) - len(weights)
         sizes = memory.memory_size, memory.compressed_size, memory.ratio
         return compressive(weights, steps, *sizes, title=title)
+    if isinstance(task, LongCopyTask) and trace:
+        band, header, _ = trace[-1]
+        names = task.in_words(batch)
+        left = training.settings.memory_size - 1
+        return attention(band[0], names, names, title=title, left=left, global_weights=header[0])
     answers = isinstance(task, AnswersTask)
     chances = logits[:, 0].softmax(1) if answers else logits[:, 0].sigmoid()
     if settings.model == "dnc":

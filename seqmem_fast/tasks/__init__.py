@@ -1,7 +1,7 @@
 """Tasks that need a memory, as generators: the five of the NTM paper (Graves, Wayne & Danihelka,
 arXiv 1410.5401, section 4), copying in turn and graph traversal (the DNC paper, Graves et al.
-2016), one-shot classification (Santoro et al., arXiv 1605.06065), and two for memories of a fixed
-size: overwriting recall and distant recall.
+2016), one-shot classification (Santoro et al., arXiv 1605.06065), two for memories of a fixed
+size, overwriting recall and distant recall, and one for attention to a window, long copy.
 
     loader = DataLoader(Stream(CopyTask(), batch_size=16), batch_size=None)
 
@@ -15,6 +15,7 @@ from .copy_in_turn import CopyInTurnTask
 from .distant_recall import DistantRecallTask
 from .dynamic_ngrams import DynamicNgramsTask
 from .graph_traversal import GraphTraversalTask
+from .long_copy import LongCopyTask
 from .one_shot import OneShotTask
 from .overwrite_recall import OverwriteRecallTask
 from .priority_sort import PrioritySortTask
@@ -30,6 +31,7 @@ __all__ = [
     "DistantRecallTask",
     "DynamicNgramsTask",
     "GraphTraversalTask",
+    "LongCopyTask",
     "OneShotTask",
     "OverwriteRecallTask",
     "PrioritySortTask",
@@ -50,6 +52,7 @@ TASKS: dict[str, type[Task]] = {
     "distant_recall": DistantRecallTask,
     "dynamic_ngrams": DynamicNgramsTask,
     "graph_traversal": GraphTraversalTask,
+    "long_copy": LongCopyTask,
     "one_shot": OneShotTask,
     "overwrite_recall": OverwriteRecallTask,
     "priority_sort": PrioritySortTask,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import DNC, LSTM, MANN, NTM
 from .model_fixed import AssociativeModel, CompressiveModel
+from .model_windows import AttentionModel
 from .task import Task
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ BUILDERS: dict[str, Callable[[Task, Settings], nn.Module]] = {
     "lstm": LSTMModel,
     **dict.fromkeys(("additive", "window", "delta", "gated_delta"), AssociativeModel),
     "compressive": CompressiveModel,
+    **dict.fromkeys(("band", "dense"), AttentionModel),
 }
 
 

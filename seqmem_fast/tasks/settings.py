@@ -38,7 +38,9 @@ class Settings:
     learnt: Annotated[float, "the loss under which that begins early; 0: never"] = 0.0
     controller_size: Annotated[int, "units of the controller or LSTM; else the width"] = 100
     num_layers: Annotated[int, "of the controller or LSTM; else of the network"] = 1
-    memory_size: Annotated[int, "slots; features of a key in an associative memory"] = 128
+    memory_size: Annotated[
+        int, "slots; features of a key in an associative memory; steps of a band"
+    ] = 128
     memory_dim: Annotated[int, "width of a slot; features of a value in an associative memory"] = 20
     heads: Annotated[str, "of an NTM, in order: w writes, r reads"] = "wr"
     read_heads: Annotated[
@@ -135,6 +137,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "controller_size": 64,
         "memory_size": 32,
         "read_heads": 1,
+    },
+    "long_copy": {
+        "model": "band",
+        "steps": 400,
+        "fall": 0.4,
+        "batch_size": 32,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.0,
+        "controller_size": 32,
+        "num_layers": 2,
+        "memory_size": 8,
+        "read_heads": 4,
     },
     "overwrite_recall": {
         "model": "gated_delta",
