@@ -48,7 +48,7 @@ SIZES = {
         "max_path": 2,
         "questions": 1,
     },
-    "long_copy": {"symbols": 3, "delays": 2, "length": 5},
+    "long_copy": {"symbols": 2, "delays": 2, "length": 5},
     "one_shot": {"classes": 2, "images": 3, "side": 8, "letters": 40},
     "overwrite_recall": {"keys": 2, "values": 2, "writes": 4},
     "priority_sort": {"bits": 2, "items": 4, "highest": 2},

@@ -92,10 +92,10 @@ def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title:
         sizes = memory.memory_size, memory.compressed_size, memory.ratio
         return compressive(weights, steps, *sizes, title=title)
     if isinstance(task, LongCopyTask) and trace:
-        band, header, _ = trace[-1]
+        band, header = (torch.cat([w[part][0] for w in trace]) for part in (0, 1))
         names = task.in_words(batch)
         left = training.settings.memory_size - 1
-        return attention(band[0], names, names, title=title, left=left, global_weights=header[0])
+        return attention(band, names, names, title=title, left=left, global_weights=header)
     answers = isinstance(task, AnswersTask)
     chances = logits[:, 0].softmax(1) if answers else logits[:, 0].sigmoid()
     if settings.model == "dnc":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -29,9 +30,9 @@ class LongCopyTask(AnswersTask):
         ValueError: fewer than 2 symbols, no delay, a text no longer than the longest delay.
     """
 
-    symbols: int = 8
-    delays: int = 4
-    length: int = 64
+    symbols: Annotated[int, "of the text"] = 8
+    delays: Annotated[int, "the longest delay"] = 4
+    length: Annotated[int, "of a text in training"] = 64
 
     def __post_init__(self) -> None:
         for name, least in (("symbols", 2), ("delays", 1)):

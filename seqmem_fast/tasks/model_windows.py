@@ -67,7 +67,7 @@ class AttentionModel(nn.Module):
         told = torch.cat((angle.sin(), angle.cos()), 1).to(input.dtype)
         x = self.embedding(torch.cat((input, told[:, None].expand(-1, batch, -1)), 2))
         traced = []
-        for layer in self.layers:
+        for layer in (each for each in self.layers if isinstance(each, _Layer)):
             y = layer.before(x)
             if self.is_band:
                 read, weights = layer.attention(
