@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -351,20 +352,18 @@ def _with_learned_alpha(
     if transform_active() or exports_onnx():
         return plain(*operands, *pattern, alpha, dropout, seed)
     q, k, v = operands
-    device, dtype = q.device.type, q.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q)
     with torch.no_grad():
         op(q, k, v[..., :0], *pattern, 1.5, dropout, seed, False)
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(device, enabled=False):
+    with nullcontext() if dtype is None else torch.autocast(q.device.type, enabled=False):
 
         def normalizer(scores: Tensor) -> Tensor:
             weights: Tensor = torch.ops.seqmem.entmax(scores, alpha.to(wide), 1.5, -1)
             return weights
 
         found = plain(*(t.to(wide) for t in operands), *pattern, normalizer, dropout, seed)
-        return tuple(t.to(dtype) for t in found)
+        return tuple(t.to(dtype or q.dtype) for t in found)
 
 
 def require_tensors(op: str, **given: Tensor | None) -> None:
