@@ -306,7 +306,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
                 learnt = train(training, kind, args.steps, seed, bar, task)
                 seconds[kind].append(round(time.process_time() - start, 1))
                 found[kind].append(round(learnt.examine(held_out), 4))
-                model = learnt if kind == "REINFORCE" else model
+                if kind == "REINFORCE" and model is None:
+                    model = learnt
     for kind, shares in found.items():
         each = ", ".join(f"{share:.1%}" for share in shares)
         console.print(
