@@ -51,7 +51,7 @@ from benchmarks.harness import (  # noqa: E402
     timing,
 )
 from benchmarks.peers import lstm as peers  # noqa: E402
-from benchmarks.studies import charlm, gates, random_shapes  # noqa: E402
+from benchmarks.studies import charlm, gates, lengths, random_shapes  # noqa: E402
 
 TINY = timing.Budget(side_s=0.002, cap_s=10.0, few=2, most=3)
 SHAPES = [
@@ -794,3 +794,15 @@ def test_pytest_collects_every_row_of_every_op() -> None:
         for row in importlib.import_module(f"benchmarks.bench_{op}").ROWS:
             found = f"bench_{op}.py::test_row[{row}-{rows.OURS}]".replace(" ", "-")
             assert (found in done.stdout) == (row.dtype == "float32"), row
+
+
+def test_lengths_of_a_window_are_measured_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_threads: None
+) -> None:
+    monkeypatch.setattr(lengths, "LENGTHS", (64, 128))
+    path, picture = tmp_path / "lengths.json", tmp_path / "lengths.png"
+    options = ["--threads", "1", "--seconds", "0", f"--json={path}", f"--out={picture}"]
+    assert lengths.main(options) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    results = json.loads(path.read_text())["results"]
+    assert len(results) == 8 and all(found["step_s"] > 0 for found in results)
