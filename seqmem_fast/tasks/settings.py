@@ -137,6 +137,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "controller_size": 64,
         "memory_size": 32,
         "read_heads": 1,
+        "compression": "conv_reconstruction",
     },
     "long_copy": {
         "model": "band",
