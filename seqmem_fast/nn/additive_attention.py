@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.common import autocast_dtype
 
 __all__ = ["AdditiveAttention"]
 
@@ -102,5 +103,5 @@ class AdditiveAttention(nn.Module):
                 f"got {list(t.shape)}"
             )
         wanted = self.score_weight.dtype
-        if t.dtype != wanted and not torch.is_autocast_enabled(t.device.type):
+        if t.dtype != wanted and autocast_dtype(t) is None:
             raise TypeError(f"AdditiveAttention: expected {name} of dtype {wanted}, got {t.dtype}")

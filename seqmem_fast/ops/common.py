@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from ..reference.common import ALPHAS
+from ..reference.common import ALPHAS, thinned
 from ..reference.common import MASKED as MASKED
 
 Gradients = tuple[Tensor | None, ...]
@@ -335,8 +335,7 @@ def attend_to_some(
         found = op(*operands, *pattern, power, dropout, seed, need_weights)
     if not dropout or not need_weights:
         return found
-    factor = 1 / (1 - dropout) if dropout < 1 else 0
-    return found[0], *(weights.clamp(min=0) * factor for weights in found[1:])
+    return found[0], *(thinned(weights, dropout) for weights in found[1:])
 
 
 def _with_learned_alpha(

@@ -108,7 +108,7 @@ def dropped(shape: Sequence[int], dropout: float, seed: Tensor) -> Tensor:
 
 def thinned(signed: Tensor, dropout: float) -> Tensor:
     """Zero where the sign is minus, as dropped weights have it; the others larger by as much."""
-    return torch.where(signed < 0, 0, signed * (1 / (1 - dropout) if dropout < 1 else 0))
+    return signed.clamp(min=0) * (1 / (1 - dropout) if dropout < 1 else 0)
 
 
 def controller_layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
