@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.bench_window_attention import ours
 from benchmarks.harness import machine, report, rows
 from benchmarks.harness.timing import CLOCKS, Clock
-from benchmarks.studies.scaling import Sweep, seconds_per_step
+from benchmarks.studies.scaling import Sweep, finish, seconds_per_step
 
 JOB = "window_attention_lengths"
 HEADS, WIDTH, KEYS = 2, 64, 256
@@ -77,11 +77,7 @@ def draw(found: Sequence[dict[str, Any]], here: dict[str, Any]) -> Any:
             axes.plot([r["T"] for r in line], [r["step_s"] * 1e6 for r in line], "o-", label=side)
         axes.set(xscale="log", yscale="log", xlabel="steps T", title=mode)
         axes.set_xticks(LENGTHS, [f"{n // 1024}k" for n in LENGTHS])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("us a step")
-    panels[0].legend(frameon=False)
-    figure.suptitle(machine.one_line(here), fontsize=8, color="#555555", x=0.01, ha="left")
+    finish(figure, panels, here)
     return figure
 
 

@@ -103,12 +103,18 @@ def draw(sweep: Sweep, found: Sequence[dict[str, Any]], here: dict[str, Any]) ->
                 axes.plot(sizes, straight, "--", color=drawn.get_color(), linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel=title)
         axes.set_xticks(sizes, [str(size) for size in sizes])
+    finish(figure, panels, here)
+    return figure
+
+
+def finish(figure: Any, panels: Any, here: dict[str, Any]) -> None:
+    """What all pictures of times a step have: grids, a legend, and the machine."""
+    for axes in panels:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("us a step")
     panels[0].legend(frameon=False)
     figure.suptitle(machine.one_line(here), fontsize=8, color="#555555", x=0.01, ha="left")
-    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
