@@ -12,12 +12,14 @@ constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
 // Longer than a thread that sleeps takes to wake up, shorter than a scheduler's time slice.
 constexpr int64_t kWindow = 200 * kMicrosecond;
 // Fewer threads are used for the first pause, then all are tried; a stall soon after a pause makes
-// the next one longer, so that trying costs little where the machine stays busy.
+// the next one longer, so that trying costs little where the machine stays busy. Soon is measured
+// by what stalls take: rare ones cost less than a pause would, and begin none.
 constexpr int64_t kFirstPause = 20 * kMillisecond, kLongestPause = 2000 * kMillisecond;
-constexpr int64_t kLonger = 4, kSoon = 10;  // pauses
+constexpr int64_t kLonger = 4, kSoon = 16;  // stalls
 
-std::atomic<int64_t> pause_end{0};  // 0: never stalled, which costs calls nothing
+std::atomic<int64_t> pause_end{0};  // 0: never paused, which costs calls nothing
 std::atomic<int64_t> pause_length{0};
+std::atomic<int64_t> stall_begin{0}, stall_end{0};  // the last one
 std::atomic<int> threads_in_pause{1};
 
 int64_t read(clockid_t clock) {
@@ -26,14 +28,20 @@ int64_t read(clockid_t clock) {
   return int64_t(time.tv_sec) * 1000 * kMillisecond + time.tv_nsec;
 }
 
-void begin_pause(int64_t now, int running) {
+// A stall that began at `begin` and is not over. May be told of again, by other threads as well.
+void note_stall(int64_t begin, int64_t now, int running) {
   int64_t end = pause_end.load(std::memory_order_relaxed);
-  if (now < end) return;  // another thread of the team has seen it too
+  const int64_t last_end = stall_end.exchange(now, std::memory_order_relaxed);
+  if (now < end || begin < last_end) return;  // told before
+  const int64_t last_begin = stall_begin.exchange(begin, std::memory_order_relaxed);
+  const int64_t cost = std::max(now - begin, last_end - last_begin);
+  const bool soon = begin - std::max(last_end, end) < kSoon * cost;
   const int64_t last = pause_length.load(std::memory_order_relaxed);
-  const bool again = last > 0 && now - end < kSoon * last;
-  const int64_t length = again ? std::min(kLonger * last, kLongestPause) : kFirstPause;
-  if (!pause_end.compare_exchange_strong(end, now + length)) return;
+  const int64_t length = !soon       ? 0
+                         : last == 0 ? kFirstPause
+                                     : std::min(kLonger * last, kLongestPause);
   pause_length.store(length, std::memory_order_relaxed);
+  if (!soon || !pause_end.compare_exchange_strong(end, now + length)) return;
   threads_in_pause.store(std::max(running, 1), std::memory_order_relaxed);
 }
 
@@ -55,7 +63,8 @@ StallWatch::StallWatch(const TeamClocks& clocks, int threads)
     : clocks_(clocks),
       threads_(threads),
       watched_(std::min(threads, TeamClocks::kMost)),
-      since_(read(CLOCK_MONOTONIC)),
+      begin_(read(CLOCK_MONOTONIC)),
+      since_(begin_),
       self_(read(CLOCK_THREAD_CPUTIME_ID)) {}
 
 void StallWatch::read_clocks(int64_t now) {
@@ -77,7 +86,7 @@ void StallWatch::look() {
     const bool came = clock != 0, came_meanwhile = came && ran_[i] == 0;
     if (!came || (!came_meanwhile && read(clock) - ran_[i] < window / 2)) ++stalled;
   }
-  if (stalled > 0) begin_pause(now, threads_ - stalled);
+  if (stalled > 0) note_stall(begin_, now, threads_ - stalled);
   read_clocks(now);
 }
 

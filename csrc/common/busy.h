@@ -38,6 +38,7 @@ class StallWatch {
 
   const TeamClocks& clocks_;
   const int threads_, watched_;
+  const int64_t begin_;
   int64_t since_, self_;  // the last window's begin, the waiting thread's processor time then
   bool has_read_ = false;
   std::array<int64_t, TeamClocks::kMost> ran_;  // the others', once read: it is not for nothing
