@@ -139,10 +139,11 @@ class Rows {
       store(x + i, g);
       store(y + i, s);
     }
-    const C total = sum<C>(totals), mean = total == 0 ? C(0) : sum<C>(dots) / total;
+    const C total = lane_sum<C>(totals), mean = total == 0 ? C(0) : lane_sum<C>(dots) / total;
     if (grad_alpha != nullptr) {
       const C k = C(1 / (alpha - 1));
-      *grad_alpha = k * k * (sum<C>(of_p) - mean) + k * (sum<C>(of_h) - mean * sum<C>(entropies));
+      *grad_alpha = k * k * (lane_sum<C>(of_p) - mean) +
+                    k * (lane_sum<C>(of_h) - mean * lane_sum<C>(entropies));
     }
     if (grad_input == nullptr) return;
     for (int64_t i = 0; i < K; i += L)
@@ -206,7 +207,7 @@ class Rows {
       store(x + i, v);
       highest = v > highest ? v : highest;
     }
-    return largest<C>(highest);
+    return largest_lane<C>(highest);
   }
 
   struct Values {
@@ -248,8 +249,8 @@ class Rows {
     }
     if (any<C>(wrong) || scale != scale) return C(__builtin_nan(""));
     while (true) {
-      const C total = sum<C>(totals);
-      const C next = tau + (total - root(total, scale)) / sum<C>(slopes);
+      const C total = lane_sum<C>(totals);
+      const C next = tau + (total - root(total, scale)) / lane_sum<C>(slopes);
       // The last step may go back: it mends what rounding did while tau was far away.
       if (!(next > tau)) return next;
       tau = next;

@@ -48,7 +48,7 @@ C exponentials(C* row, int64_t n, C highest) {
   };
   while (i + W * L <= n) next(std::integral_constant<int, W>{});
   while (i < n) next(std::integral_constant<int, 1>{});
-  return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+  return lane_sum<C>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 }  // namespace

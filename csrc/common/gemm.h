@@ -170,7 +170,7 @@ SEQMEM_INLINE void store_sums4(C* out, const Vec<C> (&s)[4]) {
       out[j] = total;
     }
   } else {
-    for (int j = 0; j < 4; ++j) out[j] = sum<C>(s[j]);
+    for (int j = 0; j < 4; ++j) out[j] = lane_sum<C>(s[j]);
   }
 }
 

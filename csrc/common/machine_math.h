@@ -19,27 +19,6 @@ SEQMEM_INLINE void for_vectors(int64_t n, F&& f) {
   for (; v < n; ++v) f(std::integral_constant<int, 1>{}, v);
 }
 
-// Folds a vector's upper half onto its lower one, again and again, in registers.
-template <class C, int half = kLanes<C> / 2, class F>
-SEQMEM_INLINE C fold(Vec<C> v, F&& combine) {
-  if constexpr (half == 0) {
-    return v[0];
-  } else {
-    const Vec<C> upper = shuffle(v, v, [](int i) { return i < half ? half + i : 0; });
-    return fold<C, half / 2>(combine(v, upper), combine);
-  }
-}
-
-template <class C>
-SEQMEM_INLINE C total(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
-}
-
-template <class C>
-SEQMEM_INLINE C largest(Vec<C> v) {
-  return fold<C>(v, [](Vec<C> a, Vec<C> b) { return b > a ? b : a; });
-}
-
 SEQMEM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 SEQMEM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 

@@ -128,7 +128,7 @@ class SlotMatrix {
       Vec<C> total{};
       for (int64_t v = 0; v < vectors; ++v)
         total += load(w + v * L) * load(memory + m * stride + v * L);
-      out[m] = sum<C>(total);
+      out[m] = lane_sum<C>(total);
     }
   }
 
@@ -179,8 +179,8 @@ class SlotMatrix {
           store(t.content + (v + i) * L, e[i]);
         }
       });
-      const C found = largest<C>(most);
-      if (top != C(0) || (found >= -kFar && found <= kFar)) return C(1) / total<C>(sum);
+      const C found = largest_lane<C>(most);
+      if (top != C(0) || (found >= -kFar && found <= kFar)) return C(1) / lane_sum<C>(sum);
       top = found;
     }
   }

@@ -23,7 +23,7 @@ C highest(const C* row, Span span) {
   for (int v = 0; v < 4; ++v) step(v);
   for (; x < span.end; x += L) step(0);
   for (int v = 1; v < 4; ++v) top[0] = top[v] > top[0] ? top[v] : top[0];
-  return largest<C>(top[0]);
+  return largest_lane<C>(top[0]);
 }
 
 // Columns of a line for entmax_row, whole vectors of any type, and the bytes of its buffer.
@@ -70,7 +70,7 @@ C to_slopes(C* row, int64_t lo, int64_t hi, double alpha) {
       store(row + x, slope);
       total += slope;
     }
-    return sum<C>(total);
+    return lane_sum<C>(total);
   });
 }
 
@@ -83,7 +83,7 @@ C dot_of(const C* slope, const C* weight, int64_t lo, int64_t hi) {
   for (; x + 4 * L <= hi; x += 4 * L) SEQMEM_UNROLL
   for (int v = 0; v < 4; ++v) total[v] += load(slope + x + v * L) * load(weight + x + v * L);
   for (; x < hi; x += L) total[0] += load(slope + x) * load(weight + x);
-  return sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+  return lane_sum<C>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // slope = weight (slope - mean), zero in the other columns.

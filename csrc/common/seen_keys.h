@@ -139,7 +139,7 @@ template <class C>
 bool any_not_finite(const C* x, int64_t n) {
   Vec<C> zeros = {};
   for (int64_t i = 0; i < n; i += kLanes<C>) zeros += load(x + i) * C(0);
-  return !(sum<C>(zeros) == C(0));
+  return !(lane_sum<C>(zeros) == C(0));
 }
 
 // Sets what lies around a row's range to `value`, to whole vectors; the range in whole vectors.

@@ -27,7 +27,7 @@ __attribute__((noinline)) void softmax(C* x, int64_t n) {
     }
   }
   for (int q = 1; q < Q; ++q) highest[0] = highest[q] > highest[0] ? highest[q] : highest[0];
-  C top = largest<C>(highest[0]);
+  C top = largest_lane<C>(highest[0]);
   for (; i < n; ++i) top = x[i] > top ? x[i] : top;
 
   Vec<C> sums[Sums] = {};
@@ -51,7 +51,7 @@ __attribute__((noinline)) void softmax(C* x, int64_t n) {
     store_n(x + i, v[0], lanes);
   }
   if constexpr (Sums == 4) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  const C scale = C(1) / sum<C>(sums[0]);
+  const C scale = C(1) / lane_sum<C>(sums[0]);
   for (i = 0; i < n; i += L) {
     const int lanes = static_cast<int>(min(L, n - i));
     store_n(x + i, load_n(x + i, lanes) * scale, lanes);

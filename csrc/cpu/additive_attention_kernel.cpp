@@ -257,7 +257,7 @@ class BackwardRun : Operands<S> {
       total += load(weights + j) * x;
       store(slope + j, x);
     }
-    const C mean = sum<C>(total);
+    const C mean = lane_sum<C>(total);
     for (int64_t j = 0; j < Tk_pad; j += L)
       store(slope + j, load(weights + j) * (load(slope + j) - mean));
     if (keep != nullptr)
@@ -310,13 +310,13 @@ class BackwardRun : Operands<S> {
     }
     for (int64_t f = 0; f < A; ++f)
       for (int r = 0; r < R; ++r)
-        dquery[(start + r) * A_pad + f] = 4 * sum<float>(load(dq + (f * R + r) * L));
+        dquery[(start + r) * A_pad + f] = 4 * lane_sum<float>(load(dq + (f * R + r) * L));
     for (int r = 0; r < R; ++r) fill(dquery + (start + r) * A_pad + A, A_pad - A, C(0));
   }
 
   // The lanes' sums of a unit are added to those of its blocks that went without factors.
   void add_lanes(C* dkey, C* dweight) {
-    for (int64_t f = 0; f < s.A; ++f) dweight[f] += sum<float>(load(dweight_lanes + f * L));
+    for (int64_t f = 0; f < s.A; ++f) dweight[f] += lane_sum<float>(load(dweight_lanes + f * L));
     for (int64_t j = 0; j < s.Tk; j += L)
       for (int64_t f = 0; f < s.A; f += L)
         transpose_block<float>(

@@ -277,7 +277,7 @@ class BackwardRun {
     Vec<C> total[4] = {};
     for (int64_t j = 0; j < keys; j += 4 * L) SEQMEM_UNROLL
     for (int v = 0; v < 4; ++v) total[v] += load(slope + j + v * L) * load(weight + j + v * L);
-    const C dot = sum<C>((total[0] + total[1]) + (total[2] + total[3]));
+    const C dot = lane_sum<C>((total[0] + total[1]) + (total[2] + total[3]));
     const C mean = weight_sum == 0 ? C(0) : dot / weight_sum;
     int64_t j = 0;
     if (allowed == nullptr) {

@@ -34,7 +34,7 @@ C mask_row(C* row, int64_t keys, int64_t last, const uint8_t* allowed, const C* 
   for (; j < last; j += L) step(j, 0, static_cast<int>(min<int64_t>(L, last - j)));
   for (; j < keys; j += L) store(row + j, splat(-kInfinity<C>));
   for (int v = 1; v < 4; ++v) highest[0] = highest[v] > highest[0] ? highest[v] : highest[0];
-  return largest<C>(highest[0]);
+  return largest_lane<C>(highest[0]);
 }
 
 }  // namespace

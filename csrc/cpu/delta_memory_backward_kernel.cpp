@@ -205,7 +205,7 @@ class BackwardRun {
         product += du * load(chunk.x + i * Vp + w);
         store(grad_x + i * Vp + w, -chunk.steps.beta[i] * du);
       }
-      of_beta[(b * s.T + run.begin + i) * s.H + h] = sum<C>(product);
+      of_beta[(b * s.T + run.begin + i) * s.H + h] = lane_sum<C>(product);
       S* of_value = value_row(b, run.begin + i, h) + first;
       for (int64_t w = 0; w < width; w += L)
         store_n(of_value + w, -load(grad_x + i * Vp + w), static_cast<int>(width - w));
@@ -238,12 +238,12 @@ class BackwardRun {
         store(grad_memory + i * Vp + w, grad);
       }
       total += sums;
-      if (by_feature) keys.whole[i] = sum<C>(sums);
+      if (by_feature) keys.whole[i] = lane_sum<C>(sums);
     }
     if (by_feature) {
       fill(keys.whole + s.K, Kp - s.K);
     } else {
-      keys.whole[0] = sum<C>(total);
+      keys.whole[0] = lane_sum<C>(total);
     }
   }
 };

@@ -153,8 +153,8 @@ class Chunk {
         }
       }
       for (int64_t i = j; i < n; ++i) {
-        A(i, j) = sum<C>(of_q[i]);
-        if (i > j) M(i, j) = sum<C>(of_k[i]);
+        A(i, j) = lane_sum<C>(of_q[i]);
+        if (i > j) M(i, j) = lane_sum<C>(of_k[i]);
       }
     }
   }

@@ -80,7 +80,7 @@ class KeyGradients {
   C dot_row(const C* x, const C* y) const {
     Vec<C> sums = {};
     for (int64_t c = 0; c < Kp; c += L) sums += load(x + c) * load(y + c);
-    return sum<C>(sums);
+    return lane_sum<C>(sums);
   }
 
   // grad_q, grad_k and the decays' gradients, one for each step.

@@ -110,7 +110,7 @@ class Steps {
         const Vec<C> x = load_n(from + c, static_cast<int>(s.K - c));
         squares += x * x;
       }
-      inverse = 1 / root(sum<C>(squares) + kNormFloor);
+      inverse = 1 / root(lane_sum<C>(squares) + kNormFloor);
     }
     factor *= inverse;
     for (int64_t c = 0; c < s.K; c += L)

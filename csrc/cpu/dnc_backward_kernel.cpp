@@ -143,7 +143,7 @@ class BackwardHeads {
   C product(const C* x, const C* y) const {
     Vec<C> sum{};
     slots.each([&](int64_t i) { sum += load(x + i) * load(y + i); });
-    return total<C>(sum);
+    return lane_sum<C>(sum);
   }
   // to = (to +) factor x
   void add(C factor, const C* x, C* to) const {
@@ -191,7 +191,7 @@ class BackwardHeads {
       // p_t = (1 - sum w) p + w
       Vec<C> all{};
       slots.each([&](int64_t i) { all += load(w + i); });
-      const C inside = product(before, d), rest = C(1) - total<C>(all);
+      const C inside = product(before, d), rest = C(1) - lane_sum<C>(all);
       slots.each([&](int64_t i) {
         store(dw + i, slots.true_lanes(i, load(dw + i) + load(d + i) - inside, Vec<C>{}));
         store(d + i, rest * load(d + i));
@@ -245,8 +245,8 @@ class BackwardHeads {
         store(dwrite + h * stride + i, d * (write * (C(1) - gate)));
         store(dusage + i, later * (C(1) - (gate * write) * a));
       });
-      dp[at.write + h] = total<C>(of_write);
-      dp[at.allocation + h] = total<C>(of_gate);
+      dp[at.write + h] = lane_sum<C>(of_write);
+      dp[at.allocation + h] = lane_sum<C>(of_gate);
       const C of_strength = reverse.allocate(u, strength, step.used, step.sorter.order, one,
                                              dallocation, products, dusage);
       if (s.softmax) dp[at.allocation_strengths + h] = of_strength;
@@ -277,7 +277,7 @@ class BackwardHeads {
         of_free += d * load(x.read + r * stride + i);
         store(c.read + r * stride + i, load(dbefore + r * stride + i) - free[r] * d);
       });
-      dp[at.free + r] = -total<C>(of_free);
+      dp[at.free + r] = -lane_sum<C>(of_free);
     }
   }
 };

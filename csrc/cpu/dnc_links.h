@@ -59,7 +59,7 @@ SEQMEM_INLINE void put_link_sums(const Vec<C> (&sums)[I][R], int64_t stride, int
       store_sums4<C>(four, sums[i]);
       for (int r = 0; r < R; ++r) out[r * stride + first + i] = four[r];
     } else {
-      for (int r = 0; r < R; ++r) out[r * stride + first + i] = total<C>(sums[i][r]);
+      for (int r = 0; r < R; ++r) out[r * stride + first + i] = lane_sum<C>(sums[i][r]);
     }
   }
 }

@@ -103,7 +103,7 @@ SEQMEM_INLINE void link_back_by_rows(int64_t begin, int64_t end, int64_t stride,
       }
     });
     put_link_sums<I, R, C>(sums, stride, first, a.along);
-    for (int i = 0; i < I && last; ++i) a.dw[first + i] += total<C>(dmine[i]);
+    for (int i = 0; i < I && last; ++i) a.dw[first + i] += lane_sum<C>(dmine[i]);
   });
 }
 

@@ -86,7 +86,7 @@ class Slots : public SlotMatrix<C> {
       store(out + i, x);
       most = x > most ? x : most;
     });
-    const C top = machine::largest<C>(most);
+    const C top = largest_lane<C>(most);
     each([&](int64_t i) {
       Vec<C> e[1] = {load(out + i) - top};
       exp_of_negative<1, C>(e);
@@ -94,7 +94,7 @@ class Slots : public SlotMatrix<C> {
       sum += e[0];
       store(out + i, e[0]);
     });
-    const C scale = C(1) / total<C>(sum);
+    const C scale = C(1) / lane_sum<C>(sum);
     each([&](int64_t i) { store(out + i, load(out + i) * scale); });
   }
 
@@ -221,7 +221,7 @@ class Slots : public SlotMatrix<C> {
       const C *weights = w + h * stride, *from = p + h * stride;
       Vec<C> sum{};
       each([&](int64_t i) { sum += load(weights + i); });
-      const C rest = C(1) - total<C>(sum);
+      const C rest = C(1) - lane_sum<C>(sum);
       each([&](int64_t i) {
         store(to + h * stride + i, rest * load(from + i) + load(weights + i));
       });
@@ -262,7 +262,7 @@ class Slots : public SlotMatrix<C> {
       most = x > most ? x : most;
     });
     for (int64_t i = 0; i < N; ++i) nan |= d[i] != d[i];
-    const C top = nan ? static_cast<C>(__builtin_nan("")) : machine::largest<C>(most);
+    const C top = nan ? static_cast<C>(__builtin_nan("")) : largest_lane<C>(most);
     each([&](int64_t i) {
       const Vec<C> x = top <= C(0) ? Vec<C>{} : load(d + i) / top;
       Vec<C> positive[1] = {(x < C(0) ? Vec<C>{} : x) + C(kSharpenFloor)}, log[1];

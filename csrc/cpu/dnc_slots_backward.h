@@ -126,8 +126,8 @@ class SlotsBackward {
           store(dw + i, load(dw + i) + d * (x - e * before));
           store(dmemory + m * stride + i, d * (C(1) - e * mine));
         });
-        dvectors[m] = total<C>(of_vector);
-        derase[m] = -total<C>(of_erase);
+        dvectors[m] = lane_sum<C>(of_vector);
+        derase[m] = -lane_sum<C>(of_erase);
       }
       return;
     }
@@ -143,8 +143,8 @@ class SlotsBackward {
           C* to = dw + h * stride + i;
           store(to, load(to) + d * vectors[h * M + m] - erase[h * M + m] * rest);
         });
-        dvectors[h * M + m] = total<C>(of_vector);
-        derase[h * M + m] = -total<C>(of_erase);
+        dvectors[h * M + m] = lane_sum<C>(of_vector);
+        derase[h * M + m] = -lane_sum<C>(of_erase);
       }
       slots.each([&](int64_t i) {
         const Vec<C> d = load(dmemory + m * stride + i);
@@ -165,13 +165,13 @@ class SlotsBackward {
     if (s.softmax) {
       Vec<C> product{}, of_strength{};
       slots.each([&](int64_t i) { product += load(a + i) * load(da + i); });
-      const C inside = total<C>(product);
+      const C inside = lane_sum<C>(product);
       slots.each([&](int64_t i) {
         const Vec<C> dz = load(a + i) * (load(da + i) - inside);
         of_strength += dz * (C(1) - load(u + i));
         store(du + i, load(du + i) - strength * dz);
       });
-      return total<C>(of_strength);
+      return lane_sum<C>(of_strength);
     }
     C product = 1;
     for (int64_t j = 0; j < N; ++j) {
@@ -194,7 +194,7 @@ class SlotsBackward {
             C* grad) const {
     Vec<C> product{}, of_sharpness{}, of_largest{};
     slots.each([&](int64_t i) { product += load(sharpened + i) * load(grad + i); });
-    const C inside = total<C>(product);
+    const C inside = lane_sum<C>(product);
     C top = direction[0];
     for (int64_t i = 1; i < N; ++i) top = direction[i] > top ? direction[i] : top;
     const bool empty = top <= C(0);
@@ -210,11 +210,11 @@ class SlotsBackward {
     int64_t ties = 0;
     for (int64_t i = 0; i < N; ++i) ties += direction[i] == top;
     if (!empty && ties > 0) {
-      const C each = total<C>(of_largest) / static_cast<C>(ties);
+      const C each = lane_sum<C>(of_largest) / static_cast<C>(ties);
       for (int64_t i = 0; i < N; ++i)
         if (direction[i] == top) grad[i] -= each;
     }
-    return total<C>(of_sharpness);
+    return lane_sum<C>(of_sharpness);
   }
 
  private:
@@ -226,7 +226,7 @@ class SlotsBackward {
   C sum_squares(const C* row, const C* part) const {
     Vec<C> sum{};
     slots.each([&](int64_t i) { sum += load(part + i) * load(row + i) * load(row + i); });
-    return total<C>(sum);
+    return lane_sum<C>(sum);
   }
 
   // Of head h's softmax and cosine: ddots and part (of the slots' norms; without masks that of all
@@ -239,7 +239,7 @@ class SlotsBackward {
     const bool first = h == 0 || x.masks != nullptr;
     Vec<C> product{}, of_strength{}, of_size{};
     slots.each([&](int64_t i) { product += load(w + i) * load(dw + i); });
-    const C inside = total<C>(product);
+    const C inside = lane_sum<C>(product);
     slots.each([&](int64_t i) {
       const Vec<C> n = load(norm + i), inverse = C(1) / (n * size + C(s.eps));
       const Vec<C> similar = load(dots + i) * inverse;
@@ -251,8 +251,8 @@ class SlotsBackward {
       store(t.ddots + h * stride + i, slots.true_lanes(i, dot, Vec<C>{}));
       store(part + i, slots.true_lanes(i, first ? own : load(part + i) + own, Vec<C>{}));
     });
-    *dstrength = total<C>(of_strength);
-    return total<C>(of_size);
+    *dstrength = lane_sum<C>(of_strength);
+    return lane_sum<C>(of_size);
   }
 };
 

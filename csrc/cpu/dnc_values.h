@@ -165,13 +165,14 @@ class Values {
   C normalise(const C* p) const {
     Vec<C> sum{}, squares{};
     for (int64_t i = 0; i < s.P; i += L) sum += load_n(p + i, lanes(i));
-    const C mean = total<C>(sum) / static_cast<C>(s.P);
+    const C mean = lane_sum<C>(sum) / static_cast<C>(s.P);
     for (int64_t i = 0; i < s.P; i += L) {
       store(normal + i, load_n(p + i, lanes(i)) - mean);
       for (int64_t k = s.P; k < i + L; ++k) normal[k] = 0;
       squares += load(normal + i) * load(normal + i);
     }
-    const C inverse = C(1) / square_root(total<C>(squares) / static_cast<C>(s.P) + C(kNormEpsilon));
+    const C inverse =
+        C(1) / square_root(lane_sum<C>(squares) / static_cast<C>(s.P) + C(kNormEpsilon));
     for (int64_t i = 0; i < s.P; i += L) store(normal + i, load(normal + i) * inverse);
     return inverse;
   }
@@ -191,8 +192,8 @@ class Values {
       along += scaled * x;
       store_n(grad + i, scaled, n);
     }
-    const C mean = total<C>(sum) / static_cast<C>(s.P);
-    const C slope = total<C>(along) / static_cast<C>(s.P);
+    const C mean = lane_sum<C>(sum) / static_cast<C>(s.P);
+    const C slope = lane_sum<C>(along) / static_cast<C>(s.P);
     for (int64_t i = 0; i < s.P; i += L)
       store_n(grad + i, inverse * (load_n(grad + i, lanes(i)) - mean - load(normal + i) * slope),
               lanes(i));

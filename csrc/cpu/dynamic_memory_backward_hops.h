@@ -273,7 +273,7 @@ class HopGradients {
       }
       sums[n / L & 1] += g * load_n(attention + n, count);
     }
-    const C mean = sum<C>(sums[0] + sums[1]);
+    const C mean = lane_sum<C>(sums[0] + sums[1]);
     for (int64_t n = 0; n < s.N; n += L) {
       const int count = lanes_at<C>(s.N, n);
       const Vec<C> g = load_n(attention + n, count) * (load_n(row + n, count) - mean);

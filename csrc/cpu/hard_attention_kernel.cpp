@@ -110,8 +110,8 @@ class Run {
       totals += p;
       moments += p == C(0) ? Vec<C>{} : p * v;
     }
-    const C total = sum<C>(totals), log_total = logarithm(total);
-    return {total, log_total, log_total - sum<C>(moments) / total};
+    const C total = lane_sum<C>(totals), log_total = logarithm(total);
+    return {total, log_total, log_total - lane_sum<C>(moments) / total};
   }
 
   // The first action at which the cumulative sum passes `target`; if by rounding none does, the
@@ -120,7 +120,7 @@ class Run {
     C before = 0;
     int64_t last = 0;
     for (int64_t i = 0; i < padded; i += L) {
-      const C here = sum<C>(load(e + i));
+      const C here = lane_sum<C>(load(e + i));
       const bool passes = before + here > target;
       if (!passes && i + L < padded) {
         if (here > 0) last = i;

@@ -119,7 +119,7 @@ class BackwardHeads {
     const C* dots = step.dots + h * slots.stride;
     Vec<C> product{}, strength{}, norm{};
     for (int64_t v = 0; v < slots.vectors; ++v) product += load(w + v * L) * load(dw + v * L);
-    const C inside = total<C>(product);
+    const C inside = lane_sum<C>(product);
     for (int64_t v = 0; v < slots.vectors; ++v) {
       const Vec<C> n = load(step.norm + v * L);
       const Vec<C> inverse = C(1) / (n * head.key_norm + C(kEpsilon));
@@ -132,8 +132,8 @@ class BackwardHeads {
       const Vec<C> part = n > C(0) ? q * head.key_norm / n : Vec<C>{};
       store(of_norm + v * L, load(of_norm + v * L) + part);
     }
-    if (s.strength) dp[h * head_layout.size + head_layout.strength] = total<C>(strength);
-    key_norm[h] = head.key_norm > C(0) ? total<C>(norm) / head.key_norm : C(0);
+    if (s.strength) dp[h * head_layout.size + head_layout.strength] = lane_sum<C>(strength);
+    key_norm[h] = head.key_norm > C(0) ? lane_sum<C>(norm) / head.key_norm : C(0);
   }
 
   // The gradients of head h's key and add, which may be one.
@@ -156,7 +156,7 @@ class BackwardHeads {
       sum += x * load(before + v * L);
       store(dbefore + h * slots.stride + v * L, x * gate);
     }
-    dp[h * head_layout.size + head_layout.gate] = total<C>(sum) - d[step.slots[h]];
+    dp[h * head_layout.size + head_layout.gate] = lane_sum<C>(sum) - d[step.slots[h]];
   }
 };
 

@@ -77,7 +77,7 @@ class HeadValues {
       squares += k * k;
     }
     return {values, values + layout.add, values[layout.gate],
-            s.strength ? C(1) + values[layout.strength] : C(1), square_root(total<C>(squares))};
+            s.strength ? C(1) + values[layout.strength] : C(1), square_root(lane_sum<C>(squares))};
   }
 
  private:

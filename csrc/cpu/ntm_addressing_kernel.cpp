@@ -121,7 +121,7 @@ class Addresser {
     Head head{};
     Vec<C> squares{};
     for (int64_t m = 0; m < rows.vectors * L; m += L) squares += load(key + m) * load(key + m);
-    head.key_norm = square_root(total<C>(squares));
+    head.key_norm = square_root(lane_sum<C>(squares));
     head.beta = one(a.beta, at);
     if (h == 0) {
       rows.template similarity<true>(array, key, dots, norm);
@@ -159,7 +159,7 @@ class Addresser {
       store(content + v * L, slots);
       most = slots > most ? slots : most;
     }
-    const C top = largest<C>(most);
+    const C top = largest_lane<C>(most);
     Vec<C> whole{};
     for_vectors(vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
@@ -173,7 +173,7 @@ class Addresser {
         store(content + (v + i) * L, e[i]);
       }
     });
-    const C scale = C(1) / total<C>(whole);
+    const C scale = C(1) / lane_sum<C>(whole);
     for (int64_t v = 0; v < vectors; ++v)
       store(content + v * L, only_slots(v, load(content + v * L) * scale));
   }
@@ -216,7 +216,7 @@ class Addresser {
       const Vec<C> full = x > C(0) ? x : none;
       most = upwards ? (full > most ? full : most) : (full < most ? full : most);
     }
-    const C top = upwards ? largest<C>(most) : -largest<C>(-most);
+    const C top = upwards ? largest_lane<C>(most) : -largest_lane<C>(-most);
     const bool empty = upwards ? !(top > C(0)) : top == none[0];
     const C unit = empty ? C(1) : top;
     // One division for all; two steps, since the inverse of the smallest numbers is infinite.
@@ -246,7 +246,7 @@ class Addresser {
         store(weights + (v + i) * L, y[i]);
       }
     });
-    const C whole = total<C>(all);
+    const C whole = lane_sum<C>(all);
     const C scale = whole == C(0) ? C(0) : C(1) / whole;
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<C> x = load(shifted + v * L), w = load(weights + v * L) * scale;
@@ -258,7 +258,7 @@ class Addresser {
   SEQMEM_INLINE void back_to_content(const Head& head, const AddressingGradients& out, int64_t at) {
     Vec<C> mean{};
     for (int64_t v = 0; v < vectors; ++v) mean += load(grad + v * L) * load(weights + v * L);
-    const C average = total<C>(mean);
+    const C average = lane_sum<C>(mean);
     Vec<C> by_gamma{};
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<C> x = load(shifted + v * L);
@@ -268,7 +268,7 @@ class Addresser {
       store(grad_ring + reach + v * L, empty ? Vec<C>{} : head.gamma * d / x);
     }
     close(grad_ring);
-    set_one(out.gamma, at, total<C>(by_gamma));
+    set_one(out.gamma, at, lane_sum<C>(by_gamma));
     if (out.shift != nullptr) back_to_shift(static_cast<S*>(out.shift) + at * s.taps);
     Vec<C> by_gate{};
     const C rest = C(1) - head.gate;
@@ -280,7 +280,7 @@ class Addresser {
       store(grad + v * L, x * head.gate);
       store(before + v * L, x * rest);
     }
-    set_one(out.gate, at, total<C>(by_gate));
+    set_one(out.gate, at, lane_sum<C>(by_gate));
     if (out.prev_weights != nullptr)
       store_row(static_cast<S*>(out.prev_weights) + at * s.N, before, s.N);
   }
@@ -292,7 +292,7 @@ class Addresser {
       for (int64_t v = 0; v < vectors; ++v)
         product +=
             only_slots(v, load(grad_ring + reach + v * L)) * load(ring + v * L + s.taps - 1 - j);
-      store_n(to + j, splat(total<C>(product)), 1);
+      store_n(to + j, splat(lane_sum<C>(product)), 1);
     }
   }
 
@@ -300,7 +300,7 @@ class Addresser {
   SEQMEM_INLINE C back_to_dots(const Head& head, const AddressingGradients& out, int64_t at) {
     Vec<C> mean{};
     for (int64_t v = 0; v < vectors; ++v) mean += load(grad + v * L) * load(content + v * L);
-    const C average = total<C>(mean);
+    const C average = lane_sum<C>(mean);
     Vec<C> by_beta{}, by_key_norm{};
     for (int64_t v = 0; v < vectors; ++v) {
       const Vec<C> d = load(content + v * L) * (load(grad + v * L) - average);
@@ -312,8 +312,8 @@ class Addresser {
       store(by_dot + v * L, a);
       store(by_norm + v * L, n == C(0) ? Vec<C>{} : -lost * head.key_norm / n);
     }
-    set_one(out.beta, at, total<C>(by_beta));
-    return total<C>(by_key_norm);
+    set_one(out.beta, at, lane_sum<C>(by_beta));
+    return lane_sum<C>(by_key_norm);
   }
 };
 

@@ -6,9 +6,7 @@
 namespace seqmem::ntm_addressing {
 namespace {
 
-using machine::largest;
 using machine::square_root;
-using machine::total;
 
 // Calls f(constant K, first vector) for 0..n-1, four vectors at once as long as they last: the
 // polynomials of one vector alone would wait for themselves.

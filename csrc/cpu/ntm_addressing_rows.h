@@ -202,7 +202,7 @@ class Rows {
           store_sums4<C>(sums, totals);
           for (int j = 0; j < 4; ++j) grad_w[s.first + i + j] += sums[j];
         }
-        for (; i < s.count; ++i) grad_w[s.first + i] += sum<C>(one(i));
+        for (; i < s.count; ++i) grad_w[s.first + i] += lane_sum<C>(one(i));
         SEQMEM_UNROLL
         for (int k = 0; k < K; ++k) {
           store(grad_erase + (v + k) * L, sum_e[k]);
@@ -283,8 +283,8 @@ class Rows {
       store_sums4<C>(dots, d);
       if (with_squares) store_sums4<C>(squares, q);
     } else {
-      dots[0] = sum<C>(d[0]);
-      if (with_squares) squares[0] = sum<C>(q[0]);
+      dots[0] = lane_sum<C>(d[0]);
+      if (with_squares) squares[0] = lane_sum<C>(q[0]);
     }
   }
 };

@@ -10,7 +10,6 @@ namespace seqmem::ntm {
 namespace {
 
 using namespace machine;
-using machine::largest;  // not that of vec_math.h
 
 // One head's values after their activation, pointing into p; gamma is 1 + the value in p.
 template <class C>
@@ -47,7 +46,7 @@ SEQMEM_INLINE Head<C> head_of(const C* values, const HeadLayout& layout, int64_t
           values[layout.beta],
           values[layout.gate],
           C(1) + values[layout.gamma],
-          square_root(total<C>(squares))};
+          square_root(lane_sum<C>(squares))};
 }
 
 // Activates whole rows of p in their place: tanh and sigmoid by Squash; what remains of each head,

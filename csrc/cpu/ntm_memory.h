@@ -85,7 +85,7 @@ class Slots : public SlotMatrix<C> {
       most = x > most ? x : most;
     }
     // Relative to the largest, which may be too small to be divided by at once.
-    const C top = largest<C>(most), unit = top > C(0) ? top : C(1);
+    const C top = largest_lane<C>(most), unit = top > C(0) ? top : C(1);
     const C lift = unit < kTiny ? 1 / kTiny : C(1), inverse = C(1) / (unit * lift);
     const Vec<C> nothing = splat(static_cast<C>(-__builtin_huge_val()));
     // Logarithms and powers in two passes: both for one vector are longer than the instructions
@@ -113,7 +113,7 @@ class Slots : public SlotMatrix<C> {
         store(w + (v + i) * L, y[i]);
       }
     });
-    const C whole = total<C>(sum);
+    const C whole = lane_sum<C>(sum);
     const C scale = whole == C(0) ? C(0) : C(1) / whole;
     for (int64_t v = 0; v < vectors; ++v) store(w + v * L, load(w + v * L) * scale);
   }

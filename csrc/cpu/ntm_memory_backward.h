@@ -48,8 +48,8 @@ class SlotsBackward {
       store(t.shifted + v * L, dot);
       store(t.grad + v * L, n > C(0) ? q * head.key_norm / n : Vec<C>{});
     }
-    d.beta = total<C>(beta);
-    d.key_norm = total<C>(key_norm);
+    d.beta = lane_sum<C>(beta);
+    d.key_norm = lane_sum<C>(key_norm);
   }
 
   // dw += dread M
@@ -115,7 +115,7 @@ class SlotsBackward {
                              HeadGradients<C>& d) const {
     Vec<C> product{}, gamma{};
     for (int64_t v = 0; v < slots.vectors; ++v) product += load(w + v * L) * load(dw + v * L);
-    const C inside = total<C>(product);
+    const C inside = lane_sum<C>(product);
     C* back = t.ring_back + slots.reach();
     for_vectors(slots.vectors, [&](auto count, int64_t v) {
       constexpr int K = decltype(count)::value;
@@ -132,7 +132,7 @@ class SlotsBackward {
       }
     });
     slots.close(t.ring_back);
-    d.gamma = total<C>(gamma);
+    d.gamma = lane_sum<C>(gamma);
   }
 
   // Leaves the gradient of the interpolated weighting in t.grad; returns its product with the
@@ -164,10 +164,10 @@ class SlotsBackward {
         taps[0] = Vec<C>{};
         for (int64_t v = 0; v < slots.vectors; ++v) taps[0] += tap(j, v);
       }
-      d.shift[j] = total<C>(taps[Taps ? j : 0]);
+      d.shift[j] = lane_sum<C>(taps[Taps ? j : 0]);
     }
-    d.gate = total<C>(gate);
-    return total<C>(inside);
+    d.gate = lane_sum<C>(gate);
+    return lane_sum<C>(inside);
   }
 
   template <int J>
@@ -175,7 +175,7 @@ class SlotsBackward {
     if constexpr (J == 4) {
       store_sums4<C>(to, x);
     } else {
-      for (int j = 0; j < J; ++j) to[j] = total<C>(x[j]);
+      for (int j = 0; j < J; ++j) to[j] = lane_sum<C>(x[j]);
     }
   }
 
