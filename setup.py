@@ -46,7 +46,8 @@ SANITIZE_FLAGS = [
 ]
 
 # One row per ISA: name, the compiler's flags, the names by which ATen's vector headers know it. The
-# last has tiles beside AVX-512: inline assembly, so that the compiler need not know them.
+# last two are for bf16 alone: vectors of dot products (AMD's Zen 4), and tiles (Intel's Sapphire
+# Rapids), which are inline assembly, so that the compiler need not know them.
 ISA_FLAGS = {
     "baseline": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
@@ -56,7 +57,9 @@ ISA_FLAGS = {
         *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
     ],
 }
+ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-DSEQMEM_DOT_PRODUCTS"]
 ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+BF16_DEFINES = {"avx512_bf16": "-DSEQMEM_DOT_PRODUCTS", "amx": "-DSEQMEM_EMULATE_TILES"}
 
 
 def fail(sentence: str) -> NoReturn:
@@ -256,19 +259,20 @@ def check_tools() -> None:
 
 
 def kernel_objects(
-    folder: Path, kinds: list[str], emulated: str | None
+    folder: Path, kinds: list[str], emulated: tuple[str, str] | None
 ) -> dict[Path, tuple[list[str], Path]]:
     """The object files of the CPU kernels: each with its flags and source, large sources first.
 
-    Tiles are emulated beside the vectors of the ISA `emulated`, if it is given.
+    `emulated`: an ISA for bf16 to emulate, alone of its kind, and the one that it shall run on.
     """
     folders = {isa: (isa, ISA_FLAGS[isa]) for isa in kinds}
     if emulated is not None:
-        flags = ["-DSEQMEM_EMULATE_TILES", *ISA_FLAGS[emulated]]
-        folders["amx"] = (f"amx-emulated-{emulated}", flags)
+        isa, host = emulated
+        folders = {name: kind for name, kind in folders.items() if name not in BF16_DEFINES}
+        folders[isa] = (f"{isa}-emulated-{host}", [BF16_DEFINES[isa], *ISA_FLAGS[host]])
     found = []
     for isa, (name, flags) in folders.items():
-        for file in sources("cpu/*_tiles.cpp" if isa == "amx" else "cpu/*_kernel.cpp"):
+        for file in sources("cpu/*_bf16.cpp" if isa in BF16_DEFINES else "cpu/*_kernel.cpp"):
             target = folder / name / Path(file).with_suffix(".o")
             found.append((target, ([f"-DSEQMEM_ISA={isa}", *flags], Path(file).resolve())))
     return dict(sorted(found, key=lambda item: item[1][1].stat().st_size, reverse=True))
@@ -314,14 +318,17 @@ def make_build_ext() -> type[build_ext]:
             ("sanitize", None, "build with AddressSanitizer and UndefinedBehaviorSanitizer"),
             ("isas=", None, "compile the CPU kernels for these ISAs alone, as in avx2,avx512"),
             ("emulate-tiles", None, "run the kernels on tiles without these, as --sanitize does"),
+            ("emulate-dots", None, "run those on bf16 dot products without these, and no tiles"),
         ]
         boolean_options = [  # noqa: RUF012
             *build_ext.boolean_options,
             "sanitize",
             "emulate-tiles",
+            "emulate-dots",
         ]
         sanitize: bool
         emulate_tiles: bool
+        emulate_dots: bool
         isas: str | None
         build_temp: str
         extensions: list[Extension]
@@ -330,6 +337,7 @@ def make_build_ext() -> type[build_ext]:
             super().initialize_options()
             self.sanitize = False
             self.emulate_tiles = False
+            self.emulate_dots = False
             self.isas = None
 
         def finalize_options(self) -> None:
@@ -360,14 +368,17 @@ def make_build_ext() -> type[build_ext]:
             if self.sanitize:
                 flags["cxx"] += SANITIZE_FLAGS
                 ext.extra_link_args += ["-fsanitize=address,undefined"]
-            # Only the kernels on tiles differ where these are emulated, or none are compiled.
-            flags["cxx"] += [f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds if isa != "amx"]
+            # Only the kernels for bf16 differ where they are emulated, or none are compiled.
+            flags["cxx"] += [
+                f"-DSEQMEM_WITH_{isa.upper()}" for isa in kinds if isa not in BF16_DEFINES
+            ]
             emulated = None
-            if self.sanitize or self.emulate_tiles:  # a sanitizer sees nothing of inline assembly
+            # A sanitizer sees nothing of inline assembly.
+            if self.sanitize or self.emulate_tiles or self.emulate_dots:
                 runs_here = [isa for isa in isas_of_this_machine() if isa in kinds]
                 if not runs_here:
-                    fail(f"tiles are emulated for this machine, which runs none of {kinds}")
-                emulated = runs_here[-1]
+                    fail(f"bf16 is emulated for this machine, which runs none of {kinds}")
+                emulated = ("avx512_bf16" if self.emulate_dots else "amx", runs_here[-1])
             ext.sources = joined(ext.sources, Path(self.build_temp, "joined"))
             kernels = kernel_objects(Path(self.build_temp).resolve(), kinds, emulated)
             ext.extra_objects = [*ext.extra_objects, *map(str, kernels)]

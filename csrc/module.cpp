@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "common/bf16_in_use.h"
 #include "common/team.h"
-#include "common/tiles_in_use.h"
 
 #define SEQMEM_STRING_(x) #x
 #define SEQMEM_STRING(x) SEQMEM_STRING_(x)
@@ -35,9 +35,24 @@ std::vector<std::string> compiled_isas() {
   };
 }
 
-std::string compiled_tiles() {
-  if (&seqmem::amx::tiles_build == nullptr) return "none";
-  return seqmem::amx::tiles_build.emulated ? "emulated" : "amx";
+std::vector<std::string> compiled_bf16() {
+  std::vector<std::string> names;
+  const auto add = [&](const seqmem::Bf16Build* build, const char* name) {
+    if (build != nullptr)
+      names.push_back(build->emulated ? name + std::string(", emulated") : name);
+  };
+  add(&seqmem::amx::bf16_build, "amx");
+  add(&seqmem::avx512_bf16::bf16_build, "avx512_bf16");
+  return names;
+}
+
+std::string bf16_in_use() {
+  switch (seqmem::bf16_in_use()) {
+    case seqmem::Bf16::Tiles: return "amx";
+    case seqmem::Bf16::DotProducts: return "avx512_bf16";
+    case seqmem::Bf16::Float32: break;
+  }
+  return "float32";
 }
 
 std::string cpu_capability() {
@@ -60,7 +75,7 @@ pybind11::dict build_info() {
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["torch"] = TORCH_VERSION;
   info["isas"] = compiled_isas();
-  info["tiles"] = compiled_tiles();
+  info["bf16"] = compiled_bf16();
 #if defined(SEQMEM_WITH_CUDA)
   info["cuda"] = true;
 #else
@@ -79,7 +94,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("available_threads", &seqmem::available_threads,
         "Threads that a call may use now: torch's, or fewer for a while after other programs kept "
         "one from running.");
-  m.def("tiles_in_use", &seqmem::tiles_in_use, "Whether bf16 LSTMs run on tiles.");
+  m.def("bf16_in_use", &bf16_in_use,
+        "What bf16 LSTMs run on: amx (tiles), avx512_bf16 (dot products) or float32.");
   seqmem::attention::bind(m);
   seqmem::lstm::bind(m);
 }

@@ -41,7 +41,7 @@ def collect() -> dict[str, str | int]:
         "ISA in use": _C.cpu_capability(),
         "ISA available": ", ".join(available_isas(build["isas"])),
         "ISA compiled": ", ".join(build["isas"]),
-        "bf16 tiles": tiles(build["tiles"]),
+        "bf16 LSTMs run on": bf16(build["bf16"]),
         "ATEN_CPU_CAPABILITY": os.environ.get("ATEN_CPU_CAPABILITY", "not set"),
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
@@ -64,13 +64,14 @@ def available_isas(compiled: Sequence[str]) -> list[str]:
     return [isa for isa in compiled if all(has.get(flag, False) for flag in needs[isa])]
 
 
-def tiles(compiled: str) -> str:
-    """Whether bf16 LSTMs run on AMX tiles."""
-    if compiled == "none":
-        return "not built"
-    if not _C.tiles_in_use():
-        return "not in use"
-    return "emulated" if compiled == "emulated" else "in use"
+def bf16(compiled: Sequence[str]) -> str:
+    """What multiplies in LSTMs in bf16: tiles, dot products or float32's own instructions."""
+    used = {
+        "amx": "AMX tiles",
+        "avx512_bf16": "AVX512-BF16 dot products",
+        "float32": "float32 kernels",
+    }[_C.bf16_in_use()]
+    return f"{used}; compiled: {', '.join(compiled) or 'float32 alone'}"
 
 
 def processor() -> str:

@@ -289,7 +289,7 @@ def test_no_function_is_shared_between_isas() -> None:
     if shutil.which("nm") is None or not object_files("baseline"):
         pytest.skip("needs nm and the objects of a build in place")
     owner: dict[str, str] = {}
-    for isa in (*_C.build_info()["isas"], "amx"):
+    for isa in (*_C.build_info()["isas"], "avx512_bf16", "amx"):
         for file in object_files(isa):
             names = subprocess.check_output(
                 ["nm", "--defined-only", "--extern-only", "--format=just-symbols", file], text=True
@@ -301,9 +301,10 @@ def test_no_function_is_shared_between_isas() -> None:
 
 # And what they link to.
 KERNELS = sorted([*ROOT.glob("csrc/cpu/*_kernel.cpp"), *ROOT.glob("csrc/common/*.cpp")])
-TILES = sorted((ROOT / "csrc" / "cpu").glob("*_tiles.cpp"))
+IN_BF16 = sorted((ROOT / "csrc" / "cpu").glob("*_bf16.cpp"))
 COMMON = ("-std=c++20", "-fopenmp", "-Wno-unknown-pragmas", "-Icsrc")
 BASELINE, ON_TILES = (*COMMON, "-DSEQMEM_ISA=baseline"), (*COMMON, "-DSEQMEM_ISA=amx")
+ON_DOTS = (*COMMON, "-DSEQMEM_ISA=avx512_bf16", "-DSEQMEM_DOT_PRODUCTS")
 AVX512 = [f"-mavx512{part}" for part in ("f", "dq", "vl", "bw", "bf16")]
 
 
@@ -331,9 +332,11 @@ def compile_kernels(
 def test_kernels_are_understood_by_clang() -> None:
     command = ("clang++", "-fsyntax-only", "-Wall", "-Wextra", "-Werror")
     compile_kernels(*command)
-    compile_kernels(*command, kernels=TILES, flags=(*ON_TILES, "-DSEQMEM_EMULATE_TILES"))
+    compile_kernels(*command, kernels=IN_BF16, flags=(*ON_TILES, "-DSEQMEM_EMULATE_TILES"))
+    compile_kernels(*command, kernels=IN_BF16, flags=ON_DOTS)
     if platform.machine() == "x86_64":
-        compile_kernels(*command, kernels=TILES, flags=(*ON_TILES, *AVX512))
+        for flags in (ON_TILES, ON_DOTS):
+            compile_kernels(*command, kernels=IN_BF16, flags=(*flags, *AVX512))
 
 
 EVERY_TILE_INSTRUCTION = """

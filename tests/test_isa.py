@@ -1,5 +1,6 @@
 """The tests marked ``isa`` once more under each ATEN_CPU_CAPABILITY below the one in use, and those
-of bf16 LSTMs on emulated tiles. Those of the baseline run in an installed wheel: test_build.py."""
+of bf16 LSTMs on emulated tiles and dot products. Those of the baseline run in an installed wheel:
+test_build.py."""
 
 from __future__ import annotations
 
@@ -37,22 +38,23 @@ def test_under_capability(capability: str) -> None:
 
 
 @pytest.mark.slow
-def test_on_emulated_tiles(tmp_path: Path) -> None:
-    """In a copy that shares all objects with this build but those of the kernels on tiles."""
+@pytest.mark.parametrize(("option", "isa"), [("tiles", "amx"), ("dots", "avx512_bf16")])
+def test_emulated(option: str, isa: str, tmp_path: Path) -> None:
+    """In a copy that shares all objects with this build but those of the kernels in bf16."""
     info = _C.build_info()
-    if info["tiles"] == "emulated":
+    if f"{isa}, emulated" in info["bf16"]:
         pytest.skip("what this run uses anyway")
     if not list(ROOT.glob(f"build/temp.*-torch{torch.__version__}/{info['isas'][0]}")):
         pytest.skip("needs the objects of a build in place")
-    build = ("build_ext", "--emulate-tiles", "--isas", ",".join(info["isas"]))
+    build = ("build_ext", f"--emulate-{option}", "--isas", ",".join(info["isas"]))
     target = ("--build-lib", str(tmp_path))
     run_python(ROOT, "setup.py", "--quiet", "build_py", *target, *build, *target)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    emulates = "from seqmem_fast import _C; assert _C.tiles_in_use(), _C.__file__"
+    emulates = f"from seqmem_fast import _C; assert _C.bf16_in_use() == '{isa}', _C.__file__"
     run_python(tmp_path, "-c", emulates)
-    files = [f"tests/test_lstm{name}.py" for name in ("", "_module", "_tiles")]
-    run_python(tmp_path, "-m", "pytest", "-k", "bfloat16 or lstm_tiles", *QUIET, *files)
+    files = [f"tests/test_lstm{name}.py" for name in ("", "_module", "_bf16")]
+    run_python(tmp_path, "-m", "pytest", "-k", "bfloat16 or lstm_bf16", *QUIET, *files)
 
 
 QUIET = ("-p", "no:cacheprovider", "-q")

@@ -35,7 +35,7 @@ ROOMS = [
 SHARED = {
     "__init__",
     "common",
-    "isa_tiles",
+    "isa_bf16",
     "controller_kernels",
     "flops",
     "launcher",

@@ -18,10 +18,14 @@
   __VA_ARGS__                    \
   }
 
-// The same for kernels on tiles; in a build without them their addresses are null.
-#define SEQMEM_FOR_TILES(...) \
-  namespace amx {             \
-  __VA_ARGS__                 \
+// The same for kernels in bf16: on tiles, and on vectors of dot products. In a build without them
+// their addresses are null.
+#define SEQMEM_FOR_BF16(...) \
+  namespace amx {            \
+  __VA_ARGS__                \
+  }                          \
+  namespace avx512_bf16 {    \
+  __VA_ARGS__                \
   }
 #define SEQMEM_IF_BUILT __attribute__((weak))
 
@@ -29,12 +33,12 @@ namespace seqmem {
 
 enum class Isa { Baseline, Avx2, Avx512 };
 
-// What the kernels on tiles were compiled for beside the tiles, which may be emulated.
-struct TilesBuild {
+// What kernels in bf16 were compiled for beside tiles or dot products, which may be emulated.
+struct Bf16Build {
   Isa vectors;
   bool emulated;
 };
-SEQMEM_FOR_TILES(SEQMEM_IF_BUILT extern const TilesBuild tiles_build;)
+SEQMEM_FOR_BF16(SEQMEM_IF_BUILT extern const Bf16Build bf16_build;)
 
 // The entry points of one ISA's kernel; Shapes are what its work is laid out by. `workspace` gives
 // the bytes that Arguments::workspace must have, 64-byte aligned. Call `run` from `threads` threads

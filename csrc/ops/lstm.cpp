@@ -106,20 +106,22 @@ class RowsGradient {
 };
 
 void run_forward(const Call& call, const Sizes64& s, const Tensor& like, const Forward& arguments) {
-  const bool tiles = runs_on_tiles(s, like.scalar_type(), call.shape.projected);
-  const Schedule schedule = tiles ? schedule_forward_on_tiles(s)
-                                  : schedule_forward(s, like.element_size(), call.shape.projected);
-  launch(tiles ? amx::forward_kernel : SEQMEM_CHOOSE(forward_kernel), schedule.threads, arguments,
-         storage_of(like), call.shape, schedule.plan);
+  const bool in_bf16 = runs_in_bf16(s, like.scalar_type(), call.shape.projected);
+  const Schedule schedule = in_bf16
+                                ? schedule_forward_in_bf16(s)
+                                : schedule_forward(s, like.element_size(), call.shape.projected);
+  launch(in_bf16 ? SEQMEM_CHOOSE_BF16(forward_kernel) : SEQMEM_CHOOSE(forward_kernel),
+         schedule.threads, arguments, storage_of(like), call.shape, schedule.plan);
 }
 
 void run_backward(const Call& call, const Sizes64& s, const Tensor& like,
                   const Backward& arguments) {
-  const bool tiles = runs_on_tiles(s, like.scalar_type(), call.shape.projected);
-  const Schedule schedule = tiles ? schedule_backward_on_tiles(s)
-                                  : schedule_backward(s, like.element_size(), call.shape.projected);
-  launch(tiles ? amx::backward_kernel : SEQMEM_CHOOSE(backward_kernel), schedule.threads, arguments,
-         storage_of(like), call.shape, schedule.plan);
+  const bool in_bf16 = runs_in_bf16(s, like.scalar_type(), call.shape.projected);
+  const Schedule schedule = in_bf16
+                                ? schedule_backward_in_bf16(s)
+                                : schedule_backward(s, like.element_size(), call.shape.projected);
+  launch(in_bf16 ? SEQMEM_CHOOSE_BF16(backward_kernel) : SEQMEM_CHOOSE(backward_kernel),
+         schedule.threads, arguments, storage_of(like), call.shape, schedule.plan);
 }
 
 void* data_if(bool wanted, const Tensor& t) { return wanted ? data(t) : nullptr; }

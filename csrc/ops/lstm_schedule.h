@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
+#include "../common/bf16_in_use.h"
 #include "../common/team.h"
-#include "../common/tiles_in_use.h"
 #include "../cpu/lstm_kernel.h"
 #include "lstm_check.h"
 
@@ -67,19 +67,22 @@ inline Schedule schedule_backward(const Sizes64& s, int64_t element, bool projec
   return schedule;
 }
 
-// ---- on tiles: thresholds as measured on two cores of a Sapphire Rapids
+// ---- in bf16, on tiles or dot products: thresholds as measured on two cores of a Sapphire Rapids
+// and of a Zen 4
 
 // Weights are packed anew in every call, which takes about as long as the products of a row or two
 // by the float32 kernels, which need no packing for so few.
-constexpr int64_t kRowsWorthTiles = 4;
+constexpr int64_t kRowsWorthBf16 = 4;
 
-inline bool runs_on_tiles(const Sizes64& s, at::ScalarType type, bool projected) {
-  return type == at::kBFloat16 && !projected && s.T * s.B >= kRowsWorthTiles && tiles_in_use();
+inline bool runs_in_bf16(const Sizes64& s, at::ScalarType type, bool projected) {
+  return type == at::kBFloat16 && !projected && s.T * s.B >= kRowsWorthBf16 &&
+         bf16_in_use() != Bf16::Float32;
 }
 
 // Threads share rows where each gets several and W_hh stays in its cache beside them, else units.
-inline Schedule share_out_on_tiles(const Sizes64& s) {
-  constexpr double kFlopsWorthAThread = 7.5e6, kFlopsPerMicrosecond = 1e6;
+inline Schedule share_out_in_bf16(const Sizes64& s) {
+  const double kFlopsPerMicrosecond = bf16_in_use() == Bf16::Tiles ? 1e6 : 150e3;
+  constexpr double kFlopsWorthAThread = 7.5e6;
   constexpr double kBytesPerMicrosecond = 130e3, kStepWorthSharing = 2;
   constexpr int64_t kSharedWeights = 512 << 10;
   const double step_flops = 8.0 * s.H * s.B * (s.I + s.H), bytes = 8.0 * s.H * (s.I + s.H);
@@ -95,9 +98,9 @@ inline Schedule share_out_on_tiles(const Sizes64& s) {
 
 // The input is projected within each step where a thread has rows enough to make up for reading
 // both weights each time, and they are in its cache; else of several steps at once.
-inline Schedule schedule_forward_on_tiles(const Sizes64& s) {
+inline Schedule schedule_forward_in_bf16(const Sizes64& s) {
   constexpr int64_t kCachedWeights = 2200 << 10, kLargeWeight = 1 << 20;
-  Schedule schedule = share_out_on_tiles(s);
+  Schedule schedule = share_out_in_bf16(s);
   const auto& [plan, threads] = schedule;
   const int64_t rows = plan.by_rows ? (s.B + threads - 1) / threads : s.B;
   const int64_t bytes = 8 * s.H * (s.I + s.H) / (plan.by_rows ? 1 : threads);
@@ -108,8 +111,8 @@ inline Schedule schedule_forward_on_tiles(const Sizes64& s) {
 
 // A chunk's operands stay in the second cache. By shape alone: the order of the weights' sums, and
 // so their bits, depends on it.
-inline Schedule schedule_backward_on_tiles(const Sizes64& s) {
-  Schedule schedule = share_out_on_tiles(s);
+inline Schedule schedule_backward_in_bf16(const Sizes64& s) {
+  Schedule schedule = share_out_in_bf16(s);
   schedule.plan.chunk = std::max<int64_t>(1, (s.H <= 64 ? 1024 : 256) / s.B);
   return schedule;
 }

@@ -11,8 +11,8 @@
 //         tiles to staging, in L1       gates, c, h and results from their staging
 //
 // Tiles cannot gather rows: where a reset cuts the next step off, zeros are stored as its h and c.
+#include "lstm_bf16.h"
 #include "lstm_kernel.h"
-#include "lstm_tiles.h"
 
 namespace seqmem::lstm {
 namespace {
@@ -60,7 +60,7 @@ class ForwardRun : Walk {
         chunk(fused ? 1 : min(plan.chunk, s.T)),
         chunk_rows(chunk * most_rows),
         mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)) {
-    const bool wide = most_rows <= kBlock;
+    const bool wide = is_wide(most_rows);
     input_panels = {nullptr, x_stride / kDepth, wide};
     hidden_panels = {nullptr, h_stride / kDepth, wide};
   }

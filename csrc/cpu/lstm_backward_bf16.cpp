@@ -12,8 +12,8 @@
 //               columns shared out; after the last chunk transposed into the weights' gradients
 //     input     grad_input = dz W_ih, rows shared out
 //   finish      dh, dc are the gradients of hx, cx
+#include "lstm_bf16.h"
 #include "lstm_kernel.h"
-#include "lstm_tiles.h"
 
 namespace seqmem::lstm {
 namespace {
@@ -65,7 +65,7 @@ class BackwardRun : Walk {
         c_stride(panels_h * kPanel),
         chunk(min(plan.chunk, s.T)),
         capacity(ceil_div(chunk * s.B, kDepth) * kDepth),
-        wide((plan.by_rows ? ceil_div(s.B, threads) : s.B) <= kBlock),
+        wide(is_wide(plan.by_rows ? ceil_div(s.B, threads) : s.B)),
         my_rows(ceil_div(s.B - row_begin, row_step)),
         my_panels(plan.by_rows ? Share{0, panels_h} : share(panels_h, thread, threads)),
         my_units{min(my_panels.begin * 4, units), min(my_panels.end * 4, units)} {
@@ -364,12 +364,13 @@ class BackwardRun : Walk {
     const int64_t most = wide ? kBlock : 2 * kBlock;
     const Share some = share(ceil_div(n, most), thread, threads);
     for (int64_t v = 0; v < panels_x; ++v)
-      for (int64_t first = some.begin * most; first < min(some.end * most, n); first += most) {
-        const RowGroup g = row_group(first, n, wide);
+      for (int64_t first = some.begin * most, end = min(some.end * most, n); first < end;) {
+        const RowGroup g = row_group(first, end, wide);
         multiply(input_panels, v, g, dz, dz_stride, staging, kNothing);
         for (int64_t i = g.first; i < g.first + g.count; ++i)
           store_row(static_cast<S*>(a.grad_input) + chunk_index[i] * s.I + v * kPanel,
                     staging + (i - g.block[0]) * kPanel, min<int64_t>(kPanel, s.I - v * kPanel));
+        first += g.count;
       }
   }
 };

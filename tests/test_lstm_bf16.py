@@ -1,6 +1,6 @@
-"""LSTMs in bf16 on tiles, real or emulated: accuracy beside nn.LSTM, bits, rows, dispatch.
+"""LSTMs in bf16 on tiles or dot products, real or emulated: accuracy, bits, rows, dispatch.
 
-test_isa.py runs these in a build with emulated tiles, with the bf16 cases of test_lstm.py.
+test_isa.py runs these in builds that emulate them, with the bf16 cases of test_lstm.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import seqmem_fast as sf
 from seqmem_fast import _C
 
 BF16 = torch.bfloat16
-on_tiles = pytest.mark.skipif(not _C.tiles_in_use(), reason="no tiles here")
+in_bf16 = pytest.mark.skipif(_C.bf16_in_use() == "float32", reason="no bf16 products here")
 
 
 def run(module: nn.Module, dtype: torch.dtype, x: Tensor, *state: Tensor, **options: Any) -> Any:
@@ -59,7 +59,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@on_tiles
+@in_bf16
 @pytest.mark.parametrize(
     ("sizes", "options", "ragged"),
     [
@@ -90,7 +90,7 @@ def test_as_exact_as_nn_lstm(
         assert error(mine, exact) <= 1.3 * error(eager, exact) + 1e-3, f"value {k}"
 
 
-@on_tiles
+@in_bf16
 @pytest.mark.sanitize
 @pytest.mark.parametrize("batch", [4, 16, 37, 200])
 def test_cell_as_exact_as_nn_lstm_cell(batch: int) -> None:
@@ -110,7 +110,7 @@ def test_cell_as_exact_as_nn_lstm_cell(batch: int) -> None:
         assert error(mine, exact) <= 1.3 * error(eager, exact) + 1e-3
 
 
-@on_tiles
+@in_bf16
 @pytest.mark.parametrize(
     "sizes", [(6, 37, 40, 80), (9, 20, 70, 128), (20, 1, 256, 256), (8, 3, 300, 260)], ids=str
 )
@@ -128,7 +128,7 @@ def test_same_bits_however_the_work_is_shared(
     )
 
 
-@on_tiles
+@in_bf16
 @pytest.mark.sanitize
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_row_has_the_same_bits_alone(reverse: bool) -> None:
@@ -156,7 +156,7 @@ def test_a_row_has_the_same_bits_alone(reverse: bool) -> None:
             assert second is None or torch.equal(output[5:length, row], second)
 
 
-@on_tiles
+@in_bf16
 @pytest.mark.sanitize
 @pytest.mark.parametrize("batch", [5, 20, 40])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3e38])
@@ -187,7 +187,7 @@ def others(t: Tensor, dim: int) -> Tensor:
     return t.index_select(dim, torch.tensor([k for k in range(t.size(dim)) if k != 1]))
 
 
-@on_tiles
+@in_bf16
 @pytest.mark.sanitize
 def test_all_sequences_empty() -> None:
     case = plain_case(4, 3, 5, 20, BF16, lengths=torch.zeros(3, dtype=torch.int64))
@@ -211,7 +211,7 @@ cast = lstm.weight_hh_l0.grad.bfloat16()
 lstm.to(torch.bfloat16).zero_grad()
 lstm(x.to(torch.bfloat16))[0].float().sum().backward()
 plain = lstm.weight_hh_l0.grad
-print(_C.tiles_in_use(), cast.equal(plain), plain.view(torch.int16).tolist())
+print(_C.bf16_in_use(), cast.equal(plain), plain.view(torch.int16).tolist())
 """
 
 
@@ -227,27 +227,26 @@ def python(*arguments: str, **env: str) -> str:
     ).stdout
 
 
-@on_tiles
+@in_bf16
 def test_autocast_and_modules_in_bf16_arrive_there() -> None:
-    """Both give the tiles' bits, which differ from those of the float32 kernels."""
+    """Both give their bits, which differ from those of the float32 kernels."""
     if "baseline" not in _C.build_info()["isas"] or _C.cpu_capability() == "baseline":
         pytest.skip("no lesser kernels to compare with")
     bits = {
         name: python("-c", BITS, ATEN_CPU_CAPABILITY=name).split(maxsplit=2)
         for name in ("", "default")
     }
-    assert bits[""][:2] == ["True", "True"] and bits["default"][:2] == ["False", "True"]
+    assert bits[""][:2] == [_C.bf16_in_use(), "True"]
+    assert bits["default"][:2] == ["float32", "True"]
     assert bits[""][2] != bits["default"][2]
 
 
 @pytest.mark.slow
-def test_info_tells_of_tiles() -> None:
-    said = json.loads(python("-m", "seqmem_fast", "info", "--json"))["bf16 tiles"]
-    compiled = _C.build_info()["tiles"]
-    assert compiled in ("none", "amx", "emulated")
-    if compiled == "none":
-        assert said == "not built" and not _C.tiles_in_use()
-    elif _C.tiles_in_use():
-        assert said == ("emulated" if compiled == "emulated" else "in use")
-    else:
-        assert said == "not in use"
+def test_info_tells_of_them() -> None:
+    said = json.loads(python("-m", "seqmem_fast", "info", "--json"))["bf16 LSTMs run on"]
+    used, _, compiled = said.partition("; compiled: ")
+    built = _C.build_info()["bf16"]
+    assert compiled == (", ".join(built) or "float32 alone")
+    in_use = _C.bf16_in_use()
+    assert used.lower().startswith(in_use.replace("_", "-"))
+    assert in_use == "float32" or {in_use, f"{in_use}, emulated"} & set(built)

@@ -1,0 +1,113 @@
+// The products of the LSTM's kernels in bf16 on tiles (AMX). Four tiles of sums are in use at once:
+//
+//   wide   16 rows by four tiles of columns    up to 16 rows: each weight is read once
+//   tall   32 rows by two tiles, twice         more rows: half the loads a product
+//
+// A sum runs over k in one order whatever the shape, so bits do not depend on it.
+#pragma once
+
+#include "../common/tiles.h"
+#include "lstm_bf16_blocks.h"
+
+namespace seqmem::lstm {
+namespace {
+
+// Whether a call with at most so many rows a thread is wide.
+SEQMEM_INLINE bool is_wide(int64_t rows) { return rows <= kBlock; }
+
+// Up to 32 rows: one or two blocks of 16. The last block is moved back rather than cut, so that it
+// reads no foreign row; where there are fewer than 16 rows in all, tiles read beyond the last.
+struct RowGroup {
+  int64_t first, count;
+  int64_t block[2];
+  bool two;
+};
+SEQMEM_INLINE RowGroup row_group(int64_t first, int64_t rows, bool wide) {
+  const int64_t count = min<int64_t>(wide ? kBlock : 2 * kBlock, rows - first);
+  if (count > kBlock) return {first, count, {first, first + count - kBlock}, true};
+  const int64_t block = max<int64_t>(0, min(first, rows - kBlock));
+  return {first, count, {block, block}, false};
+}
+
+// Calls f(tile, offset) for each tile of sums of a group by a panel, or by one half of it (tall);
+// offset: where they lie in rows of `stride` elements, the group's first block first.
+template <class F>
+SEQMEM_INLINE void each_sum(const RowGroup& g, bool wide, int half, int64_t stride, F&& f) {
+  const int64_t column = half * 2 * kBlock, second = (g.block[1] - g.block[0]) * stride;
+  f(std::integral_constant<int, 0>{}, column);
+  f(std::integral_constant<int, 1>{}, column + kBlock);
+  if (wide) {
+    f(std::integral_constant<int, 2>{}, 2 * kBlock);
+    f(std::integral_constant<int, 3>{}, 3 * kBlock);
+  } else if (g.two) {
+    f(std::integral_constant<int, 2>{}, second + column);
+    f(std::integral_constant<int, 3>{}, second + column + kBlock);
+  }
+}
+SEQMEM_INLINE void clear_sums() { tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(); }
+SEQMEM_INLINE void load_sums(const RowGroup& g, bool wide, int half, const float* p,
+                             int64_t stride) {
+  each_sum(g, wide, half, stride,
+           [&](auto tile, int64_t i) { tile_load<decltype(tile)::value>(p + i, stride * 4); });
+}
+SEQMEM_INLINE void store_sums(const RowGroup& g, bool wide, int half, float* p, int64_t stride) {
+  each_sum(g, wide, half, stride,
+           [&](auto tile, int64_t i) { tile_store<decltype(tile)::value>(p + i, stride * 4); });
+}
+
+// A right operand in panels of 64 columns: wide [panel][k][4 tiles], tall [panel][half][k][2
+// tiles].
+class Panels {
+ public:
+  bf16* data;
+  int64_t depth;  // blocks of k
+  bool wide;
+
+  bf16* tile(int64_t panel, int64_t k, int column) const {
+    if (wide) return data + ((panel * depth + k) * 4 + column) * kTile;
+    return data + (((panel * 2 + column / 2) * depth + k) * 2 + column % 2) * kTile;
+  }
+
+  // The sums += rows of `left`, from the group's blocks on, times a panel or a half of it. Calls
+  // slice() after each k.
+  template <class Slice>
+  SEQMEM_INLINE void multiply(int64_t panel, int half, const RowGroup& g, const bf16* left,
+                              int64_t stride, const Slice& slice) const {
+    if (wide)
+      run<4, 1>(panel, half, g, left, stride, slice);
+    else if (g.two)
+      run<2, 2>(panel, half, g, left, stride, slice);
+    else
+      run<2, 1>(panel, half, g, left, stride, slice);
+  }
+
+ private:
+  template <int columns, int blocks, class Slice>
+  SEQMEM_INLINE void run(int64_t panel, int half, const RowGroup& g, const bf16* left,
+                         int64_t stride, const Slice& slice) const {
+    const bf16 *a = left + g.block[0] * stride, *b = left + g.block[1] * stride;
+    const bf16* w = tile(panel, 0, 2 * half);
+    for (int64_t k = 0; k < depth; ++k, a += kDepth, b += kDepth, w += columns * kTile) {
+      tile_load<4>(a, stride * 2);
+      tile_load<6>(w, 64);
+      tile_product<0, 4, 6>();
+      tile_load<7>(w + kTile, 64);
+      tile_product<1, 4, 7>();
+      if constexpr (columns == 4) {
+        tile_load<6>(w + 2 * kTile, 64);
+        tile_product<2, 4, 6>();
+        tile_load<7>(w + 3 * kTile, 64);
+        tile_product<3, 4, 7>();
+      }
+      if constexpr (blocks == 2) {
+        tile_load<5>(b, stride * 2);
+        tile_product<2, 5, 6>();
+        tile_product<3, 5, 7>();
+      }
+      slice();
+    }
+  }
+};
+
+}  // namespace
+}  // namespace seqmem::lstm
