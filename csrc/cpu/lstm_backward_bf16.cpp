@@ -189,7 +189,8 @@ class BackwardRun : Walk {
         for (int64_t from = 0; from < count;) {
           const RowGroup g = row_group(from, count, wide);
           float* sums = staging + (turn++ & 1) * 2 * kBlock * kPanel;
-          multiply(hidden_panels, v, g, left, row_step * dz_stride, sums, [&] { pending.slice(); });
+          hidden_panels.multiply_into(v, g, left, row_step * dz_stride, gate_blocks, sums, kPanel,
+                                      [&] { pending.slice(); });
           pending.finish();
           v_done = v, block_done = g.block[0], sums_done = sums;
           pending.start(g);
@@ -200,17 +201,6 @@ class BackwardRun : Walk {
     }
     if (step > first) differentiate_rows(t_before, end, going_on, active(t_before));
     return s.active[t];
-  }
-
-  // to [rows from the group's first block on][64] = rows of dz times a panel.
-  template <class Slice>
-  SEQMEM_INLINE void multiply(const Panels& panels, int64_t v, const RowGroup& g, const S* left,
-                              int64_t stride, float* to, const Slice& slice) {
-    for (int half = 0; half < (wide ? 1 : 2); ++half) {
-      clear_sums();
-      panels.multiply(v, half, g, left, stride, slice);
-      store_sums(g, wide, half, to, kPanel);
-    }
   }
 
   void differentiate_rows(int64_t t, int64_t n, int64_t begin, int64_t end) {
@@ -366,7 +356,7 @@ class BackwardRun : Walk {
     for (int64_t v = 0; v < panels_x; ++v)
       for (int64_t first = some.begin * most, end = min(some.end * most, n); first < end;) {
         const RowGroup g = row_group(first, end, wide);
-        multiply(input_panels, v, g, dz, dz_stride, staging, kNothing);
+        input_panels.multiply_into(v, g, dz, dz_stride, gate_blocks, staging, kPanel, kNothing);
         for (int64_t i = g.first; i < g.first + g.count; ++i)
           store_row(static_cast<S*>(a.grad_input) + chunk_index[i] * s.I + v * kPanel,
                     staging + (i - g.block[0]) * kPanel, min<int64_t>(kPanel, s.I - v * kPanel));

@@ -3,18 +3,11 @@
 // needs.
 #pragma once
 
-#include "../common/gemm.h"
+#include "../common/bf16_panels.h"
 #include "lstm_common.h"
-#if defined(SEQMEM_DOT_PRODUCTS)
-#include "lstm_bf16_dots.h"
-#else
-#include "lstm_bf16_tiles.h"
-#endif
 
 namespace seqmem::lstm {
 namespace {
-
-constexpr auto kNothing = [] {};
 
 // The elementwise work on the rows of one group, done bit by bit among the products of the next:
 // `slices` times slice(), or finish() at once.
@@ -37,38 +30,6 @@ class Pending {
     while (next < end) work(next++);
   }
 };
-
-// to[j * stride + i] = from[i][j], 16 x 16 elements of 32 bits.
-SEQMEM_INLINE void transpose_tile(const float (&from)[kBlock][kBlock], float* to, int64_t stride) {
-  constexpr int L = kLanes<float>;
-  for (int i = 0; i < kBlock; i += L)
-    for (int j = 0; j < kBlock; j += L)
-      transpose_block<float>(
-          L, L, [&](int l) { return load(from[i + l] + j); },
-          [&](int l, Vec<float> v) { store(to + (j + l) * stride + i, v); });
-}
-
-// Pairs of bf16 from two rows of them, widened.
-SEQMEM_INLINE UintVec pairs_of(Vec<float> even, Vec<float> odd) {
-  return (UintVec)even >> 16 | (UintVec)odd;
-}
-// A line of pairs: 16 columns of two rows of bf16, of which n exist; a null row is zero.
-SEQMEM_INLINE void store_pairs(void* to, const bf16* even, const bf16* odd, int64_t n) {
-  for (int l = 0; l < kBlock; l += kLanes<float>) {
-    const int lanes = static_cast<int>(n - l);
-    const UintVec line = pairs_of(even == nullptr ? Vec<float>{} : load_n(even + l, lanes),
-                                  odd == nullptr ? Vec<float>{} : load_n(odd + l, lanes));
-    __builtin_memcpy(static_cast<uint32_t*>(to) + l, &line, sizeof line);
-  }
-}
-
-// v, zero from lane n on: what stands in padding must be finite, for zero times NaN is NaN.
-SEQMEM_INLINE Vec<float> first_lanes(Vec<float> v, int n) {
-  if (n >= kLanes<float>) return v;
-  IntVec<float> lane;
-  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
-  return (Vec<float>)((IntVec<float>)v & (lane < n));
-}
 
 // Gate functions good to 6e-5 of their value; bf16 keeps 2e-3.
 

@@ -1,7 +1,7 @@
 // Attention ops: schemas, the CPU and Meta keys. Arguments: seqmem_fast/ops/attention.py.
 #include <algorithm>
 
-#include "../common/dispatch.h"
+#include "../common/bf16_in_use.h"
 #include "../common/operand.h"
 #include "../common/scores.h"
 #include "../common/team.h"
@@ -71,6 +71,13 @@ int64_t groups_for(const Shape& s, int64_t tasks) {
 // Packing the keys costs about as much as a few rows of scores.
 constexpr int64_t kRowsWorthPacking = 8;
 
+// Tiles and dot products pay where rows share the packing and features fill most of a block of 32.
+bool runs_in_bf16(const Shape& s, at::ScalarType type) {
+  constexpr int64_t kRows = 16, kFeatures = 24;
+  return type == at::kBFloat16 && s.alpha == 1 && s.Tq >= kRows && s.D >= kFeatures &&
+         s.Dv >= kFeatures && bf16_in_use() != Bf16::Float32;
+}
+
 Tensors<2> forward_cpu(const Inputs& in) {
   const Sizes s = check<int64_t>(in);
   Tensors<2> out = s.empty_outputs(in.query);
@@ -91,7 +98,9 @@ Tensors<2> forward_cpu(const Inputs& in) {
                              .output = data(output),
                              .weights = data(weights),
                              .workspace = nullptr};
-  launch(SEQMEM_CHOOSE(forward_kernel), threads, arguments, storage_of(in.query), call.shape, plan);
+  const bool in_bf16 = runs_in_bf16(call.shape, in.query.scalar_type());
+  launch(in_bf16 ? SEQMEM_CHOOSE_BF16(forward_kernel) : SEQMEM_CHOOSE(forward_kernel), threads,
+         arguments, storage_of(in.query), call.shape, plan);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// The products of the LSTM's kernels in bf16 on tiles (AMX). Four tiles of sums are in use at once:
+// Products by panels on tiles (AMX). Four tiles of sums are in use at once:
 //
 //   wide   16 rows by four tiles of columns    up to 16 rows: each weight is read once
 //   tall   32 rows by two tiles, twice         more rows: half the loads a product
@@ -6,14 +6,16 @@
 // A sum runs over k in one order whatever the shape, so bits do not depend on it.
 #pragma once
 
-#include "../common/tiles.h"
-#include "lstm_bf16_blocks.h"
+#include "bf16_blocks.h"
+#include "tiles.h"
 
-namespace seqmem::lstm {
+namespace seqmem {
 namespace {
 
 // Whether a call with at most so many rows a thread is wide.
 SEQMEM_INLINE bool is_wide(int64_t rows) { return rows <= kBlock; }
+
+constexpr int64_t kMostRows = 32;
 
 // Up to 32 rows: one or two blocks of 16. The last block is moved back rather than cut, so that it
 // reads no foreign row; where there are fewer than 16 rows in all, tiles read beyond the last.
@@ -73,21 +75,40 @@ class Panels {
   template <class Slice>
   SEQMEM_INLINE void multiply(int64_t panel, int half, const RowGroup& g, const bf16* left,
                               int64_t stride, const Slice& slice) const {
-    if (wide)
-      run<4, 1>(panel, half, g, left, stride, slice);
-    else if (g.two)
-      run<2, 2>(panel, half, g, left, stride, slice);
-    else
-      run<2, 1>(panel, half, g, left, stride, slice);
+    multiply_blocks(panel, half, g, left, stride, depth, slice);
+  }
+
+  // to [rows from the group's first block on][64] = rows of `left` times the first `blocks` blocks
+  // of a panel.
+  template <class Slice>
+  SEQMEM_INLINE void multiply_into(int64_t panel, const RowGroup& g, const bf16* left,
+                                   int64_t stride, int64_t blocks, float* to, int64_t to_stride,
+                                   const Slice& slice) const {
+    for (int half = 0; half < (wide ? 1 : 2); ++half) {
+      clear_sums();
+      multiply_blocks(panel, half, g, left, stride, blocks, slice);
+      store_sums(g, wide, half, to, to_stride);
+    }
   }
 
  private:
-  template <int columns, int blocks, class Slice>
+  template <class Slice>
+  SEQMEM_INLINE void multiply_blocks(int64_t panel, int half, const RowGroup& g, const bf16* left,
+                                     int64_t stride, int64_t blocks, const Slice& slice) const {
+    if (wide)
+      run<4, 1>(panel, half, g, left, stride, blocks, slice);
+    else if (g.two)
+      run<2, 2>(panel, half, g, left, stride, blocks, slice);
+    else
+      run<2, 1>(panel, half, g, left, stride, blocks, slice);
+  }
+
+  template <int columns, int row_blocks, class Slice>
   SEQMEM_INLINE void run(int64_t panel, int half, const RowGroup& g, const bf16* left,
-                         int64_t stride, const Slice& slice) const {
+                         int64_t stride, int64_t blocks, const Slice& slice) const {
     const bf16 *a = left + g.block[0] * stride, *b = left + g.block[1] * stride;
     const bf16* w = tile(panel, 0, 2 * half);
-    for (int64_t k = 0; k < depth; ++k, a += kDepth, b += kDepth, w += columns * kTile) {
+    for (int64_t k = 0; k < blocks; ++k, a += kDepth, b += kDepth, w += columns * kTile) {
       tile_load<4>(a, stride * 2);
       tile_load<6>(w, 64);
       tile_product<0, 4, 6>();
@@ -99,7 +120,7 @@ class Panels {
         tile_load<7>(w + 3 * kTile, 64);
         tile_product<3, 4, 7>();
       }
-      if constexpr (blocks == 2) {
+      if constexpr (row_blocks == 2) {
         tile_load<5>(b, stride * 2);
         tile_product<2, 5, 6>();
         tile_product<3, 5, 7>();
@@ -110,4 +131,4 @@ class Panels {
 };
 
 }  // namespace
-}  // namespace seqmem::lstm
+}  // namespace seqmem

@@ -1,10 +1,10 @@
-// Sizes that the LSTM's kernels in bf16 share: weights lie in blocks that fit a tile (AMX), in
-// which a line of 64 bytes holds a pair of k for 16 columns.
+// Sizes that kernels in bf16 share: right operands lie in blocks that fit a tile (AMX), in which a
+// line of 64 bytes holds a pair of k for 16 columns.
 #pragma once
 
-#include "../common/kernel_util.h"
+#include "kernel_util.h"
 
-namespace seqmem::lstm {
+namespace seqmem {
 namespace {
 
 constexpr int kBlock = 16;          // units, columns or rows of a tile
@@ -13,4 +13,4 @@ constexpr int kPanel = 4 * kBlock;  // columns of a panel
 constexpr int64_t kTile = kBlock * kDepth;
 
 }  // namespace
-}  // namespace seqmem::lstm
+}  // namespace seqmem

@@ -1,0 +1,202 @@
+// Attention forward in bf16 on tiles or dot products, softmax alone. Threads take tasks, parts of a
+// batch's queries, and go through each in blocks of up to 32 queries, whose score rows stay in L2:
+//   once a batch  keys [Tk, D] and values [Tk, Dv] packed into panels of 64 columns: 64 keys by
+//                 blocks of 32 features; 64 features by blocks of 32 keys
+//   pass 1  scores[rows, Tk] = query key^T, float32    a panel in L1 for all the rows
+//   pass 2  scores -> e^(scale score - highest), masked; their sums
+//   pass 3  weights[rows, Tk] = scores / sum, bf16, kept for pass 4 and stored; past the caches
+//           where they are large
+//   pass 4  output[rows, Dv] = weights value
+// Weights enter pass 4 rounded, as they do where products and softmax are separate ops.
+#include "../common/bf16_panels.h"
+#include "../common/past_caches.h"
+#include "attention_common.h"
+#include "attention_softmax.h"
+
+namespace seqmem::attention {
+namespace {
+
+constexpr int64_t kBlockBytes = 256 << 10;  // of score rows
+constexpr int64_t kPastCaches = 8 << 20;    // bytes of weights from which on they bypass the caches
+
+template <class S>
+class ForwardRun {
+  using C = float;
+  static constexpr int L = kLanes<C>;
+
+  const Shape& s;
+  const Plan& plan;
+  const Forward& a;
+  const int thread, threads;
+  const int64_t block, stride;                // query rows of a block; stride of score rows
+  const int64_t query_stride, weight_stride;  // D and Tk in whole blocks of k, and some more
+  const int64_t key_panel_count, value_panel_count;
+  const bool past_caches;
+
+  Panels key_panels, value_panels;
+  S *queries, *weights;  // of a block: [block, query_stride], [block, weight_stride]
+  C *scores, *out;       // [block, stride], [block, value_panel_count][64]
+  C* mask_copy;          // [block, stride]
+
+ public:
+  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
+             SpinBarrier&)
+      : s(s),
+        plan(plan),
+        a(a),
+        thread(thread),
+        threads(threads),
+        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMostRows)),
+        stride(score_stride<C>(ceil_div(s.Tk, kPanel) * kPanel)),
+        query_stride(ceil_div(s.D, kDepth) * kDepth),
+        weight_stride(ceil_div(s.Tk, kDepth) * kDepth + kDepth),
+        key_panel_count(ceil_div(s.Tk, kPanel)),
+        value_panel_count(ceil_div(s.Dv, kPanel)),
+        past_caches(s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % kDepth == 0 &&
+                    reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {
+    key_panels = {nullptr, query_stride / kDepth, is_wide(block)};
+    value_panels = {nullptr, ceil_div(s.Tk, kDepth), is_wide(block)};
+  }
+
+  int64_t place(char* base) {
+    Carver take(base);
+    take.per_thread(thread, threads, [&] {
+      key_panels.data = take.array<S>(key_panel_count * key_panels.depth * 4 * kTile);
+      value_panels.data = take.array<S>(value_panel_count * value_panels.depth * 4 * kTile);
+      queries = take.array<S>(block * query_stride);
+      weights = take.array<S>(block * weight_stride);
+      scores = take.array<C>(block * stride);
+      out = take.array<C>(block * value_panel_count * kPanel);
+      mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
+    });
+    return take.used();
+  }
+
+  void run() {
+    int64_t packed = -1;  // the batch whose keys and values the panels hold
+    Task task;
+    while (take_task(s, plan, block, task)) {
+      if (task.n != packed) {
+        packed = task.n;
+        pack_keys(Rows<S>(a.key, packed));
+        pack_values(Rows<S>(a.value, packed));
+      }
+      for (int64_t i = task.begin; i < task.end; i += block)
+        run_block(task.n, i, min(block, task.end - i));
+    }
+    tiles_release();
+    if (past_caches) settle_stores();
+  }
+
+ private:
+  // The `count` elements of a row from `first` on, in one piece: where they are, or in `buffer`.
+  static const S* in_one_piece(const Rows<S>& m, int64_t row, int64_t first, int64_t count,
+                               S* buffer) {
+    const S* from = m.row(row) + first * m.columns;
+    if (m.columns == 1) return from;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = from[i * m.columns];
+    return buffer;
+  }
+
+  // Keys are columns of the right operand: their features, transposed by pairs.
+  void pack_keys(const Rows<S>& key) {
+    for (int64_t j = 0; j < key_panel_count * kPanel; j += kBlock)
+      for (int64_t k = 0; k < key_panels.depth; ++k) {
+        alignas(64) float square[kBlock][kBlock] = {};
+        const int64_t n = min<int64_t>(kDepth, s.D - k * kDepth);
+        S buffer[kDepth];
+        for (int64_t i = 0; i < min<int64_t>(kBlock, s.Tk - j); ++i)
+          __builtin_memcpy(square[i], in_one_piece(key, j + i, k * kDepth, n, buffer),
+                           n * sizeof(S));
+        S* to = key_panels.tile(j / kPanel, k, static_cast<int>(j % kPanel / kBlock));
+        transpose_tile(square, reinterpret_cast<float*>(to), kBlock);
+      }
+  }
+
+  void pack_values(const Rows<S>& value) {
+    S buffers[2][kBlock];
+    for (int64_t j = 0; j < value_panel_count * kPanel; j += kBlock)
+      for (int64_t k = 0; k < value_panels.depth; ++k) {
+        S* to = value_panels.tile(j / kPanel, k, static_cast<int>(j % kPanel / kBlock));
+        const int64_t n = min<int64_t>(kBlock, s.Dv - j);
+        const auto row = [&](int64_t i) {
+          return i < s.Tk && n > 0 ? in_one_piece(value, i, j, n, buffers[i % 2]) : nullptr;
+        };
+        for (int i = 0; i < kBlock; ++i)
+          store_pairs(to + i * kDepth, row(k * kDepth + 2 * i), row(k * kDepth + 2 * i + 1), n);
+      }
+  }
+
+  void run_block(int64_t n, int64_t i, int64_t rows) {
+    const int64_t keys = visible_keys(s, i + rows);
+    MaskRows<C> mask;
+    if (s.mask != MaskKind::None)
+      mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
+    const Rows<S> query(a.query, n);
+    for (int64_t r = 0; r < rows; ++r) {
+      S* to = queries + r * query_stride;
+      const S* from = in_one_piece(query, i + r, 0, s.D, to);
+      if (from != to) __builtin_memcpy(to, from, s.D * sizeof(S));
+      __builtin_memset(static_cast<void*>(to + s.D), 0, (query_stride - s.D) * sizeof(S));
+    }
+    const RowGroup group = row_group(0, rows, key_panels.wide);
+    tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
+    tiles_fence();
+    for (int64_t p = 0; p < ceil_div(keys, kPanel); ++p)
+      key_panels.multiply_into(p, group, queries, query_stride, key_panels.depth,
+                               scores + p * kPanel, stride, kNothing);
+    for (int64_t r = 0; r < rows; ++r) {
+      C* row = scores + r * stride;
+      const C highest = masked_row(i, r, row, keys, mask);
+      weigh(static_cast<S*>(a.weights) + (n * s.Tq + i + r) * s.Tk, weights + r * weight_stride,
+            row, keys, C(1) / exponentials<C>(row, keys, highest));
+    }
+    tiles_fence();
+    for (int64_t p = 0; p < value_panel_count; ++p)
+      value_panels.multiply_into(p, group, weights, weight_stride, ceil_div(keys, kDepth),
+                                 out + p * kPanel, value_panel_count * kPanel, kNothing);
+    for (int64_t r = 0; r < rows; ++r)
+      store_row(static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv,
+                out + r * value_panel_count * kPanel, s.Dv);
+  }
+
+  // The scaled and masked row's maximum.
+  C masked_row(int64_t i, int64_t r, C* row, int64_t keys, const MaskRows<C>& mask) {
+    const int64_t last = s.causal ? min(keys, i + r + 1) : keys;
+    const C scale = C(s.scale);
+    switch (s.mask) {
+      case MaskKind::Allowed:
+        return mask_row<C, MaskKind::Allowed, true>(row, keys, last, mask.allowed[r], nullptr,
+                                                    scale);
+      case MaskKind::Added:
+        return mask_row<C, MaskKind::Added, true>(row, keys, last, nullptr, mask.added[r], scale);
+      default: return mask_row<C, MaskKind::None, true>(row, keys, last, nullptr, nullptr, scale);
+    }
+  }
+
+  // row / its sum, as a left operand in `kept` and as a result in `to`.
+  void weigh(S* to, S* kept, const C* row, int64_t keys, C inverse) {
+    const int64_t whole = ceil_div(keys, kDepth) * kDepth;
+    for (int64_t j = 0; j < whole; j += L)
+      store(kept + j, first_lanes(inverse * load(row + j),
+                                  static_cast<int>(min<int64_t>(L, max<int64_t>(0, keys - j)))));
+    const int64_t copied = min(whole, s.Tk);
+    if (past_caches) {
+      for (int64_t j = 0; j < copied; j += 2 * L)
+        store_past_caches(reinterpret_cast<C*>(to + j), load(reinterpret_cast<const C*>(kept + j)));
+    } else {
+      __builtin_memcpy(to, kept, copied * sizeof(S));
+    }
+    // Beyond the diagonal: zero, or NaN where the whole row is.
+    const Vec<C> rest = splat(inverse * C(0));
+    for (int64_t j = keys; j < s.Tk; j += L)
+      store_n(to + j, rest, static_cast<int>(min<int64_t>(L, s.Tk - j)));
+  }
+};
+
+}  // namespace
+
+const Kernel<Forward, Shape, Plan> SEQMEM_ISA::forward_kernel =
+    Entry<ForwardRun, Types::BFloat16, Forward, Shape, Plan>::table;
+
+}  // namespace seqmem::attention
