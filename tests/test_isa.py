@@ -53,8 +53,9 @@ def test_emulated(option: str, isa: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     emulates = f"from seqmem_fast import _C; assert _C.bf16_in_use() == '{isa}', _C.__file__"
     run_python(tmp_path, "-c", emulates)
-    files = [f"tests/test_lstm{name}.py" for name in ("", "_module", "_bf16")]
-    run_python(tmp_path, "-m", "pytest", "-k", "bfloat16 or lstm_bf16", *QUIET, *files)
+    names = ("lstm", "lstm_module", "lstm_bf16", "attention", "attention_bf16")
+    files = [f"tests/test_{name}.py" for name in names]
+    run_python(tmp_path, "-m", "pytest", "-k", "bfloat16 or _bf16", *QUIET, *files)
 
 
 QUIET = ("-p", "no:cacheprovider", "-q")

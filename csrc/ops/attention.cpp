@@ -73,7 +73,7 @@ constexpr int64_t kRowsWorthPacking = 8;
 
 // Tiles and dot products pay where rows share the packing and features fill most of a block of 32.
 bool runs_in_bf16(const Shape& s, at::ScalarType type) {
-  constexpr int64_t kRows = 16, kFeatures = 24;
+  constexpr int64_t kRows = 24, kFeatures = 24;
   return type == at::kBFloat16 && s.alpha == 1 && s.Tq >= kRows && s.D >= kFeatures &&
          s.Dv >= kFeatures && bf16_in_use() != Bf16::Float32;
 }
