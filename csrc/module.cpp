@@ -95,7 +95,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Threads that a call may use now: torch's, or fewer for a while after other programs kept "
         "one from running.");
   m.def("bf16_in_use", &bf16_in_use,
-        "What bf16 LSTMs run on: amx (tiles), avx512_bf16 (dot products) or float32.");
+        "What bf16 runs on: amx (tiles), avx512_bf16 (dot products) or float32.");
   seqmem::attention::bind(m);
   seqmem::lstm::bind(m);
 }

@@ -41,7 +41,7 @@ def collect() -> dict[str, str | int]:
         "ISA in use": _C.cpu_capability(),
         "ISA available": ", ".join(available_isas(build["isas"])),
         "ISA compiled": ", ".join(build["isas"]),
-        "bf16 LSTMs run on": bf16(build["bf16"]),
+        "bf16 runs on": bf16(build["bf16"]),
         "ATEN_CPU_CAPABILITY": os.environ.get("ATEN_CPU_CAPABILITY", "not set"),
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
@@ -65,7 +65,7 @@ def available_isas(compiled: Sequence[str]) -> list[str]:
 
 
 def bf16(compiled: Sequence[str]) -> str:
-    """What multiplies in LSTMs in bf16: tiles, dot products or float32's own instructions."""
+    """What multiplies bf16 in LSTMs and attention: tiles, dot products or float32's kernels."""
     used = {
         "amx": "AMX tiles",
         "avx512_bf16": "AVX512-BF16 dot products",

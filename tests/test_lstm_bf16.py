@@ -243,7 +243,7 @@ def test_autocast_and_modules_in_bf16_arrive_there() -> None:
 
 @pytest.mark.slow
 def test_info_tells_of_them() -> None:
-    said = json.loads(python("-m", "seqmem_fast", "info", "--json"))["bf16 LSTMs run on"]
+    said = json.loads(python("-m", "seqmem_fast", "info", "--json"))["bf16 runs on"]
     used, _, compiled = said.partition("; compiled: ")
     built = _C.build_info()["bf16"]
     assert compiled == (", ".join(built) or "float32 alone")

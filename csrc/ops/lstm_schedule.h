@@ -1,6 +1,8 @@
 // How an LSTM call is shared out among threads, and which kernels serve it.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "../common/bf16_in_use.h"
@@ -20,11 +22,28 @@ struct Schedule {
 // Estimates in microseconds of one core; they only steer the choices below. A barrier costs little,
 // but where another program holds the other core each one may wait for a time slice, so short steps
 // stay on one thread; shorter ones of a single row do not, for it has no rows to share.
-constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
 constexpr double kStepWorthSharing = 3, kLoneStepWorthSharing = 0.7;
 constexpr double kCallWorthSharing = 50;
-constexpr int64_t kSecondCache = 256 << 10;
-constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from the third cache
+constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from beyond L2
+
+struct Rates {
+  double flops, bytes;  // a microsecond
+};
+inline Rates rates() {
+  return isa_in_use() == Isa::Avx512 ? Rates{100e3, 100e3} : Rates{60e3, 40e3};
+}
+
+// Of one core, in bytes; the C library does not always know it.
+inline int64_t second_cache() {
+  static const int64_t bytes = [] {
+    int64_t told = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return std::clamp<int64_t>(told > 0 ? told : 512 << 10, 256 << 10, 4 << 20);
+  }();
+  return bytes;
+}
 
 // Threads share rows where each gets several, and many if the weights do not stay in its cache;
 // else they share hidden units, which halves the weights each thread reads but needs a barrier per
@@ -34,14 +53,14 @@ inline Schedule share_out(const Sizes64& s, int64_t element, bool projected,
   const int available = available_threads();
   const double flops = 8.0 * s.H * s.B * recurrent_width;
   const double bytes = 4.0 * s.H * recurrent_width * element;
-  const double step = std::max(flops / kFlopsPerMicrosecond, bytes / kBytesPerMicrosecond);
+  const double step = std::max(flops / rates().flops, bytes / rates().bytes);
   const double call = step * s.T * (1 + double(s.I) / recurrent_width);
   auto limit = [&](double threads) { return int(std::clamp(threads, 1.0, double(available))); };
   const int by_rows = std::min<int64_t>(limit(call / kCallWorthSharing), std::max<int64_t>(s.B, 1));
   const double step_worth = s.B == 1 ? kLoneStepWorthSharing : kStepWorthSharing;
   const int by_units = std::min<int64_t>(
       limit(std::min(step / step_worth, call / kCallWorthSharing)), std::max<int64_t>(s.H / 16, 1));
-  const int64_t enough = bytes <= kSecondCache ? 6 : kRowsPerWeight;
+  const int64_t enough = 2 * bytes <= second_cache() ? 6 : kRowsPerWeight;
   const bool rows = projected || s.B >= enough * by_rows || by_units == 1;
   return {{rows, true, 1}, rows ? by_rows : by_units};
 }
