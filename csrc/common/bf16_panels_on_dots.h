@@ -17,8 +17,8 @@ SEQMEM_INLINE void tiles_configure(int) {}
 SEQMEM_INLINE void tiles_release() {}
 SEQMEM_INLINE void tiles_fence() {}
 
-// Up to 24 rows, in one block: four passes of six over a panel, which L1 holds half of.
-constexpr int64_t kMostRows = 24;
+// Up to 32 rows, in one block: passes of six at most over a panel, which L1 holds half of.
+constexpr int64_t kMostRows = 32;
 struct RowGroup {
   int64_t first, count;
   int64_t block[2];
@@ -75,6 +75,14 @@ class Panels {
                                    const Slice& slice) const {
     run<4, false>(tile(panel, 0, 0), blocks, g.count, left + g.block[0] * stride, stride, to,
                   to_stride, slice);
+  }
+
+  // The same added to what stands there.
+  SEQMEM_INLINE void multiply_onto(int64_t panel, const RowGroup& g, const bf16* left,
+                                   int64_t stride, int64_t blocks, float* to,
+                                   int64_t to_stride) const {
+    run<4, true>(tile(panel, 0, 0), blocks, g.count, left + g.block[0] * stride, stride, to,
+                 to_stride, [] {});
   }
 
  private:

@@ -91,6 +91,17 @@ class Panels {
     }
   }
 
+  // The same added to what stands there, of a group of whole blocks.
+  SEQMEM_INLINE void multiply_onto(int64_t panel, const RowGroup& g, const bf16* left,
+                                   int64_t stride, int64_t blocks, float* to,
+                                   int64_t to_stride) const {
+    for (int half = 0; half < (wide ? 1 : 2); ++half) {
+      load_sums(g, wide, half, to, to_stride);
+      multiply_blocks(panel, half, g, left, stride, blocks, [] {});
+      store_sums(g, wide, half, to, to_stride);
+    }
+  }
+
  private:
   template <class Slice>
   SEQMEM_INLINE void multiply_blocks(int64_t panel, int half, const RowGroup& g, const bf16* left,

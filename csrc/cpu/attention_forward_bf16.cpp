@@ -8,9 +8,8 @@
 //           where they are large
 //   pass 4  output[rows, Dv] = weights value
 // Weights enter pass 4 rounded, as they do where products and softmax are separate ops.
-#include "../common/bf16_panels.h"
 #include "../common/past_caches.h"
-#include "attention_common.h"
+#include "attention_bf16.h"
 #include "attention_softmax.h"
 
 namespace seqmem::attention {
@@ -61,8 +60,8 @@ class ForwardRun {
   int64_t place(char* base) {
     Carver take(base);
     take.per_thread(thread, threads, [&] {
-      key_panels.data = take.array<S>(key_panel_count * key_panels.depth * 4 * kTile);
-      value_panels.data = take.array<S>(value_panel_count * value_panels.depth * 4 * kTile);
+      key_panels.data = take.array<S>(key_panel_count * kPanel * query_stride);
+      value_panels.data = take.array<S>(value_panel_count * kPanel * value_panels.depth * kDepth);
       queries = take.array<S>(block * query_stride);
       weights = take.array<S>(block * weight_stride);
       scores = take.array<C>(block * stride);
@@ -78,8 +77,8 @@ class ForwardRun {
     while (take_task(s, plan, block, task)) {
       if (task.n != packed) {
         packed = task.n;
-        pack_keys(Rows<S>(a.key, packed));
-        pack_values(Rows<S>(a.value, packed));
+        pack_as_columns(key_panels, Rows<S>(a.key, packed), s.Tk, s.D);
+        pack_as_rows(value_panels, Rows<S>(a.value, packed), s.Tk, s.Dv, value_panel_count);
       }
       for (int64_t i = task.begin; i < task.end; i += block)
         run_block(task.n, i, min(block, task.end - i));
@@ -89,56 +88,12 @@ class ForwardRun {
   }
 
  private:
-  // The `count` elements of a row from `first` on, in one piece: where they are, or in `buffer`.
-  static const S* in_one_piece(const Rows<S>& m, int64_t row, int64_t first, int64_t count,
-                               S* buffer) {
-    const S* from = m.row(row) + first * m.columns;
-    if (m.columns == 1) return from;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = from[i * m.columns];
-    return buffer;
-  }
-
-  // Keys are columns of the right operand: their features, transposed by pairs.
-  void pack_keys(const Rows<S>& key) {
-    for (int64_t j = 0; j < key_panel_count * kPanel; j += kBlock)
-      for (int64_t k = 0; k < key_panels.depth; ++k) {
-        alignas(64) float square[kBlock][kBlock] = {};
-        const int64_t n = min<int64_t>(kDepth, s.D - k * kDepth);
-        S buffer[kDepth];
-        for (int64_t i = 0; i < min<int64_t>(kBlock, s.Tk - j); ++i)
-          __builtin_memcpy(square[i], in_one_piece(key, j + i, k * kDepth, n, buffer),
-                           n * sizeof(S));
-        S* to = key_panels.tile(j / kPanel, k, static_cast<int>(j % kPanel / kBlock));
-        transpose_tile(square, reinterpret_cast<float*>(to), kBlock);
-      }
-  }
-
-  void pack_values(const Rows<S>& value) {
-    S buffers[2][kBlock];
-    for (int64_t j = 0; j < value_panel_count * kPanel; j += kBlock)
-      for (int64_t k = 0; k < value_panels.depth; ++k) {
-        S* to = value_panels.tile(j / kPanel, k, static_cast<int>(j % kPanel / kBlock));
-        const int64_t n = min<int64_t>(kBlock, s.Dv - j);
-        const auto row = [&](int64_t i) {
-          return i < s.Tk && n > 0 ? in_one_piece(value, i, j, n, buffers[i % 2]) : nullptr;
-        };
-        for (int i = 0; i < kBlock; ++i)
-          store_pairs(to + i * kDepth, row(k * kDepth + 2 * i), row(k * kDepth + 2 * i + 1), n);
-      }
-  }
-
   void run_block(int64_t n, int64_t i, int64_t rows) {
     const int64_t keys = visible_keys(s, i + rows);
     MaskRows<C> mask;
     if (s.mask != MaskKind::None)
       mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
-    const Rows<S> query(a.query, n);
-    for (int64_t r = 0; r < rows; ++r) {
-      S* to = queries + r * query_stride;
-      const S* from = in_one_piece(query, i + r, 0, s.D, to);
-      if (from != to) __builtin_memcpy(to, from, s.D * sizeof(S));
-      __builtin_memset(static_cast<void*>(to + s.D), 0, (query_stride - s.D) * sizeof(S));
-    }
+    copy_left(queries, query_stride, Rows<S>(a.query, n), i, rows, s.D, query_stride);
     const RowGroup group = row_group(0, rows, key_panels.wide);
     tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
     tiles_fence();

@@ -64,6 +64,7 @@ struct Backward {
 SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape, Plan> forward_kernel;
                     extern const Kernel<Backward, Shape, Plan> backward_kernel;)
 // bf16 and softmax alone.
-SEQMEM_FOR_BF16(SEQMEM_IF_BUILT extern const Kernel<Forward, Shape, Plan> forward_kernel;)
+SEQMEM_FOR_BF16(SEQMEM_IF_BUILT extern const Kernel<Forward, Shape, Plan> forward_kernel;
+                SEQMEM_IF_BUILT extern const Kernel<Backward, Shape, Plan> backward_kernel;)
 
 }  // namespace seqmem::attention

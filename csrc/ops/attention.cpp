@@ -134,8 +134,9 @@ Tensors<4> backward_cpu(const BackwardInputs& in) {
                                 .grad_value = data(value),
                                 .grad_mask = data(mask),
                                 .workspace = nullptr};
-    launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 2.5), arguments,
-           storage_of(in.query), call.shape, plan);
+    const bool in_bf16 = runs_in_bf16(call.shape, in.query.scalar_type());
+    launch(in_bf16 ? SEQMEM_CHOOSE_BF16(backward_kernel) : SEQMEM_CHOOSE(backward_kernel),
+           threads_for(call.shape, 2.5), arguments, storage_of(in.query), call.shape, plan);
   } else {  // no queries or no keys
     for (const Tensor& grad : {query, key, value, mask})
       if (grad.defined()) grad.zero_();
