@@ -185,7 +185,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "one_shot": {
         "model": "mann",
-        "steps": 5000,
+        "steps": 10_000,
         "fall": 0.4,
         "batch_size": 16,
         "learning_rate": 1e-3,
