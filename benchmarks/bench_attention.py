@@ -140,6 +140,8 @@ ROWS = [
     *row(8, 512, 512, 64, (6, 3)),
     *row(32, 64, 64, 64, (3, 2)),
     *row(8, 512, 512, 64, dtype=torch.bfloat16),
+    *row(4, 2048, 2048, 64, dtype=torch.bfloat16),
+    *row(4, 2048, 2048, 64, (6, None), dtype=torch.bfloat16, peer=SDPA),
     *sparse_row("sparsemax", 8, 1024, 1024, 64, goals={PACKAGE: (20, 12), SOFTMAX: (0.77, 0.77)}),
     *sparse_row("entmax15", 8, 1024, 1024, 64),
 ]

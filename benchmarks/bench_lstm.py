@@ -161,8 +161,13 @@ SHAPES = (
     Shape("layer", 100, 32, 256, 256, goals=(1.12, 1.3)),
     Shape("lengths", 100, 32, 256, 256, goals=(1.5, 1.5)),
     Shape("layer", 100, 64, 512, 512, goals=(1.1, 1.2)),
-    Shape("layer", 100, 32, 256, 256, torch.bfloat16, goals=(1.4, 2.5)),
-    Shape("layer", 100, 64, 512, 512, torch.bfloat16, goals=(1.15, 1.3)),
+    # Goals of processors with tiles.
+    Shape("layer", 100, 1, 64, 64, torch.bfloat16, goals=(5, 6)),
+    Shape("layer", 37, 5, 30, 100, torch.bfloat16, goals=(4.5, 5)),
+    Shape("layer", 512, 1, 256, 256, torch.bfloat16, goals=(1.9, 6)),
+    Shape("layer", 200, 128, 32, 32, torch.bfloat16, goals=(2.2, 2.6)),
+    Shape("layer", 100, 32, 256, 256, torch.bfloat16, goals=(1.7, 2.6)),
+    Shape("layer", 100, 64, 512, 512, torch.bfloat16, goals=(1.35, 2.1)),
 )
 HALF = torch.bfloat16
 GPU_SHAPES = (
