@@ -18,6 +18,9 @@ void bind(pybind11::module_& m);
 namespace seqmem::lstm {
 void bind(pybind11::module_& m);
 }
+namespace seqmem::ntm {
+void bind(pybind11::module_& m);
+}
 
 namespace {
 
@@ -98,4 +101,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "What bf16 runs on: amx (tiles), avx512_bf16 (dot products) or float32.");
   seqmem::attention::bind(m);
   seqmem::lstm::bind(m);
+  seqmem::ntm::bind(m);
 }

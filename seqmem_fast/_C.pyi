@@ -27,3 +27,17 @@ def lstm_cell(
 def lstm_layer(
     input: Tensor, hx: Tensor | None, cx: Tensor | None, *rest: Tensor | bool | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+def ntm_module(
+    input: Tensor,
+    state: list[Tensor],
+    controller: list[Tensor],
+    rest: list[Tensor],  # weight and bias of the heads, and of the output layer
+    heads: str,
+    shift_range: int,
+    lstm: bool,
+    squash: bool,
+    shared: bool,
+    logits: bool,
+    activation: str | None,
+    trace: bool,
+) -> list[Tensor] | None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,11 +14,15 @@ from machine_module_suite import (
     MachineModuleSuite,
     check_memory_of_a_training_step,
     data,
+    same,
 )
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import seqmem_fast as sf
 from seqmem_fast import NTM, NTMMemory, NTMState
+from seqmem_fast.reference import ntm as reference
 
 
 class TestNTM(MachineModuleSuite):
@@ -59,6 +64,175 @@ class TestNTM(MachineModuleSuite):
     def test_weightings_sum_to_one(self, options: dict[str, Any]) -> None:
         _, _, weightings = self.make(**options)(data(), return_weightings=True)
         torch.testing.assert_close(weightings.sum(-1), torch.ones(weightings.shape[:3]).double())
+
+
+# ---- a call at once, by the compiled module, beside the long way
+
+
+def at_once(output: Tensor) -> bool:
+    return output.grad_fn is not None and "NetworkFunction" in output.grad_fn.name()
+
+
+def long_way(module: nn.Module) -> nn.Module:
+    """A hook on the output layer must be called, which the compiled module does not know of."""
+    twin = copy.deepcopy(module)
+    twin.output.register_forward_hook(lambda *_: None)
+    return twin
+
+
+def learning(tensors: Any) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def weighed(tensors: Any) -> Tensor:
+    """A loss through every value, each with a weight of its own."""
+    return sum(
+        (t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in tree_leaves(tensors)
+    )
+
+
+ACTIVATIONS = (None, "sigmoid", "tanh", "relu")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("given", [False, True], ids=["initial", "given"])
+@pytest.mark.parametrize("variant", TestNTM.variants)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_call_at_once_equals_the_long_way(
+    variant: str, given: bool, batch: int, activation: str | None
+) -> None:
+    options = {**TestNTM.variants[variant], "output_activation": activation}
+    module = TestNTM.make(**options)
+    twin, x = long_way(module), data(batch=batch)
+    _, state = module(data(batch=batch))
+    results: list[Any] = []
+    for side in (module, twin):
+        input, *parts = learning([x, *state])
+        found = side(input, NTMState(*parts) if given else None, return_weightings=True)
+        assert at_once(found[0]) == (side is module)
+        weighed(found).backward()
+        leaves = [input, *(parts if given else []), *side.parameters()]
+        with torch.no_grad():
+            silent = side(x, state if given else None)
+        results.append((found, silent, [leaf.grad for leaf in leaves]))
+    assert [g is None for g in results[0][2]] == [g is None for g in results[1][2]]
+    same(*results)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("variant", TestNTM.variants)
+def test_what_a_sequence_starts_with_learns_as_in_the_reference(variant: str, batch: int) -> None:
+    """Above all the initial state, of which the compiled module makes a batch itself."""
+    module = TestNTM.make(**TestNTM.variants[variant])
+    x = data(batch=batch)
+    output, state = module(x)
+    assert at_once(output)
+    weighed((output, state)).backward()
+    found = {name: p.grad for name, p in module.named_parameters()}
+    module.zero_grad()
+    features, last = reference.ntm(
+        x,
+        module.init_state(batch),
+        module._controller(),
+        module.head_weight,
+        module.head_bias,
+        heads=module.heads,
+        shift_range=module.shift_range,
+        squash=module.squash,
+        controller_type=module.controller,
+    )
+    answer = module._answer(features, None)
+    same((output, state), (answer, last))
+    weighed((answer, last)).backward()
+    same(found, {name: p.grad for name, p in module.named_parameters()})
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_equal_those_of_the_long_way(activation: str | None) -> None:
+    module = TestNTM.make(output_activation=activation, memory_init="learned")
+    twin, x = long_way(module), data(3, 2)
+    seconds = []
+    for side in (module, twin):
+        (input,) = learning([x])
+        leaves = [input, *side.parameters()]
+        found = side(input, return_weightings=True)
+        assert at_once(found[0]) == (side is module)
+        grads = torch.autograd.grad(weighed(found), leaves, create_graph=True)
+        asked = torch.autograd.grad(
+            weighed([g.square() for g in grads]), leaves, materialize_grads=True
+        )
+        seconds.append((grads, asked))
+    same(*seconds)
+
+
+def test_gradients_of_some_outputs_and_of_some_parameters() -> None:
+    module, x = TestNTM.make(output_activation="tanh"), data()
+    twin = long_way(module)
+    for learns in (["output.weight"], ["output.bias"], ["initial_weightings"], ["head_bias"]):
+        for ask in (
+            lambda found: found[0],
+            lambda found: found[1].memory,
+            lambda found: (found[0], found[1].hidden),
+        ):
+            for side in (module, twin):
+                side.zero_grad()
+                for name, parameter in side.named_parameters():
+                    parameter.requires_grad_(name in learns)
+                loss = weighed(ask(side(x)))
+                if loss.requires_grad:
+                    loss.backward()
+            for own, other in zip(module.parameters(), twin.parameters(), strict=True):
+                assert other.grad is None or own.grad is not None
+                if own.grad is not None:
+                    same(own.grad, torch.zeros_like(own) if other.grad is None else other.grad)
+
+
+def test_the_output_layer_may_be_another() -> None:
+    """What a compiled module does not know of goes the long way."""
+    x = data()
+    module = TestNTM.make()
+    expected, _ = module(x)
+    assert at_once(expected)
+    called: list[Any] = []
+    handle = module.output.register_forward_hook(lambda *_: called.append(1))
+    same(module(x)[0], expected)
+    assert called
+    handle.remove()
+    assert at_once(module(x)[0])
+    nn.utils.parametrize.register_parametrization(module.output, "weight", nn.Identity())
+    nn.utils.parametrize.register_parametrization(module, "head_weight", nn.Identity())
+    same(module(x)[0], expected)
+    nn.utils.parametrize.remove_parametrizations(module.output, "weight")
+    same(module(x)[0], expected)
+    module.output = nn.Sequential(module.output, nn.Tanh())
+    same(module(x)[0], expected.tanh())
+    module.output = nn.Linear(11, 2, bias=False).double()
+    assert module(x)[0].shape == (6, 3, 2)
+
+
+def test_modes_are_asked() -> None:
+    """A mode that watches ops sees them all, and one that changes them does."""
+    module, x = TestNTM.make(), data()
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    assert counter.get_total_flops() > 6 * 3 * module.output.weight.numel()
+    with torch.device("cpu"):
+        assert not at_once(module(x)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not at_once(module(x)[0])
+    assert at_once(module(x)[0])
+    with torch.inference_mode():
+        silent, _ = module(x)
+    same(silent, module(x)[0])
+
+
+def test_a_change_between_the_passes_is_found() -> None:
+    module = TestNTM.make()
+    output, _ = module(data())
+    with torch.no_grad():
+        module.output.weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
 
 
 def test_the_state_is_a_pytree_and_detaches() -> None:

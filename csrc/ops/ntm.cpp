@@ -11,14 +11,6 @@ namespace seqmem::ntm {
 namespace {
 
 using Sizes64 = Sizes<int64_t>;
-using ForwardOp =
-    Op<kName, Tensors<9>(In, In, In, In, In, In, TensorList, In, In, TensorList, Maybe, Maybe,
-                         std::string_view, int64_t, bool, bool, bool, bool)>;
-using BackwardOp =
-    Op<kBackwardName,
-       std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In, In, In, In, In, In,
-                           TensorList, In, In, TensorList, Maybe, Maybe, In, In, In, In,
-                           std::string_view, int64_t, bool, bool, Mask)>;
 
 State<const void*> state_of(const std::vector<const void*>& parts) {
   if (parts.empty()) return {};

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string_view>
+#include <vector>
 
 #include "../common/check.h"
 #include "../common/machine_check.h"
@@ -107,6 +108,15 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
 }
 
 inline constexpr char kName[] = "seqmem::ntm", kBackwardName[] = "seqmem::ntm_backward";
+
+using ForwardOp =
+    Op<kName, Tensors<9>(In, In, In, In, In, In, TensorList, In, In, TensorList, Maybe, Maybe,
+                         std::string_view, int64_t, bool, bool, bool, bool)>;
+using BackwardOp =
+    Op<kBackwardName,
+       std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In, In, In, In, In, In,
+                           TensorList, In, In, TensorList, Maybe, Maybe, In, In, In, In,
+                           std::string_view, int64_t, bool, bool, Mask)>;
 
 template <class Int>
 Sizes<Int> check(const ForwardInputs& in) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,13 @@ class MemoryNetwork(nn.Module, Generic[State]):
         learned = self.memory_init == "learned"
         self._keep(made, "initial_memory", learned, self.memory_size, self.memory_dim)
 
+    def _tensors(self, *names: str) -> list[Tensor]:
+        """Attributes of these names; most are parameters, where nn.Module looks last."""
+        own = cast("dict[str, Tensor]", self._parameters)
+        return [own[name] if name in own else getattr(self, name) for name in names]
+
     def _controller(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._controller_names]
+        return self._tensors(*self._controller_names)
 
     def _reset_controller(self) -> None:
         """Draws as torch.nn.LSTM and torch.nn.Linear do."""
@@ -159,6 +164,18 @@ class MemoryNetwork(nn.Module, Generic[State]):
         self, input: Tensor, state: State | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, State, dict[str, Any]]:
         """Input [T, B, I] and state as the op takes them, and its further arguments."""
+        input, state, reset = self._turn(input, state, lengths, reset)
+        entered: State = (
+            self._initial_state(input.size(1)) if state is None else self._state(*state)
+        )
+        arguments = {"lengths": lengths, "reset": reset}
+        initial = None if reset is None else self._initial_state()
+        return input, entered, {**arguments, "initial": initial, "controller_type": self.controller}
+
+    def _turn(
+        self, input: Tensor, state: State | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, State | None, Tensor | None]:
+        """Input, state and reset as the op lays them out."""
         if input.dim() not in (2, 3):
             raise ValueError(
                 f"seqmem::{self._op}: expected input with 2 or 3 dimensions, got {input.dim()} "
@@ -179,12 +196,22 @@ class MemoryNetwork(nn.Module, Generic[State]):
         elif self.batch_first:
             input = input.transpose(0, 1)
             reset = reset.t() if reset is not None and reset.dim() == 2 else reset
-        entered: State = (
-            self._initial_state(input.size(1)) if state is None else self._state(*state)
-        )
-        arguments = {"lengths": lengths, "reset": reset}
-        initial = None if reset is None else self._initial_state()
-        return input, entered, {**arguments, "initial": initial, "controller_type": self.controller}
+        return input, state, reset
+
+    def _usual_output(self) -> tuple[Tensor, Tensor] | None:
+        """The output layer's weight and bias where a compiled module may compute it."""
+        layer = cast(nn.Linear, self._modules["output"])
+        if (
+            getattr(layer.forward, "__func__", None) is not nn.Linear.forward
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        ):
+            return None
+        own = layer._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        return None if weight is None or bias is None else (weight, bias)
 
     def _answer(self, features: Tensor, lengths: Tensor | None) -> Tensor:
         """The output [T, B, O], zero beyond the lengths."""
@@ -215,8 +242,10 @@ class MemoryNetwork(nn.Module, Generic[State]):
         self, batched: bool, lengths: Tensor | None, features: Tensor, state: State, *traces: Any
     ) -> Any:
         """Of what the op returns: output, state, and the trace where there is one."""
-        output = self._leave(batched, self._answer(features, lengths))
-        found: list[Any] = [output, self._leave_state(batched, state)]
+        return self._left(batched, self._answer(features, lengths), state, *traces)
+
+    def _left(self, batched: bool, output: Tensor, state: State, *traces: Any) -> Any:
+        found: list[Any] = [self._leave(batched, output), self._leave_state(batched, state)]
         for trace in traces:
             if isinstance(trace, Tensor):
                 found.append(self._leave(batched, trace))

@@ -12,13 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _C, ops
 from ..ops import NTMState
+from ..ops.common import dynamo_traces, overridden
 from .common import MemoryNetwork
 
 __all__ = ["NTM"]
 
 _MEMORY = 1e-6  # Collier & Beel's constant
+_INITIAL = [f"initial_{name}" for name in NTMState._fields]
 _FOCUS = 4.0  # a new head holds e^4 times as much weight on its first slot as on all others
 
 
@@ -196,13 +198,46 @@ class NTM(MemoryNetwork[NTMState]):
         return_weightings: bool = False,
     ) -> tuple[Tensor, NTMState] | tuple[Tensor, NTMState, Tensor]:
         batched = input.dim() != 2
+        found: tuple[Tensor, NTMState] | tuple[Tensor, NTMState, Tensor]
+        if lengths is None and reset is None:
+            done = self._at_once(input, state, return_weightings)
+            if done is not None:
+                output, *parts, weightings = done
+                traces = [weightings] if return_weightings else []
+                found = self._left(batched, output, NTMState(*parts), *traces)
+                return found
         input, state, arguments = self._enter(input, state, lengths, reset)
         arguments |= {"heads": self.heads, "shift_range": self.shift_range, "squash": self.squash}
         operands = (input, state, self._controller(), self.head_weight, self.head_bias)
         op: Any = ops.ntm_trace if return_weightings else ops.ntm
-        found: tuple[Tensor, NTMState] | tuple[Tensor, NTMState, Tensor]
         found = self._results(batched, lengths, *op(*operands, **arguments))
         return found
+
+    def _at_once(self, input: Tensor, state: NTMState | None, trace: bool) -> list[Tensor] | None:
+        """Output, state and weightings by the compiled module; None where it cannot be asked."""
+        layer = None if dynamo_traces() else self._usual_output()
+        if layer is None:
+            return None
+        input, state, _ = self._turn(input, state, None, None)
+        shared = state is None  # by all rows
+        parts = self._tensors(*_INITIAL) if state is None else list(NTMState(*state))
+        controller, rest = self._controller(), [*self._tensors("head_weight", "head_bias"), *layer]
+        if overridden(input, *parts, *controller, *rest):
+            return None
+        return _C.ntm_module(
+            input,
+            parts,
+            controller,
+            rest,
+            self.heads,
+            self.shift_range,
+            self.controller == "lstm",
+            self.squash,
+            shared,
+            shared and self.weightings_init == "learned",
+            self.output_activation,
+            trace,
+        )
 
     def _head_rows(self) -> list[int]:
         """How many rows of head_weight each head has."""
