@@ -8,7 +8,6 @@
 #include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
@@ -22,6 +21,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -30,6 +30,7 @@
 
 #include "../common/autograd.h"
 #include "../ops/ntm_check.h"
+#include "../ops/ntm_output.h"
 
 namespace seqmem::ntm {
 namespace {
@@ -157,7 +158,7 @@ variable_list first_state(TensorList all, bool shared) {
 }
 
 struct Results {
-  variable_list outputs;
+  variable_list outputs;  // but for the first, the output layer's
   Tensor features, saved, checkpoints;
 };
 
@@ -167,9 +168,12 @@ Results run(TensorList all, const Network& net, bool save) {
       ForwardOp::call(all[kInput], state[0], state[1], state[2], state[3], state[4],
                       all.slice(kController), all[kHeadWeight], all[kHeadBias], {}, {}, {},
                       net.heads, net.shift_range, net.lstm, net.squash, net.trace || save, save);
-  const Tensor output =
-      activate(net.activation, at::linear(features, all[kOutputWeight], all[kOutputBias]));
-  return {{output, hidden, cell, memory, weightings, reads, trace}, features, saved, checkpoints};
+  return {{Tensor(), hidden, cell, memory, weightings, reads, trace}, features, saved, checkpoints};
+}
+
+// The network's output, not differentiable.
+Tensor answer(const Tensor& features, TensorList all, const Network& net) {
+  return activate(net.activation, output_layer(features, all[kOutputWeight], all[kOutputBias]));
 }
 
 bool belongs_to_output(size_t k) { return k == kOutputWeight || k == kOutputBias; }
@@ -188,7 +192,8 @@ variable_list differentiable_backward(AutogradContext* ctx, TensorList all, cons
   for (const Tensor& t : all) own.push_back(t.view_as(t));
   variable_list used = own;
   if (net.logits) used[kWeightings] = at::softmax(own[kWeightings], -1);
-  const variable_list results = run(used, net, false).outputs;
+  auto [results, features, saved, checkpoints] = run(used, net, false);
+  results[0] = activate(net.activation, at::linear(features, own[kOutputWeight], own[kOutputBias]));
   variable_list outputs, seeds, inputs;
   for (size_t k = 0; k < grad.size(); ++k) {
     if (!grad[k].defined() || !results[k].requires_grad()) continue;
@@ -213,6 +218,7 @@ class NetworkFunction : public torch::autograd::Function<NetworkFunction> {
     variable_list used = all.vec();
     if (net.logits) used[kWeightings] = softmax(all[kWeightings]);
     auto [outputs, features, saved, checkpoints] = run(used, net, sequence_learns(all));
+    outputs[0] = answer(features, all, net);
     ctx->set_materialize_grads(false);
     variable_list kept = all.vec();
     const Tensor output = net.activation == Activation::None ? Tensor() : outputs[0];
@@ -240,24 +246,20 @@ class NetworkFunction : public torch::autograd::Function<NetworkFunction> {
   // In the order of `all`.
   static variable_list fast_backward(AutogradContext* ctx, TensorList all, TensorList rest,
                                      const Network& net, const variable_list& grad) {
-    OptionalTensor grad_features;
-    Tensor grad_weight, grad_bias;
-    if (grad[0].defined()) {
-      const Tensor &features = rest[2], &weight = all[kOutputWeight];
-      const Tensor rows =
-          activate_backward(net.activation, grad[0], rest[1]).reshape({-1, weight.size(0)});
-      grad_features = at::mm(rows, weight).view(features.sizes());
-      if (ctx->needs_input_grad(kOutputWeight))
-        grad_weight = at::mm(rows.t(), features.view({-1, weight.size(1)}));
-      if (ctx->needs_input_grad(kOutputBias)) grad_bias = rows.sum(0);
-    }
     const Mask mask = {
         any_wanted(ctx, kInput, kState), any_wanted(ctx, kState, kHeadWeight),
         any_wanted(ctx, kHeadWeight, kOutputWeight) || any_wanted(ctx, kController, all.size()),
         false};
+    std::array<Tensor, 3> of_output;  // features, weight, bias
+    if (grad[0].defined())
+      of_output = output_layer_backward(activate_backward(net.activation, grad[0], rest[1]),
+                                        rest[2], all[kOutputWeight], all[kOutputBias],
+                                        {mask != Mask(), ctx->needs_input_grad(kOutputWeight),
+                                         ctx->needs_input_grad(kOutputBias)});
     variable_list found(all.size() - 2);
-    if (mask != Mask()) found = sequence_backward(all, rest, net, grad, grad_features, mask);
-    found.insert(found.begin() + kOutputWeight, {grad_weight, grad_bias});
+    if (mask != Mask())
+      found = sequence_backward(all, rest, net, grad, optional(of_output[0]), mask);
+    found.insert(found.begin() + kOutputWeight, {of_output[1], of_output[2]});
     return found;
   }
 
@@ -316,7 +318,9 @@ std::optional<variable_list> module(In input, const variable_list& state,
   if (learns) return NetworkFunction::apply(TensorList(all), net);
   at::AutoDispatchBelowADInplaceOrView guard;
   if (logits) all[kWeightings] = softmax(all[kWeightings]);
-  return run(all, net, false).outputs;
+  auto [outputs, features, saved, checkpoints] = run(all, net, false);
+  outputs[0] = answer(features, all, net);
+  return outputs;
 }
 
 }  // namespace
