@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import random
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.harness import measure, rows
 from benchmarks.peers import ntm as peers
-from seqmem_fast import ops
+from seqmem_fast import NTM, NTMState, ops
 from seqmem_fast.reference import ntm as sequence
 from seqmem_fast.reference import ntm_addressing as steps
 
@@ -47,6 +49,37 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
         others={} if missing else {peers.JAX: peers.jax_scan},
         missing=[missing] if missing else [],
     )
+
+
+class EagerNTM(nn.Module):
+    """A layer's machine by the reference, with weights of its own."""
+
+    def __init__(self, ntm: NTM) -> None:
+        super().__init__()
+        self.ntm = deepcopy(ntm)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, NTMState]:
+        ntm = self.ntm
+        state = ntm.init_state(input.size(1))
+        weights = ntm._controller(), ntm.head_weight, ntm.head_bias
+        features, last = sequence.ntm(input, state, *weights)
+        return ntm.output(features), last
+
+
+def layer_work(time: int, batch: int, slots: int, width: int, control: int) -> rows.Work:
+    """A layer with 8 outputs, its initial state learned."""
+    torch.manual_seed(0)
+    ours = NTM(INPUT, INPUT - 1, control, slots, width)
+
+    def sample(rng: torch.Generator) -> tuple[Any, ...]:
+        return (torch.rand(time, batch, INPUT, generator=rng),)
+
+    return rows.Work(sample, ours, {"eager": EagerNTM(ours)})
+
+
+def layer_rows(*sizes: int, goals: Goals = (None, None)) -> list[rows.Row]:
+    shape, make = ", ".join(map(str, sizes)), partial(layer_work, *sizes)
+    return rows.pair("ntm", shape, make, goals={"eager": goals}, name="NTM layer")
 
 
 def compiled_work(*sizes: int) -> rows.Work:
@@ -127,6 +160,7 @@ ROWS = [
     *sequence_rows(41, 16, 128, 20, 100, goals=(22, 27), jax=(8, 14)),
     *sequence_rows(41, 64, 128, 64, 256, goals=(6.5, 7), jax=(4, 6.5)),
     *sequence_rows(400, 4, 128, 20, 100, goals=(35, 35)),
+    *layer_rows(41, 1, 128, 20, 100, goals=(90, 100)),
     *step_rows("ntm_addressing", 16, 128, 20, goals=(8, 6)),
     *step_rows("ntm_content_addressing", 16, 128, 20),
     *step_rows("ntm_read", 16, 128, 20),

@@ -165,6 +165,42 @@ def test_second_derivatives_equal_those_of_the_long_way(activation: str | None) 
     same(*seconds)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("outputs", [1, 3, 9, 900], ids="outputs={}".format)
+@pytest.mark.parametrize("control", [11, 16, 39])
+def test_output_layers(control: int, outputs: int, dtype: torch.dtype) -> None:
+    """A narrow one and one of many outputs are torch's, the others a kernel's."""
+    sizes = {"controller_size": control, "output_size": outputs}
+    module = TestNTM.make(**sizes, output_activation="tanh", dtype=dtype)
+    twin, x = long_way(module), data(7, 2).to(dtype)
+    found = []
+    for side in (module, twin):
+        output, _ = side(x)
+        loss = output.square().sum()  # a gradient as it comes from a layer above
+        loss = loss + output[..., :1].sum()
+        loss.backward()
+        found.append((output, [p.grad for p in side.parameters()]))
+    wide = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(*found, **wide)
+    for side in (module, twin):
+        side.zero_grad()
+        side(x)[0].sum().backward()  # one number for all
+    grads = [[p.grad for p in side.parameters()] for side in (module, twin)]
+    torch.testing.assert_close(*grads, **wide)
+
+
+def test_a_frozen_sequence_gives_a_state_without_a_graph() -> None:
+    module = TestNTM.make().requires_grad_(False)
+    module.output.requires_grad_()
+    state = None
+    for _ in range(2):
+        output, state, weightings = module(data(), state, return_weightings=True)
+        assert at_once(output) and not weightings.requires_grad
+        assert not any(t.requires_grad for t in state)
+        output.sum().backward()
+
+
 def test_gradients_of_some_outputs_and_of_some_parameters() -> None:
     module, x = TestNTM.make(output_activation="tanh"), data()
     twin = long_way(module)

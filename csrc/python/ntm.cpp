@@ -72,7 +72,8 @@ struct Network {
   }
 };
 
-// ---- softmax over the last dimension; torch's wakes a team of threads even for two rows
+// ---- softmax over the last dimension; torch's wakes a team of threads even for two rows. Sums are
+// in double: where one slot has most of the weight, its gradient is the small rest of a difference.
 
 constexpr int64_t kSmall = 1 << 14;
 
@@ -89,9 +90,9 @@ Tensor softmax(const Tensor& logits) {
     auto* w = out.mutable_data_ptr<scalar_t>();
     for (const auto* end = x + in.numel(); x < end; x += n, w += n) {
       const scalar_t most = *std::max_element(x, x + n);
-      scalar_t sum = 0;
+      double sum = 0;
       for (int64_t i = 0; i < n; ++i) sum += w[i] = std::exp(x[i] - most);
-      for (int64_t i = 0; i < n; ++i) w[i] /= sum;
+      for (int64_t i = 0; i < n; ++i) w[i] = static_cast<scalar_t>(w[i] / sum);
     }
   });
   return out;
@@ -106,9 +107,12 @@ Tensor softmax_backward(const Tensor& gradient, const Tensor& weightings) {
     const auto *dw = g.const_data_ptr<scalar_t>(), *w = weightings.const_data_ptr<scalar_t>();
     auto* dz = out.mutable_data_ptr<scalar_t>();
     for (const auto* end = dw + g.numel(); dw < end; dw += n, w += n, dz += n) {
-      scalar_t dot = 0;
-      for (int64_t i = 0; i < n; ++i) dot += w[i] * dw[i];
-      for (int64_t i = 0; i < n; ++i) dz[i] = w[i] * (dw[i] - dot);
+      double dot = 0, sum = 0;  // the weights sum to one but for their rounding
+      for (int64_t i = 0; i < n; ++i) {
+        dot += double(w[i]) * dw[i];
+        sum += w[i];
+      }
+      for (int64_t i = 0; i < n; ++i) dz[i] = static_cast<scalar_t>(w[i] * (dw[i] - dot / sum));
     }
   });
   return out;
@@ -217,8 +221,10 @@ class NetworkFunction : public torch::autograd::Function<NetworkFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list used = all.vec();
     if (net.logits) used[kWeightings] = softmax(all[kWeightings]);
-    auto [outputs, features, saved, checkpoints] = run(used, net, sequence_learns(all));
+    const bool learns = sequence_learns(all);
+    auto [outputs, features, saved, checkpoints] = run(used, net, learns);
     outputs[0] = answer(features, all, net);
+    if (!learns) ctx->mark_non_differentiable({outputs.begin() + 1, outputs.end()});
     ctx->set_materialize_grads(false);
     variable_list kept = all.vec();
     const Tensor output = net.activation == Activation::None ? Tensor() : outputs[0];
