@@ -17,6 +17,7 @@ from machine_module_suite import (
     same,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -260,6 +261,16 @@ def test_modes_are_asked() -> None:
     with torch.inference_mode():
         silent, _ = module(x)
     same(silent, module(x)[0])
+
+
+def test_forward_mode_is_not_lost() -> None:
+    """The output layer has one, if the op has none."""
+    module, x = TestNTM.make(), data()
+    weight = module.output.weight.detach()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, torch.ones_like(weight))
+        output, _ = torch.func.functional_call(module, {"output.weight": dual}, (x,))
+        assert forward_ad.unpack_dual(output).tangent is not None
 
 
 def test_a_change_between_the_passes_is_found() -> None:

@@ -292,8 +292,8 @@ class NetworkFunction : public torch::autograd::Function<NetworkFunction> {
   }
 };
 
-// Whether kernels and autograd alone see a call: no transform, tracer, mode or autocast, and no
-// tensors but plain ones of the CPU.
+// Whether kernels and backward autograd alone see a call: no transform, tracer, mode or autocast,
+// and no tensors but plain ones of the CPU.
 bool nobody_else_listens(TensorList all) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
@@ -303,8 +303,9 @@ bool nobody_else_listens(TensorList all) {
   if (!local.excluded_.has(DispatchKey::AutocastCPU)) return false;
   const DispatchKeySet plain({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
                               DispatchKey::ADInplaceOrView});
-  return std::all_of(all.begin(), all.end(),
-                     [&](const Tensor& t) { return (t.key_set() | plain) == plain; });
+  return std::all_of(all.begin(), all.end(), [&](const Tensor& t) {
+    return (t.key_set() | plain) == plain && !t._fw_grad(0).defined();
+  });
 }
 
 // output, state (5), trace; nothing where the call must go the long way.
