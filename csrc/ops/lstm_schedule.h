@@ -22,16 +22,10 @@ struct Schedule {
 // Estimates in microseconds of one core; they only steer the choices below. A barrier costs little,
 // but where another program holds the other core each one may wait for a time slice, so short steps
 // stay on one thread; shorter ones of a single row do not, for it has no rows to share.
+constexpr double kFlopsPerMicrosecond = 60e3, kBytesPerMicrosecond = 40e3;
 constexpr double kStepWorthSharing = 3, kLoneStepWorthSharing = 0.7;
 constexpr double kCallWorthSharing = 50;
 constexpr int64_t kRowsPerWeight = 12;  // that make up for reading a weight from beyond L2
-
-struct Rates {
-  double flops, bytes;  // a microsecond
-};
-inline Rates rates() {
-  return isa_in_use() == Isa::Avx512 ? Rates{100e3, 100e3} : Rates{60e3, 40e3};
-}
 
 // Of one core, in bytes; the C library does not always know it.
 inline int64_t second_cache() {
@@ -53,7 +47,7 @@ inline Schedule share_out(const Sizes64& s, int64_t element, bool projected,
   const int available = available_threads();
   const double flops = 8.0 * s.H * s.B * recurrent_width;
   const double bytes = 4.0 * s.H * recurrent_width * element;
-  const double step = std::max(flops / rates().flops, bytes / rates().bytes);
+  const double step = std::max(flops / kFlopsPerMicrosecond, bytes / kBytesPerMicrosecond);
   const double call = step * s.T * (1 + double(s.I) / recurrent_width);
   auto limit = [&](double threads) { return int(std::clamp(threads, 1.0, double(available))); };
   const int by_rows = std::min<int64_t>(limit(call / kCallWorthSharing), std::max<int64_t>(s.B, 1));
