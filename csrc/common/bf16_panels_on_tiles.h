@@ -64,48 +64,18 @@ class Panels {
   bf16* data;
   int64_t depth;  // blocks of k
   bool wide;
+  int halves = 2;  // 1: panels of 32 columns, not wide
 
   bf16* tile(int64_t panel, int64_t k, int column) const {
     if (wide) return data + ((panel * depth + k) * 4 + column) * kTile;
     return data + (((panel * 2 + column / 2) * depth + k) * 2 + column % 2) * kTile;
   }
 
-  // The sums += rows of `left`, from the group's blocks on, times a panel or a half of it. Calls
-  // slice() after each k.
+  // The tiles of sums += rows of `left`, from the group's blocks on, times the first `blocks`
+  // blocks of a panel or a half of it. Calls slice() after each.
   template <class Slice>
   SEQMEM_INLINE void multiply(int64_t panel, int half, const RowGroup& g, const bf16* left,
-                              int64_t stride, const Slice& slice) const {
-    multiply_blocks(panel, half, g, left, stride, depth, slice);
-  }
-
-  // to [rows from the group's first block on][64] = rows of `left` times the first `blocks` blocks
-  // of a panel.
-  template <class Slice>
-  SEQMEM_INLINE void multiply_into(int64_t panel, const RowGroup& g, const bf16* left,
-                                   int64_t stride, int64_t blocks, float* to, int64_t to_stride,
-                                   const Slice& slice) const {
-    for (int half = 0; half < (wide ? 1 : 2); ++half) {
-      clear_sums();
-      multiply_blocks(panel, half, g, left, stride, blocks, slice);
-      store_sums(g, wide, half, to, to_stride);
-    }
-  }
-
-  // The same added to what stands there, of a group of whole blocks.
-  SEQMEM_INLINE void multiply_onto(int64_t panel, const RowGroup& g, const bf16* left,
-                                   int64_t stride, int64_t blocks, float* to,
-                                   int64_t to_stride) const {
-    for (int half = 0; half < (wide ? 1 : 2); ++half) {
-      load_sums(g, wide, half, to, to_stride);
-      multiply_blocks(panel, half, g, left, stride, blocks, [] {});
-      store_sums(g, wide, half, to, to_stride);
-    }
-  }
-
- private:
-  template <class Slice>
-  SEQMEM_INLINE void multiply_blocks(int64_t panel, int half, const RowGroup& g, const bf16* left,
-                                     int64_t stride, int64_t blocks, const Slice& slice) const {
+                              int64_t stride, int64_t blocks, const Slice& slice) const {
     if (wide)
       run<4, 1>(panel, half, g, left, stride, blocks, slice);
     else if (g.two)
@@ -114,6 +84,7 @@ class Panels {
       run<2, 1>(panel, half, g, left, stride, blocks, slice);
   }
 
+ private:
   template <int columns, int row_blocks, class Slice>
   SEQMEM_INLINE void run(int64_t panel, int half, const RowGroup& g, const bf16* left,
                          int64_t stride, int64_t blocks, const Slice& slice) const {
@@ -140,6 +111,32 @@ class Panels {
     }
   }
 };
+
+// A term of a sum of products: rows of `left` times the first `blocks` blocks of a panel.
+struct Term {
+  const Panels& panels;
+  int64_t panel;
+  const bf16* left;
+  int64_t stride, blocks;
+};
+
+// to [rows from the group's first block on][64, or 32 of panels of one half] = from + the terms;
+// zero for a null `from`. Calls slice() after each block of k.
+template <int n, class Slice>
+SEQMEM_INLINE void sum_products(const RowGroup& g, const Term (&terms)[n], const float* from,
+                                int64_t from_stride, float* to, int64_t to_stride,
+                                const Slice& slice) {
+  const bool wide = terms[0].panels.wide;
+  for (int half = 0; half < (wide ? 1 : terms[0].panels.halves); ++half) {
+    if (from == nullptr)
+      clear_sums();
+    else
+      load_sums(g, wide, half, from, from_stride);
+    for (const Term& term : terms)
+      term.panels.multiply(term.panel, half, g, term.left, term.stride, term.blocks, slice);
+    store_sums(g, wide, half, to, to_stride);
+  }
+}
 
 }  // namespace
 }  // namespace seqmem

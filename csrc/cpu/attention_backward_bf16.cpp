@@ -166,8 +166,8 @@ class BackwardRun {
     configure(rows);
     if (has_output)
       for (int64_t p = 0; p < ceil_div(keys, kPanel); ++p)
-        value_panels.multiply_into(p, group, grads, grad_stride, value_panels.depth,
-                                   scores + p * kPanel, stride, kNothing);
+        sum_products(group, {{value_panels, p, grads, grad_stride, value_panels.depth}}, nullptr, 0,
+                     scores + p * kPanel, stride, kNothing);
     for (int64_t r = 0; r < rows; ++r) {
       finish_row(n, i, r, keys, whole, s.mask == MaskKind::Allowed ? mask.allowed[r] : nullptr);
       if (a.grad_mask == nullptr) continue;
@@ -178,8 +178,8 @@ class BackwardRun {
     if (a.grad_query != nullptr) {
       configure(rows);
       for (int64_t p = 0; p < D_pad / kPanel; ++p)
-        key_panels.multiply_into(p, group, slopes, row_stride, whole / kDepth, out + p * kPanel,
-                                 D_pad, kNothing);
+        sum_products(group, {{key_panels, p, slopes, row_stride, whole / kDepth}}, nullptr, 0,
+                     out + p * kPanel, D_pad, kNothing);
       for (int64_t r = 0; r < rows; ++r) {
         C* row = out + r * D_pad;
         for (int64_t j = 0; j < D_pad; j += L) store(row + j, C(s.scale) * load(row + j));
@@ -214,9 +214,11 @@ class BackwardRun {
     }
     configure(kBlock);
     for (int64_t p = 0; p < width_pad / kPanel; ++p)
-      for (int64_t j = 0; j < keys; j += kDepth)
-        right.multiply_onto(p, row_group(j, j + kDepth, right.wide), transposed, kDepth, 1,
-                            to + j * width_pad + p * kPanel, width_pad);
+      for (int64_t j = 0; j < keys; j += kDepth) {
+        C* sums = to + j * width_pad + p * kPanel;
+        sum_products(row_group(j, j + kDepth, right.wide), {{right, p, transposed, kDepth, 1}},
+                     sums, width_pad, sums, width_pad, kNothing);
+      }
   }
 
   // scores -> slopes = dS in bf16, from dO V^T where there is a dO; zero up to a whole block.

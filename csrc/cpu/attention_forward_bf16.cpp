@@ -98,8 +98,8 @@ class ForwardRun {
     tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
     tiles_fence();
     for (int64_t p = 0; p < ceil_div(keys, kPanel); ++p)
-      key_panels.multiply_into(p, group, queries, query_stride, key_panels.depth,
-                               scores + p * kPanel, stride, kNothing);
+      sum_products(group, {{key_panels, p, queries, query_stride, key_panels.depth}}, nullptr, 0,
+                   scores + p * kPanel, stride, kNothing);
     for (int64_t r = 0; r < rows; ++r) {
       C* row = scores + r * stride;
       const C highest = masked_row(i, r, row, keys, mask);
@@ -108,8 +108,8 @@ class ForwardRun {
     }
     tiles_fence();
     for (int64_t p = 0; p < value_panel_count; ++p)
-      value_panels.multiply_into(p, group, weights, weight_stride, ceil_div(keys, kDepth),
-                                 out + p * kPanel, value_panel_count * kPanel, kNothing);
+      sum_products(group, {{value_panels, p, weights, weight_stride, ceil_div(keys, kDepth)}},
+                   nullptr, 0, out + p * kPanel, value_panel_count * kPanel, kNothing);
     for (int64_t r = 0; r < rows; ++r)
       store_row(static_cast<S*>(a.output) + (n * s.Tq + i + r) * s.Dv,
                 out + r * value_panel_count * kPanel, s.Dv);

@@ -71,7 +71,7 @@ class BackwardRun : Walk {
         my_units{min(my_panels.begin * 4, units), min(my_panels.end * 4, units)} {
     input_panels = {nullptr, gate_blocks, wide};
     hidden_panels = {nullptr, gate_blocks, wide};
-    dz_pairs = {nullptr, 0, false};
+    dz_pairs = {nullptr, 0, false, 1};
   }
 
   int64_t place(char* base) {
@@ -189,8 +189,8 @@ class BackwardRun : Walk {
         for (int64_t from = 0; from < count;) {
           const RowGroup g = row_group(from, count, wide);
           float* sums = staging + (turn++ & 1) * 2 * kBlock * kPanel;
-          hidden_panels.multiply_into(v, g, left, row_step * dz_stride, gate_blocks, sums, kPanel,
-                                      [&] { pending.slice(); });
+          sum_products(g, {{hidden_panels, v, left, row_step * dz_stride, gate_blocks}}, nullptr, 0,
+                       sums, kPanel, [&] { pending.slice(); });
           pending.finish();
           v_done = v, block_done = g.block[0], sums_done = sums;
           pending.start(g);
@@ -289,14 +289,10 @@ class BackwardRun : Walk {
       for (int64_t column = 0; column < columns; column += 2 * kBlock) {
         float* sums = dw + (k * columns + column) * 2 * kBlock;
         const RowGroup g = {column, 2 * kBlock, {column, column + kBlock}, true};
-        if (fresh)
-          clear_sums();
-        else
-          load_sums(g, false, 0, sums, 2 * kBlock);
-        dz_pairs.multiply(0, 0, g, transposed, capacity, kNothing);
-        if (final) sums = staging;
-        store_sums(g, false, 0, sums, 2 * kBlock);
-        if (final) store_gradient(k, column, sums);
+        float* to = final ? staging : sums;
+        sum_products(g, {{dz_pairs, 0, transposed, capacity, dz_pairs.depth}},
+                     fresh ? nullptr : sums, 2 * kBlock, to, 2 * kBlock, kNothing);
+        if (final) store_gradient(k, column, to);
       }
     }
   }
@@ -356,7 +352,8 @@ class BackwardRun : Walk {
     for (int64_t v = 0; v < panels_x; ++v)
       for (int64_t first = some.begin * most, end = min(some.end * most, n); first < end;) {
         const RowGroup g = row_group(first, end, wide);
-        input_panels.multiply_into(v, g, dz, dz_stride, gate_blocks, staging, kPanel, kNothing);
+        sum_products(g, {{input_panels, v, dz, dz_stride, gate_blocks}}, nullptr, 0, staging,
+                     kPanel, kNothing);
         for (int64_t i = g.first; i < g.first + g.count; ++i)
           store_row(static_cast<S*>(a.grad_input) + chunk_index[i] * s.I + v * kPanel,
                     staging + (i - g.block[0]) * kPanel, min<int64_t>(kPanel, s.I - v * kPanel));

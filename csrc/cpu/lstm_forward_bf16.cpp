@@ -168,24 +168,16 @@ class ForwardRun : Walk {
   float* z_of(int64_t n, int64_t u) const { return z + n * z_stride() + (u - mine.begin) * kPanel; }
   int64_t z_stride() const { return (mine.end - mine.begin) * kPanel; }
 
-  // bias + W_ih x: calls slice() after each product.
-  template <class Slice>
-  SEQMEM_INLINE void start_sums(const RowGroup& g, int half, int64_t u, const S* rows,
-                                const Slice& slice) const {
-    load_sums(g, input_panels.wide, half, bias + u * kPanel, 0);
-    input_panels.multiply(u, half, g, rows, x_stride, slice);
-  }
+  Term input_term(int64_t u) const { return {input_panels, u, x, x_stride, input_panels.depth}; }
 
+  // z = bias + W_ih x
   void project(int64_t n) {
-    const bool wide = input_panels.wide;
     configure(kBlock);
     for (int64_t u = mine.begin; u < mine.end; ++u)
       for (int64_t first = 0; first < n;) {
-        const RowGroup g = row_group(first, n, wide);
-        for (int half = 0; half < (wide ? 1 : 2); ++half) {
-          start_sums(g, half, u, x, kNothing);
-          store_sums(g, wide, half, z_of(g.block[0], u), z_stride());
-        }
+        const RowGroup g = row_group(first, n, input_panels.wide);
+        sum_products(g, {input_term(u)}, bias + u * kPanel, 0, z_of(g.block[0], u), z_stride(),
+                     kNothing);
         first += g.count;
       }
     configure(my_rows);
@@ -196,12 +188,11 @@ class ForwardRun : Walk {
   int64_t run_step(int64_t step, int64_t n) {
     const int64_t count = active(time_of(step)), blocks = mine.end - mine.begin;
     const bool wide = hidden_panels.wide;
-    const int halves = wide ? 1 : 2;
     const S* before = h[step & 1] + row_begin * h_stride;
     int64_t u_done = 0, block_done = 0, turn = 0;
     const float* sums_done = nullptr;
     Pending pending(
-        halves * (hidden_panels.depth + (fused ? input_panels.depth : 0)),
+        (wide ? 1 : 2) * (hidden_panels.depth + (fused ? input_panels.depth : 0)),
         [&](int64_t j) { finish(step, j, u_done, sums_done + (j - block_done) * kPanel); });
     const auto slice = [&] { pending.slice(); };
     tiles_fence();
@@ -210,14 +201,12 @@ class ForwardRun : Walk {
       for (int64_t first = 0; first < count;) {
         const RowGroup g = row_group(first, count, wide);
         float* sums = staging + (turn++ & 1) * 2 * kBlock * kPanel;
-        for (int half = 0; half < halves; ++half) {
-          if (fused)
-            start_sums(g, half, u, x, slice);
-          else
-            load_sums(g, wide, half, z_of(n + g.block[0], u), z_stride());
-          hidden_panels.multiply(u, half, g, before, row_step * h_stride, slice);
-          store_sums(g, wide, half, sums, kPanel);
-        }
+        const Term hidden_term = {hidden_panels, u, before, row_step * h_stride,
+                                  hidden_panels.depth};
+        if (fused)
+          sum_products(g, {input_term(u), hidden_term}, bias + u * kPanel, 0, sums, kPanel, slice);
+        else
+          sum_products(g, {hidden_term}, z_of(n + g.block[0], u), z_stride(), sums, kPanel, slice);
         pending.finish();
         u_done = u, block_done = g.block[0], sums_done = sums;
         pending.start(g);
