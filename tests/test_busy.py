@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,29 +45,31 @@ with torch.no_grad():
 """
 
 
-# Another program takes one of the cores for 1.5 ms, ten times a second.
-RARELY = """
-import multiprocessing
+# The rule itself, by a clock of its own: when a pause ends after each stall, in milliseconds.
+POLICY = """
+#include <cstdio>
+#include "common/busy.cpp"
+using namespace seqmem;
 
-def take():
-    os.sched_setaffinity(0, {cores[1]})
-    while True:
-        end = time.perf_counter() + 0.0015
-        while time.perf_counter() < end:
-            pass
-        time.sleep(0.1)
+int64_t now = kMillisecond;
 
-other = multiprocessing.get_context("fork").Process(target=take, daemon=True)
-other.start()
-lstm = sf.LSTM(256, 256)
-x = torch.randn(400, 1, 256)
-seen = []
-with torch.no_grad():
-    end = time.perf_counter() + 4
-    while time.perf_counter() < end:
-        seen.append(_C.available_threads())
-        lstm(x)
-print(before, sorted(seen)[len(seen) // 3])
+void stall(double after_ms, double length_ms) {
+  now += int64_t(after_ms * kMillisecond);
+  const int64_t begin = now, length = int64_t(length_ms * kMillisecond);
+  for (int part = 1; part <= 2; ++part) note_stall(begin, begin + length * part / 2, 1);
+  now += length;
+  const int64_t end = pause_end.load();
+  std::printf("%d ", end > now ? int((end - now + length / 2) / kMillisecond) : 0);
+  if (end > now) now = end;  // calls use fewer threads until then
+}
+
+int main() {
+  for (int i = 0; i < 20; ++i) stall(1000, 0.4);
+  stall(1000, 3);
+  for (int i = 0; i < 5; ++i) stall(4, 3);
+  stall(100, 3);
+  stall(20, 3);
+}
 """
 
 
@@ -81,8 +85,16 @@ def test_a_team_without_cores_is_given_up_for_a_while() -> None:
     assert run(OFTEN) == ["2", "1", "2"]
 
 
-@pytest.mark.slow
-@needs_two
-def test_a_stall_now_and_then_is_not_worth_fewer_threads() -> None:
-    """It costs a few milliseconds; so would a pause, in which one thread does all the work."""
-    assert run(RARELY) == ["2", "2"]
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
+def test_only_stalls_close_together_begin_a_pause(tmp_path: Path) -> None:
+    """One of 0.4 ms a second costs less than a pause; where others want the core, pauses grow."""
+    source, program = tmp_path / "policy.cpp", tmp_path / "policy"
+    source.write_text(POLICY)
+    csrc = Path(__file__).parents[1] / "csrc"
+    command = ["c++", "-std=c++20", f"-I{csrc}", str(source), "-o", str(program), "-pthread"]
+    subprocess.run(command, check=True)
+    pauses = [int(word) for word in subprocess.check_output([program], text=True).split()]
+    rare, often, again = pauses[:20], pauses[20:26], pauses[26:]
+    assert rare == [0] * 20
+    assert often == [0, 20, 80, 320, 1280, 2000]
+    assert again == [0, 20]
