@@ -18,38 +18,9 @@ SEQMEM_INLINE void tiles_release() {}
 SEQMEM_INLINE void tiles_fence() {}
 
 // Up to 32 rows, in one block: passes of six at most over a panel, which L1 holds half of.
-constexpr int64_t kMostRows = 32;
-struct RowGroup {
-  int64_t first, count;
-  int64_t block[2];
-  bool two;
-};
 SEQMEM_INLINE RowGroup row_group(int64_t first, int64_t rows, bool) {
   return {first, min(kMostRows, rows - first), {first, first}, false};
 }
-
-// A right operand in panels of 64 columns: wide [panel][k][4 blocks], else [panel][half][k][2
-// blocks].
-class Panels {
- public:
-  bf16* data;
-  int64_t depth;  // blocks of k
-  bool wide;
-  int halves = 2;  // 1: panels of 32 columns, not wide
-
-  bf16* tile(int64_t panel, int64_t k, int column) const {
-    if (wide) return data + ((panel * depth + k) * 4 + column) * kTile;
-    return data + (((panel * 2 + column / 2) * depth + k) * 2 + column % 2) * kTile;
-  }
-};
-
-// A term of a sum of products: rows of `left` times the first `blocks` blocks of a panel.
-struct Term {
-  const Panels& panels;
-  int64_t panel;
-  const bf16* left;
-  int64_t stride, blocks;
-};
 
 // Rows begin.. of the group: to = from + the terms, by R rows at most.
 template <int columns, int R, int n>

@@ -15,15 +15,8 @@ namespace {
 // Whether a call with at most so many rows a thread is wide.
 SEQMEM_INLINE bool is_wide(int64_t rows) { return rows <= kBlock; }
 
-constexpr int64_t kMostRows = 32;
-
 // Up to 32 rows: one or two blocks of 16. The last block is moved back rather than cut, so that it
 // reads no foreign row; where there are fewer than 16 rows in all, tiles read beyond the last.
-struct RowGroup {
-  int64_t first, count;
-  int64_t block[2];
-  bool two;
-};
 SEQMEM_INLINE RowGroup row_group(int64_t first, int64_t rows, bool wide) {
   const int64_t count = min<int64_t>(wide ? kBlock : 2 * kBlock, rows - first);
   if (count > kBlock) return {first, count, {first, first + count - kBlock}, true};
@@ -57,68 +50,33 @@ SEQMEM_INLINE void store_sums(const RowGroup& g, bool wide, int half, float* p, 
            [&](auto tile, int64_t i) { tile_store<decltype(tile)::value>(p + i, stride * 4); });
 }
 
-// A right operand in panels of 64 columns: wide [panel][k][4 tiles], tall [panel][half][k][2
-// tiles].
-class Panels {
- public:
-  bf16* data;
-  int64_t depth;  // blocks of k
-  bool wide;
-  int halves = 2;  // 1: panels of 32 columns, not wide
-
-  bf16* tile(int64_t panel, int64_t k, int column) const {
-    if (wide) return data + ((panel * depth + k) * 4 + column) * kTile;
-    return data + (((panel * 2 + column / 2) * depth + k) * 2 + column % 2) * kTile;
-  }
-
-  // The tiles of sums += rows of `left`, from the group's blocks on, times the first `blocks`
-  // blocks of a panel or a half of it. Calls slice() after each.
-  template <class Slice>
-  SEQMEM_INLINE void multiply(int64_t panel, int half, const RowGroup& g, const bf16* left,
-                              int64_t stride, int64_t blocks, const Slice& slice) const {
-    if (wide)
-      run<4, 1>(panel, half, g, left, stride, blocks, slice);
-    else if (g.two)
-      run<2, 2>(panel, half, g, left, stride, blocks, slice);
-    else
-      run<2, 1>(panel, half, g, left, stride, blocks, slice);
-  }
-
- private:
-  template <int columns, int row_blocks, class Slice>
-  SEQMEM_INLINE void run(int64_t panel, int half, const RowGroup& g, const bf16* left,
-                         int64_t stride, int64_t blocks, const Slice& slice) const {
-    const bf16 *a = left + g.block[0] * stride, *b = left + g.block[1] * stride;
-    const bf16* w = tile(panel, 0, 2 * half);
-    for (int64_t k = 0; k < blocks; ++k, a += kDepth, b += kDepth, w += columns * kTile) {
-      tile_load<4>(a, stride * 2);
-      tile_load<6>(w, 64);
-      tile_product<0, 4, 6>();
-      tile_load<7>(w + kTile, 64);
-      tile_product<1, 4, 7>();
-      if constexpr (columns == 4) {
-        tile_load<6>(w + 2 * kTile, 64);
-        tile_product<2, 4, 6>();
-        tile_load<7>(w + 3 * kTile, 64);
-        tile_product<3, 4, 7>();
-      }
-      if constexpr (row_blocks == 2) {
-        tile_load<5>(b, stride * 2);
-        tile_product<2, 5, 6>();
-        tile_product<3, 5, 7>();
-      }
-      slice();
+// The tiles of sums += rows of the term's `left`, from the group's blocks on, times its panel or a
+// half of it. Calls slice() after each block of k.
+template <int columns, int row_blocks, class Slice>
+SEQMEM_INLINE void add_term(const Term& term, int half, const RowGroup& g, const Slice& slice) {
+  const bf16* a = term.left + g.block[0] * term.stride;
+  const bf16* b = term.left + g.block[1] * term.stride;
+  const bf16* w = term.panels.tile(term.panel, 0, 2 * half);
+  for (int64_t k = 0; k < term.blocks; ++k, a += kDepth, b += kDepth, w += columns * kTile) {
+    tile_load<4>(a, term.stride * 2);
+    tile_load<6>(w, 64);
+    tile_product<0, 4, 6>();
+    tile_load<7>(w + kTile, 64);
+    tile_product<1, 4, 7>();
+    if constexpr (columns == 4) {
+      tile_load<6>(w + 2 * kTile, 64);
+      tile_product<2, 4, 6>();
+      tile_load<7>(w + 3 * kTile, 64);
+      tile_product<3, 4, 7>();
     }
+    if constexpr (row_blocks == 2) {
+      tile_load<5>(b, term.stride * 2);
+      tile_product<2, 5, 6>();
+      tile_product<3, 5, 7>();
+    }
+    slice();
   }
-};
-
-// A term of a sum of products: rows of `left` times the first `blocks` blocks of a panel.
-struct Term {
-  const Panels& panels;
-  int64_t panel;
-  const bf16* left;
-  int64_t stride, blocks;
-};
+}
 
 // to [rows from the group's first block on][64, or 32 of panels of one half] = from + the terms;
 // zero for a null `from`. Calls slice() after each block of k.
@@ -132,8 +90,14 @@ SEQMEM_INLINE void sum_products(const RowGroup& g, const Term (&terms)[n], const
       clear_sums();
     else
       load_sums(g, wide, half, from, from_stride);
-    for (const Term& term : terms)
-      term.panels.multiply(term.panel, half, g, term.left, term.stride, term.blocks, slice);
+    for (const Term& term : terms) {
+      if (wide)
+        add_term<4, 1>(term, half, g, slice);
+      else if (g.two)
+        add_term<2, 2>(term, half, g, slice);
+      else
+        add_term<2, 1>(term, half, g, slice);
+    }
     store_sums(g, wide, half, to, to_stride);
   }
 }
