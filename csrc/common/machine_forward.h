@@ -23,6 +23,7 @@
 #pragma once
 
 #include "machine_layout.h"
+#include "products.h"
 
 namespace seqmem::machine {
 namespace {
@@ -263,7 +264,7 @@ class ForwardRun {
       const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
       out[r] = sigmoid_of<C>(e[3]);
       C* c = cell_of(l, b) + u * L;
-      const Vec<C> now = f * load(c) + i * g;
+      const Vec<C> now = sum_of_products(f, load(c), i, g);
       store(c, now);
       argument[r] = tanh_argument<C>(now);
       if (a.saved == nullptr) continue;

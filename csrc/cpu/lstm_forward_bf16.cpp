@@ -11,6 +11,7 @@
 //         tiles to staging, in L1       gates, c, h and results from their staging
 //
 // Tiles cannot gather rows: where a reset cuts the next step off, zeros are stored as its h and c.
+#include "../common/products.h"
 #include "lstm_bf16.h"
 #include "lstm_kernel.h"
 
@@ -230,7 +231,7 @@ class ForwardRun : Walk {
                        g = cheap_tanh(load(sums + 2 * kBlock)),
                        o = cheap_sigmoid(load(sums + 3 * kBlock));
       float* state = c + r * c_stride + unit;
-      const Vec<float> cell = f * load(state) + i * g;
+      const Vec<float> cell = sum_of_products(f, load(state), i, g);
       const Vec<float> hidden = first_lanes(o * cheap_tanh(cell), n);
       store(state, cut ? Vec<float>{} : cell);
       store(h[(step + 1) & 1] + r * h_stride + unit, cut ? Vec<float>{} : hidden);

@@ -20,6 +20,7 @@
 // The path depends on the call alone, so that a row's bits do not depend on how rows are shared
 // out.
 #include "../common/gemm.h"
+#include "../common/products.h"
 #include "lstm_common.h"
 #include "lstm_kernel.h"
 #include "lstm_packed.h"
@@ -296,7 +297,7 @@ class ForwardRun : Walk {
       exp_parts<4, C>(arguments, e);
       const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
       o[r] = sigmoid_of<C>(e[3]);
-      const Vec<C> cell = f * load(c_row[start + r] + u * L) + i * g;
+      const Vec<C> cell = sum_of_products(f, load(c_row[start + r] + u * L), i, g);
       argument[r] = tanh_argument<C>(cell);
       const int64_t b = row(start + r), index = row_index[start + r];
       store(c + b * H_pad + u * L, cell);
