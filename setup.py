@@ -35,6 +35,7 @@ COMMON_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
+    "-Wno-missing-braces",  # in Clang's -Wall: arguments fill a struct and its bases
 ]
 SANITIZE_FLAGS = [
     "-O1",
