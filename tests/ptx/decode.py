@@ -264,8 +264,16 @@ class _Decoder:
         self.emit("cvt.u64.u32", [wide, number])
         return wide
 
+    def upper_half(self, number: int) -> int:
+        upper = self.register("narrow", f"upper half of {number}")
+        self.emit("shr.u32", [upper, number, self.constant("narrow", 16)])
+        return upper
+
     def do_setp(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
-        """`setp.cmp[.and].type p[|q], a, b[, c]`: p = cmp and c, q = not cmp and c."""
+        """`setp.cmp[.and].type p[|q], a, b[, c]`: p = cmp and c, q = not cmp and c.
+
+        Of a pair of 16-bit floats, p is of the lower halves and q of the upper ones.
+        """
         kept = [m for m in modifiers if m not in _IGNORED]
         combine = next((m for m in kept if m in ("and", "or", "xor")), None)
         compare = ".".join(["setp", *(m for m in kept if m != combine)])
@@ -273,8 +281,11 @@ class _Decoder:
         results = [self.operand(text.strip(), "pred") for text in operands[0].split("|")]
         a, b = (self.operand(text, kind) for text in operands[1:3])
         compared = self.register("pred", "compared") if len(operands) > 3 else results[0]
-        self.emit(compare, [compared, a, b])
-        if len(results) > 1:
+        single = compare.removesuffix("x2")  # reads the lower half
+        self.emit(single, [compared, a, b])
+        if single != compare:
+            self.emit(single, [results[1], self.upper_half(a), self.upper_half(b)])
+        elif len(results) > 1:
             self.emit("not.pred", [results[1], compared])
         if combine is not None:
             text = operands[3]
