@@ -65,7 +65,7 @@ class BackwardRun : Walk {
         dz(units),
         input_product(a.weight_ih, s.H, s.I, packs),
         hidden_product(a.weight_hh, s.H, s.P, packs),
-        sums(s, a, dz) {
+        sums(s, a, dz, dz, dz) {
     // Whole groups of 4 vectors: they are the columns of packed weights as well.
     mine = plan.by_rows ? Share{0, units} : share(ceil_div(units, 4), thread, threads);
     if (!plan.by_rows) mine = {mine.begin * 4, min(mine.end * 4, units)};

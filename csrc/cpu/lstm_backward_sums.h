@@ -1,6 +1,7 @@
 // The weights' gradients: sums over all rows and steps, added chunk by chunk.
 //
 //   dW_ih += dz^T x,  dW_hh += dz^T h_{t-1},  db += sum of dz      by vectors of units
+//   (with layer normalisation each of the three has a dz of its own)
 //   dW_hr += (grad_output + dh)^T (o * tanh c)                     by rows of weight_hr
 //
 // dz is still in cache when a chunk ends. The operands x and h_{t-1} are copied beside it, their
@@ -23,7 +24,7 @@ class WeightSums {
 
   const Shape& s;
   const Backward& a;
-  const GateGradients<C>& dz;
+  const GateGradients<C>&dz, &dz_ih, &dz_hh;  // of the biases and of either product
   const int64_t units;
   C* db;                        // [units][gate][lane]
   C *sum_ih, *sum_hh, *sum_hr;  // the gradients themselves, unless they are stored in 16 bits
@@ -33,10 +34,13 @@ class WeightSums {
   C *x, *h;                    // [rows of a chunk][stride]
   C *squashed, *dh_projected;  // where projected: o * tanh c, and grad_output + dh
 
-  WeightSums(const Shape& s, const Backward& a, const GateGradients<C>& dz)
+  WeightSums(const Shape& s, const Backward& a, const GateGradients<C>& dz,
+             const GateGradients<C>& dz_ih, const GateGradients<C>& dz_hh)
       : s(s),
         a(a),
         dz(dz),
+        dz_ih(dz_ih),
+        dz_hh(dz_hh),
         units(ceil_div(s.H, L)),
         x_stride(odd_lines<C>(padded<C>(s.I))),
         h_stride(odd_lines<C>(padded<C>(s.P))),
@@ -70,8 +74,8 @@ class WeightSums {
     for (int64_t u = mine.begin; u < mine.end; ++u) {
       if (a.grad_bias != nullptr) add_bias(n, u);
       if (a.grad_weight_ih == nullptr) continue;
-      add_outer(n, u, x, x_stride, sum_ih, s.I, first_chunk);
-      add_outer(n, u, h, h_stride, sum_hh, s.P, first_chunk);
+      add_outer(dz_ih, n, u, x, x_stride, sum_ih, s.I, first_chunk);
+      add_outer(dz_hh, n, u, h, h_stride, sum_hh, s.P, first_chunk);
     }
     if (a.grad_weight_hr != nullptr) add_projection(n, first_chunk, share(s.P, thread, threads));
   }
@@ -110,8 +114,8 @@ class WeightSums {
   }
 
   // total[gate row][column] += dz^T operand, for one vector of units.
-  void add_outer(int64_t n, int64_t u, const C* operand, int64_t stride, C* total, int64_t N,
-                 bool first_chunk) {
+  void add_outer(const GateGradients<C>& dz, int64_t n, int64_t u, const C* operand, int64_t stride,
+                 C* total, int64_t N, bool first_chunk) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
     const C* from[W];
     C* to[W];

@@ -21,7 +21,7 @@
 // out.
 #include "../common/gemm.h"
 #include "../common/products.h"
-#include "lstm_common.h"
+#include "lstm_forward_rows.h"
 #include "lstm_kernel.h"
 #include "lstm_packed.h"
 #include "lstm_transposed.h"
@@ -43,22 +43,19 @@ class ForwardRun : Walk {
   const int thread, threads;
   SpinBarrier& barrier;
 
-  const int64_t units;         // vectors of units, all
-  const int64_t H_pad, P_pad;  // H and P rounded up to vectors
+  const int64_t units;  // vectors of units, all
   const Path path;
   const Share mine;          // this thread's vectors of units
   const int64_t my_rows;     // at most
   const int64_t chunk_rows;  // of a chunk, at most
 
-  // Shared by all threads.
-  C *h[2], *c, *zeros, *bias;  // [B, P_pad] (of this step and the next), [B, H_pad], [W * units]
-  C *squashed, *panel_hr;      // where projected: o * tanh c [B, H_pad], weight_hr in panels
-  // This thread's own; the packed weights are shared.
+  InputRows<S> inputs;
+  StateRows<S> state;
   PackedGates<S> packed;
   TransposedRows<C> transposed;
-  C* x_copy;
-  const C **x_row, **h_row, **c_row;
-  int64_t* row_index;
+  // Shared by all threads.
+  C* bias;                 // [W * units]
+  C *squashed, *panel_hr;  // where projected: o * tanh c [B, H_pad], weight_hr in panels
 
  public:
   ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
@@ -70,37 +67,31 @@ class ForwardRun : Walk {
         threads(threads),
         barrier(barrier),
         units(ceil_div(s.H, L)),
-        H_pad(units * L),
-        P_pad(padded<C>(s.P)),
         path(plan.pack                    ? Path::Packed
              : !copies_inputs && s.B >= L ? Path::Transposed
                                           : Path::Dots),
         mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)),
         my_rows(plan.by_rows ? ceil_div(s.B, threads) : s.B),
         chunk_rows(min(plan.chunk, s.T) * my_rows),
+        inputs(s, a),
+        state(s, a, *this),
         packed(s) {}
 
   int64_t place(char* base) {
     Carver take(base);
-    h[0] = take.array<C>(s.B * P_pad);
-    h[1] = take.array<C>(s.B * P_pad);
-    c = take.array<C>(s.B * H_pad);
-    zeros = take.array<C>(max(P_pad, H_pad));
+    state.place(take);
     bias = take.array<C>(units * W);
     if (path == Path::Packed) packed.place_panels(take, units);
-    squashed = take.array<C>(s.projected ? s.B * H_pad : 0);
-    panel_hr = take.array<C>(s.projected ? P_pad * s.H : 0);
+    squashed = take.array<C>(s.projected ? s.B * state.H_pad : 0);
+    panel_hr = take.array<C>(s.projected ? state.P_pad * s.H : 0);
     take.per_thread(thread, threads, [&] {
       if (path == Path::Packed) {
         const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
         packed.place_gates(take, mine.begin, my_units, chunk_rows);
       }
       if (path == Path::Transposed) transposed.place(take, my_rows, s.I, s.P);
-      x_copy = take.array<C>(copies_inputs ? chunk_rows * s.I : 0);
-      x_row = take.array<const C*>(chunk_rows);
-      h_row = take.array<const C*>(my_rows);
-      c_row = take.array<const C*>(my_rows);
-      row_index = take.array<int64_t>(my_rows);
+      inputs.place(take, chunk_rows);
+      state.place_rows(take, my_rows);
     });
     return take.used();
   }
@@ -111,9 +102,10 @@ class ForwardRun : Walk {
     for (int64_t first = 0; first < s.T; first += plan.chunk) {
       const int64_t last = min(first + plan.chunk, s.T);
       int64_t n = 0;
-      for (int64_t step = first; step < last; ++step) n += gather_inputs(time_of(step), n);
+      for (int64_t step = first; step < last; ++step) n += inputs.gather(*this, time_of(step), n);
       if (path == Path::Packed)
-        for (int64_t u = mine.begin; u < mine.end; ++u) packed.project(u, n, x_row, bias + u * W);
+        for (int64_t u = mine.begin; u < mine.end; ++u)
+          packed.project(u, n, inputs.from(0), bias + u * W);
       n = 0;
       for (int64_t step = first; step < last; ++step) {
         n += run_step(step, n);
@@ -126,93 +118,47 @@ class ForwardRun : Walk {
   void prepare() {
     const Share some = share(units, thread, threads);
     for (int64_t u = some.begin; u < some.end; ++u) {
-      add_biases(u);
+      add_biases<S>(bias + u * W, u, s.H, a);
       if (path == Path::Packed)
         packed.pack(u, static_cast<const S*>(a.weight_ih), static_cast<const S*>(a.weight_hh));
     }
     if (s.projected) pack_projection();
-    if (thread == 0)
-      for (int64_t i = 0; i < max(P_pad, H_pad); ++i) zeros[i] = 0;
-    for (int64_t r = thread; r < s.B; r += threads) {
-      for (int i = 0; i < 2; ++i)
-        load_row_or_zero(h[i] + r * P_pad, optional_row<S>(a.hx, s.order[r], s.P), s.P);
-      load_row_or_zero(c + r * H_pad, optional_row<S>(a.cx, s.order[r], s.H), s.H);
-      if (r >= s.active[0]) {  // an empty sequence hands its state on
-        store_row(static_cast<S*>(a.hy) + s.order[r] * s.P, h[0] + r * P_pad, s.P);
-        store_row(static_cast<S*>(a.cy) + s.order[r] * s.H, c + r * H_pad, s.H);
-      }
-    }
-  }
-
-  void add_biases(int64_t u) {
-    SEQMEM_UNROLL
-    for (int g = 0; g < 4; ++g) {
-      const int64_t i = g * s.H + u * L;
-      const int n = static_cast<int>(s.H - u * L);
-      Vec<C> b{};
-      if (a.bias_ih != nullptr) b += load_n(static_cast<const S*>(a.bias_ih) + i, n);
-      if (a.bias_hh != nullptr) b += load_n(static_cast<const S*>(a.bias_hh) + i, n);
-      store(bias + u * W + g * L, b);
-    }
+    state.start(thread, threads);
   }
 
   // panel_hr[block][k][lane] = weight_hr[block * L + lane][k]
   void pack_projection() {
     const S* weight = static_cast<const S*>(a.weight_hr);
-    const Share blocks = share(P_pad / L, thread, threads);
+    const Share blocks = share(state.P_pad / L, thread, threads);
     for (int64_t p = blocks.begin * L; p < blocks.end * L; ++p)
       for (int64_t k = 0; k < s.H; ++k)
         panel_hr[(p / L * s.H + k) * L + p % L] = p < s.P ? widen_one(weight[p * s.H + k]) : C(0);
-  }
-
-  // Puts the input rows active at time t at position n of x_row; returns how many.
-  int64_t gather_inputs(int64_t t, int64_t n) {
-    const int64_t count = active(t);
-    for (int64_t j = 0; j < count; ++j) {
-      const S* x = static_cast<const S*>(a.input) + index(t, row(j)) * s.I;
-      if constexpr (copies_inputs) {
-        C* copy = x_copy + (n + j) * s.I;
-        for (int64_t i = 0; i < s.I; i += L) {
-          const int lanes = static_cast<int>(s.I - i);
-          store_n(copy + i, load_n(x + i, lanes), lanes);
-        }
-        x_row[n + j] = copy;
-      } else {
-        x_row[n + j] = x;
-      }
-    }
-    return count;
   }
 
   // n: where this step's rows begin among the chunk's. Returns how many rows were active.
   int64_t run_step(int64_t step, int64_t n) {
     const int64_t t = time_of(step);
     const int64_t count = active(t);
-    for (int64_t j = 0; j < count; ++j) {
-      const bool cut = is_cut(s, t, row(j));
-      row_index[j] = index(t, row(j));
-      h_row[j] = cut ? zeros : h[step & 1] + row(j) * P_pad;
-      c_row[j] = cut ? zeros : c + row(j) * H_pad;
-    }
-    C* next = h[(step + 1) & 1];
+    state.enter(step, t, count);
     const int64_t pairs = path == Path::Packed && count == 1 ? (mine.end - mine.begin) / 2 : 0;
     for (int64_t i = 0; i < pairs; ++i)
-      step_two_units(t, n, mine.begin + 2 * zigzag(step, i, pairs), next);
+      step_two_units(t, n, mine.begin + 2 * zigzag(step, i, pairs));
     if constexpr (!copies_inputs)
-      if (path == Path::Transposed) transposed.load_rows(x_row + n, s.I, h_row, s.P, count);
+      if (path == Path::Transposed)
+        transposed.load_rows(inputs.from(n), s.I, state.hidden(), s.P, count);
     const int64_t rest = mine.begin + 2 * pairs, left = mine.end - rest;
-    for (int64_t i = 0; i < left; ++i) step_units(t, n, count, rest + zigzag(step, i, left), next);
+    for (int64_t i = 0; i < left; ++i) step_units(t, n, count, rest + zigzag(step, i, left));
     if (s.projected) {
       for_row_blocks<C>(count, [&](auto block, int64_t start) {
-        project_hidden<decltype(block)::value>(t, start, next);
+        project_hidden<decltype(block)::value>(t, start);
       });
     }
     return count;
   }
 
   // A vector of units of all rows.
-  SEQMEM_INLINE void step_units(int64_t t, int64_t n, int64_t count, int64_t u, C* next) {
-    if (path == Path::Packed) packed.add_hidden(u, n, count, h_row);
+  SEQMEM_INLINE void step_units(int64_t t, int64_t n, int64_t count, int64_t u) {
+    if (path == Path::Packed) packed.add_hidden(u, n, count, state.hidden());
     if constexpr (!copies_inputs)
       if (path == Path::Transposed)
         transposed.multiply(static_cast<const C*>(a.weight_ih) + u * L * s.I, s.I,
@@ -230,18 +176,18 @@ class ForwardRun : Walk {
         for (int r = 0; r < R; ++r) SEQMEM_UNROLL
         for (int g = 0; g < 4; ++g) pre[r][g] = transposed.gate(start + r, g);
       } else {
-        dot_gates<R>(u, x_row + n + start, h_row + start, pre);
+        dot_gates<R>(u, inputs.from(n + start), state.hidden() + start, pre);
       }
-      finish_rows<R>(t, start, u, pre, next);
+      finish_rows<R>(t, start, u, pre);
     });
   }
 
   // Two vectors of units of a step with a single row.
-  SEQMEM_INLINE void step_two_units(int64_t t, int64_t n, int64_t u, C* next) {
+  SEQMEM_INLINE void step_two_units(int64_t t, int64_t n, int64_t u) {
     Vec<C> pre[2][1][4];
-    packed.two_units(u, n, h_row, pre);
+    packed.two_units(u, n, state.hidden(), pre);
     SEQMEM_UNROLL
-    for (int i = 0; i < 2; ++i) finish_rows<1>(t, 0, u + i, pre[i], next);
+    for (int i = 0; i < 2; ++i) finish_rows<1>(t, 0, u + i, pre[i]);
   }
 
   // The pre-activations as dot products with the rows of the weights.
@@ -285,9 +231,7 @@ class ForwardRun : Walk {
 
   // Activations, the new cell and the new hidden state of one vector of units, for R rows.
   template <int R>
-  SEQMEM_INLINE void finish_rows(int64_t t, int64_t start, int64_t u, const Vec<C> (&pre)[R][4],
-                                 C* next) {
-    const int n = static_cast<int>(min<int64_t>(L, s.H - u * L));
+  SEQMEM_INLINE void finish_rows(int64_t t, int64_t start, int64_t u, const Vec<C> (&pre)[R][4]) {
     Vec<C> o[R], argument[R];
     SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -297,20 +241,10 @@ class ForwardRun : Walk {
       exp_parts<4, C>(arguments, e);
       const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
       o[r] = sigmoid_of<C>(e[3]);
-      const Vec<C> cell = sum_of_products(f, load(c_row[start + r] + u * L), i, g);
+      const Vec<C> cell = sum_of_products(f, load(state.cell(start + r) + u * L), i, g);
       argument[r] = tanh_argument<C>(cell);
-      const int64_t b = row(start + r), index = row_index[start + r];
-      store(c + b * H_pad + u * L, cell);
-      if (a.gates != nullptr) {
-        S* gates = static_cast<S*>(a.gates) + index * 4 * s.H + u * L;
-        store_n(gates, i, n);
-        store_n(gates + s.H, f, n);
-        store_n(gates + 2 * s.H, g, n);
-        store_n(gates + 3 * s.H, o[r], n);
-      }
-      if (a.cells != nullptr) store_n(static_cast<S*>(a.cells) + index * s.H + u * L, cell, n);
-      if (a.cy != nullptr && is_last(s, t, b))
-        store_n(static_cast<S*>(a.cy) + s.order[b] * s.H + u * L, cell, n);
+      state.save_gates(start + r, u, i, f, g, o[r]);
+      state.set_cell(t, start + r, u, cell);
     }
     ExpParts<C> e[R];
     exp_parts<R, C>(argument, e);
@@ -318,34 +252,24 @@ class ForwardRun : Walk {
     for (int r = 0; r < R; ++r) {
       const Vec<C> hidden = o[r] * tanh_of<C>(e[r]);
       if (s.projected) {
-        store(squashed + row(start + r) * H_pad + u * L, hidden);
+        store(squashed + row(start + r) * state.H_pad + u * L, hidden);
       } else {
-        emit_hidden(t, start + r, u, hidden, next);
+        state.set_hidden(t, start + r, u, hidden);
       }
     }
   }
 
-  // Block b of the row's new h goes to the output and, rounded as there, to the next step.
-  SEQMEM_INLINE void emit_hidden(int64_t t, int64_t j, int64_t b, Vec<C> hidden, C* next) {
-    const int64_t r = row(j);
-    const int n = static_cast<int>(min<int64_t>(L, s.P - b * L));
-    store(next + r * P_pad + b * L, rounded_to<S>(hidden));
-    store_n(static_cast<S*>(a.output) + row_index[j] * s.P + b * L, hidden, n);
-    if (a.hy != nullptr && is_last(s, t, r))
-      store_n(static_cast<S*>(a.hy) + s.order[r] * s.P + b * L, hidden, n);
-  }
-
   template <int R>
-  SEQMEM_INLINE void project_hidden(int64_t t, int64_t start, C* next) {
+  SEQMEM_INLINE void project_hidden(int64_t t, int64_t start) {
     const C* from[R];
     SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) from[r] = squashed + row(start + r) * H_pad;
-    for (int64_t b = 0; b < P_pad / L; ++b) {
+    for (int r = 0; r < R; ++r) from[r] = squashed + row(start + r) * state.H_pad;
+    for (int64_t b = 0; b < state.P_pad / L; ++b) {
       Vec<C> acc[R][1];
       start_sums(acc);
       tile_multiply<R, 1, C>(s.H, from, 1, panel_hr + b * s.H * L, L, L, acc);
       SEQMEM_UNROLL
-      for (int r = 0; r < R; ++r) emit_hidden(t, start + r, b, acc[r][0], next);
+      for (int r = 0; r < R; ++r) state.set_hidden(t, start + r, b, acc[r][0]);
     }
   }
 };

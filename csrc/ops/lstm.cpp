@@ -1,109 +1,12 @@
 // LSTM ops: schemas, the CPU and Meta keys. Arguments are described in seqmem_fast/ops/lstm.py.
-#include <ATen/ops/empty.h>
-#include <c10/util/SmallVector.h>
-
-#include <algorithm>
-#include <cstring>
-#include <numeric>
 #include <tuple>
 
-#include "../common/kept_blocks.h"
-#include "../common/operand.h"
 #include "../common/team.h"
-#include "../cpu/lstm_kernel.h"
-#include "lstm_check.h"
-#include "lstm_schedule.h"
+#include "lstm_call.h"
 
 namespace seqmem::lstm {
 
 namespace {
-
-// Where the rows are stored and which are active when: see Shape.
-struct Rows {
-  c10::SmallVector<int64_t, 8> step_row, order, active;
-  int64_t row_stride = 1;
-
-  Rows(const Sizes64& s, Maybe lengths, Maybe batch_sizes, bool batch_first)
-      : step_row(s.T), order(s.B), active(s.T + 1, s.B) {
-    active[s.T] = 0;
-    std::iota(order.begin(), order.end(), 0);
-    row_stride = batch_first ? s.T : 1;
-    for (int64_t t = 0; t < s.T; ++t) step_row[t] = batch_first ? t : t * s.B;
-    if (batch_sizes.has_value()) {
-      const Tensor values = batch_sizes->contiguous();
-      const int64_t* size = values.const_data_ptr<int64_t>();
-      std::copy_n(size, s.T, active.begin());
-      std::partial_sum(size, size + s.T - 1, step_row.begin() + 1);
-    }
-    if (lengths.has_value()) {
-      const Tensor values = lengths->to(at::kLong).contiguous();
-      const int64_t* length = values.const_data_ptr<int64_t>();
-      std::stable_sort(order.begin(), order.end(),
-                       [&](int64_t a, int64_t b) { return length[a] > length[b]; });
-      int64_t rows = s.B;
-      for (int64_t t = 0; t < s.T; ++t) {
-        while (rows > 0 && length[order[rows - 1]] <= t) --rows;
-        active[t] = rows;
-      }
-    }
-  }
-};
-
-struct Call {
-  Rows rows;
-  Tensor reset;  // keeps a contiguous copy alive
-  Shape shape;
-
-  Call(const Sizes64& s, const Layout& layout, bool batch_first, bool reverse)
-      : rows(s, layout.lengths, layout.batch_sizes, batch_first),
-        reset(layout.reset.has_value() ? layout.reset->contiguous() : Tensor()),
-        shape{.T = s.T,
-              .B = s.B,
-              .I = s.I,
-              .H = s.H,
-              .P = s.P,
-              .projected = layout.weight_hr.has_value(),
-              .reverse = reverse,
-              .row_stride = rows.row_stride,
-              .step_row = rows.step_row.data(),
-              .order = rows.order.data(),
-              .active = rows.active.data(),
-              .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr} {}
-  explicit Call(const Sizes64& s) : Call(s, {{}, {}, {}, {}}, false, false) {}
-};
-
-// A gradient [..., width]. Rows that are all one and the same, as those of a sum's gradient are,
-// are not copied out: one stands for all.
-class RowsGradient {
- public:
-  RowsGradient(const OptionalTensor& t, int64_t width)
-      : step_(t.has_value() && repeats(*t) ? 0 : width), tensor_(t) {
-    if (step_ > 0) {
-      if (t.has_value()) tensor_ = t->contiguous();
-    } else if (t->stride(-1) != 1) {
-      tensor_ = at::empty({width}, t->options());
-      const size_t bytes = t->element_size();
-      const char* from = static_cast<const char*>(t->const_data_ptr());
-      for (char* to = static_cast<char*>(tensor_->mutable_data_ptr()); width > 0; --width) {
-        std::memcpy(to, from, bytes);
-        to += bytes, from += t->stride(-1) * bytes;
-      }
-    }
-  }
-  const void* data() const { return tensor_.has_value() ? tensor_->const_data_ptr() : nullptr; }
-  int64_t step() const { return step_; }
-
- private:
-  static bool repeats(const Tensor& t) {
-    if (t.numel() == 0) return false;
-    for (int64_t d = 0; d + 1 < t.dim(); ++d)
-      if (t.size(d) != 1 && t.stride(d) != 0) return false;
-    return true;
-  }
-
-  int64_t step_;
-  OptionalTensor tensor_;
-};
 
 void run_forward(const Call& call, const Sizes64& s, const Tensor& like, const Forward& arguments) {
   const bool in_bf16 = runs_in_bf16(s, like.scalar_type(), call.shape.projected);
@@ -123,8 +26,6 @@ void run_backward(const Call& call, const Sizes64& s, const Tensor& like,
   launch(in_bf16 ? SEQMEM_CHOOSE_BF16(backward_kernel) : SEQMEM_CHOOSE(backward_kernel),
          schedule.threads, arguments, storage_of(like), call.shape, schedule.plan);
 }
-
-void* data_if(bool wanted, const Tensor& t) { return wanted ? data(t) : nullptr; }
 
 template <class Int>
 Tensors<3> allocate_cell(const Tensor& input, const Sizes<Int>& s, bool return_gates) {
@@ -216,32 +117,17 @@ Tensors<6> cell_backward_meta(const CellBackwardInputs& in) {
 }
 
 template <class Int>
-Tensors<5> allocate_sequence(const Tensor& input, const Sizes<Int>& s, bool packed,
-                             bool batch_first, bool padded, bool return_gates) {
-  auto make = [&](std::initializer_list<Int> sizes) { return empty_like_of<Int>(input, sizes); };
-  // The gates are by far the largest of what a forward saves for its backward.
-  auto make_gates = [&](std::initializer_list<Int> sizes) {
-    if constexpr (std::is_same_v<Int, int64_t>) {
-      return KeptBlocks::empty(sizes, input.options());
-    } else {
-      return make(sizes);
-    }
-  };
-  auto sequence = [&](const Int& width, const auto& create) {
-    Tensor t = packed        ? create({s.rows, width})
-               : batch_first ? create({s.B, s.T, width})
-                             : create({s.T, s.B, width});
-    return padded ? t.zero_() : t;
-  };
-  return {sequence(s.P, make), make({s.B, s.P}), make({s.B, s.H}),
-          return_gates ? sequence(s.H * 4, make_gates) : make({Int(0)}),
-          return_gates ? sequence(s.H, make) : make({Int(0)})};
+Tensors<5> allocate_sequence(const Results<Int>& make, bool return_gates) {
+  const Sizes<Int>& s = make.s;
+  return {make.sequence(s.P), make({s.B, s.P}), make({s.B, s.H}),
+          make.saved_sequence(s.H * 4, return_gates), make.sequence(s.H, return_gates)};
 }
 
 Tensors<5> sequence_cpu(const SequenceInputs& in) {
   const Sizes64 s = check_sequence<int64_t>(in);
-  Tensors<5> out = allocate_sequence(in.input, s, in.batch_sizes.has_value(), in.batch_first,
-                                     in.lengths.has_value(), in.return_gates);
+  Tensors<5> out = allocate_sequence(Results<int64_t>{in.input, s, in.batch_sizes.has_value(),
+                                                      in.batch_first, in.lengths.has_value()},
+                                     in.return_gates);
   const auto& [output, hy, cy, gates, cells] = out;
   const Call call(s, in, in.batch_first, in.reverse);
   const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
@@ -265,8 +151,10 @@ Tensors<5> sequence_cpu(const SequenceInputs& in) {
 }
 
 Tensors<5> sequence_meta(const SequenceInputs& in) {
-  return allocate_sequence(in.input, check_sequence<c10::SymInt>(in), in.batch_sizes.has_value(),
-                           in.batch_first, false, in.return_gates);
+  const auto s = check_sequence<c10::SymInt>(in);
+  return allocate_sequence(
+      Results<c10::SymInt>{in.input, s, in.batch_sizes.has_value(), in.batch_first, false},
+      in.return_gates);
 }
 
 template <class Int>

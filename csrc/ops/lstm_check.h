@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "../common/check.h"
 #include "../common/op.h"
@@ -222,14 +223,20 @@ Sizes<Int> check_sequence(const SequenceInputs& in) {
   return check_rows(check, in, in.bias_ih, in.bias_hh, in, in.batch_first);
 }
 
+// The shape of a sequence of that width.
+template <class Int>
+std::vector<Int> rows_of(const Sizes<Int>& s, const Layout& layout, bool batch_first,
+                         const Int& width) {
+  if (layout.batch_sizes.has_value()) return {s.rows, width};
+  return {batch_first ? s.B : s.T, batch_first ? s.T : s.B, width};
+}
+
 template <class Int>
 Sizes<Int> check_sequence_backward(const SequenceBackwardInputs& in) {
   const Check<Int> check(kSequenceBackward, in.input);
   const Sizes<Int> s = check_rows(check, in, {}, {}, in, in.batch_first);
   auto rows = [&](const char* name, const auto& t, const Int& width) {
-    if (in.batch_sizes.has_value()) return check.operand(name, t, {s.rows, width});
-    const bool first = in.batch_first;
-    check.operand(name, t, {first ? s.B : s.T, first ? s.T : s.B, width});
+    check.operand(name, t, c10::ArrayRef<Int>(rows_of(s, in, in.batch_first, width)));
   };
   rows("grad_output", in.grad_output, s.P);
   check.operand("grad_hy", in.grad_hy, {s.B, s.P});
