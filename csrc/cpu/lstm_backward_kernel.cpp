@@ -100,7 +100,9 @@ class BackwardRun : Walk {
       for (int64_t step = last - 1; step >= first; --step) n += run_step(step, n);
       barrier.wait();
       sums.add(n, first_chunk, thread, threads);
-      if (a.grad_input != nullptr) input_gradients(n);
+      if (a.grad_input != nullptr)
+        input_product.multiply_rows(dz, share(n, thread, threads), chunk_index,
+                                    static_cast<S*>(a.grad_input), dx);
       first_chunk = false;
       barrier.wait();
     }
@@ -232,11 +234,7 @@ class BackwardRun : Walk {
     const Share some = share(s.active[t], thread, threads);
     for (int64_t r = some.begin; r < some.end; ++r) {
       chunk_index[n + r] = index(t, r);
-      if (a.grad_weight_ih == nullptr) continue;
-      load_row(sums.x + (n + r) * sums.x_stride, static_cast<const S*>(a.input) + index(t, r) * s.I,
-               s.I);
-      const S* before = is_cut(s, t, r) ? nullptr : previous<S>(a.output, a.hx, t, r, s.P);
-      load_row_or_zero(sums.h + (n + r) * sums.h_stride, before, s.P);
+      if (a.grad_weight_ih != nullptr) sums.copy_row(*this, t, r, n + r);
     }
   }
 
@@ -251,19 +249,6 @@ class BackwardRun : Walk {
     for (int64_t j = 0; j < count; ++j)
       if (is_cut(s, t, row(j)))
         for (int i = 0; i < NV; ++i) store(to + j * stride + i * L, Vec<C>{});
-  }
-
-  void input_gradients(int64_t n) {
-    const Share some = share(n, thread, threads);
-    for_panels(0, ceil_div(s.I, L), [&](auto columns, int64_t v) {
-      constexpr int NV = decltype(columns)::value;
-      input_product.template multiply<NV>(
-          dz, some.end - some.begin, [&](int64_t j) { return some.begin + j; }, v, dx, W);
-      const int width = static_cast<int>(min<int64_t>(NV * L, s.I - v * L));
-      for (int64_t j = some.begin; j < some.end; ++j)
-        store_row(static_cast<S*>(a.grad_input) + chunk_index[j] * s.I + v * L,
-                  dx + (j - some.begin) * W, width);
-    });
   }
 };
 

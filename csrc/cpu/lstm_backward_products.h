@@ -104,6 +104,20 @@ class WeightProduct {
     }
   }
 
+  // The rows of one thread, all columns, to where `index` says that they belong; `scratch` holds
+  // them by a panel's width.
+  void multiply_rows(const GateGradients<C>& dz, Share rows, const int64_t* index, S* to,
+                     C* scratch) const {
+    for_panels(0, ceil_div(N, L), [&](auto columns, int64_t v) {
+      constexpr int NV = decltype(columns)::value;
+      multiply<NV>(
+          dz, rows.end - rows.begin, [&](int64_t j) { return rows.begin + j; }, v, scratch, W);
+      const int width = static_cast<int>(min<int64_t>(NV * L, N - v * L));
+      for (int64_t j = rows.begin; j < rows.end; ++j)
+        store_row(to + index[j] * N + v * L, scratch + (j - rows.begin) * W, width);
+    });
+  }
+
  private:
   // The gates of one vector of units; moves `from` to the next.
   template <int R, int NV>

@@ -68,6 +68,13 @@ class WeightSums {
     for (int64_t i = u * W; i < (u + 1) * W; ++i) db[i] = 0;
   }
 
+  // x_t and h_{t-1} of row r, as row number `place` of the chunk.
+  void copy_row(const Walk& walk, int64_t t, int64_t r, int64_t place) {
+    load_row(x + place * x_stride, static_cast<const S*>(a.input) + walk.index(t, r) * s.I, s.I);
+    const S* before = is_cut(s, t, r) ? nullptr : walk.previous<S>(a.output, a.hx, t, r, s.P);
+    load_row_or_zero(h + place * h_stride, before, s.P);
+  }
+
   // One thread's share of a chunk of n rows.
   void add(int64_t n, bool first_chunk, int thread, int threads) {
     const Share mine = share(units, thread, threads);

@@ -161,7 +161,7 @@ class LSTM(nn.RNNBase):
 
     Errors are a ValueError for shapes and values, a TypeError for types, dtypes and devices.
     Equation and papers: :mod:`seqmem_fast.ops.lstm`, with zoneout or layer_norm
-    :mod:`seqmem_fast.ops.lstm_regularized`, which is several calls a step and no kernel of its own.
+    :mod:`seqmem_fast.ops.lstm_regularized`.
 
     Parameters of layer k (``_reverse`` appended for the second direction), rows i, f, g, o, drawn
     from U(-1/sqrt(H), 1/sqrt(H)): weight_ih_l[k] [4H, I] ([4H, D*P] above the first layer),

@@ -70,22 +70,24 @@ def run_regularized(
     return_gates: bool = False,
     **options: Any,
 ) -> tuple[Tensor, State, Tensor | None, Tensor | None]:
-    """One layer in one direction; in training its masks are drawn by torch's generator."""
-    sizes = options.get("batch_sizes")
-    zoneouts: dict[str, Tensor | float] = {}
-    for name in ("zoneout_h", "zoneout_c"):
-        zoneouts[name] = share = getattr(module, name)
-        if not (share and module.training) or x.dim() < 2:  # the op refuses such an input
-            continue
-        first = int(options.get("batch_first", False))
-        steps = (x.size(first), x.size(1 - first)) if sizes is None else (len(sizes), int(sizes[0]))
-        drawn = torch.rand(*steps, module.hidden_size, device=x.device, dtype=torch.float32)
-        zoneouts[name] = drawn < share
+    """One layer in one direction; in training torch's generator draws the seed of its masks."""
+    seed = None
+    if module.training and (module.zoneout_h or module.zoneout_c):
+        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
     norms = None
     if module.layer_norm:
         norms = ops.LSTMNorms(*(getattr(module, name + layer) for name in ops.LSTMNorms._fields))
-    options |= zoneouts
-    return ops.lstm_regularized(x, state, *weights[:4], norms, return_gates=return_gates, **options)
+    return ops.lstm_regularized(
+        x,
+        state,
+        *weights[:4],
+        norms,
+        zoneout_h=module.zoneout_h,
+        zoneout_c=module.zoneout_c,
+        seed=seed,
+        return_gates=return_gates,
+        **options,
+    )
 
 
 def dropout(x: Tensor, p: float, batch_first: bool) -> Tensor:

@@ -217,9 +217,9 @@ class Draw:
         """bool, that share of it true."""
         return (torch.rand(shape, generator=self.generator) < share).to(self.device)
 
-    def seed(self) -> Tensor:
-        """Of dropout, [1]."""
-        return self.whole(-(2**63), 2**63 - 1, 1).to(self.device)
+    def seed(self, count: int = 1) -> Tensor:
+        """Of dropout, [count]."""
+        return self.whole(-(2**63), 2**63 - 1, count).to(self.device)
 
     def whole(self, low: int, high: int, *shape: int) -> Tensor:
         """int64 on the CPU, low <= value < high."""

@@ -42,6 +42,12 @@ def lstm(patch: pytest.MonkeyPatch) -> None:
             module.check(sample, torch.float32)
 
 
+def lstm_regularized(patch: pytest.MonkeyPatch) -> None:
+    module = checks("lstm_regularized")
+    for name, dtype in (("plain norm zoneout", torch.float32), ("reset zoneout", torch.bfloat16)):
+        module.check(name, dtype)
+
+
 def machine(op: str) -> None:
     """All of its kernels, with lengths and reset."""
     suite = checks(op).TestLaunchers()

@@ -1,0 +1,313 @@
+// Forward of the LSTM with zoneout and layer normalisation. Formulas:
+// csrc/autograd/lstm_regularized.cpp.
+//
+//   prepare     as lstm_forward_kernel.cpp; the norms' parameters by vectors of units
+//   for each chunk of steps:
+//     project   x = W_ih x of all its rows (plus the biases without norms), vectors of units by
+//     rows for each step:
+//       without norms, for each vector of units: z = x + W_hh h, gates, c and h, at once
+//       with norms, "|" a barrier where threads share units:
+//         1  v = W_hh h, its sums  |
+//         2  z = N(x) + N(v) + b; gates; the new c and its sums; c mixed with the c before  |
+//         3  h = o tanh(N(c)), mixed with the h before
+//
+// x of a chunk and v of a step stay in L2. Weights are always packed (lstm_packed.h).
+#include "../common/gemm.h"
+#include "../common/products.h"
+#include "lstm_forward_rows.h"
+#include "lstm_packed.h"
+#include "lstm_regularized_rows.h"
+
+namespace seqmem::lstm_regularized {
+namespace {
+
+template <class S>
+class ForwardRun : Walk {
+  using C = compute_t<S>;
+  static constexpr int L = kLanes<C>;
+  static constexpr int W = 4 * L;
+
+  const Plan& plan;
+  const Forward& a;
+  const int thread, threads;
+  SpinBarrier& barrier;
+
+  const bool norms;
+  const int64_t units;
+  const Share mine;                   // this thread's vectors of units
+  const int64_t my_rows, chunk_rows;  // at most
+  const Valid<C> valid;
+
+  InputRows<S> inputs;
+  StateRows<S> state;
+  PackedWeight<S> weight_ih, weight_hh;
+  ZoneoutRows<C> zoneout_h, zoneout_c;
+  RowMoments<C> of_x, of_v, of_c;
+  // Shared by all threads: [units][gate][lane], [units][lane].
+  C *bias, *gain_ih, *gain_hh, *gain_c, *shift_c;
+  // This thread's own, by its vectors of units: [..][rows of the chunk][gate][lane],
+  // [..][rows][gate][lane], [..][rows][lane].
+  C *x, *v, *fresh, *open;
+
+ public:
+  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
+             SpinBarrier& barrier)
+      : Walk(s, plan, thread, threads),
+        plan(plan),
+        a(a),
+        thread(thread),
+        threads(threads),
+        barrier(barrier),
+        norms(a.norms.gain_ih != nullptr),
+        units(ceil_div(s.H, L)),
+        mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)),
+        my_rows(plan.by_rows ? ceil_div(s.B, threads) : s.B),
+        chunk_rows(min(plan.chunk, s.T) * my_rows),
+        valid(s.H),
+        inputs(s, a.layer),
+        state(s, a.layer, *this),
+        weight_ih(s.H, s.I),
+        weight_hh(s.H, s.H),
+        zoneout_h(a.zoneout_h),
+        zoneout_c(a.zoneout_c),
+        of_x(s.H, 4),
+        of_v(s.H, 4),
+        of_c(s.H, 1) {}
+
+  int64_t place(char* base) {
+    Carver take(base);
+    state.place(take);
+    bias = take.array<C>(units * W);
+    gain_ih = take.array<C>(norms ? units * W : 0);
+    gain_hh = take.array<C>(norms ? units * W : 0);
+    gain_c = take.array<C>(norms ? units * L : 0);
+    shift_c = take.array<C>(norms ? units * L : 0);
+    weight_ih.place(take, units);
+    weight_hh.place(take, units);
+    if (!plan.by_rows) place_parts(take);
+    take.per_thread(thread, threads, [&] {
+      const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
+      if (plan.by_rows) place_parts(take);
+      inputs.place(take, chunk_rows);
+      state.place_rows(take, my_rows);
+      zoneout_h.place(take, my_rows);
+      zoneout_c.place(take, my_rows);
+      x = take.array<C>(my_units * chunk_rows * W);
+      if (!norms) return;
+      of_x.place_totals(take, chunk_rows);
+      of_v.place_totals(take, my_rows);
+      of_c.place_totals(take, my_rows);
+      v = take.array<C>(my_units * my_rows * W);
+      fresh = take.array<C>(my_units * my_rows * L);
+      open = take.array<C>(my_units * my_rows * L);
+    });
+    return take.used();
+  }
+
+  void run() {
+    prepare();
+    barrier.wait();
+    for (int64_t first = 0; first < s.T; first += plan.chunk) {
+      const int64_t last = min(first + plan.chunk, s.T);
+      int64_t n = 0;
+      for (int64_t step = first; step < last; ++step) n += inputs.gather(*this, time_of(step), n);
+      project(n);
+      n = 0;
+      for (int64_t step = first; step < last; ++step) {
+        n += run_step(step, n);
+        meet();
+      }
+    }
+  }
+
+ private:
+  void place_parts(Carver& take) {
+    if (!norms) return;
+    of_x.place_parts(take, chunk_rows);
+    of_v.place_parts(take, my_rows);
+    of_c.place_parts(take, my_rows);
+  }
+
+  void meet() {
+    if (!plan.by_rows) barrier.wait();
+  }
+
+  C* x_of(int64_t u, int64_t row) const { return x + ((u - mine.begin) * chunk_rows + row) * W; }
+  C* v_of(int64_t u, int64_t j) const { return v + ((u - mine.begin) * my_rows + j) * W; }
+  int64_t unit_of(int64_t u, int64_t j) const { return ((u - mine.begin) * my_rows + j) * L; }
+
+  void prepare() {
+    const Share some = share(units, thread, threads);
+    for (int64_t u = some.begin; u < some.end; ++u) {
+      add_biases<S>(bias + u * W, u, s.H, a.layer);
+      weight_ih.pack(u, static_cast<const S*>(a.layer.weight_ih));
+      weight_hh.pack(u, static_cast<const S*>(a.layer.weight_hh));
+      if (!norms) continue;
+      load_gates<S>(gain_ih + u * W, a.norms.gain_ih, 4, u, s.H);
+      load_gates<S>(gain_hh + u * W, a.norms.gain_hh, 4, u, s.H);
+      load_gates<S>(gain_c + u * L, a.norms.gain_c, 1, u, s.H);
+      load_gates<S>(shift_c + u * L, a.norms.shift_c, 1, u, s.H);
+    }
+    state.start(thread, threads);
+  }
+
+  void project(int64_t n) {
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+      const C* start = bias + u * W;
+      weight_ih.multiply(u, n, inputs.from(0), x_of(u, 0),
+                         [&](int g, const C*) { return norms ? Vec<C>{} : load(start + g * L); });
+      if (norms) put_gates(of_x, u, n, x_of(u, 0));
+    }
+    if (!norms) return;
+    meet();
+    of_x.finish(n);
+  }
+
+  void put_gates(RowMoments<C>& moments, int64_t u, int64_t rows, const C* from) {
+    for (int64_t j = 0; j < rows; ++j, from += W) {
+      const Vec<C> gates[4] = {load(from), load(from + L), load(from + 2 * L), load(from + 3 * L)};
+      moments.template put<4>(u, j, gates, valid(u));
+    }
+  }
+
+  // n: where this step's rows begin among the chunk's. Returns how many rows were active.
+  int64_t run_step(int64_t step, int64_t n) {
+    const int64_t t = time_of(step);
+    const int64_t count = active(t), own = mine.end - mine.begin;
+    state.enter(step, t, count);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t number = t * s.B + s.order[row(j)];
+      zoneout_h.enter(j, number);
+      zoneout_c.enter(j, number);
+    }
+    for (int64_t i = 0; i < own; ++i) {
+      const int64_t u = mine.begin + zigzag(step, i, own);
+      if (norms) {
+        weight_hh.multiply(u, count, state.hidden(), v_of(u, 0),
+                           [](int, const C*) { return Vec<C>{}; });
+        put_gates(of_v, u, count, v_of(u, 0));
+      } else {
+        weight_hh.multiply(u, count, state.hidden(), x_of(u, n),
+                           [](int, const C* so_far) { return load(so_far); });
+        for_row_blocks<C>(count, [&](auto block, int64_t start) {
+          finish_plain<decltype(block)::value>(t, n, start, u);
+        });
+      }
+    }
+    if (norms) run_norms(t, n, count);
+    return count;
+  }
+
+  void run_norms(int64_t t, int64_t n, int64_t count) {
+    meet();
+    of_v.finish(count);
+    for (int64_t u = mine.begin; u < mine.end; ++u)
+      for (int64_t j = 0; j < count; ++j) update_cell(t, n, j, u);
+    meet();
+    of_c.finish(count);
+    for (int64_t u = mine.begin; u < mine.end; ++u)
+      for_row_blocks<C>(count, [&](auto block, int64_t start) {
+        update_hidden<decltype(block)::value>(t, start, u);
+      });
+    if (a.saved.scales == nullptr || mine.begin != 0) return;
+    for (int64_t j = 0; j < count; ++j) {
+      C* to = static_cast<C*>(a.saved.scales) + state.index(j) * 3;
+      to[0] = of_x.b[n + j], to[1] = of_v.b[j], to[2] = of_c.b[j];
+    }
+  }
+
+  // Gates from their pre-activations, saved; returns the new c, not mixed yet.
+  SEQMEM_INLINE Vec<C> cell_of(int64_t j, int64_t u, const Vec<C> (&pre)[4], Vec<C>& o) {
+    const Vec<C> arguments[4] = {sigmoid_argument<C>(pre[0]), sigmoid_argument<C>(pre[1]),
+                                 tanh_argument<C>(pre[2]), sigmoid_argument<C>(pre[3])};
+    ExpParts<C> e[4];
+    exp_parts<4, C>(arguments, e);
+    const Vec<C> i = sigmoid_of<C>(e[0]), f = sigmoid_of<C>(e[1]), g = tanh_of<C>(e[2]);
+    o = sigmoid_of<C>(e[3]);
+    state.save_gates(j, u, i, f, g, o);
+    return sum_of_products(f, load(state.cell(j) + u * L), i, g);
+  }
+
+  SEQMEM_INLINE void mix_cell(int64_t t, int64_t j, int64_t u, Vec<C> cell) {
+    state.set_cell(t, j, u, zoneout_c.mix(j, u, load(state.cell(j) + u * L), cell));
+  }
+  SEQMEM_INLINE void mix_hidden(int64_t t, int64_t j, int64_t u, Vec<C> hidden) {
+    state.set_hidden(t, j, u, zoneout_h.mix(j, u, load(state.hidden()[j] + u * L), hidden));
+  }
+
+  template <int R>
+  SEQMEM_INLINE void finish_plain(int64_t t, int64_t n, int64_t start, int64_t u) {
+    Vec<C> o[R], argument[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const C* z = x_of(u, n + start + r);
+      const Vec<C> pre[4] = {load(z), load(z + L), load(z + 2 * L), load(z + 3 * L)};
+      const Vec<C> cell = cell_of(start + r, u, pre, o[r]);
+      argument[r] = tanh_argument<C>(cell);
+      mix_cell(t, start + r, u, cell);
+    }
+    ExpParts<C> e[R];
+    exp_parts<R, C>(argument, e);
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) mix_hidden(t, start + r, u, o[r] * tanh_of<C>(e[r]));
+  }
+
+  SEQMEM_INLINE void update_cell(int64_t t, int64_t n, int64_t j, int64_t u) {
+    const C *xs = x_of(u, n + j), *vs = v_of(u, j);
+    const Vec<C> x_mean = splat(of_x.a[n + j]), x_scale = splat(of_x.b[n + j]);
+    const Vec<C> v_mean = splat(of_v.a[j]), v_scale = splat(of_v.b[j]);
+    Vec<C> pre[4], x_hat[4], v_hat[4], o;
+    SEQMEM_UNROLL
+    for (int g = 0; g < 4; ++g) {
+      x_hat[g] = (load(xs + g * L) - x_mean) * x_scale;
+      v_hat[g] = (load(vs + g * L) - v_mean) * v_scale;
+      pre[g] = sum_of_products(load(gain_ih + u * W + g * L), x_hat[g],
+                               load(gain_hh + u * W + g * L), v_hat[g]) +
+               load(bias + u * W + g * L);
+    }
+    save(a.saved.x, j, u, x_hat);
+    save(a.saved.v, j, u, v_hat);
+    const Vec<C> cell[1] = {cell_of(j, u, pre, o)};
+    of_c.template put<1>(u, j, {cell[0] * valid(u)}, valid(u));
+    store(fresh + unit_of(u, j), cell[0]);
+    store(open + unit_of(u, j), o);
+    mix_cell(t, j, u, cell[0]);
+  }
+
+  // Vector u of row j, of G values a unit.
+  template <int G>
+  SEQMEM_INLINE void save(void* to, int64_t j, int64_t u, const Vec<C> (&values)[G]) {
+    if (to == nullptr) return;
+    const int n = static_cast<int>(min<int64_t>(L, s.H - u * L));
+    S* out = static_cast<S*>(to) + state.index(j) * G * s.H + u * L;
+    SEQMEM_UNROLL
+    for (int g = 0; g < G; ++g) store_n(out + g * s.H, values[g], n);
+  }
+
+  template <int R>
+  SEQMEM_INLINE void update_hidden(int64_t t, int64_t start, int64_t u) {
+    const Vec<C> gain = load(gain_c + u * L), shift = load(shift_c + u * L);
+    Vec<C> argument[R];
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const int64_t j = start + r;
+      const Vec<C> c_hat[1] = {(load(fresh + unit_of(u, j)) - of_c.a[j]) * of_c.b[j]};
+      save(a.saved.c, j, u, c_hat);
+      argument[r] = tanh_argument<C>(c_hat[0] * gain + shift);
+    }
+    ExpParts<C> e[R];
+    exp_parts<R, C>(argument, e);
+    SEQMEM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> o = load(open + unit_of(u, start + r));
+      mix_hidden(t, start + r, u, o * tanh_of<C>(e[r]));
+    }
+  }
+};
+
+}  // namespace
+
+const Kernel<Forward, Shape, Plan> SEQMEM_ISA::forward_kernel =
+    Entry<ForwardRun, Types::All, Forward, Shape, Plan>::table;
+
+}  // namespace seqmem::lstm_regularized

@@ -1,0 +1,207 @@
+// The LSTM with zoneout and layer normalisation: schemas, the CPU and Meta keys. Arguments:
+// seqmem_fast/ops/lstm_regularized.py.
+#include "lstm_regularized_check.h"
+
+#include "../common/dispatch.h"
+#include "../common/team.h"
+#include "../cpu/lstm_regularized_kernel.h"
+#include "lstm_call.h"
+
+namespace seqmem::lstm_regularized {
+namespace {
+
+using lstm::data_if;
+using Sizes64 = Sizes<int64_t>;
+
+// What both directions take, contiguous and alive as long as this.
+struct Call : lstm::Call {
+  const Operand gain_ih, gain_hh, gain_c, shift_c;
+  const Norms norms;
+  const Zoneout zoneout_h, zoneout_c;
+
+  Call(const Inputs& in, const Sizes64& s)
+      : lstm::Call(s, layout_of(in), in.batch_first, in.reverse),
+        gain_ih(in.gain_ih),
+        gain_hh(in.gain_hh),
+        gain_c(in.gain_c),
+        shift_c(in.shift_c),
+        norms{gain_ih.data(), gain_hh.data(), gain_c.data(), shift_c.data()},
+        zoneout_h(zoneout_of(in.zoneout_h, in.seed, 0)),
+        zoneout_c(zoneout_of(in.zoneout_c, in.seed, 1)) {}
+
+ private:
+  static Zoneout zoneout_of(double share, Maybe seed, int64_t place) {
+    if (!seed.has_value()) return {{share, 0}, false};
+    const Tensor values = seed->contiguous();
+    return {{share, static_cast<uint64_t>(values.const_data_ptr<int64_t>()[place])}, true};
+  }
+};
+
+template <class Int>
+Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s, bool padded) {
+  const lstm::Results<Int> make{in.input, s, in.batch_sizes.has_value(), in.batch_first, padded};
+  const bool saves = in.return_gates && has_norms(in);
+  const auto exact = in.input.options().dtype(at::toOpMathType(in.input.scalar_type()));
+  auto make_exact = [&](std::initializer_list<Int> sizes) { return empty_of<Int>(exact, sizes); };
+  return {make.sequence(s.H),
+          make({s.B, s.H}),
+          make({s.B, s.H}),
+          make.saved_sequence(s.H * 4, in.return_gates),
+          make.sequence(s.H, in.return_gates),
+          make.saved_sequence(s.H * 4, saves),
+          make.saved_sequence(s.H * 4, saves),
+          make.saved_sequence(s.H, saves),
+          saves ? make.laid_out(Int(kNorms), true, make_exact) : make_exact({Int(0)})};
+}
+
+Tensors<9> forward_cpu(const ForwardInputs& in) {
+  const Sizes64 s = check<int64_t>(in);
+  Tensors<9> out = allocate(in, s, in.lengths.has_value());
+  const auto& [output, hy, cy, gates, cells, normalized_ih, normalized_hh, normalized_c, scales] =
+      out;
+  const Call call(in, s);
+  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
+      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const bool saves = in.return_gates && has_norms(in);
+  const Forward arguments = {.layer = {.input = input.data(),
+                                       .hx = hx.data(),
+                                       .cx = cx.data(),
+                                       .weight_ih = weight_ih.data(),
+                                       .weight_hh = weight_hh.data(),
+                                       .bias_ih = bias_ih.data(),
+                                       .bias_hh = bias_hh.data(),
+                                       .weight_hr = nullptr,
+                                       .output = data(output),
+                                       .hy = data(hy),
+                                       .cy = data(cy),
+                                       .gates = data_if(in.return_gates, gates),
+                                       .cells = data_if(in.return_gates, cells),
+                                       .workspace = nullptr},
+                             .norms = call.norms,
+                             .zoneout_h = call.zoneout_h,
+                             .zoneout_c = call.zoneout_c,
+                             .saved = {data_if(saves, normalized_ih), data_if(saves, normalized_hh),
+                                       data_if(saves, normalized_c), data_if(saves, scales)},
+                             .workspace = nullptr};
+  const lstm::Schedule schedule = lstm::schedule_forward(s, in.input.element_size(), false);
+  launch(SEQMEM_CHOOSE(forward_kernel), schedule.threads, arguments, storage_of(in.input),
+         call.shape, schedule.plan);
+  return out;
+}
+
+Tensors<9> forward_meta(const ForwardInputs& in) {
+  return allocate(in, check<c10::SymInt>(in), false);
+}
+
+template <class Int>
+Tensors<11> allocate_gradients(const BackwardInputs& in, const Sizes<Int>& s, bool padded) {
+  auto make = [&](bool wanted, std::initializer_list<Int> sizes) {
+    return wanted ? empty_like_of<Int>(in.input, sizes) : empty_like_of<Int>(in.input, {Int(0)});
+  };
+  const auto [of_input, of_state, of_weights] = in.output_mask;
+  const bool norms = of_weights && has_norms(in);
+  const Tensor input =
+      of_input ? at::empty_symint(in.input.sym_sizes(), in.input.options()) : make(false, {});
+  return {padded && of_input ? input.zero_() : input,
+          make(of_state && in.hx.has_value(), {s.B, s.H}),
+          make(of_state && in.hx.has_value(), {s.B, s.H}),
+          make(of_weights, {s.H * 4, s.I}),
+          make(of_weights, {s.H * 4, s.H}),
+          make(of_weights && in.bias_ih.has_value(), {s.H * 4}),
+          make(of_weights && in.bias_hh.has_value(), {s.H * 4}),
+          make(norms, {s.H * 4}),
+          make(norms, {s.H * 4}),
+          make(norms, {s.H}),
+          make(norms, {s.H})};
+}
+
+Tensors<11> backward_cpu(const BackwardInputs& in) {
+  const Sizes64 s = check_backward<int64_t>(in);
+  Tensors<11> out = allocate_gradients(in, s, in.lengths.has_value());
+  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih,
+               grad_bias_hh, grad_gain_ih, grad_gain_hh, grad_gain_c, grad_shift_c] = out;
+  const auto [of_input, of_state, of_weights] = in.output_mask;
+  const bool given = of_state && in.hx.has_value();
+  const bool norms = of_weights && has_norms(in);
+  const Call call(in, s);
+  const lstm::RowsGradient grad_output(in.grad_output, s.H);
+  const Operand grad_hy(in.grad_hy), grad_cy(in.grad_cy), grad_gates(in.grad_gates),
+      grad_cells(in.grad_cells), input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
+      weight_hh(in.weight_hh), output(in.output), gates(in.gates), cells(in.cells),
+      normalized_ih(in.normalized_ih), normalized_hh(in.normalized_hh),
+      normalized_c(in.normalized_c), scales(in.scales);
+  // The kernel only reads what the forward saved.
+  auto saved = [](const Operand& t) { return const_cast<void*>(t.data()); };
+  const Tensor& bias = grad_bias_ih.numel() > 0 ? grad_bias_ih : grad_bias_hh;
+  const Backward arguments = {
+      .layer = {.grad_output = grad_output.data(),
+                .grad_output_step = grad_output.step(),
+                .grad_hy = grad_hy.data(),
+                .grad_cy = grad_cy.data(),
+                .grad_gates = grad_gates.data(),
+                .grad_cells = grad_cells.data(),
+                .input = input.data(),
+                .hx = hx.data(),
+                .cx = cx.data(),
+                .weight_ih = weight_ih.data(),
+                .weight_hh = weight_hh.data(),
+                .weight_hr = nullptr,
+                .output = output.data(),
+                .gates = gates.data(),
+                .cells = cells.data(),
+                .grad_input = data_if(of_input, grad_input),
+                .grad_hx = data_if(given, grad_hx),
+                .grad_cx = data_if(given, grad_cx),
+                .grad_weight_ih = data_if(of_weights, grad_weight_ih),
+                .grad_weight_hh = data_if(of_weights, grad_weight_hh),
+                .grad_bias = data_if(bias.numel() > 0, bias),
+                .grad_weight_hr = nullptr,
+                .workspace = nullptr},
+      .norms = call.norms,
+      .zoneout_h = call.zoneout_h,
+      .zoneout_c = call.zoneout_c,
+      .saved = {saved(normalized_ih), saved(normalized_hh), saved(normalized_c), saved(scales)},
+      .grad_gain_ih = data_if(norms, grad_gain_ih),
+      .grad_gain_hh = data_if(norms, grad_gain_hh),
+      .grad_gain_c = data_if(norms, grad_gain_c),
+      .grad_shift_c = data_if(norms, grad_shift_c),
+      .workspace = nullptr};
+  lstm::Schedule schedule = lstm::schedule_backward(s, in.input.element_size(), false);
+  // A chunk has three gradients of gates then, not one.
+  if (has_norms(in)) schedule.plan.chunk = std::max<int64_t>(1, schedule.plan.chunk / 2);
+  launch(SEQMEM_CHOOSE(backward_kernel), schedule.threads, arguments, storage_of(in.input),
+         call.shape, schedule.plan);
+  if (grad_bias_ih.numel() > 0 && grad_bias_hh.numel() > 0) grad_bias_hh.copy_(grad_bias_ih);
+  return out;
+}
+
+Tensors<11> backward_meta(const BackwardInputs& in) {
+  return allocate_gradients(in, check_backward<c10::SymInt>(in), false);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(seqmem, m) {
+#define SEQMEM_INPUTS                                                                    \
+  "Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, "           \
+  "Tensor? bias_ih, Tensor? bias_hh, Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, " \
+  "Tensor? shift_c, Tensor? seed, float zoneout_h, float zoneout_c, Tensor? lengths, "   \
+  "Tensor? reset, Tensor? batch_sizes, bool batch_first, bool reverse, "
+  ForwardOp::define<check<c10::SymInt>, forward_cpu, forward_meta>(
+      m, "(" SEQMEM_INPUTS
+         "bool return_gates) -> (Tensor output, Tensor hy, Tensor cy, Tensor gates, Tensor cells, "
+         "Tensor normalized_ih, Tensor normalized_hh, Tensor normalized_c, Tensor scales)");
+  BackwardOp::define<check_backward<c10::SymInt>, backward_cpu, backward_meta>(
+      m,
+      "(Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_gates, "
+      "Tensor? grad_cells, " SEQMEM_INPUTS
+      "Tensor output, Tensor gates, Tensor cells, Tensor? normalized_ih, "
+      "Tensor? normalized_hh, Tensor? normalized_c, Tensor? scales, bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
+      "Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, Tensor grad_gain_ih, "
+      "Tensor grad_gain_hh, Tensor grad_gain_c, Tensor grad_shift_c)");
+}
+
+#undef SEQMEM_INPUTS
+
+}  // namespace seqmem::lstm_regularized
