@@ -106,7 +106,7 @@ class BackwardRun : Walk {
     hidden_product.place(take);
     sums.place(take, chunk_rows);
     if (norms) norm_sums.place(take, chunk_rows);
-    parameters = {take.array<C>(norms ? NormVectors<C>::size(units) : 0), units};
+    if (norms) parameters.place(take, units);
     chunk_index = take.array<int64_t>(chunk_rows);
     if (!plan.by_rows) place_parts(take);
     take.per_thread(thread, threads, [&] {

@@ -29,6 +29,13 @@ struct NormVectors {
         gain_hh(gain_ih + units * W),
         gain_c(gain_hh + units * W),
         shift_c(gain_c + units * L) {}
+
+  void place(Carver& take, int64_t units) {
+    gain_ih = take.array<C>(units * W);
+    gain_hh = take.array<C>(units * W);
+    gain_c = take.array<C>(units * L);
+    shift_c = take.array<C>(units * L);
+  }
 };
 
 template <class S>
