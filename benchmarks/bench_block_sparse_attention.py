@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from benchmarks.harness import measure, rows
 from benchmarks.harness.memory import Memory
+from benchmarks.peers import flex
 from seqmem_fast import ops
 
 LETTERS = "B, H, T, d, steps of a block, listed blocks"
 EAGER, GATHER = "eager, masked", "eager, gathered blocks"
 SDPA = "F.sdpa + mask, no weights"
+LEAST = 64  # steps of a block that FlexAttention is measured with
 DENSE = 4096  # steps up to which the peers of T x T scores are measured
 MOST = (4, 8, 4096, 128)  # of a random shape
 Output = tuple[Tensor]
@@ -87,7 +90,16 @@ def work(batch: int, heads: int, steps: int, width: int, size: int, listed: int)
     if steps <= DENSE:
         seen = mask.repeat_interleave(size, 0).repeat_interleave(size, 1)[:steps, :steps]
         peers |= {EAGER: partial(eager, seen=seen), SDPA: partial(fused, seen=seen)}
-    return rows.Work(sample, partial(ours, size=size), peers)
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask[query // size, key // size]
+
+    others = flex.peer(sees, steps, size) if size >= LEAST else {}
+    return rows.Work(sample, partial(ours, size=size), peers, others=others, infer_only=[flex.FLEX])
+
+
+def without_compiling(*sizes: int) -> rows.Work:
+    return replace(work(*sizes), others={})
 
 
 def on_gpu(*sizes: int) -> rows.Work:
@@ -98,7 +110,7 @@ def on_gpu(*sizes: int) -> rows.Work:
 
 def pair(
     *sizes: int,
-    goals: Mapping[str, tuple[float, float]] | None = None,
+    goals: Mapping[str, tuple[float | None, float | None]] | None = None,
     make: Callable[..., rows.Work] = work,
 ) -> Any:
     text = ", ".join(map(str, sizes))
@@ -112,11 +124,12 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     grid = -(-steps // size)
     if batch * heads * steps * steps * width > 2**31 or grid < 8:
         return None
-    return list(pair(batch, heads, steps, width, size, rng.randint(3 * grid, grid * grid // 2)))
+    sizes = batch, heads, steps, width, size, rng.randint(3 * grid, grid * grid // 2)
+    return list(pair(*sizes, make=without_compiling))
 
 
 ROWS = [
-    *pair(*(1, 8, 2048, 64, 64, 291), goals={GATHER: (3, 4), SDPA: (3, 4)}),
+    *pair(*(1, 8, 2048, 64, 64, 291), goals={GATHER: (3, 4), SDPA: (3, 4), flex.FLEX: (2, None)}),
     *pair(*(1, 8, 2048, 64, 16, 2000)),
 ]
 GPU_ROWS = [*pair(4, 8, 4096, 64, 64, 600, make=on_gpu)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import measure, rows
 from benchmarks.harness.memory import Memory
+from benchmarks.peers import flex
 from seqmem_fast import ops
 
 LETTERS = "B, H, T, d, left, right, global keys"
@@ -101,7 +103,22 @@ def work(
         peers |= {EAGER: partial(eager, seen=seen), SDPA: partial(fused, seen=seen)}
     if count == 0:
         peers[LOOP] = partial(slices, **options)
-    return rows.Work(sample, partial(ours, **options, count=count), peers)
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        ahead = key - query
+        return ((ahead >= -left) & (ahead <= right)) | (key < count)
+
+    return rows.Work(
+        sample,
+        partial(ours, **options, count=count),
+        peers,
+        others=flex.peer(sees, steps),
+        infer_only=[flex.FLEX],
+    )
+
+
+def without_compiling(*sizes: int) -> rows.Work:
+    return replace(work(*sizes), others={})
 
 
 def on_gpu(*sizes: int) -> rows.Work:
@@ -112,7 +129,7 @@ def on_gpu(*sizes: int) -> rows.Work:
 
 def pair(
     *sizes: int,
-    goals: Mapping[str, tuple[float, float]] | None = None,
+    goals: Mapping[str, tuple[float | None, float | None]] | None = None,
     make: Callable[..., rows.Work] = work,
 ) -> Any:
     text = ", ".join(map(str, sizes))
@@ -125,16 +142,23 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     if batch * heads * steps * steps * width > 2**31 or steps < 8:
         return None
     left, right = rng.randrange(1 + steps // 4), rng.randrange(1 + steps // 8)
-    return list(pair(batch, heads, steps, width, left, right, rng.choice((0, min(4, steps // 16)))))
+    sizes = batch, heads, steps, width, left, right, rng.choice((0, min(4, steps // 16)))
+    return list(pair(*sizes, make=without_compiling))
 
 
 ROWS = [
     *pair(
         *(1, 8, 2048, 64, 255, 0, 0),
-        goals={EAGER: (30, 24), BLOCKS: (3.5, 3.5), SDPA: (6.5, 7), LOOP: (2.2, 2.8)},
+        goals={
+            EAGER: (30, 24),
+            BLOCKS: (3.5, 3.5),
+            SDPA: (6.5, 7),
+            LOOP: (2.2, 2.8),
+            flex.FLEX: (3, None),
+        },
     ),
     *pair(*(1, 8, 2048, 64, 128, 128, 16), goals={EAGER: (20, 15), BLOCKS: (3, 3)}),
-    *pair(*(1, 8, 8192, 64, 255, 0, 0), goals={BLOCKS: (3.3, 3.2)}),
+    *pair(*(1, 8, 8192, 64, 255, 0, 0), goals={BLOCKS: (3.3, 3.2), flex.FLEX: (2.7, None)}),
 ]
 GPU_ROWS = [
     *pair(4, 8, 4096, 64, 255, 0, 0, make=on_gpu),
