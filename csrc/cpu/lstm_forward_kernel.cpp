@@ -14,13 +14,13 @@
 //   Packed      plan.pack: many steps, or a      packed weights stream at the full rate of the
 //               step of many rows, reuse them    tiles (lstm_packed.h, which names its products)
 //   Transposed  else, a vector of rows or more   full rate without packing: the rows are the lanes
-//   Dots        else                             sums along the weights' rows: nothing is prepared,
-//                                                but each sum ends in shuffles
+//   Dots        else                             nothing is prepared (lstm_dots.h)
 //
 // The path depends on the call alone, so that a row's bits do not depend on how rows are shared
 // out.
 #include "../common/gemm.h"
 #include "../common/products.h"
+#include "lstm_dots.h"
 #include "lstm_forward_rows.h"
 #include "lstm_kernel.h"
 #include "lstm_packed.h"
@@ -176,7 +176,11 @@ class ForwardRun : Walk {
         for (int r = 0; r < R; ++r) SEQMEM_UNROLL
         for (int g = 0; g < 4; ++g) pre[r][g] = transposed.gate(start + r, g);
       } else {
-        dot_gates<R>(u, inputs.from(n + start), state.hidden() + start, pre);
+        dot_gates<R, S>(u, s.H, start, pre, RowsTimes<S>{inputs.from(n), a.weight_ih, s.I},
+                        RowsTimes<S>{state.hidden(), a.weight_hh, s.P});
+        SEQMEM_UNROLL
+        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+        for (int g = 0; g < 4; ++g) pre[r][g] += load(bias + u * W + g * L);
       }
       finish_rows<R>(t, start, u, pre);
     });
@@ -188,45 +192,6 @@ class ForwardRun : Walk {
     packed.two_units(u, n, state.hidden(), pre);
     SEQMEM_UNROLL
     for (int i = 0; i < 2; ++i) finish_rows<1>(t, 0, u + i, pre[i]);
-  }
-
-  // The pre-activations as dot products with the rows of the weights.
-  template <int R>
-  SEQMEM_INLINE void dot_gates(int64_t u, const C* const* x, const C* const* hidden,
-                               Vec<C> (&acc)[R][4]) {
-    // Fours of units: one row needs more sums in flight.
-    constexpr int Q = R == 1 && L >= 8 ? 2 : 1;
-    constexpr int width = (L + 3) / 4 * 4;
-    C out[R][4][width];
-    Vec<C> nothing[1];
-    start_sums(nothing);
-    for (C* p = out[0][0]; p < out[0][0] + R * 4 * width; p += L) store(p, nothing[0]);
-    const int64_t lanes = min<int64_t>(L, s.H - u * L);
-    for (int g = 0; g < 4; ++g) {
-      for (int64_t l = 0; l < lanes; l += 4 * Q) {
-        const S *rows_ih[4 * Q], *rows_hh[4 * Q];
-        SEQMEM_UNROLL
-        for (int i = 0; i < 4 * Q; ++i) {
-          const int64_t unit = g * s.H + min<int64_t>(u * L + l + i, s.H - 1);
-          rows_ih[i] = static_cast<const S*>(a.weight_ih) + unit * s.I;
-          rows_hh[i] = static_cast<const S*>(a.weight_hh) + unit * s.P;
-        }
-        Vec<C> sums[R][4 * Q];
-        start_sums(sums);
-        tile_dot<R, 4 * Q, C, S>(s.I, x, rows_ih, sums);
-        tile_dot<R, 4 * Q, C, S>(s.P, hidden, rows_hh, sums);
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int q = 0; q < Q; ++q) {
-          const Vec<C> four[4] = {sums[r][4 * q], sums[r][4 * q + 1], sums[r][4 * q + 2],
-                                  sums[r][4 * q + 3]};
-          store_sums4<C>(out[r][g] + l + 4 * q, four);
-        }
-      }
-    }
-    SEQMEM_UNROLL
-    for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-    for (int g = 0; g < 4; ++g) acc[r][g] = load(out[r][g]) + load(bias + u * W + g * L);
   }
 
   // Activations, the new cell and the new hidden state of one vector of units, for R rows.

@@ -11,9 +11,11 @@
 //         2  z = N(x) + N(v) + b; gates; the new c and its sums; c mixed with the c before  |
 //         3  h = o tanh(N(c)), mixed with the h before
 //
-// x of a chunk and v of a step stay in L2. Weights are always packed (lstm_packed.h).
+// x of a chunk and v of a step stay in L2. Weights are packed (lstm_packed.h), but for a step of
+// less than a vector of rows, which would not repay it (lstm_dots.h).
 #include "../common/gemm.h"
 #include "../common/products.h"
+#include "lstm_dots.h"
 #include "lstm_forward_rows.h"
 #include "lstm_packed.h"
 #include "lstm_regularized_rows.h"
@@ -32,7 +34,7 @@ class ForwardRun : Walk {
   const int thread, threads;
   SpinBarrier& barrier;
 
-  const bool norms;
+  const bool norms, dots;
   const int64_t units;
   const Share mine;                   // this thread's vectors of units
   const int64_t my_rows, chunk_rows;  // at most
@@ -59,6 +61,7 @@ class ForwardRun : Walk {
         threads(threads),
         barrier(barrier),
         norms(a.norms.gain_ih != nullptr),
+        dots(!plan.pack && s.B < L),
         units(ceil_div(s.H, L)),
         mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)),
         my_rows(plan.by_rows ? ceil_div(s.B, threads) : s.B),
@@ -82,8 +85,8 @@ class ForwardRun : Walk {
     gain_hh = take.array<C>(norms ? units * W : 0);
     gain_c = take.array<C>(norms ? units * L : 0);
     shift_c = take.array<C>(norms ? units * L : 0);
-    weight_ih.place(take, units);
-    weight_hh.place(take, units);
+    if (!dots) weight_ih.place(take, units);
+    if (!dots) weight_hh.place(take, units);
     if (!plan.by_rows) place_parts(take);
     take.per_thread(thread, threads, [&] {
       const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
@@ -140,8 +143,8 @@ class ForwardRun : Walk {
     const Share some = share(units, thread, threads);
     for (int64_t u = some.begin; u < some.end; ++u) {
       add_biases<S>(bias + u * W, u, s.H, a.layer);
-      weight_ih.pack(u, static_cast<const S*>(a.layer.weight_ih));
-      weight_hh.pack(u, static_cast<const S*>(a.layer.weight_hh));
+      if (!dots) weight_ih.pack(u, static_cast<const S*>(a.layer.weight_ih));
+      if (!dots) weight_hh.pack(u, static_cast<const S*>(a.layer.weight_hh));
       if (!norms) continue;
       load_gates<S>(gain_ih + u * W, a.norms.gain_ih, 4, u, s.H);
       load_gates<S>(gain_hh + u * W, a.norms.gain_hh, 4, u, s.H);
@@ -154,13 +157,31 @@ class ForwardRun : Walk {
   void project(int64_t n) {
     for (int64_t u = mine.begin; u < mine.end; ++u) {
       const C* start = bias + u * W;
-      weight_ih.multiply(u, n, inputs.from(0), x_of(u, 0),
-                         [&](int g, const C*) { return norms ? Vec<C>{} : load(start + g * L); });
+      multiply(weight_ih, {inputs.from(0), a.layer.weight_ih, s.I}, u, n, x_of(u, 0),
+               [&](int g, const C*) { return norms ? Vec<C>{} : load(start + g * L); });
       if (norms) put_gates(of_x, u, n, x_of(u, 0));
     }
     if (!norms) return;
     meet();
     of_x.finish(n);
+  }
+
+  // to[n][4][lanes] = start plus the product of n rows, by the weight packed or not.
+  template <class Start>
+  void multiply(const PackedWeight<S>& packed, const RowsTimes<S>& product, int64_t u, int64_t n,
+                C* to, const Start& start_of) {
+    if (!dots) return packed.multiply(u, n, product.rows, to, start_of);
+    for_row_blocks<C>(n, [&](auto block, int64_t start) {
+      constexpr int R = decltype(block)::value;
+      Vec<C> gates[R][4];
+      dot_gates<R, S>(u, s.H, start, gates, product);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int g = 0; g < 4; ++g) {
+        C* here = to + (start + r) * W + g * L;
+        store(here, start_of(g, here) + gates[r][g]);
+      }
+    });
   }
 
   void put_gates(RowMoments<C>& moments, int64_t u, int64_t rows, const C* from) {
@@ -180,15 +201,15 @@ class ForwardRun : Walk {
       zoneout_h.enter(j, number);
       zoneout_c.enter(j, number);
     }
+    const RowsTimes<S> hidden = {state.hidden(), a.layer.weight_hh, s.H};
     for (int64_t i = 0; i < own; ++i) {
       const int64_t u = mine.begin + zigzag(step, i, own);
       if (norms) {
-        weight_hh.multiply(u, count, state.hidden(), v_of(u, 0),
-                           [](int, const C*) { return Vec<C>{}; });
+        multiply(weight_hh, hidden, u, count, v_of(u, 0), [](int, const C*) { return Vec<C>{}; });
         put_gates(of_v, u, count, v_of(u, 0));
       } else {
-        weight_hh.multiply(u, count, state.hidden(), x_of(u, n),
-                           [](int, const C* so_far) { return load(so_far); });
+        multiply(weight_hh, hidden, u, count, x_of(u, n),
+                 [](int, const C* so_far) { return load(so_far); });
         for_row_blocks<C>(count, [&](auto block, int64_t start) {
           finish_plain<decltype(block)::value>(t, n, start, u);
         });
