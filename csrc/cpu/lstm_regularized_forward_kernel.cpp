@@ -179,7 +179,7 @@ class ForwardRun : Walk {
       for (int r = 0; r < R; ++r) SEQMEM_UNROLL
       for (int g = 0; g < 4; ++g) {
         C* here = to + (start + r) * W + g * L;
-        store(here, start_of(g, here) + gates[r][g]);
+        store(here, start_of(g, here) + gates[r][g] * valid(u));
       }
     });
   }
