@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -160,8 +161,11 @@ def test_short_calls_are_timed_several_at_once() -> None:
 
 
 def test_page_faults_are_counted() -> None:
-    def touch(_: int) -> None:
-        bytearray(1 << 26)
+    def touch(_: int) -> None:  # fresh pages, whatever malloc keeps in this process
+        with mmap.mmap(-1, 1 << 23) as pages:
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+            for place in range(0, len(pages), mmap.PAGESIZE):
+                pages[place] = 1
 
     found = timing.compare([timing.Side("a", touch, [0], touch)], TINY)["a"]
     assert found.faults_per_call > 1000
