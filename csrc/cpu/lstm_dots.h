@@ -32,8 +32,8 @@ struct RowsTimes {
   }
 };
 
-// gates[row][gate] of vector u, the sum of the products of R rows from `start` on; what stands in the
-// lanes beyond the last unit is of no use.
+// gates[row][gate] of vector u, the sum of the products of R rows from `start` on; what stands in
+// the lanes beyond the last unit is of no use.
 template <int R, class S, class C = compute_t<S>, class... Products>
 SEQMEM_INLINE void dot_gates(int64_t u, int64_t H, int64_t start, Vec<C> (&gates)[R][4],
                              const Products&... products) {
