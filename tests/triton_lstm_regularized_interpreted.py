@@ -16,6 +16,7 @@ from torch import Tensor
 import seqmem_fast
 from seqmem_fast._triton import lstm_regularized as launchers
 from seqmem_fast._triton import lstm_regularized_kernels as kernels_of
+from seqmem_fast.ops.lstm_regularized import _plain as plain
 from seqmem_fast.reference import lstm_regularized as reference
 
 assert seqmem_fast.__version__
@@ -34,18 +35,6 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
     return tensors, list({key: kwargs.get(key, value) for key, value in usual.items()}.values())
 
 
-def plain(tensors: list[Any], rest: list[Any]) -> list[Tensor]:
-    x, h, c, *weights = tensors
-    names = "seed", "zoneout_h", "zoneout_c", "lengths", "reset", "batch_sizes"
-    options = dict(zip((*names, "batch_first", "reverse"), rest, strict=True))
-    norms = None if weights[4] is None else weights[4:]
-    state = None if h is None else (h, c)
-    output, state, gates, cells = reference.lstm_regularized(
-        x, state, *weights[:4], norms, **options, return_gates=True
-    )
-    return [output, *state, gates, cells]
-
-
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
 
@@ -54,7 +43,7 @@ def check(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensors, rest = arguments(name, dtype)
     exact = [None if t is None else t.detach().double().clone().requires_grad_() for t in tensors]
-    right = plain(exact, rest)
+    right = plain(*exact, *rest)
     output, hy, cy, *saved = launchers.lstm_regularized(*tensors, *rest, True)
     for a, b in zip((output, hy, cy, *saved[:2]), right, strict=True):
         assert a.dtype == dtype and relative(a, b.detach()) <= TOLERANCES[dtype]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference.lstm import Layout
 from ..reference.lstm_regularized import EPSILON
-from .common import accumulator, launcher, of_dropout, refuse_in_capture, wide
+from .common import accumulator, dense, launcher, of_dropout, refuse_in_capture, wide
 from .lstm_regularized_kernels import lstm_regularized_step, lstm_regularized_step_backward
 
 
@@ -26,7 +26,7 @@ def _options(
     """What both kernels take."""
     block = triton.next_power_of_2(width)
     return {
-        "seed_ptr": seed,
+        "seed_ptr": dense(seed),
         "batch": x.size(1),
         "width": width,
         "SHARE_H": zoneout_h,
@@ -56,10 +56,6 @@ def _layout(
     steps = len(layout.order)
     valid = None if layout.valid is None else layout.valid.to(torch.uint8).contiguous()
     return layout, [None] * steps if valid is None else valid.unbind()
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 @launcher
@@ -93,9 +89,8 @@ def lstm_regularized(
     c = x.new_zeros(batch, hidden, dtype=exact)
     if cx is not None:
         c.copy_(cx)
-    norms = _contiguous(gain_ih, gain_hh, gain_c, shift_c)
-    biases = _contiguous(bias_ih, bias_hh)
-    seed = None if seed is None else seed.contiguous()
+    norms = map(dense, (gain_ih, gain_hh, gain_c, shift_c))
+    operands = dense(bias_ih), dense(bias_hh), *norms
     saves = return_gates and gain_ih is not None
 
     products = F.linear(x, weight_ih).contiguous()
@@ -120,7 +115,7 @@ def lstm_regularized(
             h, c = layout.enter(t, h), layout.enter(t, c)
         torch.mm(h, across, out=v)
         lstm_regularized_step[(batch,)](
-            *(products[t], v, *biases, *norms),
+            *(products[t], v, *operands),
             valid_ptr=valid[t],
             h_ptr=h,
             c_ptr=c,
@@ -179,8 +174,7 @@ def lstm_regularized_backward(
     ]
     batch, hidden = h_all.shape[1:]
     exact = wide(x.dtype)
-    seed = None if seed is None else seed.contiguous()
-    gains = _contiguous(gain_ih, gain_hh, gain_c, shift_c)
+    gains = [dense(t) for t in (gain_ih, gain_hh, gain_c, shift_c)]
     entering_c = _entering(layout, c_all, cx)
     saved = [
         None if a is None else layout.to_padded(a).contiguous()

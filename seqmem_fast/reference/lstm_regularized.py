@@ -26,12 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import Draw, Sample, dropped
-from .lstm import Layout
+from .lstm import Layout, State
 from .lstm import sample_inputs as lstm_samples
 
 EPSILON = 1e-5  # as nn.LayerNorm
-
-State = tuple[Tensor, Tensor]
 
 
 def lstm_regularized(
