@@ -143,6 +143,27 @@ def test_the_policy_computes_the_same(model: Any, rows: int, steps: int) -> None
     close(*both(model, acted))
 
 
+def test_draws_are_those_of_sb3(model: Any) -> None:
+    seen, _, states, starts = rollout(model, 5, 1)
+
+    @torch.no_grad()
+    def drawn() -> Any:
+        torch.manual_seed(7)
+        return [model.policy(seen, states, starts)[:3] for _ in range(8)]
+
+    close(*both(model, drawn))
+    categorical = hasattr(model.action_space, "n")
+    sb3.accelerate(model)
+    assert (sb3._CHOOSE in vars(model.policy.action_dist)) == categorical
+    bad = seen if isinstance(seen, Tensor) else seen["a"]
+    if bad.is_floating_point():
+        bad.fill_(torch.nan)
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+            model.policy(seen, states, starts)
+    sb3.restore(model)
+    assert sb3._CHOOSE not in vars(model.policy.action_dist)
+
+
 def test_predict(model: Any) -> None:
     model.observation_space.seed(4)
     seen = [model.observation_space.sample() for _ in range(6)]

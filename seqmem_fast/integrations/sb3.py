@@ -17,7 +17,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from ..accelerate import Report, runs_ours
 from ..accelerate import accelerate as accelerate_modules
@@ -31,6 +33,7 @@ __all__ = ["accelerate", "restore"]
 State = tuple[Tensor, Tensor]
 _PROCESS = "_process_sequence"  # the policy's method that loops over the steps
 _SAMPLE = "_get_samples"  # the buffer's method that pads a batch of sequences
+_CHOOSE = "proba_distribution"  # the distribution's method that takes the logits of actions
 _LENGTHS = "_seqmem_lengths"  # where the batch's episode_starts carries how long its sequences are
 
 
@@ -41,6 +44,8 @@ def accelerate(model: RecurrentPPO) -> Report:
     its own, shares the actor's or has none. Actions, values, log-probabilities and gradients are
     those of sb3 to rounding. With a ``dropout`` between layers its masks are others: sb3 draws them
     step by step. What stands for padding in training, and never enters a loss, is not computed.
+    While the policy acts, torch does not check the arguments of a categorical distribution: where a
+    logit is NaN, drawing the action raises RuntimeError instead of ValueError.
 
     Left to sb3 are a ``_process_sequence`` that a subclass or the user wrote; LSTMs that
     :func:`seqmem_fast.accelerate` leaves; and what ``torch.jit.trace`` records.
@@ -63,6 +68,8 @@ def accelerate(model: RecurrentPPO) -> Report:
     vars(policy)[_PROCESS] = _process_sequence
     if _SAMPLE not in vars(buffer):
         vars(buffer)[_SAMPLE] = partial(_get_samples, buffer)
+    if type(policy.action_dist) is _their_categorical():
+        vars(policy.action_dist)[_CHOOSE] = partial(_choose, policy.action_dist)
     report.swapped.append((_PROCESS, "one call in place of a loop over steps"))
     return report
 
@@ -75,6 +82,8 @@ def restore(model: RecurrentPPO) -> int:
         del vars(policy)[_PROCESS]
     if getattr(vars(buffer).get(_SAMPLE), "func", None) is _get_samples:
         del vars(buffer)[_SAMPLE]
+    if getattr(vars(policy.action_dist).get(_CHOOSE), "func", None) is _choose:
+        del vars(policy.action_dist)[_CHOOSE]
     return restore_modules(policy) + ours
 
 
@@ -95,6 +104,32 @@ def _theirs() -> Any:
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
     return RecurrentActorCriticPolicy._process_sequence
+
+
+def _their_categorical() -> Any:
+    from stable_baselines3.common.distributions import CategoricalDistribution
+
+    return CategoricalDistribution
+
+
+class _Unchecked(Categorical):
+    """torch's distribution for one draw a row: the same numbers by fewer calls."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits=logits, validate_args=False)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        if sample_shape:
+            return super().sample(sample_shape)
+        return torch.multinomial(self.probs, 1, replacement=True).squeeze(-1)
+
+
+def _choose(chooser: Any, action_logits: Tensor) -> Any:
+    """As sb3's; a step of acting makes, draws from and asks its distribution once."""
+    if torch.is_grad_enabled() or action_logits.dim() != 2:
+        return type(chooser).proba_distribution(chooser, action_logits)
+    chooser.distribution = _Unchecked(action_logits)
+    return chooser
 
 
 def _get_samples(buffer: Any, *args: Any, **kwargs: Any) -> Any:
