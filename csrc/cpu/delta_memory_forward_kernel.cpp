@@ -1,10 +1,13 @@
 // The delta memory over its steps. A thread takes slices of V of a head's memory, which stay in the
 // L1 cache; for each run of at most 16 steps
 //   q, k, decay and their products are read once for all slices; then, for each slice S [K][lanes],
-//   r = S^T (decay_0 k_0)
-//   for each step t:  u = beta_t (v_t - r);  r = 0;  o_t = 0
-//     for each feature i:                             S is read and written once a step
-//       S[i] = decay_t S[i] + k_t[i] u;  o_t += q_t[i] S[i];  r += decay_t+1 k_t+1[i] S[i]
+//   r_0 = S^T (decay_0 k_0),  r_1 = S^T (decay_1 decay_0 k_1)
+//   for two steps at a time, t and t + 1 (or one, where registers are few), S is read and written
+//   once:
+//     u_0 = beta_t (v_t - r_0);  u_1 = beta_t+1 (v_t+1 - r_1 - (decay_t+1 k_t+1 . k_t) u_0)
+//     for each feature i:  S[i] = decay_t S[i] + k_t[i] u_0;  o_t += q_t[i] S[i];  the same of t +
+//     1
+//       r_0 and r_1 of the steps t + 2 and t + 3, from S[i]
 // A decay of a whole head is kept as a factor of S, and multiplied in at the end of a run or where
 // the factor becomes small: u is divided by it, r and o_t are multiplied.
 // Floor: B H T K V 3 multiply-adds, and a product where features decay; bytes: q, k, v, output,
@@ -19,13 +22,18 @@ class ForwardRun {
   using C = compute_t<S>;
   static constexpr int64_t L = kLanes<C>;
   static constexpr int kVectors = 4;  // of a slice
+  // Steps in one pass: twos need more registers than 16.
+  static constexpr int kSteps = SEQMEM_VEC_BYTES == 64 ? 2 : 1;
   static constexpr C kLeastFactor = C(1) / 256;
 
   const Shape& s;
   const Forward& a;
   const int thread, threads;
   Steps<S> steps;
-  C* ahead;   // [kChunk, Kp]: decay * k
+  // Of the steps of a pass, seen from before the first: the decays until then * k, and how the
+  // second key meets what the first step writes.
+  C* ahead;   // [kChunk, Kp]
+  C* meets;   // [kChunk]
   C* memory;  // slices of [K, kVectors * L]
 
   int64_t slices() const { return ceil_div(s.V, kVectors * L); }
@@ -39,6 +47,7 @@ class ForwardRun {
     take.per_thread(thread, threads, [&] {
       steps.place(take);
       ahead = take.array<C>(kChunk * steps.Kp);
+      meets = take.array<C>(kChunk);
       const int64_t slice = s.K * kVectors * L;
       memory = take.array<C>(min(s.H * slices(), together<C>(slice)) * slice);
     });
@@ -92,13 +101,25 @@ class ForwardRun {
 
   void read(int64_t b, int64_t h, const Run& run) {
     steps.read(a, b, h, run);
-    for (int64_t i = 0; i < run.steps; ++i)
+    for (int64_t i = 0; i < run.steps; ++i) {
+      Vec<C> sums = {};
       for (int64_t c = 0; c < steps.Kp; c += L) {
-        Vec<C> x = load(steps.k + i * steps.Kp + c);
-        if (s.decay == Decay::Head) x *= steps.decay_head[i];
-        if (s.decay == Decay::Feature) x *= load(steps.decay + i * steps.Kp + c);
-        store(ahead + i * steps.Kp + c, x);
+        const int64_t at = i * steps.Kp + c, before = at - steps.Kp;
+        Vec<C> x = decayed(i, c, load(steps.k + at));
+        if (i % kSteps == 1) {
+          sums += x * load(steps.k + before);
+          x = decayed(i - 1, c, x);
+        }
+        store(ahead + at, x);
       }
+      if (i % kSteps == 1) meets[i] = lane_sum<C>(sums);
+    }
+  }
+
+  // x of features c and on, after the decay of step i.
+  SEQMEM_INLINE Vec<C> decayed(int64_t i, int64_t c, Vec<C> x) const {
+    if (s.decay == Decay::Head) return x * steps.decay_head[i];
+    return s.decay == Decay::Feature ? x * load(steps.decay + i * steps.Kp + c) : x;
   }
 
   // A matrix [K, ..] as it lies in memory: `stride` from one feature to the next.
@@ -162,74 +183,128 @@ class ForwardRun {
 
   template <int NV, Decay decay>
   void take(int64_t b, int64_t h, int64_t c, const Run& run, Place from, Place mine, Place to) {
-    Vec<C> r[NV];
-    start_sums(r);
-    for (int64_t i = 0; i < s.K; ++i) SEQMEM_UNROLL
-    for (int v = 0; v < NV; ++v) r[v] += ahead[i] * load(from.data + i * from.stride + v * L);
+    Vec<C> r[kSteps * NV];
+    find<NV>(min<int64_t>(run.steps, kSteps), from, r);
     C factor = 1;  // the memory is `factor` times what stands there
-    for (int64_t t = 0; t < run.steps; ++t) {
-      const S* value = Steps<S>::row(a.v, b, run.begin + t, h) + c;
-      const bool last = t == run.steps - 1;
-      const C before = factor;
-      bool plain = true;
-      if constexpr (decay == Decay::Head) {
-        factor *= steps.decay_head[t];
-        plain = factor >= kLeastFactor && !last;
-      }
-      SEQMEM_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Vec<C> given = load_n(value + v * L, static_cast<int>(s.V - c - v * L));
-        r[v] = steps.beta[t] * (given - before * r[v]);
-        if (plain) r[v] *= 1 / factor;
-      }
-      const Place source = t == 0 ? from : mine, target = last ? to : mine;
-      const int64_t next = last ? t : t + 1;
-      Vec<C> o[NV];
-      if constexpr (decay == Decay::Feature) {
-        step<NV, Decay::Feature>(t, next, C(1), source, target, r, o);
-      } else if (plain) {
-        step<NV, Decay::None>(t, next, C(1), source, target, r, o);
+    for (int64_t t = 0; t < run.steps; t += kSteps) {
+      const Place source = t == 0 ? from : mine, target = t + kSteps < run.steps ? mine : to;
+      if (t + kSteps <= run.steps) {
+        take_steps<NV, kSteps, decay>(b, h, c, run, t, source, target, r, factor);
       } else {
-        step<NV, Decay::Head>(t, next, factor, source, target, r, o);
-        factor = 1;
+        take_steps<NV, 1, decay>(b, h, c, run, t, source, target, r, factor);
       }
-      S* out = output(b, run.begin + t, h) + c;
-      SEQMEM_UNROLL
-      for (int v = 0; v < NV; ++v)
-        store_n(out + v * L, factor * o[v], static_cast<int>(s.V - c - v * L));
     }
   }
 
-  // One step: `u` is what is written, and what the next key finds afterwards.
-  template <int NV, Decay decay>
-  __attribute__((noinline)) void step(int64_t t, int64_t next, C factor, Place from, Place to,
-                                      Vec<C>* u_r, Vec<C>* output) {
-    const C *q = steps.q + t * steps.Kp, *k = steps.k + t * steps.Kp;
-    const C* following = ahead + next * steps.Kp;
-    const C* decays = steps.decay + t * steps.Kp;
-    const Vec<C> whole = splat(factor);
-    Vec<C> u[NV], r[NV], o[NV];
+  // What the first keys of a run find.
+  template <int NV>
+  void find(int64_t keys, Place from, Vec<C>* r) const {
+    for (int64_t m = 0; m < keys; ++m) {
+      Vec<C> sums[NV];
+      start_sums(sums);
+      const C* key = ahead + m * steps.Kp;
+      for (int64_t i = 0; i < s.K; ++i) SEQMEM_UNROLL
+      for (int v = 0; v < NV; ++v) sums[v] += key[i] * load(from.data + i * from.stride + v * L);
+      SEQMEM_UNROLL
+      for (int v = 0; v < NV; ++v) r[m * NV + v] = sums[v];
+    }
+  }
+
+  // Steps t..t+count-1, of which the keys find r [kSteps, NV]; afterwards r is what the next ones
+  // find.
+  template <int NV, int count, Decay decay>
+  SEQMEM_INLINE void take_steps(int64_t b, int64_t h, int64_t c, const Run& run, int64_t t,
+                                Place from, Place to, Vec<C>* r, C& factor) {
+    const bool last = t + count == run.steps;
+    C factors[count];  // until after each step
+    bool plain = true;
     SEQMEM_UNROLL
-    for (int v = 0; v < NV; ++v) u[v] = u_r[v];
-    start_sums(r);
-    start_sums(o);
-    for (int64_t i = 0; i < s.K; ++i) {
-      const Vec<C> ki = splat(k[i]), qi = splat(q[i]), next_ki = splat(following[i]);
+    for (int m = 0; m < count; ++m) {
+      factors[m] = m == 0 ? factor : factors[m - 1];
+      if constexpr (decay == Decay::Head) factors[m] *= steps.decay_head[t + m];
+    }
+    if constexpr (decay == Decay::Head) plain = factors[count - 1] >= kLeastFactor && !last;
+    SEQMEM_UNROLL
+    for (int m = 0; m < count; ++m) {
+      const S* value = Steps<S>::row(a.v, b, run.begin + t + m, h) + c;
       SEQMEM_UNROLL
       for (int v = 0; v < NV; ++v) {
-        Vec<C> x = load(from.data + i * from.stride + v * L);
-        if constexpr (decay == Decay::Head) x *= whole;
-        if constexpr (decay == Decay::Feature) x *= decays[i];
-        x += ki * u[v];
-        store(to.data + i * to.stride + v * L, x);
-        o[v] += qi * x;
-        r[v] += next_ki * x;
+        const Vec<C> given = load_n(value + v * L, static_cast<int>(s.V - c - v * L));
+        Vec<C> rest = given - factor * r[m * NV + v];
+        if (m == 1) rest -= meets[t + 1] * r[v];
+        r[m * NV + v] = steps.beta[t + m] * rest;
       }
+    }
+    if (plain) {
+      SEQMEM_UNROLL
+      for (int m = 0; m < count; ++m) SEQMEM_UNROLL
+      for (int v = 0; v < NV; ++v) r[m * NV + v] *= 1 / factors[m];
+    }
+    Vec<C> o[count * NV];
+    if constexpr (decay == Decay::Feature) {
+      pass<NV, count, Decay::Feature>(t, run, nullptr, from, to, r, o);
+    } else if (plain) {
+      pass<NV, count, Decay::None>(t, run, nullptr, from, to, r, o);
+    } else {
+      const C scales[2] = {factors[0], steps.decay_head[t + count - 1]};
+      pass<NV, count, Decay::Head>(t, run, scales, from, to, r, o);
+      for (C& each : factors) each = 1;
+    }
+    factor = factors[count - 1];
+    SEQMEM_UNROLL
+    for (int m = 0; m < count; ++m) {
+      S* out = output(b, run.begin + t + m, h) + c;
+      SEQMEM_UNROLL
+      for (int v = 0; v < NV; ++v)
+        store_n(out + v * L, factors[m] * o[m * NV + v], static_cast<int>(s.V - c - v * L));
+    }
+  }
+
+  template <int NV, int count, Decay decay>
+  SEQMEM_INLINE void pass(int64_t t, const Run& run, const C* scales, Place from, Place to,
+                          Vec<C>* r, Vec<C>* output) {
+    if (t + count == run.steps) {
+      pass<NV, count, decay, false>(t, t, scales, from, to, r, output);
+    } else {
+      const int64_t second = min(t + count + 1, run.steps - 1);
+      pass<NV, count, decay, true>(t, second, scales, from, to, r, output);
+    }
+  }
+
+  // The memory through `count` steps: `u_r` is what they write, and then what the next keys find,
+  // of which a second one is that of step `second`.
+  template <int NV, int count, Decay decay, bool looks>
+  __attribute__((noinline)) void pass(int64_t t, int64_t second, const C* scales, Place from,
+                                      Place to, Vec<C>* u_r, Vec<C>* output) {
+    const int64_t Kp = steps.Kp;
+    const C *q = steps.q + t * Kp, *k = steps.k + t * Kp, *decays = steps.decay + t * Kp;
+    const C* following[2] = {ahead + (looks ? t + count : t) * Kp, ahead + second * Kp};
+    Vec<C> u[count][NV], o[count][NV], r[kSteps][NV];
+    SEQMEM_UNROLL
+    for (int m = 0; m < count; ++m) SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) u[m][v] = u_r[m * NV + v];
+    start_sums(o);
+    start_sums(r);
+    for (int64_t i = 0; i < s.K; ++i) SEQMEM_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      Vec<C> x = load(from.data + i * from.stride + v * L);
+      SEQMEM_UNROLL
+      for (int m = 0; m < count; ++m) {
+        if constexpr (decay == Decay::Head) x *= scales[m];
+        if constexpr (decay == Decay::Feature) x *= decays[m * Kp + i];
+        x += k[m * Kp + i] * u[m][v];
+        o[m][v] += q[m * Kp + i] * x;
+      }
+      store(to.data + i * to.stride + v * L, x);
+      if constexpr (looks) SEQMEM_UNROLL
+      for (int m = 0; m < kSteps; ++m) r[m][v] += following[m][i] * x;
     }
     SEQMEM_UNROLL
     for (int v = 0; v < NV; ++v) {
-      u_r[v] = r[v];
-      output[v] = o[v];
+      SEQMEM_UNROLL
+      for (int m = 0; m < count; ++m) output[m * NV + v] = o[m][v];
+      SEQMEM_UNROLL
+      for (int m = 0; m < kSteps; ++m) u_r[m * NV + v] = r[m][v];
     }
   }
 };
