@@ -29,14 +29,15 @@ class BackwardRun {
   KeyGradients<S> keys;
   const int64_t Kp;
   const bool by_feature;
-  Run* runs;         // [segment]
-  C* memories;       // [segment / N, K, Vp]: where runs begin
-  C* nothing;        // [K, Vp] zeros
-  C* grad_memories;  // of each unit at work: dS [K, Vp]
-  C* grad_memory;    // of the present one
-  C* turned;         // S^T or dS^T [Vp, Kp]
-  C* given;          // [2 n, Vp]: do, then -dx
-  C* grad_u;         // [N, Vp]
+  Run* runs;              // [segment]
+  C* memories;            // [segment / N, K, Vp]: where runs begin
+  const C* first_memory;  // where the segment begins: the kept one, in its place if it can be
+  C* nothing;             // [K, Vp] zeros
+  C* grad_memories;       // of each unit at work: dS [K, Vp]
+  C* grad_memory;         // of the present one
+  C* turned;              // S^T or dS^T [Vp, Kp]
+  C* given;               // [2 n, Vp]: do, then -dx
+  C* grad_u;              // [N, Vp]
 
  public:
   BackwardRun(const Shape& shape, const Backward& arguments, int thread_, int threads_,
@@ -126,21 +127,27 @@ class BackwardRun {
     for (int64_t t = begin; t < stop; t += runs[count++].steps)
       runs[count] = run_from(s, b, t, stop);
     const int64_t kept = (u.head * s.segments() + segment) * s.K * s.V + u.first;
-    load_matrix(memories, static_cast<const C*>(a.states) + kept, u.width);
+    first_memory = static_cast<const C*>(a.states) + kept;
+    if (Vp != s.V) {
+      load_matrix(memories, first_memory, u.width);
+      first_memory = memories;
+    }
     for (int64_t r = 0; r + 1 < count; ++r) {
       if (runs[r + 1].anew) continue;
       chunk.read(a, b, u.h, runs[r], memory_of(r, begin), u.first, u.width);
-      chunk.advance(memory_of(r, begin), memory_of(r + 1, begin));
+      chunk.advance(memory_of(r, begin), memories + (runs[r + 1].begin - begin) / N * s.K * Vp);
     }
     for (int64_t r = count - 1; r >= 0; --r) {
-      C* memory = memory_of(r, begin);
+      const C* memory = memory_of(r, begin);
       chunk.read(a, b, u.h, runs[r], memory, u.first, u.width);
       take_back(b, u.h, u.slice, runs[r], memory, u.first, u.width);
     }
   }
 
-  C* memory_of(int64_t r, int64_t begin) const {
-    return runs[r].anew ? nothing : memories + (runs[r].begin - begin) / N * s.K * Vp;
+  const C* memory_of(int64_t r, int64_t begin) const {
+    if (runs[r].anew) return nothing;
+    return runs[r].begin == begin ? first_memory
+                                  : memories + (runs[r].begin - begin) / N * s.K * Vp;
   }
 
   static const C* at(const void* data, int64_t offset) {
@@ -210,8 +217,9 @@ class BackwardRun {
       for (int64_t w = 0; w < width; w += L)
         store_n(of_value + w, -load(grad_x + i * Vp + w), static_cast<int>(width - w));
     }
-    dot(n, n, width, given, Vp, chunk.u, Vp, keys.scores, N, false);
-    dot(n, n, width, grad_x, Vp, chunk.u, Vp, keys.scores + N * N, N, false);
+    chunk.lay_columns(chunk.u, Vp, width);
+    matrix_multiply<false>(n, width, N, given, Vp, chunk.columns, N, keys.scores, false);
+    matrix_multiply<false>(n, width, N, grad_x, Vp, chunk.columns, N, keys.scores + N * N, false);
     turn(memory);
     matrix_multiply<false>(2 * n, width, Kp, given, Vp, turned, Kp, keys.of_early, false);
     turn(grad_memory);

@@ -5,7 +5,6 @@
 //   (I + M diag(beta)) x = v - (E k) S,  u = beta x,  o = (E q) S + A u,  S' = E_n S + (F k)^T u.
 #pragma once
 
-#include "../common/dot.h"
 #include "delta_memory_steps.h"
 
 namespace seqmem::delta_memory {
@@ -30,6 +29,7 @@ class Chunk {
   C* late;        // [N, Kp]: F k
   C* scores;      // [2 N, N]: A, then M from row N on; zero above (and M on) the diagonal
   C *x, *u;       // [N, Vp]
+  C* columns;     // [max(Kp, Vp), N]: steps side by side
 
   Chunk(const Shape& shape, int64_t values)
       : s(shape),
@@ -48,6 +48,7 @@ class Chunk {
     scores = take.array<C>(2 * N * N);
     x = take.array<C>(N * Vp);
     u = take.array<C>(N * Vp);
+    columns = take.array<C>(max(Kp, Vp) * N);
   }
 
   C* writes() const { return early + n * Kp; }  // E k
@@ -80,6 +81,14 @@ class Chunk {
         store(u + i * Vp + w, steps.beta[i] * sum);
       }
     }
+  }
+
+  // columns = the transpose of x [n, width], zeros beyond the n steps: with few steps a product
+  // with it is faster than sums over the lanes of rows.
+  void lay_columns(const C* x, int64_t stride, int64_t width) const {
+    for (int64_t i = 0; i < N; i += L)
+      pack_transposed(columns + i, N, x + i * stride, stride, max<int64_t>(min(L, n - i), 0),
+                      width);
   }
 
   // next = S', of the run that was read.
@@ -130,8 +139,9 @@ class Chunk {
   }
 
   void scores_of_heads() {
-    dot(n, n, s.K, steps.q, Kp, steps.k, Kp, scores, N, false);
-    dot(n, n, s.K, steps.k, Kp, steps.k, Kp, scores + N * N, N, false);
+    lay_columns(steps.k, Kp, s.K);
+    matrix_multiply<false>(n, s.K, N, steps.q, Kp, columns, N, scores, false);
+    matrix_multiply<false>(n, s.K, N, steps.k, Kp, columns, N, scores + N * N, false);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < n; ++j) {
         const C decay = between[i * N + j];
