@@ -193,14 +193,17 @@ class BackwardRun {
                  int64_t first, int64_t width) {
     const int64_t n = run.steps;
     C* grad_x = given + n * Vp;  // -dx
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t t = run.begin + i;
+      const bool zero = a.grad_output.data == nullptr;
+      if (!zero && h + 1 < s.H)
+        Steps<S>::ask_for(Steps<S>::row(a.grad_output, b, t, h + 1) + first, width);
       for (int64_t w = 0; w < Vp; w += L) {
         const int count = static_cast<int>(max<int64_t>(width - w, 0));
-        const bool zero = a.grad_output.data == nullptr;
         store(given + i * Vp + w,
-              zero ? Vec<C>{}
-                   : load_n(Steps<S>::row(a.grad_output, b, run.begin + i, h) + first + w, count));
+              zero ? Vec<C>{} : load_n(Steps<S>::row(a.grad_output, b, t, h) + first + w, count));
       }
+    }
     matrix_multiply<false>(n, s.K, Vp, chunk.late, Kp, grad_memory, Vp, grad_u, false);
     matrix_multiply<true>(n, n, Vp, chunk.scores, N, given, Vp, grad_u, true);
     C* of_beta = static_cast<C*>(a.grad_beta) + slice * s.B * s.T * s.H;

@@ -80,6 +80,11 @@ class Steps {
     const int64_t key_head = h / (s.H / s.Hk);
     for (int64_t i = 0; i < run.steps; ++i) {
       const int64_t t = run.begin + i;
+      if (key_head + 1 < s.Hk) {
+        ask_for(row(a.q, b, t, key_head + 1), s.K);
+        ask_for(row(a.k, b, t, key_head + 1), s.K);
+      }
+      if (h + 1 < s.H) ask_for(row(a.v, b, t, h + 1), s.V);
       norm_q[i] = read_row(q + i * Kp, row(a.q, b, t, key_head), C(s.scale));
       norm_k[i] = read_row(k + i * Kp, row(a.k, b, t, key_head), C(1));
       const int64_t at = (b * s.T + t) * s.H + h;
@@ -95,6 +100,12 @@ class Steps {
       for (int64_t i = 0; i < run.steps; i += L)
         store(decay_head + i, decay_of<C>(load_n(decay_head + i, static_cast<int>(run.steps - i))));
     }
+  }
+
+  // The rows of the next head, which lie beside these: the hardware asks for neighbours in time.
+  static void ask_for(const S* from, int64_t width) {
+    for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S)))
+      __builtin_prefetch(from + c);
   }
 
   static const S* row(const Rows& rows, int64_t b, int64_t t, int64_t h) {
