@@ -35,7 +35,7 @@ class BackwardRun {
   C* nothing;             // [K, Vp] zeros
   C* grad_memories;       // of each unit at work: dS [K, Vp]
   C* grad_memory;         // of the present one
-  C* turned;              // S^T or dS^T [Vp, Kp]
+  C* transposed;          // S^T [Vp, Kp], or d(F k)^T [K, N]
   C* given;               // [2 n, Vp]: do, then -dx
   C* grad_u;              // [N, Vp]
 
@@ -62,7 +62,7 @@ class BackwardRun {
       memories = take.array<C>(s.segment / N * s.K * Vp);
       nothing = take.array<C>(s.reset == nullptr ? 0 : s.K * Vp);
       grad_memories = take.array<C>(min(s.H * s.slices, together<C>(s.K * Vp)) * s.K * Vp);
-      turned = take.array<C>(Vp * Kp);
+      transposed = take.array<C>(max(Vp, N) * Kp);
       given = take.array<C>(2 * N * Vp);
       grad_u = take.array<C>(N * Vp);
       keys.place(take);
@@ -183,10 +183,10 @@ class BackwardRun {
 
   // ---- a run
 
-  // turned [Vp, Kp] = the transpose of a matrix [K, Vp].
-  void turn(const C* matrix) const {
+  // to [count, Kp] = the transpose of a matrix [K, count] whose rows are `stride` apart.
+  void transpose_into(C* to, const C* matrix, int64_t stride, int64_t count) const {
     for (int64_t i = 0; i < s.K; i += L)
-      pack_transposed(turned + i, Kp, matrix + i * Vp, Vp, min(L, s.K - i), Vp);
+      pack_transposed(to + i, Kp, matrix + i * stride, stride, min(L, s.K - i), count);
   }
 
   void take_back(int64_t b, int64_t h, int64_t slice, const Run& run, const C* memory,
@@ -223,10 +223,10 @@ class BackwardRun {
     chunk.lay_columns(chunk.u, Vp, width);
     matrix_multiply<false>(n, width, N, given, Vp, chunk.columns, N, keys.scores, false);
     matrix_multiply<false>(n, width, N, grad_x, Vp, chunk.columns, N, keys.scores + N * N, false);
-    turn(memory);
-    matrix_multiply<false>(2 * n, width, Kp, given, Vp, turned, Kp, keys.of_early, false);
-    turn(grad_memory);
-    matrix_multiply<false>(n, width, Kp, chunk.u, Vp, turned, Kp, keys.of_late, false);
+    transpose_into(transposed, memory, Vp, Vp);
+    matrix_multiply<false>(2 * n, width, Kp, given, Vp, transposed, Kp, keys.of_early, false);
+    matrix_multiply<false>(s.K, width, N, grad_memory, Vp, chunk.columns, N, transposed, false);
+    transpose_into(keys.of_late, transposed, N, n);
     if (run.anew) {
       fill(grad_memory, s.K * Vp);
       fill(keys.whole, Kp);
