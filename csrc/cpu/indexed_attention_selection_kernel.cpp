@@ -1,15 +1,18 @@
 // The keys of the highest scores. A task is a few queries of a head; for each 512 keys, packed into
-// panels,
+// panels (which are kept for the head's next task where they are small),
 //   pass 1  scores = (scale query) key^T
-//   pass 2  by query, scores above the bound so far are candidates, as integers in their order. The
-//           first keys give a bound at once: of the maxima of small groups of scores, so many times
-//           the chosen, one that enough of them reach. When there is no room for more, the bound
-//           becomes the last one that would be chosen, which is found by halving an interval, and
-//           the candidates below it are dropped
+//   pass 2  by query, scores above the bound so far are candidates, as integers in their order, put
+//           side by side a vector at a time. The first keys give a bound at once: of the maxima of
+//           small groups of scores, so many times the chosen, one that enough of them reach. When
+//           there is no room for more, the bound becomes the last one that would be chosen, which
+//           is found by halving an interval, and the candidates below it are dropped
 // and in the end
 //   pass 3  by query: the chosen sorted, the best first
 // Candidates are in the order of their keys: of equal scores the lower key comes first. NaN is
 // above all.
+#include <utility>
+
+#include "../common/lane_sets.h"
 #include "indexed_attention_rows.h"
 
 namespace seqmem::indexed_attention {
@@ -17,29 +20,9 @@ namespace {
 
 constexpr int64_t kKeys = 512, kWord = 64;  // scores that are compared at once
 constexpr int64_t kRoom = 4, kGroups = 2;   // room, and groups, for so many times the chosen
-
-// Bit l is set where lane l is.
-template <class C>
-SEQMEM_INLINE uint32_t lanes_set(IntVec<C> mask) {
-  uint32_t bits = 0;
-#if SEQMEM_VEC_BYTES >= 32
-  typedef float Floats __attribute__((vector_size(32)));
-  typedef double Doubles __attribute__((vector_size(32)));
-  constexpr int kPart = 32 / sizeof(C);
-  for (size_t part = 0; part < sizeof mask / 32; ++part) {
-    std::conditional_t<sizeof(C) == 4, Floats, Doubles> here;
-    __builtin_memcpy(&here, reinterpret_cast<const char*>(&mask) + part * 32, 32);
-    if constexpr (sizeof(C) == 4) {
-      bits |= uint32_t(__builtin_ia32_movmskps256(here)) << (part * kPart);
-    } else {
-      bits |= uint32_t(__builtin_ia32_movmskpd256(here)) << (part * kPart);
-    }
-  }
-#else
-  for (int l = 0; l < kLanes<C>; ++l) bits |= uint32_t(mask[l] & 1) << l;
-#endif
-  return bits;
-}
+constexpr int64_t kKeptBytes =
+    1 << 20;                      // packed keys of a head are kept for its next task up to here
+constexpr int64_t kRanked = 256;  // up to so many are sorted by counting, for each, those before it
 
 template <class S>
 class SelectionRun {
@@ -55,14 +38,15 @@ class SelectionRun {
   const Selection& a;
   const int thread, threads;
   const int64_t D_pad, stride, room;
+  const bool keeps_panels;
+  int64_t packed_head = -1, packed = 0;  // whose keys are packed, and how many
 
   C *panels, *queries, *scores;
-  Order *maxima, *orders;  // of groups of scores; of candidates [kQueriesOfTask, room]
-  int64_t* keys;
+  Order* maxima;         // of groups of scores
+  Order *orders, *keys;  // of candidates [kQueriesOfTask, room]
   int64_t sizes[kQueriesOfTask];
-  // What a candidate is not below, or, once the bound's equals would be too many, is above.
-  enum class Bounded { No, NotBelow, Above } bounded[kQueriesOfTask];
-  C bounds[kQueriesOfTask];
+  C bounds[kQueriesOfTask];    // what a candidate is not below; NaN before the first
+  bool above[kQueriesOfTask];  // once the bound's equals would be too many: it is above
 
  public:
   SelectionRun(const Shape& s, const Plan& plan, const Selection& a, int thread, int threads,
@@ -74,17 +58,18 @@ class SelectionRun {
         threads(threads),
         D_pad(padded<C>(s.D)),
         stride(score_stride<C>(min(kKeys, s.Tk))),
-        room(padded<C>(kRoom * a.count) + kWord + L) {}
+        room(padded<C>(kRoom * a.count) + kWord + L),
+        keeps_panels(padded<C>(s.Tk) * s.D * int64_t(sizeof(C)) <= kKeptBytes) {}
 
   int64_t place(char* base) {
     Carver take(base);
     take.per_thread(thread, threads, [&] {
-      panels = take.array<C>(padded<C>(min(kKeys, s.Tk)) * s.D);
+      panels = take.array<C>(padded<C>(keeps_panels ? s.Tk : min(kKeys, s.Tk)) * s.D);
       queries = take.array<C>(kQueriesOfTask * D_pad);
       scores = take.array<C>(kQueriesOfTask * stride);
       maxima = take.array<Order>(kKeys);
       orders = take.array<Order>(kQueriesOfTask * room);
-      keys = take.array<int64_t>(kQueriesOfTask * room);
+      keys = take.array<Order>(kQueriesOfTask * room);
     });
     return take.used();
   }
@@ -103,8 +88,8 @@ class SelectionRun {
       ends[r] = a.is_causal ? min(end, i + 1) : end;
       last = max(last, ends[r]);
       sizes[r] = 0;
-      bounded[r] = Bounded::No;
-      bounds[r] = 0;
+      bounds[r] = static_cast<C>(__builtin_nan(""));
+      above[r] = false;
       const Rows<S> query = rows_of<S>(a.q, task.b, task.h, i, 1);
       copy_row<S>(queries + r * D_pad, query.row(0), query.columns, s.D, C(s.scale));
     }
@@ -116,29 +101,33 @@ class SelectionRun {
         t.lo[r] = 0;
         t.hi[r] = max<int64_t>(min(ends[r] - j, t.columns), 0);
       }
-      pack_lanes<S>(panels, rows_of<S>(a.k, task.b, head, j, 1), t.columns, s.D);
-      multiply_lanes(t, s.D, queries, D_pad, panels, t.columns, scores, stride);
+      const C* here = packed_keys(task.b, head, j, t.columns);
+      multiply_lanes(t, s.D, queries, D_pad, here, t.columns, scores, stride);
       for (int64_t r = 0; r < t.rows; ++r) collect(r, scores + r * stride, t.hi[r], j);
     }
     for (int64_t r = 0; r < task.rows; ++r) {
       if (sizes[r] > a.count) drop(r);
       int64_t* to = a.index + ((task.b * s.Hq + task.h) * s.Tq + task.first + r) * a.count;
-      sort(orders + r * room, keys + r * room, sizes[r]);
-      for (int64_t n = 0; n < a.count; ++n) to[n] = n < sizes[r] ? keys[r * room + n] : -1;
+      leave_sorted(orders + r * room, keys + r * room, sizes[r], to);
+      for (int64_t n = sizes[r]; n < a.count; ++n) to[n] = -1;
     }
+  }
+
+  const C* packed_keys(int64_t b, int64_t head, int64_t first, int64_t count) {
+    if (packed_head != b * s.Hk + head || !keeps_panels) packed = 0;
+    packed_head = b * s.Hk + head;
+    C* here = panels + (keeps_panels ? first * s.D : 0);
+    if (first + count > packed || !keeps_panels) {
+      pack_lanes<S>(here, rows_of<S>(a.k, b, head, first, 1), count, s.D);
+      packed = first + count;
+    }
+    return here;
   }
 
   static IntVec<C> to_orders(Vec<C> score) {
     const IntVec<C> bits = (IntVec<C>)(score + C(0));  // -0 is 0
     const IntVec<C> order = bits ^ ((bits >> kSign) & kMost);
     return score != score ? (IntVec<C>{} + kMost) : order;
-  }
-
-  static Order to_order(C score) {
-    Order bits;
-    score += C(0);
-    __builtin_memcpy(&bits, &score, sizeof bits);
-    return score != score ? kMost : bits ^ ((bits >> kSign) & kMost);
   }
 
   static C to_score(Order order) {
@@ -155,29 +144,40 @@ class SelectionRun {
   }
 
   void collect(int64_t r, const C* row, int64_t n, int64_t first) {
-    if (bounded[r] == Bounded::No) bound_by_groups(r, row, n);
-    for (int64_t x = 0; x < n; x += kWord) {
-      const int64_t count = min(kWord, n - x);
-      const Vec<C> bound = splat(bounds[r]);
-      uint64_t found = 0;
-      for (int64_t y = 0; y < count; y += L) {
-        const Vec<C> score = load(row + x + y);
-        const IntVec<C> out = bounded[r] == Bounded::Above ? score <= bound : score < bound;
-        found |= uint64_t(lanes_set<C>(out)) << y;
-      }
-      found = ~found;
-      if (bounded[r] == Bounded::No) found = ~uint64_t(0);
-      if (count < kWord) found &= (uint64_t(1) << count) - 1;
-      if (found == 0) continue;
-      int64_t size = sizes[r];
-      for (; found != 0; found &= found - 1) {
-        const int64_t y = x + __builtin_ctzll(found);
-        orders[r * room + size] = to_order(row[y]);
-        keys[r * room + size++] = first + y;
-      }
-      sizes[r] = size;
-      if (size > room - kWord - L) drop(r);
+    if (bounds[r] != bounds[r]) bound_by_groups(r, row, n);
+    int64_t x = 0;
+    for (; x + kWord <= n; x += kWord) take_word<true>(r, row + x, kWord, first + x);
+    if (x < n) take_word<false>(r, row + x, n - x, first + x);
+  }
+
+  // Of n scores, whose keys are `first` and on, those that are not below the bound.
+  template <bool whole>
+  SEQMEM_INLINE void take_word(int64_t r, const C* row, int64_t n, int64_t first) {
+    constexpr int kVectors = kWord / L;
+    const Vec<C> bound = splat(bounds[r]);
+    const IntVec<C> ties = IntVec<C>{} - static_cast<Order>(above[r]);
+    LaneSet found[kVectors], any = 0;
+    SEQMEM_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      found[v] = 0;
+      if (!whole && v * L >= n) continue;
+      const Vec<C> score = load(row + v * L);
+      const IntVec<C> out = (score < bound) | ((score == bound) & ties);
+      found[v] = first_lanes_set<C>(whole ? L : n - v * L) & ~lanes_set<C>(out);
+      any |= found[v];
     }
+    if (any == 0) return;
+    int64_t size = sizes[r];
+    SEQMEM_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (!whole && v * L >= n) continue;
+      const IntVec<C> key = lane_numbers<C>() + static_cast<Order>(first + v * L);
+      put_lanes<C>(orders + r * room + size, to_orders(load(row + v * L)), found[v]);
+      put_lanes<C>(keys + r * room + size, key, found[v]);
+      size += __builtin_popcount(found[v]);
+    }
+    sizes[r] = size;
+    if (size > room - kWord - L) drop(r);
   }
 
   // Each group has a score that reaches its maximum.
@@ -195,24 +195,28 @@ class SelectionRun {
       __builtin_memcpy(maxima + g * L, &order, sizeof order);
     }
     bounds[r] = to_score(lowest_of(maxima, groups * L, a.count + a.count / 4));
-    bounded[r] = Bounded::NotBelow;
   }
 
   static int64_t at_least(const Order* from, int64_t n, Order low) {
-    IntVec<C> count = {};
-    for (int64_t x = 0; x < n; x += L) count -= load_orders(from + x) >= low;
     int64_t total = 0;
-    for (int l = 0; l < L; ++l) total += count[l];
+    for (int64_t x = 0; x < n; x += L)
+      total += __builtin_popcount(lanes_set<C>(load_orders(from + x) >= low));
     return total;
   }
 
-  // A bound that `count` or more reach: at most `most`, unless equal ones are more.
+  // A bound that `count` or more reach: at most `most`, unless equal ones are more. Whole vectors
+  // are read; lanes beyond n hold kLeast.
   Order lowest_of(const Order* from, int64_t n, int64_t most) const {
-    Order low = kMost, high = kLeast;
-    for (int64_t x = 0; x < n; ++x) {
-      low = min(low, from[x]);
-      high = max(high, from[x]);
+    IntVec<C> least = IntVec<C>{} + kMost, greatest = IntVec<C>{} + kLeast;
+    for (int64_t x = 0; x < n; x += L) {
+      const IntVec<C> here = load_orders(from + x);
+      const IntVec<C> counts = lane_numbers<C>() < static_cast<Order>(n - x);
+      least = (counts & (here < least)) ? here : least;
+      greatest = here > greatest ? here : greatest;
     }
+    Order low = kMost, high = kLeast;
+    for (int l = 0; l < L; ++l)
+      low = min<Order>(low, least[l]), high = max<Order>(high, greatest[l]);
     while (low < high) {
       const Order middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1);
       const int64_t found = at_least(from, n, middle);
@@ -234,26 +238,47 @@ class SelectionRun {
     const Order low = lowest_of(of_row, n, a.count);
     int64_t equal = a.count;  // of the bound itself, how many are kept
     if (low < kMost) equal -= at_least(of_row, n, low + 1);
+    Order* of_keys = keys + r * room;
     int64_t kept = 0;
-    for (int64_t x = 0; x < n; ++x) {
-      const Order order = of_row[x];
-      of_row[kept] = order;
-      keys[r * room + kept] = keys[r * room + x];
-      const bool tied = order == low && equal > 0;
-      equal -= tied;
-      kept += order > low || tied;
+    for (int64_t x = 0; x < n; x += L) {
+      const IntVec<C> order = load_orders(of_row + x), key = load_orders(of_keys + x);
+      LaneSet tied = lanes_set<C>(order == low);
+      while (__builtin_popcount(tied) > equal) tied &= ~(LaneSet(1) << (31 - __builtin_clz(tied)));
+      equal -= __builtin_popcount(tied);
+      const LaneSet stays = lanes_set<C>(order > low) | tied;
+      put_lanes<C>(of_row + kept, order, stays);
+      put_lanes<C>(of_keys + kept, key, stays);
+      kept += __builtin_popcount(stays);
     }
     sizes[r] = kept;
     bounds[r] = to_score(low);
-    bounded[r] = Bounded::Above;
+    above[r] = true;
   }
 
-  // The highest order first, of equal ones the lower key.
-  static void sort(Order* order, int64_t* key, int64_t n) {
+  // The keys, that of the highest order first, of equal ones the lower key.
+  void leave_sorted(Order* order, Order* key, int64_t n, int64_t* to) const {
+    if (n > kRanked) {
+      sort(order, key, n);
+      for (int64_t i = 0; i < n; ++i) to[i] = key[i];
+      return;
+    }
+    for (int64_t x = n; x < padded<C>(n); ++x) order[x] = kLeast;
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t before = 0;  // candidates are in the order of their keys
+      for (int64_t x = 0; x < n; x += L) {
+        const IntVec<C> other = load_orders(order + x);
+        const LaneSet equal = lanes_set<C>(other == order[i]) & first_lanes_set<C>(i - x);
+        before += __builtin_popcount(lanes_set<C>(other > order[i]) | equal);
+      }
+      to[before] = key[i];
+    }
+  }
+
+  static void sort(Order* order, Order* key, int64_t n) {
     while (n > 1) {
       const Order pivot = order[n / 2];
-      const int64_t pivot_key = key[n / 2];
-      auto before = [](Order x, int64_t x_key, Order y, int64_t y_key) {
+      const Order pivot_key = key[n / 2];
+      auto before = [](Order x, Order x_key, Order y, Order y_key) {
         return x > y || (x == y && x_key < y_key);
       };
       int64_t i = 0, j = n - 1;
@@ -261,10 +286,8 @@ class SelectionRun {
         while (before(order[i], key[i], pivot, pivot_key)) ++i;
         while (before(pivot, pivot_key, order[j], key[j])) --j;
         if (i > j) break;
-        const Order other = order[i];
-        const int64_t other_key = key[i];
-        order[i] = order[j], key[i++] = key[j];
-        order[j] = other, key[j--] = other_key;
+        std::swap(order[i], order[j]);
+        std::swap(key[i++], key[j--]);
       }
       // The smaller part in a call of its own: calls are never deep.
       if (j + 1 < n - i) {

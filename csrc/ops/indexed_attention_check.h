@@ -93,6 +93,9 @@ HeadSizes<Int> check_selection(const SelectionInputs& in) {
   constexpr int64_t kMost = 1 << 20;  // products of sizes stay in range
   TORCH_CHECK_VALUE(1 <= in.count && in.count <= kMost, check.op(), ": expected count in 1..",
                     kMost, ", got ", in.count);
+  constexpr int64_t kMostKeys = (int64_t(1) << 31) - 1;  // kernels number them in 32 bits
+  TORCH_CHECK_VALUE(s.Tk <= kMostKeys, check.op(), ": expected at most ", kMostKeys, " keys, got ",
+                    s.Tk);
   check_bound(check, "key_end", in.key_end, s);
   return s;
 }
