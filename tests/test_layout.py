@@ -41,6 +41,7 @@ SHARED = {
     "launcher",
     "machine",
     "machine_kernels",
+    "sparse_attention",
 }  # the files of a room that belong to no single op
 
 # Who may import which room of the package ("" is its top); a room's own op is meant unless the

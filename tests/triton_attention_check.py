@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from ahead_of_time import Kernel
+from sparse_attentions import SparseAttention
 from torch import Tensor
+
+from seqmem_fast.reference.common import Sample
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
@@ -63,3 +69,83 @@ def check_launchers(
             assert_near(grad, next(expected), dtype, 10)
         else:
             assert grad.shape == (0,)
+
+
+# ---- attentions of heads to some of the keys
+
+
+def check_heads(
+    launchers: ModuleType,
+    op: SparseAttention,
+    sample: Sample,
+    dtype: torch.dtype,
+    given: Sequence[bool] | None = None,
+) -> None:
+    """Forward and backward beside the reference in float64; given: which gradients come in, all if
+    None."""
+    inputs = op.dispatched(sample)
+    operands, rest = [t.to(dtype) for t in inputs[:3]], inputs[3:]
+    exact = [t.double().requires_grad_() for t in operands]
+    right_ones = launchers._plain(*exact, *rest)
+    found = vars(launchers)[op.name](*operands, *rest, True)
+    seeds: list[Tensor | None] = []
+    given = [True] * len(found) if given is None else given
+    for ours, theirs, is_given in zip(found, right_ones, given, strict=True):
+        assert_near(ours, theirs.detach(), dtype)
+        seeds.append(torch.randn(theirs.shape).to(dtype) if is_given else None)
+    pairs = zip(right_ones, seeds, strict=True)
+    loss = sum((a * s.double()).sum() for a, s in pairs if s is not None)
+    expected = torch.autograd.grad(loss, exact, materialize_grads=True)
+    saved = [t.detach().to(dtype) for t in right_ones[1:]]
+    backward = vars(launchers)[f"{op.name}_backward"]
+    grads = backward(*seeds, *operands, *rest, *saved, [True] * 3)
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert_near(ours, theirs, dtype, 10)
+
+
+def check_edges_of_heads(
+    launchers: ModuleType,
+    op: SparseAttention,
+    sample: Sample,
+    nothing: Callable[[int], tuple[Any, ...]],
+) -> None:
+    """Without weights, rows, queries or keys, and with a wrong shape; nothing: the keys seen by so
+    many queries, of which none need be."""
+    forward, backward = vars(launchers)[op.name], vars(launchers)[f"{op.name}_backward"]
+    q, k, v, *seen = sample.args
+    output, *_ = forward(*op.dispatched(sample), True)
+    alone, *rest = forward(*op.dispatched(sample), False)
+    assert torch.equal(alone, output) and rest and not any(t.numel() for t in rest)
+    for part in ((q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0]), (q[:0], k[:0], v[:0])):
+        given = op.dispatched(Sample("empty", (*part, *nothing(part[0].size(2)))))
+        output, *saved = forward(*given, True)
+        assert output.shape == (*part[0].shape[:3], v.shape[3]) and not output.any()
+        grads = backward(output, *[None] * len(saved), *given, *saved, [True] * 3)
+        assert [g.shape for g in grads] == [t.shape for t in part] and not grads[1].any()
+    with pytest.raises(ValueError, match="expected k of shape"):
+        forward(*op.dispatched(Sample("wrong", (q, k[:1], v, *seen))), True)
+
+
+def kernels_of_heads(
+    op: SparseAttention,
+    integers: Sequence[str],
+    launches: dict[str, dict[str, Any]],
+    in_float32: dict[str, dict[str, Any]],
+) -> list[Kernel]:
+    """Each kernel in bfloat16 and, with dropout, in float32; with its constants, and what of these
+    is other in float32."""
+    rows = ("q_0", "q_1", "q_t", "k_0", "k_1", "k_t", "v_0", "v_1", "v_t", "width", "value_width")
+    wide = dict.fromkeys(("delta_ptr", "slopes_ptr"), "*fp32")
+    pointers = {**dict.fromkeys((*integers, "seed_ptr"), "*i64"), **wide}
+    usual = {"BD": 64, "BV": 64, "SCALE": 0.125}
+    found = []
+    for name, options in launches.items():
+        for storage, warps, more in (
+            ("bf16", 4, {"BELOW": 0, "FACTOR": 1.0}),
+            ("fp32", 8, {"BELOW": 9, "FACTOR": 1.5, **in_float32.get(name, {})}),
+        ):
+            constants = {**usual, **options, **more}
+            kernel = f"{op.name}_{name}"
+            file = f"{op.name}_kernels"
+            found.append(Kernel(file, kernel, storage, warps, constants, pointers, rows))
+    return found
