@@ -42,6 +42,7 @@ SHARED = {
     "machine",
     "machine_kernels",
     "sparse_attention",
+    "sparse_attention_kernels",
 }  # the files of a room that belong to no single op
 
 # Who may import which room of the package ("" is its top); a room's own op is meant unless the

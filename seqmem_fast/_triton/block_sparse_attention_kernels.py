@@ -17,24 +17,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    any_row,
-    is_nothing,
+from .common import softmax_step, softmax_weights
+from .sparse_attention_kernels import (
+    add_to_keys,
+    add_to_queries,
     key_bound,
     load_rows,
-    meet_values,
-    product,
+    of_keys,
     scores_of,
-    signed,
-    softmax_step,
-    softmax_weights,
     store_rows,
+    weigh,
     weights_gradient,
-    with_sign,
 )
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "places", "row_blocks", "column_blocks")
+
+
+@triton.jit
+def _queries(queries, row_blocks, block_queries, BM: tl.constexpr):
+    """A program's row and head z, its block of queries, the rows r of the block that it owns,
+    which queries i these are, and whether they exist."""
+    parts = tl.cdiv(block_queries, BM)
+    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
+    rest = tl.program_id(0) % (row_blocks * parts)
+    row_block = (rest // parts).to(tl.int64)
+    r = (rest % parts) * BM + tl.arange(0, BM)
+    i = row_block * block_queries + r
+    return z, row_block, r, i, (r < block_queries) & (i < queries)
+
+
+@triton.jit
+def _listed(begins_ptr, own, count, block):
+    """From where to where the places of a block are in a list."""
+    at = begins_ptr + own * (count + 1) + block
+    return tl.load(at), tl.load(at + 1)
 
 
 @triton.jit
@@ -89,20 +106,13 @@ def block_sparse_attention_forward(
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(block_queries, BM)
-    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
-    rest = tl.program_id(0) % (row_blocks * parts)
-    row_block = (rest // parts).to(tl.int64)
-    r = (rest % parts) * BM + tl.arange(0, BM)
-    i = row_block * block_queries + r
-    known = (r < block_queries) & (i < queries)
+    z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     own = b * list_0 + h * list_1
-    first = tl.load(rows_ptr + own * (row_blocks + 1) + row_block)
-    last = tl.load(rows_ptr + own * (row_blocks + 1) + row_block + 1)
+    first, last = _listed(rows_ptr, own, row_blocks, row_block)
     end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
     if CAUSAL:
         end = tl.minimum(end, i + 1)
@@ -129,13 +139,11 @@ def block_sparse_attention_forward(
             s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
             w = tl.where(seen, softmax_weights(s, m, total), 0.0)
             row = (z * places + n) * block_queries + r
-            w = signed(w, seed_ptr, row[:, None], c[None, :], BELOW)
-            if weights_ptr is not None:
-                at = _at(z * places + n, r, c, block_queries, block_keys)
-                inside = known[:, None] & (c < block_keys)[None, :]
-                tl.store(weights_ptr + at, w.to(weights_ptr.dtype.element_ty), mask=inside)
-            v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-            out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
+            at = _at(z * places + n, r, c, block_queries, block_keys)
+            inside = known[:, None] & (c < block_keys)[None, :]
+            out = weigh(out, w, seen, seed_ptr, row, c[None, :], weights_ptr, at, inside, v_ptr,
+                        v_at, v_t, j, value_width, ACC, PRECISION, BELOW, FACTOR,
+                        BV)  # fmt: skip
     store_rows(output_ptr, z * queries * value_width, out, i, known, value_width, BV)
 
 
@@ -173,21 +181,14 @@ def block_sparse_attention_backward_rows(
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(block_queries, BM)
-    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
-    rest = tl.program_id(0) % (row_blocks * parts)
-    row_block = (rest // parts).to(tl.int64)
-    r = (rest % parts) * BM + tl.arange(0, BM)
-    i = row_block * block_queries + r
-    known = (r < block_queries) & (i < queries)
+    z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     end = tl.where(known, keys, 0)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     own = b * list_0 + h * list_1
-    first = tl.load(rows_ptr + own * (row_blocks + 1) + row_block)
-    last = tl.load(rows_ptr + own * (row_blocks + 1) + row_block + 1)
+    first, last = _listed(rows_ptr, own, row_blocks, row_block)
     g = None
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
@@ -216,9 +217,8 @@ def block_sparse_attention_backward_rows(
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                                     j, value_width, ACC, PRECISION, FACTOR, BM, BN,
                                     BV)  # fmt: skip
-            ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-            k = load_rows(k_ptr, k_at, j, any_row(~is_nothing(w)), k_t, width, BD)
-            grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
+            grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, ACC,
+                                    PRECISION, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, known, width, BD)
 
 
@@ -274,8 +274,7 @@ def block_sparse_attention_backward_columns(
         h = (y % key_heads) * group + member
         z = b * heads + h
         own = b * list_0 + h * list_1
-        first = tl.load(columns_ptr + own * (column_blocks + 1) + column_block)
-        last = tl.load(columns_ptr + own * (column_blocks + 1) + column_block + 1)
+        first, last = _listed(columns_ptr, own, column_blocks, column_block)
         for n in range(first, last):
             place = tl.load(by_key_ptr + own * places + n)
             row_block = tl.load(blocks_ptr + (own * places + place) * 2)
@@ -285,22 +284,10 @@ def block_sparse_attention_backward_columns(
                 there = (r < block_queries) & (i >= 0) & (i < queries)
                 at = _at(z * places + place, r, c, block_queries, block_keys)
                 inside = there[:, None] & known[None, :]
-                sign = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
-                w = with_sign(sign, sign, FACTOR)
-                busy = there & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
-                p = tl.zeros([BM, BN], ACC)
-                if grad_output_ptr is not None:
-                    g = load_rows(grad_output_ptr, z * queries * value_width, i, busy,
-                                  value_width, value_width, BV)  # fmt: skip
-                    met = meet_values(sign, w, FACTOR).to(g.dtype)
-                    grad_v += product(tl.trans(met), g, ACC, PRECISION)
-                    p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
-                if grad_weights_ptr is not None:
-                    given = tl.load(grad_weights_ptr + at, mask=inside, other=0.0)
-                    p += with_sign(sign, given.to(ACC), FACTOR)
-                delta = tl.load(delta_ptr + z * queries + i, mask=there, other=0.0)
-                ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-                q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)
-                grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
+                grad_k, grad_v = add_to_keys(
+                    grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, at, inside,
+                    grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t, queries, width,
+                    value_width, ACC, PRECISION, FACTOR, BM, BN, BD, BV,
+                )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

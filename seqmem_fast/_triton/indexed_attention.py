@@ -19,18 +19,8 @@ from torch import Tensor
 from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
-from .common import (
-    begins_of,
-    dense_rows,
-    fits_heads,
-    launcher,
-    of_dropout,
-    of_heads,
-    only,
-    strides,
-    through_reference,
-    wide,
-)
+from .common import launcher, of_dropout, only, through_reference, wide
+from .sparse_attention import begins_of, dense_rows, fits_heads, of_heads, of_lists, placed
 
 _PLACES = 32  # most places of a list at once
 _SCORES = 1 << 26  # most scores that the selection holds at once
@@ -40,12 +30,11 @@ def _common(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, dropout: float
 ) -> dict[str, Any]:
     """What every kernel takes."""
-    lists, count = index.shape[:2], index.shape[3]
+    count = index.shape[3]
     return {
         **of_heads(q, k, v, scale, dropout),
         "count": count,
-        "list_0": 0 if lists[0] == 1 else lists[1],
-        "list_1": 0 if lists[1] == 1 else 1,
+        **of_lists(index.shape[:2]),
         "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
     }
 
@@ -71,17 +60,12 @@ def indexed_attention(
     weights = q.new_empty((*shape, index.shape[3]) if need_weights else 0)
     if shape.numel():
         common = _common(q, k, v, index, scale, dropout)
-        q, k, v = (dense_rows(t) for t in (q, k, v))
+        q, k, v = dense_rows(q, k, v)
         kernels.indexed_attention_forward[(shape.numel(),)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
             index_ptr=index.contiguous(),
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
-            **strides("q", q, "0", "1", "t"),
-            **strides("k", k, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, k=k, v=v),
             **of_dropout(dropout, seed),
             **common,
         )
@@ -134,20 +118,17 @@ def _backward(
     weights: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    q, k, v = (dense_rows(t) for t in operands)
+    q, k, v = dense_rows(*operands)
     of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
     slopes = weights.new_empty(weights.shape, dtype=wide(q.dtype))
     kernels.indexed_attention_backward_rows[(q.shape[:3].numel(),)](
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
-        k_ptr=k,
-        v_ptr=v,
         index_ptr=index,
         weights_ptr=weights,
         slopes_ptr=slopes,
         grad_q_ptr=grads[0],
-        **strides("k", k, "0", "1", "t"),
-        **strides("v", v, "0", "1", "t"),
+        **placed(k=k, v=v),
         **common,
     )
     keys = common["keys"]
@@ -155,14 +136,13 @@ def _backward(
     key, places = torch.where((key >= 0) & (key < keys), key, keys).sort(dim=-1, stable=True)
     kernels.indexed_attention_backward_keys[(k.shape[:3].numel(),)](
         grad_output_ptr=of_output,
-        q_ptr=q,
         places_ptr=places,
         begins_ptr=begins_of(key, keys),
         weights_ptr=weights,
         slopes_ptr=slopes,
         grad_k_ptr=grads[1],
         grad_v_ptr=grads[2],
-        **strides("q", q, "0", "1", "t"),
+        **placed(q=q),
         **common,
     )
 

@@ -14,15 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    is_nothing,
-    load_rows,
-    meet_values,
-    signed,
-    softmax_step,
-    softmax_weights,
-    with_sign,
-)
+from .common import signed, softmax_step, softmax_weights
+from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_keys, with_sign
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "count")
@@ -86,8 +79,8 @@ def indexed_attention_forward(
     i = (tl.program_id(0) % queries).to(tl.int64)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     at = ((b * list_0 + h * list_1) * queries + i) * count
     q = _row(q_ptr, b * q_0 + h * q_1 + i * q_t, width, BD, ACC)
     m = tl.full([1], float("-inf"), ACC)
@@ -160,8 +153,8 @@ def indexed_attention_backward_rows(
     i = (tl.program_id(0) % queries).to(tl.int64)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     at = ((b * list_0 + h * list_1) * queries + i) * count
     own = z * queries + i
     g = None

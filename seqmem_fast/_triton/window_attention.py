@@ -22,19 +22,8 @@ from torch import Tensor
 from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
-from .common import (
-    dense_rows,
-    fits_heads,
-    int_bound,
-    launcher,
-    of_dropout,
-    of_heads,
-    only,
-    product_precision,
-    strides,
-    through_reference,
-    wide,
-)
+from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .sparse_attention import dense_rows, fits_heads, int_bound, of_heads, placed
 
 _BLOCK = 32  # queries, and keys, of a block
 
@@ -105,21 +94,16 @@ def window_attention(
     columns = common["left"] + 1 + common["right"]
     weights = q.new_zeros((*shape, columns) if need_weights else 0)
     of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
-    q, k, v = (dense_rows(t) for t in (q, k, v))
+    q, k, v = dense_rows(q, k, v)
     programs, counted = _by_queries(common)
     if shape.numel():
         kernels.window_attention_forward[(shape[0] * shape[1] * programs,)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
             global_ptr=of_global if need_weights else None,
             **int_bound("start", key_start),
             **int_bound("end", key_end),
-            **strides("q", q, "0", "1", "t"),
-            **strides("k", k, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, k=k, v=v),
             **counted,
             **of_dropout(dropout, seed),
             **common,
@@ -181,7 +165,7 @@ def _backward(
     global_weights: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    q, k, v = (dense_rows(t) for t in operands)
+    q, k, v = dense_rows(*operands)
     of_output, of_weights, of_global = (None if t is None else t.contiguous() for t in seeds)
     weights, global_weights = weights.contiguous(), global_weights.contiguous()
     delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
@@ -190,14 +174,11 @@ def _backward(
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
         grad_global_ptr=of_global,
-        k_ptr=k,
-        v_ptr=v,
         weights_ptr=weights,
         global_ptr=global_weights,
         delta_ptr=delta,
         grad_q_ptr=grads[0],
-        **strides("k", k, "0", "1", "t"),
-        **strides("v", v, "0", "1", "t"),
+        **placed(k=k, v=v),
         **counted,
         **{**common, "BN": common["BN"] if q.element_size() == 2 else 16},  # spills nothing
     )
@@ -213,8 +194,6 @@ def _backward(
         kernels.window_attention_backward_columns[(programs,)](
             grad_output_ptr=of_output,
             grad_weights_ptr=given,
-            q_ptr=q,
-            v_ptr=v,
             weights_ptr=own,
             delta_ptr=delta,
             grad_k_ptr=grads[1],
@@ -222,7 +201,6 @@ def _backward(
             classes=counts[0],
             blocks=counts[1],
             GLOBAL=is_global,
-            **strides("q", q, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, v=v),
             **{**common, "BM": common["BN"]},
         )
