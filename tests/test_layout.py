@@ -41,6 +41,7 @@ SHARED = {
     "launcher",
     "machine",
     "machine_kernels",
+    "normalizers",
     "sparse_attention",
     "sparse_attention_kernels",
 }  # the files of a room that belong to no single op

@@ -13,6 +13,7 @@ from ahead_of_time import Kernel
 from sparse_attentions import SparseAttention
 from torch import Tensor
 
+from seqmem_fast._triton.normalizers import ANY, ENTMAX15, SOFTMAX
 from seqmem_fast.reference.common import Sample
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -103,6 +104,56 @@ def check_heads(
         assert_near(ours, theirs, dtype, 10)
 
 
+# Scores that spread far enough for many weights to be zero.
+NORMALIZERS: dict[str, dict[str, Any]] = {
+    "sparsemax": {"normalizer": "sparsemax"},
+    "entmax15": {"normalizer": "entmax15"},
+    "1.05": {"normalizer": "entmax", "alpha": 1.05},
+    "1.7 and dropout": {
+        "normalizer": "entmax",
+        "alpha": 1.7,
+        "dropout": 0.3,
+        "seed": torch.tensor([2**33 + 1]),
+    },
+}
+every_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
+normalizers_and_dtypes = pytest.mark.parametrize(
+    ("normalizer", "dtype"),
+    [
+        *((name, torch.float32) for name in NORMALIZERS),
+        ("1.05", torch.float64),
+        ("entmax15", torch.float64),
+        ("1.05", torch.float16),
+        ("sparsemax", torch.float16),
+    ],
+    ids=str,
+)
+
+
+def normalized(sample: Sample, normalizer: str) -> Sample:
+    options = {**sample.kwargs, **NORMALIZERS[normalizer], "scale": 1.5}
+    return sample._replace(kwargs=options)
+
+
+def check_bad_values_of_entmax(
+    launchers: ModuleType, op: SparseAttention, sample: Sample, normalizer: str
+) -> None:
+    """NaN and infinity make their own rows NaN; no other query's weights change."""
+    forward = vars(launchers)[op.name]
+    q, *rest = sample.args
+    clean, bad = q.clone(), q.clone()
+    clean[0, 0, 1:4] = 0
+    bad[0, 0, 1], bad[0, 0, 2], bad[0, 0, 3] = torch.nan, torch.inf, -torch.inf
+    outputs = [
+        forward(*op.dispatched(normalized(Sample("", (t, *rest), sample.kwargs), normalizer)), True)
+        for t in (clean, bad)
+    ]
+    expected, found = (output for output, *_ in outputs)
+    assert found[0, 0, 1:4].isnan().all(-1).all()
+    found[0, 0, 1:4] = expected[0, 0, 1:4]
+    assert torch.equal(found, expected) and expected.any()
+
+
 def check_edges_of_heads(
     launchers: ModuleType,
     op: SparseAttention,
@@ -131,21 +182,26 @@ def kernels_of_heads(
     integers: Sequence[str],
     launches: dict[str, dict[str, Any]],
     in_float32: dict[str, dict[str, Any]],
+    with_entmax: dict[str, dict[str, Any]],
 ) -> list[Kernel]:
-    """Each kernel in bfloat16 and, with dropout, in float32; with its constants, and what of these
-    is other in float32."""
+    """Each kernel in bfloat16 and, with dropout, in float32, with softmax and entmax; its constants
+    (and "warps"), and what of these is other in float32 and with entmax."""
     rows = ("q_0", "q_1", "q_t", "k_0", "k_1", "k_t", "v_0", "v_1", "v_t", "width", "value_width")
     wide = dict.fromkeys(("delta_ptr", "slopes_ptr"), "*fp32")
-    pointers = {**dict.fromkeys((*integers, "seed_ptr"), "*i64"), **wide}
+    pointers = {**dict.fromkeys((*integers, "seed_ptr"), "*i64"), "alpha_ptr": "*fp64", **wide}
     usual = {"BD": 64, "BV": 64, "SCALE": 0.125}
+    storages: dict[str, dict[str, Any]] = {
+        "bf16": {"warps": 4, "BELOW": 0, "FACTOR": 1.0},
+        "fp32": {"warps": 8, "BELOW": 9, "FACTOR": 1.5},
+    }
     found = []
     for name, options in launches.items():
-        for storage, warps, more in (
-            ("bf16", 4, {"BELOW": 0, "FACTOR": 1.0}),
-            ("fp32", 8, {"BELOW": 9, "FACTOR": 1.5, **in_float32.get(name, {})}),
-        ):
-            constants = {**usual, **options, **more}
-            kernel = f"{op.name}_{name}"
-            file = f"{op.name}_kernels"
-            found.append(Kernel(file, kernel, storage, warps, constants, pointers, rows))
+        for storage, more in storages.items():
+            for kind in (SOFTMAX, ENTMAX15, ANY):
+                given = {**usual, **more, **options, "KIND": kind.value}
+                given |= in_float32.get(name, {}) if storage == "fp32" else {}
+                given |= with_entmax.get(name, {}) if kind != SOFTMAX else {}
+                warps, label = given.pop("warps"), f"{storage} kind {kind.value}"
+                launch = (f"{op.name}_kernels", f"{op.name}_{name}", storage, warps, given)
+                found.append(Kernel(*launch, pointers, rows, label=label))
     return found

@@ -11,7 +11,15 @@ import pytest
 import torch
 from ahead_of_time import Kernel
 from sparse_attentions import BLOCK_SPARSE
-from triton_attention_check import check_edges_of_heads, check_heads, kernels_of_heads
+from triton_attention_check import (
+    check_bad_values_of_entmax,
+    check_edges_of_heads,
+    check_heads,
+    every_normalizer,
+    kernels_of_heads,
+    normalized,
+    normalizers_and_dtypes,
+)
 
 import seqmem_fast
 from seqmem_fast._triton import block_sparse_attention as launchers
@@ -38,6 +46,16 @@ def test_every_option(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     check(SAMPLES["causal"], dtype)
+
+
+@normalizers_and_dtypes
+def test_normalizers(normalizer: str, dtype: torch.dtype) -> None:
+    check(normalized(SAMPLES["causal"], normalizer), dtype)
+
+
+@every_normalizer
+def test_bad_values_stay_in_their_row(normalizer: str) -> None:
+    check_bad_values_of_entmax(launchers, BLOCK_SPARSE, SAMPLES["shared"], normalizer)
 
 
 def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,4 +94,6 @@ def kernels() -> list[Kernel]:
         "backward_columns": parts,
     }
     integers = ("blocks_ptr", "rows_ptr", "by_key_ptr", "columns_ptr", "end_ptr")
-    return kernels_of_heads(BLOCK_SPARSE, integers, launches, {"backward_rows": {"BN": 16}})
+    with_entmax = {"forward": {"BN": 16}, "backward_columns": {"BM": 16}}
+    in_float32 = {"backward_rows": {"BN": 16}}
+    return kernels_of_heads(BLOCK_SPARSE, integers, launches, in_float32, with_entmax)

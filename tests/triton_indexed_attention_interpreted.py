@@ -11,7 +11,15 @@ import pytest
 import torch
 from ahead_of_time import Kernel
 from sparse_attentions import INDEXED
-from triton_attention_check import check_edges_of_heads, check_heads, kernels_of_heads
+from triton_attention_check import (
+    check_bad_values_of_entmax,
+    check_edges_of_heads,
+    check_heads,
+    every_normalizer,
+    kernels_of_heads,
+    normalized,
+    normalizers_and_dtypes,
+)
 
 import seqmem_fast
 from seqmem_fast._triton import indexed_attention as launchers
@@ -40,6 +48,16 @@ def test_every_option(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_dtypes_and_long_lists(dtype: torch.dtype) -> None:
     check(long(SAMPLES["each"]), dtype)
+
+
+@normalizers_and_dtypes
+def test_normalizers(normalizer: str, dtype: torch.dtype) -> None:
+    check(normalized(long(SAMPLES["each"]), normalizer), dtype)
+
+
+@every_normalizer
+def test_bad_values_stay_in_their_row(normalizer: str) -> None:
+    check_bad_values_of_entmax(launchers, INDEXED, SAMPLES["shared"], normalizer)
 
 
 def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,4 +101,5 @@ def test_the_highest_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels() -> list[Kernel]:
     launches = {name: {"BC": 32} for name in ("forward", "backward_rows", "backward_keys")}
-    return kernels_of_heads(INDEXED, ("index_ptr", "places_ptr", "begins_ptr"), launches, {})
+    integers = ("index_ptr", "places_ptr", "begins_ptr")
+    return kernels_of_heads(INDEXED, integers, launches, {}, {"forward": {"warps": 4}})

@@ -11,7 +11,15 @@ import pytest
 import torch
 from ahead_of_time import Kernel
 from sparse_attentions import WINDOW
-from triton_attention_check import check_edges_of_heads, check_heads, kernels_of_heads
+from triton_attention_check import (
+    check_bad_values_of_entmax,
+    check_edges_of_heads,
+    check_heads,
+    every_normalizer,
+    kernels_of_heads,
+    normalized,
+    normalizers_and_dtypes,
+)
 
 import seqmem_fast
 from seqmem_fast._triton import window_attention as launchers
@@ -38,6 +46,16 @@ def test_every_option(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     check(SAMPLES["global"], dtype)
+
+
+@normalizers_and_dtypes
+def test_normalizers(normalizer: str, dtype: torch.dtype) -> None:
+    check(normalized(SAMPLES["ranges"], normalizer), dtype)
+
+
+@every_normalizer
+def test_bad_values_stay_in_their_row(normalizer: str) -> None:
+    check_bad_values_of_entmax(launchers, WINDOW, SAMPLES["global"], normalizer)
 
 
 def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +95,5 @@ def kernels() -> list[Kernel]:
         ("start_ptr", "end_ptr"),
         launches,
         {"forward": narrow, "backward_rows": narrow, **in_float32},
+        {"forward": {"BM": 16}},
     )

@@ -2,8 +2,8 @@ r"""Block-sparse attention on GPU: launchers of `block_sparse_attention` and its
 
 Formulas, shapes and errors: `ops/block_sparse_attention.py`; the kernels:
 block_sparse_attention_kernels.py. Products run on tensor cores, as in attention.py, but for
-float64. Heads wider than 128 features, 32 in float64, and other normalisers than softmax take plain
-PyTorch, which computes every score.
+float64. Heads wider than 128 features, 32 in float64, take plain PyTorch, which computes every
+score.
 
 NaN in a key or value that only some queries of a block see may reach the others.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..ops.block_sparse_attention import _plain
 from . import block_sparse_attention_kernels as kernels
 from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .normalizers import SOFTMAX, of_normalizer
 from .sparse_attention import (
     begins_of,
     dense_rows,
@@ -47,6 +48,7 @@ def _common(
     blocks: Tensor,
     block: tuple[int, int],
     scale: float | None,
+    alpha: float,
     dropout: float,
 ) -> dict[str, Any]:
     """What every kernel takes."""
@@ -57,6 +59,7 @@ def _common(
     row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
         **of_heads(q, k, v, scale, dropout),
+        **of_normalizer(alpha, q),
         "blocks_ptr": flat,
         "rows_ptr": begins_of(row, rows),
         "places": blocks.shape[2],
@@ -89,7 +92,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::block_sparse_attention` on GPU."""
     pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         found = _plain(q, k, v, *pattern)
         return found if need_weights else (found[0], q.new_empty(0))
     block = block_queries, block_keys
@@ -97,7 +100,9 @@ def block_sparse_attention(
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_zeros((*shape[:2], blocks.shape[2], *block) if need_weights else 0)
     if shape.numel():
-        common = _common(q, k, v, blocks, block, scale, dropout)
+        common = _common(q, k, v, blocks, block, scale, alpha, dropout)
+        if alpha != 1:
+            common["BN"] = 16  # a threshold takes registers, too
         q, k, v = dense_rows(q, k, v)
         programs = common["row_blocks"] * triton.cdiv(block_queries, common["BM"])
         kernels.block_sparse_attention_forward[(shape[0] * shape[1] * programs,)](
@@ -134,13 +139,13 @@ def block_sparse_attention_backward(
     """`seqmem::block_sparse_attention_backward` on GPU: one kernel by rows, one by columns."""
     pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
     seeds = (grad_output, grad_weights)
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         return through_reference(
             lambda q, k, v: _plain(q, k, v, *pattern), (q, k, v), seeds, output_mask
         )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        common = _common(q, k, v, blocks, (block_queries, block_keys), scale, dropout)
+        common = _common(q, k, v, blocks, (block_queries, block_keys), scale, alpha, dropout)
         _backward(common, seeds, (q, k, v), weights, grads)
     return only(output_mask, grads)
 
@@ -182,5 +187,5 @@ def _backward(
         grad_k_ptr=grads[1],
         grad_v_ptr=grads[2],
         **placed(q=q, v=v),
-        **common,
+        **{**common, "BM": common["BM"] if common["KIND"] == SOFTMAX.value else 16},
     )

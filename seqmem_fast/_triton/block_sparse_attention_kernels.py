@@ -1,11 +1,13 @@
-"""Block-sparse attention's kernels: scores, softmax, weights and output, and their gradients.
+"""Block-sparse attention's kernels: scores, normaliser, weights, output, and their gradients.
 
 A head's list names its blocks in the order of their query blocks; `rows` says where those of each
 query block begin. Key blocks are cut into parts of BN keys, query blocks into parts of BM queries.
 
 The forward kernel owns BM queries of a query block and walks over its key blocks twice, as the
-weights that it writes need the softmax's sum. Backward, with P the weights' gradient:
-dS = W (P - delta), delta = rowsum(W P), dQ = scale dS K, dK = scale dS^T Q, dV = W^T grad_output.
+weights that it writes need the softmax's sum; with entmax once more for each step towards the
+threshold. Backward, with P the weights' gradient and s = W^(2 - alpha), W itself for softmax:
+dS = s (P - delta), delta = rowsum(s P) / rowsum(s), dQ = scale dS K, dK = scale dS^T Q,
+dV = W^T grad_output.
 One kernel by rows gives delta and dQ, one by columns dK and dV of BN keys of a key block, from the
 queries of all heads that read them and all blocks that hold them: no atomics, the same bits always.
 """
@@ -17,10 +19,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import softmax_step, softmax_weights
+from .normalizers import (
+    SOFTMAX,
+    add_scores,
+    alpha_of,
+    any_row_climbs,
+    as_powers,
+    delta_of,
+    last_threshold,
+    next_threshold,
+    weights_of,
+)
 from .sparse_attention_kernels import (
     add_to_keys,
     add_to_queries,
+    add_to_sums,
     key_bound,
     load_rows,
     of_keys,
@@ -68,6 +81,22 @@ def _at(place, r, c, block_queries, block_keys):
     return ((place * block_queries + r) * block_keys)[:, None] + c[None, :]
 
 
+@triton.jit
+def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i, keys, end, block_keys,
+          column_blocks, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+          PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """`add_scores` of all keys."""
+    for n in range(first, last):
+        block = tl.load(blocks_ptr + n * 2 + 1)
+        for c_0 in range(0, block_keys, BN):
+            c = c_0 + tl.arange(0, BN)
+            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
+            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+            a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    return a, b
+
+
 @triton.jit(do_not_specialize=VARYING)
 def block_sparse_attention_forward(
     q_ptr,  # [B, Hq, Tq, D]
@@ -77,6 +106,7 @@ def block_sparse_attention_forward(
     rows_ptr,  # int64 [lists, row_blocks + 1], dense
     end_ptr,  # int64 [B] or [B, Tq], or None
     seed_ptr,  # int64 [1], or None
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense, zero; or None
     queries,
@@ -99,6 +129,7 @@ def block_sparse_attention_forward(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
@@ -122,22 +153,35 @@ def block_sparse_attention_forward(
     m = tl.full([BM], float("-inf"), ACC)
     total = tl.zeros([BM], ACC)
     out = tl.zeros([BM, BV], ACC)
-    for n in range(first, last):
-        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
-        for c_0 in range(0, block_keys, BN):
-            c = c_0 + tl.arange(0, BN)
-            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
-            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-            m, total = softmax_step(s, m, total)
-    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    alpha = alpha_of(alpha_ptr, KIND)
+    blocks_ptr += own * places * 2
+    m, total = _scan(
+        m, total, None, None, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i, keys, end,
+        block_keys, column_blocks, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
+    )  # fmt: skip
+    if KIND == SOFTMAX:
+        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    else:
+        top = as_powers(m, KIND)
+        tau = tl.zeros_like(top) - 2.0
+        next = tau + 1.0
+        while any_row_climbs(next, tau, BN):
+            tau = tl.maximum(tau, next)
+            above, slopes = _scan(
+                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i,
+                keys, end, block_keys, column_blocks, width, alpha, SCALE, ACC, PRECISION, KIND,
+                BN, BD,
+            )  # fmt: skip
+            next = next_threshold(tau, above, slopes, total, alpha, KIND)
+        total = last_threshold(next, total)
 
     for n in range(first, last):
-        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
+        block = tl.load(blocks_ptr + n * 2 + 1)
         for c_0 in range(0, block_keys, BN):
             c = c_0 + tl.arange(0, BN)
             j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
             s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-            w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+            w = weights_of(s, seen, m, total, alpha, KIND)
             row = (z * places + n) * block_queries + r
             at = _at(z * places + n, r, c, block_queries, block_keys)
             inside = known[:, None] & (c < block_keys)[None, :]
@@ -156,6 +200,7 @@ def block_sparse_attention_backward_rows(
     blocks_ptr,
     rows_ptr,
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
     queries,
@@ -175,6 +220,7 @@ def block_sparse_attention_backward_rows(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -194,7 +240,9 @@ def block_sparse_attention_backward_rows(
         g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
                       value_width, BV)  # fmt: skip
 
-    delta = tl.zeros([BM], ACC)
+    alpha = alpha_of(alpha_ptr, KIND)
+    dot = tl.zeros([BM], ACC)
+    total = tl.zeros([BM], ACC)
     for n in range(first, last):
         block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
         for c_0 in range(0, block_keys, BN):
@@ -204,7 +252,8 @@ def block_sparse_attention_backward_rows(
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                                     j, value_width, ACC, PRECISION, FACTOR, BM, BN,
                                     BV)  # fmt: skip
-            delta += tl.sum(w * p, axis=1)
+            dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
+    delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=known)
 
     grad_q = tl.zeros([BM, BD], ACC)
@@ -217,8 +266,8 @@ def block_sparse_attention_backward_rows(
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                                     j, value_width, ACC, PRECISION, FACTOR, BM, BN,
                                     BV)  # fmt: skip
-            grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, ACC,
-                                    PRECISION, BD)  # fmt: skip
+            grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha,
+                                    ACC, PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, known, width, BD)
 
 
@@ -232,6 +281,7 @@ def block_sparse_attention_backward_columns(
     by_key_ptr,  # int64 [lists, places], dense: places in the order of their key blocks
     columns_ptr,  # int64 [lists, column_blocks + 1], dense: where those of a key block begin
     weights_ptr,
+    alpha_ptr,
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense
     grad_v_ptr,  # [B, Hk, Tk, DV], dense
@@ -252,6 +302,7 @@ def block_sparse_attention_backward_columns(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -268,6 +319,7 @@ def block_sparse_attention_backward_columns(
     key_heads = heads // group
     b = y // key_heads
     v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    alpha = alpha_of(alpha_ptr, KIND)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
     for member in range(group):
@@ -287,7 +339,7 @@ def block_sparse_attention_backward_columns(
                 grad_k, grad_v = add_to_keys(
                     grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, at, inside,
                     grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t, queries, width,
-                    value_width, ACC, PRECISION, FACTOR, BM, BN, BD, BV,
+                    value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
                 )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

@@ -1,8 +1,8 @@
 r"""Indexed attention on GPU: launchers of `indexed_attention`, its backward and `top_k_keys`.
 
 Formulas, shapes and errors: `ops/indexed_attention.py`; the kernels: indexed_attention_kernels.py.
-Heads wider than 128 features, 32 in float64, and other normalisers than softmax take plain PyTorch,
-which writes out the keys of each query. `top_k_keys` is plain PyTorch, some queries at a time.
+Heads wider than 128 features, 32 in float64, take plain PyTorch, which writes out the keys of each
+query. `top_k_keys` is plain PyTorch, some queries at a time.
 
 State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
 """
@@ -20,6 +20,7 @@ from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
 from .common import launcher, of_dropout, only, through_reference, wide
+from .normalizers import of_normalizer
 from .sparse_attention import begins_of, dense_rows, fits_heads, of_heads, of_lists, placed
 
 _PLACES = 32  # most places of a list at once
@@ -52,7 +53,7 @@ def indexed_attention(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::indexed_attention` on GPU."""
-    if not fits_heads(q, v, alpha):
+    if alpha != 1 or not fits_heads(q, v):
         found = _plain(q, k, v, index, scale, alpha, dropout, seed)
         return found if need_weights else (found[0], q.new_empty(0))
     shape = q.shape[:3]
@@ -67,7 +68,8 @@ def indexed_attention(
             weights_ptr=weights if need_weights else None,
             **placed(q=q, k=k, v=v),
             **of_dropout(dropout, seed),
-            **common,
+            **of_normalizer(alpha, q),
+            **{**common, "num_warps": common["num_warps"] if alpha == 1 else 4},  # spills nothing
         )
     return output, weights
 
@@ -89,7 +91,7 @@ def indexed_attention_backward(
 ) -> tuple[Tensor, ...]:
     """`seqmem::indexed_attention_backward` on GPU: one kernel by queries, one by keys."""
     seeds = (grad_output, grad_weights)
-    if not fits_heads(q, v, alpha):
+    if alpha != 1 or not fits_heads(q, v):
         return through_reference(
             lambda q, k, v: _plain(q, k, v, index, scale, alpha, dropout, seed),
             (q, k, v),
@@ -101,6 +103,7 @@ def indexed_attention_backward(
         common = _common(q, k, v, index, scale, dropout)
         _backward(
             common,
+            of_normalizer(alpha, q),
             seeds,
             (q, k, v),
             index.contiguous(),
@@ -112,6 +115,7 @@ def indexed_attention_backward(
 
 def _backward(
     common: dict[str, Any],
+    normalizer: dict[str, Any],
     seeds: Sequence[Tensor | None],
     operands: Sequence[Tensor],
     index: Tensor,
@@ -129,6 +133,7 @@ def _backward(
         slopes_ptr=slopes,
         grad_q_ptr=grads[0],
         **placed(k=k, v=v),
+        **normalizer,
         **common,
     )
     keys = common["keys"]

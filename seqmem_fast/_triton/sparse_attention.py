@@ -15,10 +15,10 @@ from torch import Tensor
 from .common import accumulator, strides
 
 
-def fits_heads(q: Tensor, v: Tensor, alpha: float) -> bool:
-    """Whether a program holds the features of a head, and the normaliser is softmax."""
+def fits_heads(q: Tensor, v: Tensor) -> bool:
+    """Whether a program holds the features of a head."""
     most = 32 if q.dtype == torch.float64 else 128
-    return alpha == 1 and max(q.shape[-1], v.shape[-1]) <= most
+    return bool(max(q.shape[-1], v.shape[-1]) <= most)
 
 
 def dense_rows(*operands: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import signed
+from .normalizers import SOFTMAX, weight_slopes
 
 
 @triton.jit
@@ -125,24 +126,35 @@ def weigh(out, w, seen, seed_ptr, row, column, weights_ptr, at, there, v_ptr, v_
 
 
 @triton.jit
-def scores_gradient(w, p, delta):
-    return tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
+def add_to_sums(dot, total, w, p, alpha, KIND: tl.constexpr):
+    """What `delta_of` takes once a block of keys is added."""
+    s = weight_slopes(w, alpha, KIND)
+    dot += tl.sum(s * p, axis=1)
+    if KIND != SOFTMAX:
+        total += tl.sum(s, axis=1)
+    return dot, total
 
 
 @triton.jit
-def add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, ACC: tl.constexpr,
-                   PRECISION: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def scores_gradient(w, p, delta, alpha, KIND: tl.constexpr):
+    return tl.where(is_nothing(w), 0.0, weight_slopes(w, alpha, KIND) * (p - delta[:, None]))
+
+
+@triton.jit
+def add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha, ACC: tl.constexpr,
+                   PRECISION: tl.constexpr, KIND: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """dQ / scale once keys j are added."""
-    ds = scores_gradient(w, p, delta)
+    ds = scores_gradient(w, p, delta, alpha, KIND)
     k = load_rows(k_ptr, k_at, j, any_row(~is_nothing(w)), k_t, width, BD)
     return grad_q + product(ds.to(k.dtype), k, ACC, PRECISION)
 
 
 @triton.jit
 def add_to_keys(grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, at, inside,
-                grad_output_ptr, delta_ptr, q_ptr, q_at, q_t, queries, width, value_width,
-                ACC: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+                grad_output_ptr, delta_ptr, q_ptr, q_at, q_t, queries, width, value_width, alpha,
+                ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
+                FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+                BV: tl.constexpr):  # fmt: skip
     """dK / scale and dV once queries i of row and head z are added; `there`: they exist, `inside`:
     so do their weights."""
     sign = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
@@ -159,7 +171,7 @@ def add_to_keys(grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, a
         given = tl.load(grad_weights_ptr + at, mask=inside, other=0.0)
         p += with_sign(sign, given.to(ACC), FACTOR)
     delta = tl.load(delta_ptr + z * queries + i, mask=there, other=0.0)
-    ds = scores_gradient(w, p, delta)
+    ds = scores_gradient(w, p, delta, alpha, KIND)
     q = load_rows(q_ptr, q_at, i, busy, q_t, width, BD)
     grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
     return grad_k, grad_v

@@ -2,12 +2,12 @@ r"""Window attention on GPU: launchers of `window_attention` and `window_attenti
 
 Formulas, shapes and errors: `ops/window_attention.py`; the kernels: window_attention_kernels.py.
 Products run on tensor cores, as in attention.py, but for float64. Heads wider than 128 features, 32
-in float64, and other normalisers than softmax take plain PyTorch, which writes out the keys of each
-query.
+in float64, take plain PyTorch, which writes out the keys of each query.
 
 NaN in a key or value that only some queries of a block see may reach the others.
 
-State of proof: by the interpreter and the emulated PTX; on an H200 with global keys (docs/gpu.md).
+State of proof: by the interpreter and the emulated PTX; on an H200 with softmax and global keys
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
 from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .normalizers import of_normalizer
 from .sparse_attention import dense_rows, fits_heads, int_bound, of_heads, placed
 
 _BLOCK = 32  # queries, and keys, of a block
@@ -38,6 +39,7 @@ def _common(
     offset: int,
     global_keys: int,
     scale: float | None,
+    alpha: float,
     dropout: float,
 ) -> dict[str, Any]:
     """What every kernel takes."""
@@ -45,6 +47,7 @@ def _common(
     left, right = reference.bounds(left, right, dilation, offset, queries, keys)
     return {
         **of_heads(q, k, v, scale, dropout),
+        **of_normalizer(alpha, q),
         "left": left,
         "right": right,
         "dilation": dilation,
@@ -85,10 +88,12 @@ def window_attention(
     """`seqmem::window_attention` on GPU."""
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
     rule = alpha, dropout, seed
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         found = _plain(q, k, v, *window, *rule)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, dropout)
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, alpha, dropout)
+    if alpha != 1:
+        common["BM"] = 16  # a threshold takes registers, too
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     columns = common["left"] + 1 + common["right"]
@@ -138,11 +143,11 @@ def window_attention_backward(
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
     rule = alpha, dropout, seed
     seeds = (grad_output, grad_weights, grad_global_weights)
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         return through_reference(
             lambda q, k, v: _plain(q, k, v, *window, *rule), (q, k, v), seeds, output_mask
         )
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, dropout)
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, alpha, dropout)
     rows, heads, queries = q.shape[:3]
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if rows * heads * queries and k.shape[2]:

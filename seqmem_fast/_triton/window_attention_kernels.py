@@ -1,12 +1,14 @@
-"""Window attention's kernels: scores, softmax, weights and output in one, and their gradients.
+"""Window attention's kernels: scores, normaliser, weights and output in one, and their gradients.
 
 Queries and keys whose positions leave the same remainder by the dilation see each other alone:
 such a class is an undilated window over every dilation-th query and key. Query n of a class is
 query first + n * dilation and stands at key n + ahead; x is a key of the class, or a global one.
 
 The forward kernel owns BM queries of a class and walks over their keys, global ones first, twice,
-as the weights that it writes need the softmax's sum. Backward, with P the weights' gradient:
-dS = W (P - delta), delta = rowsum(W P), dQ = scale dS K, dK = scale dS^T Q, dV = W^T grad_output.
+as the weights that it writes need the softmax's sum; with entmax once more for each step towards
+the threshold. Backward, with P the weights' gradient and s = W^(2 - alpha), W itself for softmax:
+dS = s (P - delta), delta = rowsum(s P) / rowsum(s), dQ = scale dS K, dK = scale dS^T Q,
+dV = W^T grad_output.
 One kernel by rows gives delta and dQ, one by columns dK and dV, of the band's keys and of the
 global ones in turn, from the queries of all heads that read them: no atomics, the same bits always.
 """
@@ -18,10 +20,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import softmax_step, softmax_weights
+from .normalizers import (
+    SOFTMAX,
+    add_scores,
+    alpha_of,
+    any_row_climbs,
+    as_powers,
+    delta_of,
+    last_threshold,
+    next_threshold,
+    weights_of,
+)
 from .sparse_attention_kernels import (
     add_to_keys,
     add_to_queries,
+    add_to_sums,
     key_bound,
     load_rows,
     of_keys,
@@ -77,6 +90,25 @@ def _places(i, own, x, z, queries, columns, left, GLOBAL: tl.constexpr):
     return (z * queries + i)[:, None] * columns + column, there
 
 
+@triton.jit
+def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right,
+          keys, count, start, end, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+          PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """`add_scores` of all keys."""
+    for x_0 in range(0, count, BN):
+        x = x_0 + tl.arange(0, BN).to(tl.int64)
+        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    for x_0 in range(least, most, BN):
+        x = x_0 + tl.arange(0, BN)
+        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    return a, b
+
+
 @triton.jit(do_not_specialize=VARYING)
 def window_attention_forward(
     q_ptr,  # [B, Hq, Tq, D]
@@ -85,6 +117,7 @@ def window_attention_forward(
     start_ptr,  # int64 [B] or [B, Tq], or None
     end_ptr,
     seed_ptr,  # int64 [1], or None
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense, zero; or None
     global_ptr,  # [B, Hq, Tq, count], dense; or None
@@ -109,6 +142,7 @@ def window_attention_forward(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
@@ -129,24 +163,33 @@ def window_attention_forward(
     m = tl.full([BM], float("-inf"), ACC)
     total = tl.zeros([BM], ACC)
     out = tl.zeros([BM, BV], ACC)
-    for x_0 in range(0, count, BN):
-        x = x_0 + tl.arange(0, BN).to(tl.int64)
-        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
-        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        m, total = softmax_step(s, m, total)
-    for x_0 in range(least, most, BN):
-        x = x_0 + tl.arange(0, BN)
-        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
-        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        m, total = softmax_step(s, m, total)
-    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    alpha = alpha_of(alpha_ptr, KIND)
+    m, total = _scan(
+        m, total, None, None, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left,
+        right, keys, count, start, end, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
+    )  # fmt: skip
+    if KIND == SOFTMAX:
+        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    else:
+        top = as_powers(m, KIND)
+        tau = tl.zeros_like(top) - 2.0
+        next = tau + 1.0
+        while any_row_climbs(next, tau, BN):
+            tau = tl.maximum(tau, next)
+            above, slopes = _scan(
+                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key,
+                dilation, left, right, keys, count, start, end, width, alpha, SCALE, ACC,
+                PRECISION, KIND, BN, BD,
+            )  # fmt: skip
+            next = next_threshold(tau, above, slopes, total, alpha, KIND)
+        total = last_threshold(next, total)
     row = z * queries + i
 
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
         s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+        w = weights_of(s, seen, m, total, alpha, KIND)
         column = x[None, :] + left + 1 + right
         at, there = _places(i, own, x, z, queries, count, left, True)
         out = weigh(out, w, seen, seed_ptr, row, column, global_ptr, at, there, v_ptr, v_at, v_t, j,
@@ -155,7 +198,7 @@ def window_attention_forward(
         x = x_0 + tl.arange(0, BN)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
         s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+        w = weights_of(s, seen, m, total, alpha, KIND)
         column = x[None, :] - own[:, None] + left
         at, there = _places(i, own, x, z, queries, left + 1 + right, left, False)
         out = weigh(out, w, seen, seed_ptr, row, column, weights_ptr, at, there, v_ptr, v_at, v_t,
@@ -172,6 +215,7 @@ def window_attention_backward_rows(
     v_ptr,
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense
     global_ptr,  # [B, Hq, Tq, count], dense
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
     queries,
@@ -192,6 +236,7 @@ def window_attention_backward_rows(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -208,20 +253,23 @@ def window_attention_backward_rows(
                   value_width, BV)  # fmt: skip
     least, most = _reach(own, first_key, dilation, left, right, keys)
 
-    delta = tl.zeros([BM], ACC)
+    alpha = alpha_of(alpha_ptr, KIND)
+    dot = tl.zeros([BM], ACC)
+    total = tl.zeros([BM], ACC)
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
                                 value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
-        delta += tl.sum(w * p, axis=1)
+        dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
         j = first_key + x * dilation
         w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there, j,
                                 value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
-        delta += tl.sum(w * p, axis=1)
+        dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
+    delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
 
     grad_q = tl.zeros([BM, BD], ACC)
@@ -230,16 +278,16 @@ def window_attention_backward_rows(
         at, there = _places(i, own, x, z, queries, count, left, True)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
                                 value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
-        grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, x, width, ACC, PRECISION,
-                                BD)  # fmt: skip
+        grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, x, width, alpha, ACC,
+                                PRECISION, KIND, BD)  # fmt: skip
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
         j = first_key + x * dilation
         w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there, j,
                                 value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
-        grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, ACC, PRECISION,
-                                BD)  # fmt: skip
+        grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha, ACC,
+                                PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, i < queries, width, BD)
 
 
@@ -250,6 +298,7 @@ def window_attention_backward_columns(
     q_ptr,
     v_ptr,
     weights_ptr,  # of the band; of the global keys where GLOBAL
+    alpha_ptr,
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense, zero
     grad_v_ptr,  # [B, Hk, Tk, DV], dense, zero
@@ -272,6 +321,7 @@ def window_attention_backward_columns(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -302,6 +352,7 @@ def window_attention_backward_columns(
         least = least * 0
         most = most * 0 + queries
     v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    alpha = alpha_of(alpha_ptr, KIND)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
     for member in range(group):
@@ -314,7 +365,7 @@ def window_attention_backward_columns(
             grad_k, grad_v = add_to_keys(
                 grad_k, grad_v, v, z, i, i < queries, weights_ptr, grad_weights_ptr, at,
                 there & known[None, :], grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t,
-                queries, width, value_width, ACC, PRECISION, FACTOR, BM, BN, BD, BV,
+                queries, width, value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
             )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

@@ -85,6 +85,8 @@ def window_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module.launchers, "_BLOCK", 16)
     module.check(module.SAMPLES["ranges"], torch.float32)
     module.check(module.SAMPLES["global"], torch.bfloat16)
+    module.check(module.SAMPLES["entmax"], torch.float32)
+    module.check(module.SAMPLES["sparsemax"], torch.bfloat16)
 
 
 def block_sparse_attention(patch: pytest.MonkeyPatch) -> None:
@@ -92,11 +94,15 @@ def block_sparse_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module.launchers, "_BLOCK", 16)
     module.check(module.SAMPLES["causal"], torch.float32)
     module.check(module.SAMPLES["shared"], torch.bfloat16)
+    module.check(module.SAMPLES["entmax"], torch.bfloat16)
+    module.check(module.SAMPLES["sparsemax"], torch.float32)
 
 
 def indexed_attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("indexed_attention")
     module.check(module.SAMPLES["each"], torch.float32)
+    module.check(module.SAMPLES["entmax"], torch.float32)
+    module.check(module.SAMPLES["sparsemax"], torch.bfloat16)
 
 
 def additive_attention(patch: pytest.MonkeyPatch) -> None:
