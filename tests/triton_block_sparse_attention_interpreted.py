@@ -10,16 +10,8 @@ from functools import partial
 import pytest
 import torch
 from ahead_of_time import Kernel
+from sparse_attention_interpreted import SparseAttentionInterpreted, check_heads, kernels_of
 from sparse_attentions import BLOCK_SPARSE
-from triton_attention_check import (
-    check_bad_values_of_entmax,
-    check_edges_of_heads,
-    check_heads,
-    every_normalizer,
-    kernels_of_heads,
-    normalized,
-    normalizers_and_dtypes,
-)
 
 import seqmem_fast
 from seqmem_fast._triton import block_sparse_attention as launchers
@@ -33,49 +25,20 @@ COMPILED = [(2, 1, 96, 120, 20, 32)]
 check = partial(check_heads, launchers, BLOCK_SPARSE)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "_BLOCK", 16)
+class TestBlockSparseAttention(SparseAttentionInterpreted):
+    op = BLOCK_SPARSE
+    launchers = launchers
+    samples = SAMPLES
+    plain = "shared"
+    rich = ("causal",)
+
+    def nothing(self, queries: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        return torch.full((1, 1, 2, 2), -1), SAMPLES["shared"].args[4]
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_every_option(name: str) -> None:
-    check(SAMPLES[name], torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_dtypes(dtype: torch.dtype) -> None:
-    check(SAMPLES["causal"], dtype)
-
-
-@normalizers_and_dtypes
-def test_normalizers(normalizer: str, dtype: torch.dtype) -> None:
-    check(normalized(SAMPLES["causal"], normalizer), dtype)
-
-
-@every_normalizer
-def test_bad_values_stay_in_their_row(normalizer: str) -> None:
-    check_bad_values_of_entmax(launchers, BLOCK_SPARSE, SAMPLES["shared"], normalizer)
-
-
-def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "fits_heads", lambda *_: False)
-    check(SAMPLES["causal"], torch.float32)
-
-
-def test_each_gradient_alone() -> None:
-    check(SAMPLES["shared"], torch.float32, (True, False))
-    check(SAMPLES["shared"], torch.float32, (False, True))
-
-
-def test_without_weights_without_rows_and_wrong_shapes() -> None:
-    sample = SAMPLES["shared"]
-    none = torch.full((1, 1, 2, 2), -1)
-    check_edges_of_heads(launchers, BLOCK_SPARSE, sample, lambda queries: (none, sample.args[4]))
-
-
-def test_blocks_that_do_not_exist_hold_none() -> None:
+def test_blocks_that_do_not_exist_hold_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose lists are not read by the checks."""
+    monkeypatch.setattr(launchers, "_BLOCK", 16)
     q, k, v, blocks, block = SAMPLES["shared"].args
     call = partial(launchers.block_sparse_attention.__wrapped__, q, k, v)  # type: ignore[attr-defined]
     tail = (*block, False, None, None, 1.0, 0.0, None, True)
@@ -96,4 +59,4 @@ def kernels() -> list[Kernel]:
     integers = ("blocks_ptr", "rows_ptr", "by_key_ptr", "columns_ptr", "end_ptr")
     with_entmax = {"forward": {"BN": 16}, "backward_columns": {"BM": 16}}
     in_float32 = {"backward_rows": {"BN": 16}}
-    return kernels_of_heads(BLOCK_SPARSE, integers, launches, in_float32, with_entmax)
+    return kernels_of(BLOCK_SPARSE, integers, launches, in_float32, with_entmax)

@@ -10,16 +10,8 @@ from functools import partial
 import pytest
 import torch
 from ahead_of_time import Kernel
+from sparse_attention_interpreted import SparseAttentionInterpreted, check_heads, kernels_of
 from sparse_attentions import INDEXED
-from triton_attention_check import (
-    check_bad_values_of_entmax,
-    check_edges_of_heads,
-    check_heads,
-    every_normalizer,
-    kernels_of_heads,
-    normalized,
-    normalizers_and_dtypes,
-)
 
 import seqmem_fast
 from seqmem_fast._triton import indexed_attention as launchers
@@ -29,52 +21,23 @@ from seqmem_fast.reference.common import Sample
 assert seqmem_fast.__version__
 SIZES = (2, 1, 6, 9, 5, 6)  # B, Hk, Tq, Tk, D, Dv
 SAMPLES = {s.name: s for s in reference.sample_inputs(sizes=SIZES)}
+*_tensors, _index = SAMPLES["each"].args
+_long = _index.repeat(1, 1, 1, 8)[..., :35]  # more places than a kernel takes at once
+SAMPLES["long"] = Sample("long", (*_tensors, _long))
 # Sizes of samples whose kernels differ; nothing runs, so large is cheap.
 COMPILED = [(2, 1, 40, 40, 20, 32)]
 check = partial(check_heads, launchers, INDEXED)
 
 
-def long(sample: Sample) -> Sample:
-    """With lists of more places than a kernel takes at once."""
-    *tensors, index = sample.args
-    return sample._replace(args=(*tensors, index.repeat(1, 1, 1, 8)[..., :35]))
+class TestIndexedAttention(SparseAttentionInterpreted):
+    op = INDEXED
+    launchers = launchers
+    samples = SAMPLES
+    plain = "shared"
+    rich = ("long",)
 
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_every_option(name: str) -> None:
-    check(SAMPLES[name], torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_dtypes_and_long_lists(dtype: torch.dtype) -> None:
-    check(long(SAMPLES["each"]), dtype)
-
-
-@normalizers_and_dtypes
-def test_normalizers(normalizer: str, dtype: torch.dtype) -> None:
-    check(normalized(long(SAMPLES["each"]), normalizer), dtype)
-
-
-@every_normalizer
-def test_bad_values_stay_in_their_row(normalizer: str) -> None:
-    check_bad_values_of_entmax(launchers, INDEXED, SAMPLES["shared"], normalizer)
-
-
-def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "fits_heads", lambda *_: False)
-    check(SAMPLES["each"], torch.float32)
-
-
-def test_each_gradient_alone() -> None:
-    check(SAMPLES["by_head"], torch.float32, (True, False))
-    check(SAMPLES["by_head"], torch.float32, (False, True))
-
-
-def test_without_weights_without_rows_and_wrong_shapes() -> None:
-    def nothing(queries: int) -> tuple[torch.Tensor]:
+    def nothing(self, queries: int) -> tuple[torch.Tensor]:
         return (torch.full((1, 1, queries, 3), -1),)
-
-    check_edges_of_heads(launchers, INDEXED, SAMPLES["shared"], nothing)
 
 
 def test_keys_that_do_not_exist_are_none() -> None:
@@ -102,4 +65,4 @@ def test_the_highest_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels() -> list[Kernel]:
     launches = {name: {"BC": 32} for name in ("forward", "backward_rows", "backward_keys")}
     integers = ("index_ptr", "places_ptr", "begins_ptr")
-    return kernels_of_heads(INDEXED, integers, launches, {}, {"forward": {"warps": 4}})
+    return kernels_of(INDEXED, integers, launches, {}, {"forward": {"warps": 4}})

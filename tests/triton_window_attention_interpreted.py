@@ -10,16 +10,8 @@ from functools import partial
 import pytest
 import torch
 from ahead_of_time import Kernel
+from sparse_attention_interpreted import SparseAttentionInterpreted, check_heads, kernels_of
 from sparse_attentions import WINDOW
-from triton_attention_check import (
-    check_bad_values_of_entmax,
-    check_edges_of_heads,
-    check_heads,
-    every_normalizer,
-    kernels_of_heads,
-    normalized,
-    normalizers_and_dtypes,
-)
 
 import seqmem_fast
 from seqmem_fast._triton import window_attention as launchers
@@ -33,46 +25,20 @@ COMPILED = [(2, 1, 40, 40, 20, 32)]
 check = partial(check_heads, launchers, WINDOW)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+class TestWindowAttention(SparseAttentionInterpreted):
+    op = WINDOW
+    launchers = launchers
+    samples = SAMPLES
+    plain = "causal"
+    rich = ("ranges", "global", "everything")
+    outputs = 3
+
+    def nothing(self, queries: int) -> tuple[int, int]:
+        return 3, 0
+
+
+def test_keys_that_nobody_sees_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "_BLOCK", 16)
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_every_option(name: str) -> None:
-    check(SAMPLES[name], torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_dtypes(dtype: torch.dtype) -> None:
-    check(SAMPLES["global"], dtype)
-
-
-@normalizers_and_dtypes
-def test_normalizers(normalizer: str, dtype: torch.dtype) -> None:
-    check(normalized(SAMPLES["ranges"], normalizer), dtype)
-
-
-@every_normalizer
-def test_bad_values_stay_in_their_row(normalizer: str) -> None:
-    check_bad_values_of_entmax(launchers, WINDOW, SAMPLES["global"], normalizer)
-
-
-def test_wide_heads_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "fits_heads", lambda *_: False)
-    check(SAMPLES["everything"], torch.float32)
-
-
-def test_each_gradient_alone() -> None:
-    for k in range(3):
-        check(SAMPLES["ranges"], torch.float32, tuple(k == n for n in range(3)))
-
-
-def test_without_weights_without_rows_and_wrong_shapes() -> None:
-    check_edges_of_heads(launchers, WINDOW, SAMPLES["causal"], lambda queries: (3, 0))
-
-
-def test_keys_that_nobody_sees_may_hold_anything() -> None:
     q, k, v, *_ = (t.clone() for t in SAMPLES["causal"].args[:3])
     tail = (3, 2, 1, 0, None, torch.tensor([20, 9]), 0, None, 1.0, 0.0, None)
     expected = launchers.window_attention(q, k, v, *tail, True)
@@ -90,7 +56,7 @@ def kernels() -> list[Kernel]:
     }
     narrow = {"BN": 16}  # with dropout in float32
     in_float32 = {"backward_columns": {**narrow, "BM": 16}}
-    return kernels_of_heads(
+    return kernels_of(
         WINDOW,
         ("start_ptr", "end_ptr"),
         launches,
