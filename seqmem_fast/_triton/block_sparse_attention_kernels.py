@@ -24,7 +24,7 @@ from .normalizers import (
     add_scores,
     alpha_of,
     any_row_climbs,
-    as_powers,
+    before_threshold,
     delta_of,
     last_threshold,
     next_threshold,
@@ -162,9 +162,7 @@ def block_sparse_attention_forward(
     if KIND == SOFTMAX:
         total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
     else:
-        top = as_powers(m, KIND)
-        tau = tl.zeros_like(top) - 2.0
-        next = tau + 1.0
+        top, tau, next = before_threshold(m, KIND)
         while any_row_climbs(next, tau, BN):
             tau = tl.maximum(tau, next)
             above, slopes = _scan(

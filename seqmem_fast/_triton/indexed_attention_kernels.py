@@ -22,7 +22,7 @@ from .normalizers import (
     add_scores,
     alpha_of,
     any_row_climbs,
-    as_powers,
+    before_threshold,
     delta_of,
     last_threshold,
     next_threshold,
@@ -121,9 +121,7 @@ def indexed_attention_forward(
     if KIND == SOFTMAX:
         total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
     else:
-        top = as_powers(m, KIND)
-        tau = tl.zeros_like(top) - 2.0
-        next = tau + 1.0
+        top, tau, next = before_threshold(m, KIND)
         while any_row_climbs(next, tau, BC):
             tau = tl.maximum(tau, next)
             above, slopes = _scan(

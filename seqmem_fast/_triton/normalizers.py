@@ -124,6 +124,14 @@ def add_scores(s, a, b, top, tau, alpha, KIND: tl.constexpr):
 
 
 @triton.jit
+def before_threshold(top, KIND: tl.constexpr):
+    """The highest scores, a threshold below all and the next one, in the type of powers."""
+    top = as_powers(top, KIND)
+    tau = tl.zeros_like(top) - 2.0
+    return top, tau, tau + 1.0
+
+
+@triton.jit
 def next_threshold(tau, total, slope, z, alpha, KIND: tl.constexpr):
     """tau where the row has no threshold: softmax's sum z is NaN, or 0 without a key."""
     finite = z > 0.0
