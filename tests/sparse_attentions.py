@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from op_suite import sample_of
 from torch import Tensor
 
 from seqmem_fast import ops
@@ -39,8 +40,8 @@ class SparseAttention:
         return [sample.name for sample in self.reference.sample_inputs()]
 
     def sample(self, name: str, **options: Any) -> Sample:
-        samples = self.reference.sample_inputs(**options)
-        return next(sample for sample in samples if sample.name == name)
+        sample: Sample = sample_of(self.reference, name, **options)
+        return sample
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = getattr(ops, self.name)(*args, **kwargs)
