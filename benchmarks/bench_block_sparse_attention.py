@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,10 +97,6 @@ def work(batch: int, heads: int, steps: int, width: int, size: int, listed: int)
     return rows.Work(sample, partial(ours, size=size), peers, others=others, infer_only=[flex.FLEX])
 
 
-def without_compiling(*sizes: int) -> rows.Work:
-    return replace(work(*sizes), others={})
-
-
 def on_gpu(*sizes: int) -> rows.Work:
     """The peer that makes no tensor of its own on the CPU."""
     whole = work(*sizes)
@@ -125,7 +120,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     if batch * heads * steps * steps * width > 2**31 or grid < 8:
         return None
     sizes = batch, heads, steps, width, size, rng.randint(3 * grid, grid * grid // 2)
-    return list(pair(*sizes, make=without_compiling))
+    return list(pair(*sizes, make=partial(flex.without, work)))
 
 
 ROWS = [

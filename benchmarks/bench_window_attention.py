@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,10 +116,6 @@ def work(
     )
 
 
-def without_compiling(*sizes: int) -> rows.Work:
-    return replace(work(*sizes), others={})
-
-
 def on_gpu(*sizes: int) -> rows.Work:
     """The peers that make no tensor of their own on the CPU."""
     whole = work(*sizes)
@@ -143,7 +138,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
         return None
     left, right = rng.randrange(1 + steps // 4), rng.randrange(1 + steps // 8)
     sizes = batch, heads, steps, width, left, right, rng.choice((0, min(4, steps // 16)))
-    return list(pair(*sizes, make=without_compiling))
+    return list(pair(*sizes, make=partial(flex.without, work)))
 
 
 ROWS = [

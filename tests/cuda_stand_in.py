@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,16 @@ def assert_near(ours: Tensor, right: Tensor, name: str = "", factor: float = 1) 
     error = (ours.double() - right).abs().max().item()
     largest = max(right.abs().max().item(), 1e-3)
     assert error <= factor * TOLERANCES[ours.dtype] * largest, (name, error)
+
+
+def check_each_alone(
+    backward: Callable[[list[bool]], Sequence[Tensor]], found: Sequence[Tensor], count: int
+) -> None:
+    """Of the first gradients, each the only one wanted: it is as it was, the others are empty."""
+    for alone in range(count):
+        wanted = [k == alone for k in range(len(found))]
+        for k, (a, b) in enumerate(zip(backward(wanted), found, strict=True)):
+            assert torch.equal(a, b) if k == alone else a.shape == (0,)
 
 
 def load_on_cpu(stem: str) -> Any:

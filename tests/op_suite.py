@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -48,6 +49,11 @@ class Case(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     batch_in: tuple[int | None, ...]  # the batch dimension of each tensor, where it has one
     batch_out: tuple[int | None, ...]  # and of each output
+
+
+def sample_of(reference: ModuleType, name: str, **options: Any) -> Any:
+    """The reference's sample of that name."""
+    return next(sample for sample in reference.sample_inputs(**options) if sample.name == name)
 
 
 class OpSuite:

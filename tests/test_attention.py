@@ -20,6 +20,7 @@ from op_suite import (
     check_same_bits_at_any_thread_count,
     compare,
     error,
+    sample_of,
 )
 from torch import Tensor
 
@@ -67,12 +68,11 @@ class TestAttention(AttentionSuite):
 
     def case(self, name: str, dtype: torch.dtype = torch.float64, tiny: bool = False) -> Case:
         sizes = (2, 3, 2, 2, 3) if tiny else (3, 5, 7, 4, 6)
-        samples = reference.sample_inputs(dtype=dtype, sizes=sizes)
-        sample = next(s for s in samples if s.name == name)
+        sample = sample_of(reference, name, dtype=dtype, sizes=sizes)
         return case_of(sample.args, sample.kwargs)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         options = options_of(sample)
         leaves = tuple(
             t.clone().requires_grad_() if t is not None and t.is_floating_point() else t

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cuda_stand_in import ARCHITECTURES, TOLERANCES, assert_near, check_resources, load_on_cpu
+from cuda_stand_in import (
+    ARCHITECTURES,
+    TOLERANCES,
+    assert_near,
+    check_each_alone,
+    check_resources,
+    load_on_cpu,
+)
 
 from seqmem_fast.reference import attention as reference
 from seqmem_fast.reference.common import Sample
@@ -62,11 +70,7 @@ def check(ops: Any, sample: Sample) -> None:
         assert floating or found[3].shape == (0,)
         for k, (a, b) in enumerate(zip(found, grads, strict=False)):
             assert_near(a, b, f"{sample.name}, gradient {k}", 6)
-    for alone in range(len(leaves)):
-        wanted = [k == alone for k in range(4)]
-        part = ops.attention_backward(*args, wanted)
-        for k, (a, b) in enumerate(zip(part, found, strict=True)):
-            assert torch.equal(a, b) if k == alone else a.shape == (0,)
+    check_each_alone(partial(ops.attention_backward, *args), found, len(leaves))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

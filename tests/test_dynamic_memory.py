@@ -19,6 +19,7 @@ from op_suite import (
     check_against_float64,
     check_same_bits_at_any_thread_count,
     differentiable,
+    sample_of,
 )
 from torch import Tensor
 
@@ -65,12 +66,12 @@ class TestDynamicMemory(OpSuite):
     names = NAMES
 
     def case(self, name: str, dtype: torch.dtype = torch.float64, tiny: bool = False) -> Case:
-        samples = reference.sample_inputs(dtype=dtype, sizes=(2, 3, 2, 3) if tiny else (4, 9, 6, 5))
-        sample = next(s for s in samples if s.name == name)
+        sizes = (2, 3, 2, 3) if tiny else (4, 9, 6, 5)
+        sample = sample_of(reference, name, dtype=dtype, sizes=sizes)
         return make_case(sample.args, sample.kwargs)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         tensors = make_case(sample.args, sample.kwargs).tensors
         hops = sample.args[6] if len(sample.args) > 6 else 3
         leaves = tuple(differentiable(tensors))

@@ -17,6 +17,7 @@ from op_suite import (
     check_against_float64,
     check_same_bits_at_any_thread_count,
     differentiable,
+    sample_of,
 )
 from torch import Tensor
 
@@ -71,7 +72,7 @@ class TestEntmax(OpSuite):
         return sized(name, (2, 2, 4) if tiny else (4, 3, 7), dtype)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         arguments = raw_arguments(sample)
         output = torch.ops.seqmem.entmax(*arguments)
         leaves = tuple(

@@ -16,6 +16,7 @@ from op_suite import (
     check_against_float64,
     check_same_bits_at_any_thread_count,
     differentiable,
+    sample_of,
 )
 from torch import Tensor
 from torch.distributions import Categorical
@@ -102,8 +103,7 @@ class TestCategoricalSample(InFloat32):
 
 def loss_case(name: str, rows: int, actions: int, dtype: torch.dtype) -> Case:
     """Of the logits; returns and baseline are constants."""
-    samples = reference.sample_inputs(dtype=torch.float64, sizes=(rows, actions))
-    sample = next(s for s in samples if s.name == name)
+    sample = sample_of(reference, name, dtype=torch.float64, sizes=(rows, actions))
     logits, action, returns, *baseline = sample.args
 
     def bind(function: Any) -> Callable[..., tuple[Tensor, ...]]:
@@ -138,8 +138,7 @@ class TestReinforceLoss(InFloat32):
         return loss_case(name, *((2, 3) if tiny else (4, 7)), dtype)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        samples = reference.sample_inputs(dtype=torch.float64)
-        sample = next(s for s in samples if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         logits, action, returns, *baseline = sample.args
         code = ("none", "mean", "sum").index(sample.kwargs.get("reduction", "sum"))
         constants = (baseline[0] if baseline else None, 0.3, code)

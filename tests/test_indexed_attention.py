@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,37 +12,36 @@ from hostile_suite import Bad, HostileSuite, Target
 from op_suite import (
     Case,
     Function,
-    OpSuite,
     Threaded,
     check_against_float64,
-    check_nothing_left_over,
     check_same_bits_at_any_thread_count,
-    compare,
     differentiable,
 )
 from peak_memory import growth_mib
+from sparse_attention_suite import (
+    BAD_ROW,
+    EMPTY,
+    HK,
+    HQ,
+    TK,
+    TQ,
+    WRONG_ENDS,
+    WRONG_OPERANDS_AND_RULES,
+    WRONG_QUERIES_AND_KEYS,
+    B,
+    D,
+    SparseAttentionSuite,
+    check_dense_twin,
+    right_operands,
+    z,
+)
+from sparse_attentions import INDEXED, operands
 from torch import Tensor
 
 import seqmem_fast as sf
 from seqmem_fast import ops
 from seqmem_fast.reference import indexed_attention as reference
-from seqmem_fast.reference.common import ALPHAS, Sample
-
-SEED = torch.tensor([2**40 + 3])  # of dropout
-NAMES = [sample.name for sample in reference.sample_inputs()]
-OPTIONS: dict[str, Any] = {
-    "scale": None,
-    "normalizer": "softmax",
-    "alpha": 1.5,
-    "dropout": 0.0,
-    "seed": None,
-}
-
-
-def op_options(sample: Sample) -> list[Any]:
-    """What the op in the dispatcher takes after the index."""
-    scale, normalizer, alpha, *dropout = {**OPTIONS, **sample.kwargs}.values()
-    return [scale, ALPHAS.get(normalizer, alpha), *dropout]
+from seqmem_fast.reference.common import Sample
 
 
 def case_of(sample: Sample) -> Case:
@@ -53,40 +53,35 @@ def case_of(sample: Sample) -> Case:
 
         return call
 
-    both = bind(ops.indexed_attention), bind(reference.indexed_attention)
     own = sample.args[3].size(0) > 1
-    return Case(*both, sample.args, (0, 0, 0, 0 if own else None), (0, 0))
+    rows = (0, 0, 0, 0 if own else None)
+    return Case(bind(INDEXED.run), bind(INDEXED.exact), sample.args, rows, (0, 0))
 
 
-def plain_case(*sizes: int, dtype: torch.dtype = torch.float32, name: str = "shared") -> Case:
-    """sizes = (B, Hk, Tq, Tk, D, Dv)."""
-    samples = reference.sample_inputs(dtype=dtype, sizes=sizes)  # type: ignore[arg-type]
-    return case_of(next(s for s in samples if s.name == name))
-
-
-def operands(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """sizes = (B, Hq, Hk, Tq, Tk, D, Dv)."""
-    batch, heads, key_heads, queries, keys, width, values = sizes
-    generator = torch.Generator().manual_seed(3)
-    shapes = (heads, queries, width), (key_heads, keys, width), (key_heads, keys, values)
-    return tuple(torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes)
-
-
-def index_case(
+def index_sample(
     sizes: tuple[int, ...],
     count: int,
     dtype: torch.dtype,
-    lists: tuple[int, int] = (1, 1),
+    lists: tuple[int, ...] = (1, 1),
     **options: Any,
-) -> Case:
+) -> Sample:
+    """sizes = (B, Hq, Hk, Tq, Tk, D, Dv); count: places of a list."""
     generator = torch.Generator().manual_seed(4)
     index = torch.randint(-1, sizes[4], (*lists, sizes[3], count), generator=generator)
-    return case_of(Sample("own", (*operands(sizes, dtype), index), options))
+    return Sample("own", (*operands(sizes, dtype), index), options)
+
+
+def index_case(*args: Any, **options: Any) -> Case:
+    return case_of(index_sample(*args, **options))
 
 
 def threaded() -> Threaded:
     """Calls below and above the size at which one takes several threads; index is no argument."""
-    cases = [plain_case(*sizes) for sizes in ((1, 1, 3, 9, 8, 8), (2, 2, 400, 200, 32, 32))]
+    samples = (
+        INDEXED.sample("shared", sizes=sizes)
+        for sizes in ((1, 1, 3, 9, 8, 8), (2, 2, 400, 200, 32, 32))
+    )
+    cases = [case_of(sample) for sample in samples]
     cases.append(index_case((2, 4, 1, 300, 90, 32, 32), 40, torch.float32, (2, 4)))
     return [
         (
@@ -95,29 +90,6 @@ def threaded() -> Threaded:
         )
         for case in cases
     ]
-
-
-class TestIndexedAttention(OpSuite):
-    names = NAMES
-
-    def case(self, name: str, dtype: torch.dtype = torch.float64, tiny: bool = False) -> Case:
-        sizes = (2, 1, 3, 4, 2, 2) if tiny else (3, 2, 6, 7, 4, 5)
-        return plain_case(*sizes, dtype=dtype, name=name)
-
-    def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
-        inputs = (*sample.args, *op_options(sample))
-        outputs = torch.ops.seqmem.indexed_attention(*inputs, True)
-        seeds = tuple(map(torch.ones_like, outputs))
-        leaves = tuple(differentiable(inputs[:3]))
-        return [
-            (torch.ops.seqmem.indexed_attention.default, (*leaves, *inputs[3:], True)),
-            (
-                torch.ops.seqmem.indexed_attention_backward.default,
-                (*seeds, *inputs, outputs[1], [True] * 3),
-            ),
-            (torch.ops.seqmem.top_k_keys.default, (*inputs[:2], 3, True, None, None)),
-        ]
 
 
 # (B, Hq, Hk, Tq, Tk, D, Dv), places of a list: around the widths of vectors and of tasks.
@@ -130,12 +102,37 @@ SIZES = [
 ]
 
 
-@pytest.mark.isa
-@pytest.mark.sanitize
-@pytest.mark.parametrize(("sizes", "count"), SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_sizes(sizes: tuple[int, ...], count: int, dtype: torch.dtype) -> None:
-    check_against_float64(index_case(sizes, count, dtype))
+class TestIndexedAttention(SparseAttentionSuite):
+    op = INDEXED
+    names = INDEXED.names
+    sizes = SIZES
+    by_query = 2
+    bound = staticmethod(case_of)
+    seeing = staticmethod(index_sample)
+
+    def some(self, sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Iterator[Sample]:
+        for count, lists in ((7, (1, 1)), (20, (sizes[0], 1)), (33, sizes[:2])):
+            yield index_sample(sizes, count, dtype, lists, **options)
+
+    def neighbours(self) -> tuple[Sample, Sequence[int], Sequence[int], Sequence[int]]:
+        """Query i names keys i, i + 1 and i + 5, where there are such."""
+        steps = (0, 1, 5)
+        index = torch.arange(80)[:, None] + torch.tensor(steps)
+        index = torch.where(index < 80, index, -1)[None, None]
+        sample = Sample("own", (*operands((1, 1, 1, 80, 80, 9, 9), torch.float32), index))
+        own = [BAD_ROW + n for n in steps]
+        readers = [BAD_ROW - n for n in steps]
+        return sample, own, readers, sorted({i + n for i in readers for n in steps})
+
+    def padded(self) -> Sample:
+        sample = index_sample((2, 2, 1, 50, 50, 8, 8), 7, torch.float32, (2, 1))
+        sample.args[3][1].clamp_(max=32)
+        return sample
+
+    def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
+        q, k, *_ = INDEXED.sample(name, dtype=torch.float64).args
+        top = torch.ops.seqmem.top_k_keys.default, (q, k, 3, True, None, None)
+        return [*super().raw_calls(name), top]
 
 
 @pytest.mark.isa
@@ -146,19 +143,6 @@ def test_lists_of_heads_and_rows(lists: tuple[int, int], restored_threads: None)
         check_against_float64(index_case((2, 4, 2, 90, 100, 8, 8), 11, dtype, lists))
     check_same_bits_at_any_thread_count(
         index_case((2, 4, 2, 300, 100, 32, 32), 40, torch.float32, lists)
-    )
-
-
-@pytest.mark.isa
-@pytest.mark.sanitize
-@pytest.mark.parametrize("alpha", [1.05, 1.3, "entmax15", "sparsemax"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_normalizers(alpha: float | str, dtype: torch.dtype) -> None:
-    """Scores spread wide enough that many weights are zero."""
-    named = isinstance(alpha, str)
-    options = {"normalizer": alpha} if named else {"normalizer": "entmax", "alpha": alpha}
-    check_against_float64(
-        index_case((2, 2, 1, 90, 90, 8, 8), 20, dtype, (2, 1), **options, scale=1.5)
     )
 
 
@@ -182,85 +166,16 @@ def test_a_key_named_twice_counts_twice() -> None:
     torch.testing.assert_close(output, scores.softmax(-1) @ v[:, :, [2, 1, 2]])
 
 
-@pytest.mark.isa
-@pytest.mark.sanitize
-@pytest.mark.parametrize("threads", [1, 2])
-def test_nothing_is_left_over_from_an_earlier_call(threads: int, restored_threads: None) -> None:
-    torch.set_num_threads(threads)
-    for sizes in ((2, 2, 1, 9, 8, 6, 3), (1, 2, 2, 130, 120, 9, 11)):
-        larger = index_case((*sizes[:3], *(n + 60 for n in sizes[3:])), 30, torch.float32)
-        check_nothing_left_over(index_case(sizes, 7, torch.float32), larger)
-
-
-@pytest.mark.isa
-@pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_dropout(dtype: torch.dtype, restored_threads: None) -> None:
-    options: dict[str, Any]
-    for count, options in ((5, {}), (33, {"normalizer": "sparsemax"})):
-        sizes = (2, 4, 2, 70, 75, 5, 3)
-        case = index_case(sizes, count, dtype, (2, 4), **options, dropout=0.3, seed=SEED)
-        check_against_float64(case)
-        check_same_bits_at_any_thread_count(case)
-
-
-@pytest.mark.isa
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("spoilt", ["q", "k", "v", "grad"])
-def test_bad_values_reach_only_what_names_them(spoilt: str, bad: float) -> None:
-    """Query i names keys i, i + 1 and i + 5, where there are such."""
-    index = torch.arange(40)[:, None] + torch.tensor([0, 1, 5])
-    index = torch.where(index < 40, index, -1)[None, None]
-    q, k, v = operands((1, 1, 1, 40, 40, 9, 9), torch.float32)
-    seeds = [torch.randn(1, 1, 40, 9), torch.randn(1, 1, 40, 3)]
-
-    def run(tensors: list[Tensor], seeds: list[Tensor]) -> list[Tensor]:
-        leaves = differentiable(tensors)
-        outputs = ops.indexed_attention(*leaves, index)
-        return [outputs[0].detach(), *torch.autograd.grad(outputs, leaves, seeds)]  # type: ignore[union-attr]
-
-    clean = run([q, k, v], seeds)
-    tensors, bad_seeds = [q.clone(), k.clone(), v.clone()], [seeds[0].clone(), seeds[1]]
-    (bad_seeds[0] if spoilt == "grad" else tensors["qkv".index(spoilt)])[0, 0, 20, 4] = bad
-    found = run(tensors, bad_seeds)
-    queries = [20] if spoilt in ("q", "grad") else [15, 19, 20]
-    keys = sorted({i + n for i in queries for n in (0, 1, 5)})
-    for a, b, limit in zip(found, clean, [queries] * 2 + [keys] * 2, strict=True):
-        outside = torch.ones(40, dtype=torch.bool)
-        outside[limit] = False
-        assert torch.equal(a[..., outside, :], b[..., outside, :])
-    assert any(not torch.isfinite(t).all() for t in found)
-
-
-def test_without_weights() -> None:
-    case = index_case((2, 2, 1, 40, 40, 8, 8), 8, torch.float32)
-    q, k, v = differentiable(case.tensors[:3])
-    index = case.tensors[3]
-    assert index is not None
-    expected, _ = ops.indexed_attention(q, k, v, index)
-    output, none = ops.indexed_attention(q, k, v, index, return_weights=False)
-    assert none is None and torch.equal(output, expected)
-    ours, theirs = (torch.autograd.grad(o.sum(), (q, k, v)) for o in (output, expected))
-    assert all(map(torch.equal, ours, theirs))
-    with torch.no_grad():
-        output, _ = ops.indexed_attention(q, k, v, index, return_weights=False)
-        _, weights = torch.ops.seqmem.indexed_attention(q, k, v, index, None, 1.0, 0.0, None, False)
-    assert torch.equal(output, expected) and weights.numel() == 0
-
-
-EMPTY = [(2, 2, 1, 0, 5, 4, 3), (2, 2, 1, 5, 0, 4, 3), (2, 0, 1, 5, 5, 4, 3), (0, 2, 1, 5, 5, 4, 3)]
-
-
 @pytest.mark.sanitize
 @pytest.mark.parametrize("sizes", EMPTY, ids=str)
-def test_empty(sizes: tuple[int, ...]) -> None:
+def test_no_places_and_no_keys(sizes: tuple[int, ...]) -> None:
     q, k, v = operands(sizes, torch.float64)
     for count in (0, 2):
         none = torch.full((1, 1, sizes[3], count), -1)
-        case = case_of(Sample("own", (q, k, v, none)))
-        compare(case.op, case.reference, case.tensors, case.tensors)
-        output, weights = case.op(*case.tensors)
-        assert not output.any() and not weights.any()
+        for call in (INDEXED.run, INDEXED.exact):
+            output, weights = call(q, k, v, none)
+            assert weights.shape == (*q.shape[:3], count)
+            assert not output.any() and not weights.any()
     output, _, index = ops.top_k_attention(q, k, v, 3)
     assert output.shape == (*sizes[:2], sizes[3], sizes[6]) and index.shape == (*q.shape[:3], 3)
 
@@ -371,12 +286,7 @@ def test_module() -> None:
     layer = sf.TopKAttention(16, 4, 30, batch_first=True, is_causal=True)
     x = torch.randn(2, 30, 16)
     output, weights, index = layer(x, x, x, key_end=torch.tensor([30, 20]))
-    whole = sf.Attention(16, 4, batch_first=True)
-    whole.load_state_dict(layer.state_dict())
-    causal = torch.ones(30, 30).bool().triu(1)
-    padding = torch.arange(30) >= torch.tensor([[30], [20]])
-    expected, dense = whole(x, x, x, padding, attn_mask=causal, average_attn_weights=False)
-    torch.testing.assert_close(output, expected)
+    dense = check_dense_twin(layer, x, [30, 20], output)
     torch.testing.assert_close(weights, dense.gather(-1, index.clamp(min=0)) * (index >= 0))
     layer.count = 3
     output, none, index = layer(x, x, x, need_weights=False)
@@ -388,17 +298,9 @@ def test_module() -> None:
 
 # ---- wrong arguments
 
-B, HQ, HK, TQ, TK, D, DV = 2, 4, 2, 3, 5, 6, 7
-z = torch.zeros
-
 
 def arguments() -> dict[str, Any]:
-    return {
-        "q": z(B, HQ, TQ, D),
-        "k": z(B, HK, TK, D),
-        "v": z(B, HK, TK, DV),
-        "index": z(1, HQ, TQ, 4).long(),
-    }
+    return {**right_operands(), "index": z(1, HQ, TQ, 4).long()}
 
 
 def arguments_of_keys() -> dict[str, Any]:
@@ -410,23 +312,10 @@ def arguments_of_keys() -> dict[str, Any]:
     }
 
 
-BOTH = [
-    Bad("q 3-D", {"q": z(HQ, TQ, D)}, ValueError, "q with 4 dimensions"),
-    Bad("q features", {"q": z(B, HQ, TQ, D + 1)}, ValueError, r"k of shape \[2, 2, 5, 7\]"),
-    Bad("q no features", {"q": z(B, HQ, TQ, 0)}, ValueError, "at least one feature"),
-    Bad("q heads", {"q": z(B, 3, TQ, D)}, ValueError, "a multiple of k's 2 heads, got 3"),
-    Bad("q integer", {"q": z(B, HQ, TQ, D).int()}, TypeError, "q of dtype float32"),
-    Bad("q double", {"q": z(B, HQ, TQ, D).double()}, TypeError, "k of q's dtype Double"),
-    Bad("q sparse", {"q": z(B, HQ, TQ, D).to_sparse()}, TypeError, "q to be a dense"),
-    Bad("k no heads", {"k": z(B, 0, TK, D)}, ValueError, "k with at least one head"),
-    Bad("k half", {"k": z(B, HK, TK, D).half()}, TypeError, "k of q's dtype Float, got Half"),
-]
 wrong_key = z(1, HQ, TQ, 4).long()
 wrong_key[0, 3, 2, 3] = TK
 ROWS = [
-    *BOTH,
-    Bad("v keys", {"v": z(B, HK, TK + 1, DV)}, ValueError, r"v of shape \[2, 2, 5, 7\]"),
-    Bad("v dtype", {"v": z(B, HK, TK, DV).bfloat16()}, TypeError, "v of q's dtype"),
+    *WRONG_OPERANDS_AND_RULES,
     Bad("index 3-D", {"index": z(HQ, TQ, 4).long()}, ValueError, "index with 4 dimensions"),
     Bad("index rows", {"index": z(3, 1, TQ, 4).long()}, ValueError, r"shape \[2, 1, 3, 4\]"),
     Bad("index heads", {"index": z(1, 2, TQ, 4).long()}, ValueError, r"shape \[1, 4, 3, 4\]"),
@@ -435,25 +324,13 @@ ROWS = [
     Bad("index sparse", {"index": z(1, 1, TQ, 4).long().to_sparse()}, TypeError, "be a dense"),
     Bad("no such key", {"index": wrong_key}, ValueError, r"index in -1\.\.4, got 5", True),
     Bad("negative", {"index": wrong_key - 7}, ValueError, r"index in -1\.\.4, got -7", True),
-    Bad("alpha", {"normalizer": "entmax", "alpha": 1.0}, ValueError, "1 < alpha", in_python=True),
-    Bad(
-        "dropout", {"dropout": 1.5, "seed": z(1).long()}, ValueError, r"dropout in 0\.\.1, got 1.5"
-    ),
-    Bad("seed type", {"dropout": 0.5, "seed": z(1)}, TypeError, "seed of dtype int64"),
-    Bad("seeds", {"dropout": 0.5, "seed": z(2).long()}, ValueError, r"seed of shape \[1\]"),
 ]
 ROWS_OF_KEYS = [
-    *BOTH,
+    *WRONG_QUERIES_AND_KEYS,
+    *WRONG_ENDS,
     Bad("count", {"count": 0}, ValueError, r"count in 1\.\.1048576, got 0"),
     Bad("count large", {"count": 2**40}, ValueError, r"count in 1\.\.1048576"),
-    Bad("end dtype", {"key_end": z(B)}, TypeError, "key_end of dtype int64 or int32"),
-    Bad("end rows", {"key_end": z(B + 1).int()}, ValueError, r"key_end of shape \[2\]"),
-    Bad("end queries", {"key_end": z(B, TK).int()}, ValueError, r"key_end of shape \[2, 3\]"),
 ]
-
-
-def call(**given: Any) -> tuple[Tensor | None, ...]:
-    return ops.indexed_attention(**given)
 
 
 def call_keys(q: Tensor, k: Tensor, **given: Any) -> tuple[Tensor | None, ...]:
@@ -462,6 +339,6 @@ def call_keys(q: Tensor, k: Tensor, **given: Any) -> tuple[Tensor | None, ...]:
 
 class TestWrongArguments(HostileSuite):
     targets = (
-        Target("indexed_attention", call, arguments, ROWS, ({}, {"return_weights": False})),
+        Target(INDEXED.name, INDEXED.run, arguments, ROWS, ({}, {"return_weights": False})),
         Target("top_k_keys", call_keys, arguments_of_keys, ROWS_OF_KEYS),
     )

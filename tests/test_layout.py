@@ -41,6 +41,9 @@ SHARED = {
     "launcher",
     "machine",
     "machine_kernels",
+    "normalizers",
+    "sparse_attention",
+    "sparse_attention_kernels",
 }  # the files of a room that belong to no single op
 
 # Who may import which room of the package ("" is its top); a room's own op is meant unless the

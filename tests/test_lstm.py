@@ -17,6 +17,7 @@ from op_suite import (
     check_same_bits_at_any_thread_count,
     compare,
     error,
+    sample_of,
     values_and_gradients,
 )
 from torch import Tensor
@@ -87,12 +88,12 @@ class TestLstm(OpSuite):
     names = NAMES
 
     def case(self, name: str, dtype: torch.dtype = torch.float64, tiny: bool = False) -> Case:
-        samples = reference.sample_inputs(dtype=dtype, sizes=(3, 2, 2, 3) if tiny else (5, 3, 4, 6))
-        sample = next(s for s in samples if s.name == name)
+        sizes = (3, 2, 2, 3) if tiny else (5, 3, 4, 6)
+        sample = sample_of(reference, name, dtype=dtype, sizes=sizes)
         return trace_case(sample.args, sample.kwargs)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         tensors = trace_case(sample.args, sample.kwargs).tensors
         batch_first, reverse = (sample.kwargs.get(k, False) for k in ("batch_first", "reverse"))
         leaves = tuple(

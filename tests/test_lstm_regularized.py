@@ -19,6 +19,7 @@ from op_suite import (
     Threaded,
     check_against_float64,
     check_same_bits_at_any_thread_count,
+    sample_of,
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -86,8 +87,7 @@ class TestLstmRegularized(OpSuite):
         return sized_case(name, (3, 2, 2, 3) if tiny else (5, 3, 4, 6), dtype)
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        samples = reference.sample_inputs(dtype=torch.float64)
-        sample = next(s for s in samples if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         *tensors, seed, lengths, reset, sizes = case_of(sample.args, sample.kwargs).tensors
         rest = (
             *(seed, sample.kwargs.get("zoneout_h", 0.0), sample.kwargs.get("zoneout_c", 0.0)),

@@ -18,6 +18,7 @@ from op_suite import (
     check_against_float64,
     check_same_bits_at_any_thread_count,
     error,
+    sample_of,
     values_and_gradients,
 )
 from torch import Tensor
@@ -35,8 +36,7 @@ def tupled(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]
 
 
 def make(name: str, dtype: torch.dtype, sizes: Sizes) -> Case:
-    samples = reference.sample_inputs(dtype=dtype, sizes=sizes)
-    sample = next(s for s in samples if s.name == name)
+    sample = sample_of(reference, name, dtype=dtype, sizes=sizes)
     row = None if name.endswith("_unbatched") else 0
     op, plain = (getattr(m, sample.function) for m in (ops, reference))
     return Case(tupled(op), tupled(plain), sample.args, (row,) * len(sample.args), (row,))
@@ -57,7 +57,7 @@ class TestNtm(OpSuite):
         return make(name, dtype, (2, 4, 3, 2, 3) if tiny else (3, 8, 5, 2, 3))
 
     def raw_calls(self, name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-        sample = next(s for s in reference.sample_inputs(dtype=torch.float64) if s.name == name)
+        sample = sample_of(reference, name, dtype=torch.float64)
         forward = getattr(torch.ops.seqmem, sample.function).default
         backward = getattr(torch.ops.seqmem, f"{sample.function}_backward").default
         leaves = tuple(t.clone().requires_grad_() for t in sample.args)

@@ -11,6 +11,7 @@ from ahead_of_time import Kernel
 
 import seqmem_fast
 from seqmem_fast._triton import entmax as launchers
+from seqmem_fast._triton.normalizers import ANY, SPARSEMAX
 from seqmem_fast.reference import entmax as reference
 
 assert seqmem_fast.__version__
@@ -73,8 +74,8 @@ COMPILED = [(4, 3, 7), (4, 3, 9000)]
 
 def kernels() -> list[Kernel]:
     found = []
-    for kind, storage, block in ((launchers.SPARSEMAX, "bf16", 1024), (launchers.ANY, "fp32", 512)):
-        acc = launchers.tl.float64 if kind == launchers.ANY else launchers.tl.float32
+    for kind, storage, block in ((SPARSEMAX, "bf16", 1024), (ANY, "fp32", 512)):
+        acc = launchers.tl.float64 if kind == ANY else launchers.tl.float32
         shape = {"BLOCK": block, "KIND": kind.value, "ACC": acc}
         pointers = {"alpha_ptr": "*fp64", "grad_alpha_ptr": "*fp64"}
         label = f"kind {kind.value}"

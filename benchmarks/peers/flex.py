@@ -25,6 +25,11 @@ def peer(sees: Sees, steps: int, block: int = 128) -> dict[str, Callable[[str], 
     return {FLEX: partial(_contender, sees, steps, block)}
 
 
+def without(make: Callable[..., rows.Work], *sizes: int) -> rows.Work:
+    """Work at these sizes, where compiling for each pattern would take too long."""
+    return replace(make(*sizes), others={})
+
+
 def _contender(sees: Sees, steps: int, block: int, mode: str) -> rows.Contender:
     mask = create_block_mask(sees, None, None, steps, steps, device="cpu", BLOCK_SIZE=block)
     attend = torch.compile(flex_attention)

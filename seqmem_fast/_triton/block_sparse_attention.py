@@ -2,8 +2,8 @@ r"""Block-sparse attention on GPU: launchers of `block_sparse_attention` and its
 
 Formulas, shapes and errors: `ops/block_sparse_attention.py`; the kernels:
 block_sparse_attention_kernels.py. Products run on tensor cores, as in attention.py, but for
-float64. Heads wider than 128 features, 32 in float64, and other normalisers than softmax take plain
-PyTorch, which computes every score.
+float64. Heads wider than 128 features, 32 in float64, take plain PyTorch, which computes every
+score.
 
 NaN in a key or value that only some queries of a block see may reach the others.
 
@@ -21,19 +21,16 @@ from torch import Tensor
 
 from ..ops.block_sparse_attention import _plain
 from . import block_sparse_attention_kernels as kernels
-from .common import (
+from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .normalizers import SOFTMAX, of_normalizer
+from .sparse_attention import (
     begins_of,
     dense_rows,
     fits_heads,
     int_bound,
-    launcher,
-    of_dropout,
     of_heads,
-    only,
-    product_precision,
-    strides,
-    through_reference,
-    wide,
+    of_lists,
+    placed,
 )
 
 _BLOCK = 32  # most queries, and keys, of a part of a block
@@ -51,24 +48,24 @@ def _common(
     blocks: Tensor,
     block: tuple[int, int],
     scale: float | None,
+    alpha: float,
     dropout: float,
 ) -> dict[str, Any]:
     """What every kernel takes."""
     queries, keys = q.shape[2], k.shape[2]
-    lists = blocks.shape[:2]
     flat = blocks.contiguous().flatten(0, 1)
     rows = triton.cdiv(queries, block[0])
     row = flat[..., 0]
     row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
         **of_heads(q, k, v, scale, dropout),
+        **of_normalizer(alpha, q),
         "blocks_ptr": flat,
         "rows_ptr": begins_of(row, rows),
         "places": blocks.shape[2],
         "row_blocks": rows,
         "column_blocks": triton.cdiv(keys, block[1]),
-        "list_0": 0 if lists[0] == 1 else lists[1],
-        "list_1": 0 if lists[1] == 1 else 1,
+        **of_lists(blocks.shape[:2]),
         "block_queries": block[0],
         "block_keys": block[1],
         "PRECISION": product_precision(q.dtype, q.device),
@@ -95,7 +92,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::block_sparse_attention` on GPU."""
     pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         found = _plain(q, k, v, *pattern)
         return found if need_weights else (found[0], q.new_empty(0))
     block = block_queries, block_keys
@@ -103,20 +100,17 @@ def block_sparse_attention(
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_zeros((*shape[:2], blocks.shape[2], *block) if need_weights else 0)
     if shape.numel():
-        common = _common(q, k, v, blocks, block, scale, dropout)
-        q, k, v = (dense_rows(t) for t in (q, k, v))
+        common = _common(q, k, v, blocks, block, scale, alpha, dropout)
+        if alpha != 1:
+            common["BN"] = 16  # a threshold takes registers, too
+        q, k, v = dense_rows(q, k, v)
         programs = common["row_blocks"] * triton.cdiv(block_queries, common["BM"])
         kernels.block_sparse_attention_forward[(shape[0] * shape[1] * programs,)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
             CAUSAL=is_causal,
             **int_bound("end", key_end),
-            **strides("q", q, "0", "1", "t"),
-            **strides("k", k, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, k=k, v=v),
             **of_dropout(dropout, seed),
             **common,
         )
@@ -145,13 +139,13 @@ def block_sparse_attention_backward(
     """`seqmem::block_sparse_attention_backward` on GPU: one kernel by rows, one by columns."""
     pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
     seeds = (grad_output, grad_weights)
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         return through_reference(
             lambda q, k, v: _plain(q, k, v, *pattern), (q, k, v), seeds, output_mask
         )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        common = _common(q, k, v, blocks, (block_queries, block_keys), scale, dropout)
+        common = _common(q, k, v, blocks, (block_queries, block_keys), scale, alpha, dropout)
         _backward(common, seeds, (q, k, v), weights, grads)
     return only(output_mask, grads)
 
@@ -163,7 +157,7 @@ def _backward(
     weights: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    q, k, v = (dense_rows(t) for t in operands)
+    q, k, v = dense_rows(*operands)
     of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
     weights = weights.contiguous()
     delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
@@ -171,13 +165,10 @@ def _backward(
     kernels.block_sparse_attention_backward_rows[(q.shape[0] * q.shape[1] * programs,)](
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
-        k_ptr=k,
-        v_ptr=v,
         weights_ptr=weights,
         delta_ptr=delta,
         grad_q_ptr=grads[0],
-        **strides("k", k, "0", "1", "t"),
-        **strides("v", v, "0", "1", "t"),
+        **placed(k=k, v=v),
         **{**common, "BN": common["BN"] if q.element_size() == 2 else 16},  # spills nothing
     )
     del common["rows_ptr"]
@@ -189,15 +180,12 @@ def _backward(
     kernels.block_sparse_attention_backward_columns[(k.shape[0] * k.shape[1] * programs,)](
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
-        q_ptr=q,
-        v_ptr=v,
         by_key_ptr=by_key,
         columns_ptr=begins_of(column, columns),
         weights_ptr=weights,
         delta_ptr=delta,
         grad_k_ptr=grads[1],
         grad_v_ptr=grads[2],
-        **strides("q", q, "0", "1", "t"),
-        **strides("v", v, "0", "1", "t"),
-        **common,
+        **placed(q=q, v=v),
+        **{**common, "BM": common["BM"] if common["KIND"] == SOFTMAX.value else 16},
     )

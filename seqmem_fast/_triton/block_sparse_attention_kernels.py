@@ -1,11 +1,13 @@
-"""Block-sparse attention's kernels: scores, softmax, weights and output, and their gradients.
+"""Block-sparse attention's kernels: scores, normaliser, weights, output, and their gradients.
 
 A head's list names its blocks in the order of their query blocks; `rows` says where those of each
 query block begin. Key blocks are cut into parts of BN keys, query blocks into parts of BM queries.
 
 The forward kernel owns BM queries of a query block and walks over its key blocks twice, as the
-weights that it writes need the softmax's sum. Backward, with P the weights' gradient:
-dS = W (P - delta), delta = rowsum(W P), dQ = scale dS K, dK = scale dS^T Q, dV = W^T grad_output.
+weights that it writes need the softmax's sum; with entmax once more for each step towards the
+threshold. Backward, with P the weights' gradient and s = W^(2 - alpha), W itself for softmax:
+dS = s (P - delta), delta = rowsum(s P) / rowsum(s), dQ = scale dS K, dK = scale dS^T Q,
+dV = W^T grad_output.
 One kernel by rows gives delta and dQ, one by columns dK and dV of BN keys of a key block, from the
 queries of all heads that read them and all blocks that hold them: no atomics, the same bits always.
 """
@@ -17,24 +19,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    any_row,
-    is_nothing,
+from .normalizers import (
+    SOFTMAX,
+    add_scores,
+    alpha_of,
+    any_row_climbs,
+    before_threshold,
+    delta_of,
+    last_threshold,
+    next_threshold,
+    weights_of,
+)
+from .sparse_attention_kernels import (
+    add_to_keys,
+    add_to_queries,
+    add_to_sums,
     key_bound,
     load_rows,
-    meet_values,
-    product,
+    of_keys,
     scores_of,
-    signed,
-    softmax_step,
-    softmax_weights,
     store_rows,
+    weigh,
     weights_gradient,
-    with_sign,
 )
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "places", "row_blocks", "column_blocks")
+
+
+@triton.jit
+def _queries(queries, row_blocks, block_queries, BM: tl.constexpr):
+    """A program's row and head z, its block of queries, the rows r of the block that it owns,
+    which queries i these are, and whether they exist."""
+    parts = tl.cdiv(block_queries, BM)
+    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
+    rest = tl.program_id(0) % (row_blocks * parts)
+    row_block = (rest // parts).to(tl.int64)
+    r = (rest % parts) * BM + tl.arange(0, BM)
+    i = row_block * block_queries + r
+    return z, row_block, r, i, (r < block_queries) & (i < queries)
+
+
+@triton.jit
+def _listed(begins_ptr, own, count, block):
+    """From where to where the places of a block are in a list."""
+    at = begins_ptr + own * (count + 1) + block
+    return tl.load(at), tl.load(at + 1)
 
 
 @triton.jit
@@ -51,6 +81,22 @@ def _at(place, r, c, block_queries, block_keys):
     return ((place * block_queries + r) * block_keys)[:, None] + c[None, :]
 
 
+@triton.jit
+def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i, keys, end, block_keys,
+          column_blocks, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+          PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """`add_scores` of all keys."""
+    for n in range(first, last):
+        block = tl.load(blocks_ptr + n * 2 + 1)
+        for c_0 in range(0, block_keys, BN):
+            c = c_0 + tl.arange(0, BN)
+            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
+            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+            a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    return a, b
+
+
 @triton.jit(do_not_specialize=VARYING)
 def block_sparse_attention_forward(
     q_ptr,  # [B, Hq, Tq, D]
@@ -60,6 +106,7 @@ def block_sparse_attention_forward(
     rows_ptr,  # int64 [lists, row_blocks + 1], dense
     end_ptr,  # int64 [B] or [B, Tq], or None
     seed_ptr,  # int64 [1], or None
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense, zero; or None
     queries,
@@ -82,6 +129,7 @@ def block_sparse_attention_forward(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
@@ -89,20 +137,13 @@ def block_sparse_attention_forward(
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(block_queries, BM)
-    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
-    rest = tl.program_id(0) % (row_blocks * parts)
-    row_block = (rest // parts).to(tl.int64)
-    r = (rest % parts) * BM + tl.arange(0, BM)
-    i = row_block * block_queries + r
-    known = (r < block_queries) & (i < queries)
+    z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     own = b * list_0 + h * list_1
-    first = tl.load(rows_ptr + own * (row_blocks + 1) + row_block)
-    last = tl.load(rows_ptr + own * (row_blocks + 1) + row_block + 1)
+    first, last = _listed(rows_ptr, own, row_blocks, row_block)
     end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
     if CAUSAL:
         end = tl.minimum(end, i + 1)
@@ -112,30 +153,39 @@ def block_sparse_attention_forward(
     m = tl.full([BM], float("-inf"), ACC)
     total = tl.zeros([BM], ACC)
     out = tl.zeros([BM, BV], ACC)
-    for n in range(first, last):
-        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
-        for c_0 in range(0, block_keys, BN):
-            c = c_0 + tl.arange(0, BN)
-            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
-            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-            m, total = softmax_step(s, m, total)
-    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    alpha = alpha_of(alpha_ptr, KIND)
+    blocks_ptr += own * places * 2
+    m, total = _scan(
+        m, total, None, None, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i, keys, end,
+        block_keys, column_blocks, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
+    )  # fmt: skip
+    if KIND == SOFTMAX:
+        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    else:
+        top, tau, next = before_threshold(m, KIND)
+        while any_row_climbs(next, tau, BN):
+            tau = tl.maximum(tau, next)
+            above, slopes = _scan(
+                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i,
+                keys, end, block_keys, column_blocks, width, alpha, SCALE, ACC, PRECISION, KIND,
+                BN, BD,
+            )  # fmt: skip
+            next = next_threshold(tau, above, slopes, total, alpha, KIND)
+        total = last_threshold(next, total)
 
     for n in range(first, last):
-        block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
+        block = tl.load(blocks_ptr + n * 2 + 1)
         for c_0 in range(0, block_keys, BN):
             c = c_0 + tl.arange(0, BN)
             j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
             s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-            w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+            w = weights_of(s, seen, m, total, alpha, KIND)
             row = (z * places + n) * block_queries + r
-            w = signed(w, seed_ptr, row[:, None], c[None, :], BELOW)
-            if weights_ptr is not None:
-                at = _at(z * places + n, r, c, block_queries, block_keys)
-                inside = known[:, None] & (c < block_keys)[None, :]
-                tl.store(weights_ptr + at, w.to(weights_ptr.dtype.element_ty), mask=inside)
-            v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-            out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
+            at = _at(z * places + n, r, c, block_queries, block_keys)
+            inside = known[:, None] & (c < block_keys)[None, :]
+            out = weigh(out, w, seen, seed_ptr, row, c[None, :], weights_ptr, at, inside, v_ptr,
+                        v_at, v_t, j, value_width, ACC, PRECISION, BELOW, FACTOR,
+                        BV)  # fmt: skip
     store_rows(output_ptr, z * queries * value_width, out, i, known, value_width, BV)
 
 
@@ -148,6 +198,7 @@ def block_sparse_attention_backward_rows(
     blocks_ptr,
     rows_ptr,
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
     queries,
@@ -167,33 +218,29 @@ def block_sparse_attention_backward_rows(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(block_queries, BM)
-    z = (tl.program_id(0) // (row_blocks * parts)).to(tl.int64)
-    rest = tl.program_id(0) % (row_blocks * parts)
-    row_block = (rest // parts).to(tl.int64)
-    r = (rest % parts) * BM + tl.arange(0, BM)
-    i = row_block * block_queries + r
-    known = (r < block_queries) & (i < queries)
+    z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     end = tl.where(known, keys, 0)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     own = b * list_0 + h * list_1
-    first = tl.load(rows_ptr + own * (row_blocks + 1) + row_block)
-    last = tl.load(rows_ptr + own * (row_blocks + 1) + row_block + 1)
+    first, last = _listed(rows_ptr, own, row_blocks, row_block)
     g = None
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
                       value_width, BV)  # fmt: skip
 
-    delta = tl.zeros([BM], ACC)
+    alpha = alpha_of(alpha_ptr, KIND)
+    dot = tl.zeros([BM], ACC)
+    total = tl.zeros([BM], ACC)
     for n in range(first, last):
         block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
         for c_0 in range(0, block_keys, BN):
@@ -203,7 +250,8 @@ def block_sparse_attention_backward_rows(
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                                     j, value_width, ACC, PRECISION, FACTOR, BM, BN,
                                     BV)  # fmt: skip
-            delta += tl.sum(w * p, axis=1)
+            dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
+    delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=known)
 
     grad_q = tl.zeros([BM, BD], ACC)
@@ -216,9 +264,8 @@ def block_sparse_attention_backward_rows(
             w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
                                     j, value_width, ACC, PRECISION, FACTOR, BM, BN,
                                     BV)  # fmt: skip
-            ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-            k = load_rows(k_ptr, k_at, j, any_row(~is_nothing(w)), k_t, width, BD)
-            grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
+            grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha,
+                                    ACC, PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, known, width, BD)
 
 
@@ -232,6 +279,7 @@ def block_sparse_attention_backward_columns(
     by_key_ptr,  # int64 [lists, places], dense: places in the order of their key blocks
     columns_ptr,  # int64 [lists, column_blocks + 1], dense: where those of a key block begin
     weights_ptr,
+    alpha_ptr,
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense
     grad_v_ptr,  # [B, Hk, Tk, DV], dense
@@ -252,6 +300,7 @@ def block_sparse_attention_backward_columns(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -268,14 +317,14 @@ def block_sparse_attention_backward_columns(
     key_heads = heads // group
     b = y // key_heads
     v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    alpha = alpha_of(alpha_ptr, KIND)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
     for member in range(group):
         h = (y % key_heads) * group + member
         z = b * heads + h
         own = b * list_0 + h * list_1
-        first = tl.load(columns_ptr + own * (column_blocks + 1) + column_block)
-        last = tl.load(columns_ptr + own * (column_blocks + 1) + column_block + 1)
+        first, last = _listed(columns_ptr, own, column_blocks, column_block)
         for n in range(first, last):
             place = tl.load(by_key_ptr + own * places + n)
             row_block = tl.load(blocks_ptr + (own * places + place) * 2)
@@ -285,22 +334,10 @@ def block_sparse_attention_backward_columns(
                 there = (r < block_queries) & (i >= 0) & (i < queries)
                 at = _at(z * places + place, r, c, block_queries, block_keys)
                 inside = there[:, None] & known[None, :]
-                sign = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
-                w = with_sign(sign, sign, FACTOR)
-                busy = there & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
-                p = tl.zeros([BM, BN], ACC)
-                if grad_output_ptr is not None:
-                    g = load_rows(grad_output_ptr, z * queries * value_width, i, busy,
-                                  value_width, value_width, BV)  # fmt: skip
-                    met = meet_values(sign, w, FACTOR).to(g.dtype)
-                    grad_v += product(tl.trans(met), g, ACC, PRECISION)
-                    p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
-                if grad_weights_ptr is not None:
-                    given = tl.load(grad_weights_ptr + at, mask=inside, other=0.0)
-                    p += with_sign(sign, given.to(ACC), FACTOR)
-                delta = tl.load(delta_ptr + z * queries + i, mask=there, other=0.0)
-                ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-                q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)
-                grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
+                grad_k, grad_v = add_to_keys(
+                    grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, at, inside,
+                    grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t, queries, width,
+                    value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
+                )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

@@ -98,33 +98,10 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def fits_heads(q: Tensor, v: Tensor, alpha: float) -> bool:
-    """Whether a program holds the features of a head, and the normaliser is softmax."""
-    most = 32 if q.dtype == torch.float64 else 128
-    return alpha == 1 and max(q.shape[-1], v.shape[-1]) <= most
-
-
 def of_dropout(dropout: float, seed: Tensor | None) -> dict[str, Any]:
     """What a forward kernel takes, beside the factor, to draw which weights are dropped."""
     below = int(dropout * 2**24 + 0.5)
     return {"seed_ptr": seed if below else None, "BELOW": below}
-
-
-def dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def begins_of(numbers: Tensor, count: int) -> Tensor:
-    """[lists, places] in order, `count` where there is none -> where each begins, of count + 1."""
-    wanted = torch.arange(count + 1, device=numbers.device).expand(numbers.size(0), -1)
-    return torch.searchsorted(numbers.contiguous(), wanted.contiguous())
-
-
-def int_bound(prefix: str, t: Tensor | None) -> dict[str, Any]:
-    """A bound of the keys that queries see, [B] or [B, Tq], as `key_bound` takes it."""
-    if t is not None:
-        t = t.to(torch.int64).contiguous()
-    return {f"{prefix}_ptr": t, f"EACH_{prefix.upper()}": t is not None and t.dim() == 2}
 
 
 def strides(prefix: str, t: Tensor | None, *ends: str) -> dict[str, int]:
@@ -173,29 +150,6 @@ def only(output_mask: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor, 
     """The gradients that are wanted, empty in the place of the others."""
     pairs = zip(output_mask, grads, strict=True)
     return tuple(grad if wanted else grad.new_empty(0) for wanted, grad in pairs)
-
-
-def of_heads(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float
-) -> dict[str, Any]:
-    """What every kernel of attention over heads takes: q [B, Hq, Tq, D], k and v [B, Hk, Tk, *]."""
-    queries, width = q.shape[2:]
-    keys, values = v.shape[2:]
-    return {
-        "SCALE": width**-0.5 if scale is None else float(scale),
-        "queries": queries,
-        "keys": keys,
-        "width": width,
-        "value_width": values,
-        "heads": q.shape[1],
-        "group": q.shape[1] // k.shape[1],
-        "ACC": accumulator(q.dtype),
-        "FACTOR": 1 / (1 - dropout) if dropout < 1 else 0.0,  # of weights that are not dropped
-        "BD": max(16, triton.next_power_of_2(width)),
-        "BV": max(16, triton.next_power_of_2(values)),
-        "num_warps": 4 if q.element_size() == 2 else 8,
-        "num_stages": 1,
-    }
 
 
 @triton.jit
@@ -317,58 +271,7 @@ def unmasked(ds, mask_ptr, rows, columns, stride_row, stride_column, there):
     return ds
 
 
-# ---- rows of heads, their products, and which keys a query sees ---------------------------------
-
-
-@triton.jit
-def load_rows(ptr, at, rows, known, stride, width, BLOCK: tl.constexpr):
-    """[len(rows), BLOCK] of a matrix; zero in rows that are not known."""
-    n = tl.arange(0, BLOCK)
-    mask = known[:, None] & (n < width)[None, :]
-    return tl.load(
-        ptr + at + rows[:, None].to(tl.int64) * stride + n[None, :], mask=mask, other=0.0
-    )
-
-
-@triton.jit
-def store_rows(ptr, at, value, rows, known, width, BLOCK: tl.constexpr):
-    n = tl.arange(0, BLOCK)
-    mask = known[:, None] & (n < width)[None, :]
-    where = ptr + at + rows[:, None].to(tl.int64) * width + n[None, :]
-    tl.store(where, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    if ACC == tl.float64:  # which matrix cores do not have everywhere
-        found = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-    else:
-        found = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
-    return found
-
-
-@triton.jit
-def key_bound(ptr, b, i, queries, keys, other, EACH: tl.constexpr):
-    """Of each query i, clamped to the keys."""
-    at = other + i * 0
-    if ptr is not None:
-        if EACH:
-            at = tl.load(ptr + b * queries + i, mask=i < queries, other=0)
-        else:
-            at = tl.load(ptr + b) + i * 0
-    return tl.minimum(tl.maximum(at, 0), keys)
-
-
-@triton.jit
-def any_row(seen):
-    return tl.max(seen.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def is_nothing(w):
-    """Where weights are zero; NaN is not. Beside zero itself, 16 bits would be compared in pairs,
-    which is no faster, and which the emulated PTX does not know."""
-    return w < 1.1e-38
+# ---- dropout -------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -392,44 +295,3 @@ def signed(w, seed_ptr, row, column, BELOW: tl.constexpr):
         number = mixed(key ^ (column.to(tl.uint32) * 0x9E3779B9)) >> 8
         w = tl.where(number.to(tl.int32) < BELOW, -w, w)
     return w
-
-
-@triton.jit
-def meet_values(w, x, FACTOR: tl.constexpr):
-    """Weights x as they meet the values, or the gradient x of that as it comes back: zero where the
-    signed weights w are dropped."""
-    if FACTOR != 1.0:
-        x = tl.where(w < 0, 0.0, x * FACTOR)
-    return x
-
-
-@triton.jit
-def with_sign(w, x, FACTOR: tl.constexpr):
-    """x with the sign of w."""
-    if FACTOR != 1.0:
-        x = tl.where(w < 0, -x, x)
-    return x
-
-
-@triton.jit
-def scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.constexpr,
-            PRECISION: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    k = load_rows(k_ptr, k_at, j, any_row(seen), k_t, width, BD)
-    return tl.where(seen, product(q, tl.trans(k), ACC, PRECISION) * SCALE, float("-inf"))
-
-
-@triton.jit
-def weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, at, there, j, value_width,
-              ACC: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, BM: tl.constexpr,
-              BN: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """Weights W, zero where a query does not see a key, and their gradient P, [BM, BN] each."""
-    sign = tl.load(weights_ptr + at, mask=there, other=0.0).to(ACC)
-    w = with_sign(sign, sign, FACTOR)
-    p = tl.zeros([BM, BN], ACC)
-    if g is not None:
-        v = load_rows(v_ptr, v_at, j, any_row(~is_nothing(w)), v_t, value_width, BV)
-        p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
-    if grad_ptr is not None:
-        given = tl.load(grad_ptr + at, mask=there, other=0.0).to(ACC)
-        p += with_sign(sign, given, FACTOR)
-    return w, tl.where(is_nothing(w), 0.0, p)

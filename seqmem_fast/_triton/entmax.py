@@ -21,28 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import accumulator, launcher, wide
+from .normalizers import ANY, any_lane, kind_of, newton_step, powers, slopes_of
 
 _BLOCK = 4096
-SPARSEMAX: tl.constexpr = tl.constexpr(2)  # kinds of powers
-ENTMAX15: tl.constexpr = tl.constexpr(1)
-ANY: tl.constexpr = tl.constexpr(0)
-
-
-@triton.jit
-def _powers(above, supported, power, KIND: tl.constexpr):
-    """above^power and its derivative over `power`; 0 outside the support."""
-    inside = tl.where(supported, above, 0.0)
-    if KIND == SPARSEMAX:
-        slope = tl.where(supported, inside * 0.0 + 1.0, 0.0)
-        p = inside
-    elif KIND == ENTMAX15:
-        slope = inside
-        p = inside * inside
-    else:
-        slope = tl.exp((power - 1.0) * tl.log(tl.where(supported, above, 1.0)))
-        slope = tl.where(supported, slope, 0.0)
-        p = inside * slope
-    return p, slope
 
 
 @triton.jit
@@ -87,30 +68,10 @@ def _sums(
         if not ONE:
             z = _entries(ptr, start + tl.arange(0, BLOCK), count, ACC)
         x = (z - top) * scale
-        p, s = _powers(x - tau, x > tau, power, KIND)
+        p, s = powers(x - tau, x > tau, power, KIND)
         total += tl.sum(p, axis=0)
         slope += tl.sum(s, axis=0)
     return total, slope
-
-
-@triton.jit
-def _step(total, slope, scale, finite, KIND: tl.constexpr):
-    """Newton's, for the norm total^(alpha - 1) = 1; nowhere does it divide by zero or infinity."""
-    total = tl.where(finite, total, 1.0)
-    if KIND == SPARSEMAX:
-        root = total * 0.0 + 1.0
-    elif KIND == ENTMAX15:
-        root = tl.sqrt(total)
-    else:
-        root = tl.exp((1.0 - scale) * tl.log(total))
-    return (total - root) / tl.where(finite, slope, 1.0)
-
-
-@triton.jit
-def _any_lane(condition, BLOCK: tl.constexpr):
-    """The same answer in all lanes, whose sums may differ in the last bit: a multiplication before
-    a lane's own addend is fused with the addition, one before another lane's is not."""
-    return tl.max(tl.zeros([BLOCK], tl.int32) + condition.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -151,13 +112,13 @@ def entmax_forward_kernel(
     total, slope = _sums(
         input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
     )  # fmt: skip
-    next = tau + _step(total, slope, scale, finite, KIND)
-    while _any_lane(finite & (next > tau), BLOCK):
+    next = tau + newton_step(total, slope, scale, finite, KIND)
+    while any_lane(finite & (next > tau), BLOCK):
         tau = tl.maximum(tau, next)
         total, slope = _sums(
             input_ptr, first, shift, scale, tau, power, count, KIND, ACC, ONE, BLOCK
         )  # fmt: skip
-        next = tau + _step(total, slope, scale, finite, KIND)
+        next = tau + newton_step(total, slope, scale, finite, KIND)
     # The last step may go back: it mends what rounding did while tau was far away.
     tau = tl.where(finite, next, tau)
 
@@ -167,7 +128,7 @@ def entmax_forward_kernel(
         if not ONE:
             z = _entries(input_ptr, n, count, ACC)
         x = (z - shift) * scale
-        p, _ = _powers(x - tau, x > tau, power, KIND)
+        p, _ = powers(x - tau, x > tau, power, KIND)
         p = tl.where(finite, p, tl.where(empty, 0.0, float("nan")))
         _store(output_ptr, n, count, p)
 
@@ -176,15 +137,8 @@ def entmax_forward_kernel(
 def _parts(grad_ptr, output_ptr, n, count, alpha, KIND: tl.constexpr, ACC: tl.constexpr):
     """Of a block: p, s = p^(2 - alpha) and the gradient, both 0 outside the support."""
     p = _load(output_ptr, n, count, 0.0, ACC)
-    outside = p <= 0.0  # false for NaN, which spreads over its row
-    if KIND == SPARSEMAX:
-        s = p - p + 1.0
-    elif KIND == ENTMAX15:
-        s = tl.sqrt(p)
-    else:
-        s = tl.exp((2.0 - alpha) * tl.log(tl.where(outside, 1.0, p)))
     g = _load(grad_ptr, n, count, 0.0, ACC)
-    return p, tl.where(outside, 0.0, s), tl.where(outside, 0.0, g)
+    return p, slopes_of(p, alpha, KIND), tl.where(p <= 0.0, 0.0, g)  # NaN spreads over its row
 
 
 @triton.jit
@@ -240,7 +194,7 @@ def _options(
 ) -> tuple[int, dict[str, Any]]:
     """How many rows, and what both kernels take."""
     count = input.shape[dim]
-    kind, by_row = {2.0: SPARSEMAX, 1.5: ENTMAX15}.get(power, ANY), None
+    kind, by_row = kind_of(power), None
     if alpha is not None or kind == ANY:
         kind = ANY
         shape = list(input.shape)

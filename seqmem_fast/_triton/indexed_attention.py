@@ -1,8 +1,8 @@
 r"""Indexed attention on GPU: launchers of `indexed_attention`, its backward and `top_k_keys`.
 
 Formulas, shapes and errors: `ops/indexed_attention.py`; the kernels: indexed_attention_kernels.py.
-Heads wider than 128 features, 32 in float64, and other normalisers than softmax take plain PyTorch,
-which writes out the keys of each query. `top_k_keys` is plain PyTorch, some queries at a time.
+Heads wider than 128 features, 32 in float64, take plain PyTorch, which writes out the keys of each
+query. `top_k_keys` is plain PyTorch, some queries at a time.
 
 State of proof: by the interpreter and the emulated PTX; not run on a GPU yet.
 """
@@ -19,18 +19,9 @@ from torch import Tensor
 from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
-from .common import (
-    begins_of,
-    dense_rows,
-    fits_heads,
-    launcher,
-    of_dropout,
-    of_heads,
-    only,
-    strides,
-    through_reference,
-    wide,
-)
+from .common import launcher, of_dropout, only, through_reference, wide
+from .normalizers import of_normalizer
+from .sparse_attention import begins_of, dense_rows, fits_heads, of_heads, of_lists, placed
 
 _PLACES = 32  # most places of a list at once
 _SCORES = 1 << 26  # most scores that the selection holds at once
@@ -40,12 +31,11 @@ def _common(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, dropout: float
 ) -> dict[str, Any]:
     """What every kernel takes."""
-    lists, count = index.shape[:2], index.shape[3]
+    count = index.shape[3]
     return {
         **of_heads(q, k, v, scale, dropout),
         "count": count,
-        "list_0": 0 if lists[0] == 1 else lists[1],
-        "list_1": 0 if lists[1] == 1 else 1,
+        **of_lists(index.shape[:2]),
         "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
     }
 
@@ -63,7 +53,7 @@ def indexed_attention(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::indexed_attention` on GPU."""
-    if not fits_heads(q, v, alpha):
+    if alpha != 1 or not fits_heads(q, v):
         found = _plain(q, k, v, index, scale, alpha, dropout, seed)
         return found if need_weights else (found[0], q.new_empty(0))
     shape = q.shape[:3]
@@ -71,19 +61,15 @@ def indexed_attention(
     weights = q.new_empty((*shape, index.shape[3]) if need_weights else 0)
     if shape.numel():
         common = _common(q, k, v, index, scale, dropout)
-        q, k, v = (dense_rows(t) for t in (q, k, v))
+        q, k, v = dense_rows(q, k, v)
         kernels.indexed_attention_forward[(shape.numel(),)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
             index_ptr=index.contiguous(),
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
-            **strides("q", q, "0", "1", "t"),
-            **strides("k", k, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, k=k, v=v),
             **of_dropout(dropout, seed),
-            **common,
+            **of_normalizer(alpha, q),
+            **{**common, "num_warps": common["num_warps"] if alpha == 1 else 4},  # spills nothing
         )
     return output, weights
 
@@ -105,7 +91,7 @@ def indexed_attention_backward(
 ) -> tuple[Tensor, ...]:
     """`seqmem::indexed_attention_backward` on GPU: one kernel by queries, one by keys."""
     seeds = (grad_output, grad_weights)
-    if not fits_heads(q, v, alpha):
+    if alpha != 1 or not fits_heads(q, v):
         return through_reference(
             lambda q, k, v: _plain(q, k, v, index, scale, alpha, dropout, seed),
             (q, k, v),
@@ -117,6 +103,7 @@ def indexed_attention_backward(
         common = _common(q, k, v, index, scale, dropout)
         _backward(
             common,
+            of_normalizer(alpha, q),
             seeds,
             (q, k, v),
             index.contiguous(),
@@ -128,26 +115,25 @@ def indexed_attention_backward(
 
 def _backward(
     common: dict[str, Any],
+    normalizer: dict[str, Any],
     seeds: Sequence[Tensor | None],
     operands: Sequence[Tensor],
     index: Tensor,
     weights: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    q, k, v = (dense_rows(t) for t in operands)
+    q, k, v = dense_rows(*operands)
     of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
     slopes = weights.new_empty(weights.shape, dtype=wide(q.dtype))
     kernels.indexed_attention_backward_rows[(q.shape[:3].numel(),)](
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
-        k_ptr=k,
-        v_ptr=v,
         index_ptr=index,
         weights_ptr=weights,
         slopes_ptr=slopes,
         grad_q_ptr=grads[0],
-        **strides("k", k, "0", "1", "t"),
-        **strides("v", v, "0", "1", "t"),
+        **placed(k=k, v=v),
+        **normalizer,
         **common,
     )
     keys = common["keys"]
@@ -155,14 +141,13 @@ def _backward(
     key, places = torch.where((key >= 0) & (key < keys), key, keys).sort(dim=-1, stable=True)
     kernels.indexed_attention_backward_keys[(k.shape[:3].numel(),)](
         grad_output_ptr=of_output,
-        q_ptr=q,
         places_ptr=places,
         begins_ptr=begins_of(key, keys),
         weights_ptr=weights,
         slopes_ptr=slopes,
         grad_k_ptr=grads[1],
         grad_v_ptr=grads[2],
-        **strides("q", q, "0", "1", "t"),
+        **placed(q=q),
         **common,
     )
 

@@ -1,10 +1,12 @@
-"""Indexed attention's kernels: scores, softmax, weights and output in one, and their gradients.
+"""Indexed attention's kernels: scores, normaliser, weights and output in one, and their gradients.
 
 The forward kernel owns a query and walks over its list twice, as the weights that it writes need
-the softmax's sum. Backward, with P the weights' gradient: dS = W (P - delta), delta = sum(W P),
-dQ = scale sum of dS K, dK = scale sum of dS Q, dV = sum of W grad_output. One kernel by queries
-gives dS and dQ, one by keys dK and dV, from the places of all lists that name the key, in order: no
-atomics, the same bits always. Rows are read where they lie; products are sums over features.
+the softmax's sum; with entmax once more for each step towards the threshold. Backward, with P the
+weights' gradient and s = W^(2 - alpha), W itself for softmax: dS = s (P - delta),
+delta = sum(s P) / sum(s), dQ = scale sum of dS K, dK = scale sum of dS Q, dV = sum of
+W grad_output. One kernel by queries gives dS and dQ, one by keys dK and dV, from the places of all
+lists that name the key, in order: no atomics, the same bits always. Rows are read where they lie;
+products are sums over features.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,15 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    is_nothing,
-    load_rows,
-    meet_values,
-    signed,
-    softmax_step,
-    softmax_weights,
-    with_sign,
+from .common import signed
+from .normalizers import (
+    SOFTMAX,
+    add_scores,
+    alpha_of,
+    any_row_climbs,
+    before_threshold,
+    delta_of,
+    last_threshold,
+    next_threshold,
+    weight_slopes,
+    weights_of,
 )
+from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_keys, with_sign
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "count")
@@ -54,6 +61,18 @@ def _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.co
     return tl.where(seen, tl.sum(k * q[None, :], axis=1) * SCALE, float("-inf"))[None, :]
 
 
+@triton.jit
+def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width, alpha,
+          SCALE: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr, BC: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """`add_scores` of all keys."""
+    for c_0 in range(0, count, BC):
+        j, seen = _listed(index_ptr, at, c_0 + tl.arange(0, BC), count, keys)
+        s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, BD)
+        a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    return a, b
+
+
 @triton.jit(do_not_specialize=VARYING)
 def indexed_attention_forward(
     q_ptr,  # [B, Hq, Tq, D]
@@ -61,6 +80,7 @@ def indexed_attention_forward(
     v_ptr,  # [B, Hk, Tk, DV]
     index_ptr,  # int64 [lists, Tq, count], dense
     seed_ptr,  # int64 [1], or None
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, count], dense, or None
     queries,
@@ -76,6 +96,7 @@ def indexed_attention_forward(
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
+    KIND: tl.constexpr,
     BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
     BC: tl.constexpr,
@@ -86,23 +107,35 @@ def indexed_attention_forward(
     i = (tl.program_id(0) % queries).to(tl.int64)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     at = ((b * list_0 + h * list_1) * queries + i) * count
     q = _row(q_ptr, b * q_0 + h * q_1 + i * q_t, width, BD, ACC)
     m = tl.full([1], float("-inf"), ACC)
     total = tl.zeros([1], ACC)
-    for c_0 in range(0, count, BC):
-        j, seen = _listed(index_ptr, at, c_0 + tl.arange(0, BC), count, keys)
-        s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, BD)
-        m, total = softmax_step(s, m, total)
-    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    alpha = alpha_of(alpha_ptr, KIND)
+    m, total = _scan(
+        m, total, None, None, q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width, alpha, SCALE,
+        ACC, KIND, BC, BD,
+    )  # fmt: skip
+    if KIND == SOFTMAX:
+        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    else:
+        top, tau, next = before_threshold(m, KIND)
+        while any_row_climbs(next, tau, BC):
+            tau = tl.maximum(tau, next)
+            above, slopes = _scan(
+                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, index_ptr, at, count, keys,
+                width, alpha, SCALE, ACC, KIND, BC, BD,
+            )  # fmt: skip
+            next = next_threshold(tau, above, slopes, total, alpha, KIND)
+        total = last_threshold(next, total)
     out = tl.zeros([BV], ACC)
     for c_0 in range(0, count, BC):
         c = c_0 + tl.arange(0, BC)
         j, seen = _listed(index_ptr, at, c, count, keys)
         s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, BD)
-        w = tl.where(seen, tl.sum(softmax_weights(s, m, total), axis=0), 0.0)
+        w = tl.sum(weights_of(s, seen[None, :], m, total, alpha, KIND), axis=0)
         w = signed(w, seed_ptr, z * queries + i, c, BELOW)
         if weights_ptr is not None:
             where = weights_ptr + (z * queries + i) * count + c
@@ -137,7 +170,8 @@ def indexed_attention_backward_rows(
     v_ptr,
     index_ptr,
     weights_ptr,  # [B, Hq, Tq, count], dense
-    slopes_ptr,  # the same in float32 or float64
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
+    slopes_ptr,  # as the weights, in float32 or float64
     grad_q_ptr,  # [B, Hq, Tq, D], dense
     queries,
     keys,
@@ -151,6 +185,7 @@ def indexed_attention_backward_rows(
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
@@ -160,28 +195,32 @@ def indexed_attention_backward_rows(
     i = (tl.program_id(0) % queries).to(tl.int64)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     at = ((b * list_0 + h * list_1) * queries + i) * count
     own = z * queries + i
     g = None
     if grad_output_ptr is not None:
         g = _row(grad_output_ptr, own * value_width, value_width, BV, ACC)
-    delta = tl.zeros([BC], ACC)
+    alpha = alpha_of(alpha_ptr, KIND)
+    dot = tl.zeros([BC], ACC)
+    total = tl.zeros([BC], ACC)
     for c_0 in range(0, count, BC):
         c = c_0 + tl.arange(0, BC)
         j, seen = _listed(index_ptr, at, c, count, keys)
         w, p = _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, own, c, count, j,
                          seen, value_width, ACC, FACTOR, BC, BV)  # fmt: skip
-        delta += w * p
-    mean = tl.sum(delta, axis=0)
+        slope = weight_slopes(w, alpha, KIND)
+        dot += slope * p
+        total += slope
+    delta = delta_of(tl.sum(dot, axis=0), tl.sum(total, axis=0), KIND)
     grad_q = tl.zeros([BD], ACC)
     for c_0 in range(0, count, BC):
         c = c_0 + tl.arange(0, BC)
         j, seen = _listed(index_ptr, at, c, count, keys)
         w, p = _gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, own, c, count, j,
                          seen, value_width, ACC, FACTOR, BC, BV)  # fmt: skip
-        ds = tl.where(is_nothing(w), 0.0, w * (p - mean))
+        ds = tl.where(is_nothing(w), 0.0, weight_slopes(w, alpha, KIND) * (p - delta))
         tl.store(slopes_ptr + own * count + c, ds, mask=c < count)
         k = load_rows(k_ptr, k_at, j, seen, k_t, width, BD).to(ACC)
         grad_q += tl.sum(ds[:, None] * k, axis=0)

@@ -2,12 +2,12 @@ r"""Window attention on GPU: launchers of `window_attention` and `window_attenti
 
 Formulas, shapes and errors: `ops/window_attention.py`; the kernels: window_attention_kernels.py.
 Products run on tensor cores, as in attention.py, but for float64. Heads wider than 128 features, 32
-in float64, and other normalisers than softmax take plain PyTorch, which writes out the keys of each
-query.
+in float64, take plain PyTorch, which writes out the keys of each query.
 
 NaN in a key or value that only some queries of a block see may reach the others.
 
-State of proof: by the interpreter and the emulated PTX; on an H200 with global keys (docs/gpu.md).
+State of proof: by the interpreter and the emulated PTX; on an H200 with softmax and global keys
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -22,19 +22,9 @@ from torch import Tensor
 from ..ops.window_attention import _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
-from .common import (
-    dense_rows,
-    fits_heads,
-    int_bound,
-    launcher,
-    of_dropout,
-    of_heads,
-    only,
-    product_precision,
-    strides,
-    through_reference,
-    wide,
-)
+from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .normalizers import of_normalizer
+from .sparse_attention import dense_rows, fits_heads, int_bound, of_heads, placed
 
 _BLOCK = 32  # queries, and keys, of a block
 
@@ -49,6 +39,7 @@ def _common(
     offset: int,
     global_keys: int,
     scale: float | None,
+    alpha: float,
     dropout: float,
 ) -> dict[str, Any]:
     """What every kernel takes."""
@@ -56,6 +47,7 @@ def _common(
     left, right = reference.bounds(left, right, dilation, offset, queries, keys)
     return {
         **of_heads(q, k, v, scale, dropout),
+        **of_normalizer(alpha, q),
         "left": left,
         "right": right,
         "dilation": dilation,
@@ -96,30 +88,27 @@ def window_attention(
     """`seqmem::window_attention` on GPU."""
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
     rule = alpha, dropout, seed
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         found = _plain(q, k, v, *window, *rule)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, dropout)
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, alpha, dropout)
+    if alpha != 1:
+        common["BM"] = 16  # a threshold takes registers, too
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     columns = common["left"] + 1 + common["right"]
     weights = q.new_zeros((*shape, columns) if need_weights else 0)
     of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
-    q, k, v = (dense_rows(t) for t in (q, k, v))
+    q, k, v = dense_rows(q, k, v)
     programs, counted = _by_queries(common)
     if shape.numel():
         kernels.window_attention_forward[(shape[0] * shape[1] * programs,)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
             global_ptr=of_global if need_weights else None,
             **int_bound("start", key_start),
             **int_bound("end", key_end),
-            **strides("q", q, "0", "1", "t"),
-            **strides("k", k, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, k=k, v=v),
             **counted,
             **of_dropout(dropout, seed),
             **common,
@@ -154,11 +143,11 @@ def window_attention_backward(
     window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
     rule = alpha, dropout, seed
     seeds = (grad_output, grad_weights, grad_global_weights)
-    if not fits_heads(q, v, alpha):
+    if not fits_heads(q, v):
         return through_reference(
             lambda q, k, v: _plain(q, k, v, *window, *rule), (q, k, v), seeds, output_mask
         )
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, dropout)
+    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, alpha, dropout)
     rows, heads, queries = q.shape[:3]
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if rows * heads * queries and k.shape[2]:
@@ -181,7 +170,7 @@ def _backward(
     global_weights: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    q, k, v = (dense_rows(t) for t in operands)
+    q, k, v = dense_rows(*operands)
     of_output, of_weights, of_global = (None if t is None else t.contiguous() for t in seeds)
     weights, global_weights = weights.contiguous(), global_weights.contiguous()
     delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
@@ -190,14 +179,11 @@ def _backward(
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
         grad_global_ptr=of_global,
-        k_ptr=k,
-        v_ptr=v,
         weights_ptr=weights,
         global_ptr=global_weights,
         delta_ptr=delta,
         grad_q_ptr=grads[0],
-        **strides("k", k, "0", "1", "t"),
-        **strides("v", v, "0", "1", "t"),
+        **placed(k=k, v=v),
         **counted,
         **{**common, "BN": common["BN"] if q.element_size() == 2 else 16},  # spills nothing
     )
@@ -213,8 +199,6 @@ def _backward(
         kernels.window_attention_backward_columns[(programs,)](
             grad_output_ptr=of_output,
             grad_weights_ptr=given,
-            q_ptr=q,
-            v_ptr=v,
             weights_ptr=own,
             delta_ptr=delta,
             grad_k_ptr=grads[1],
@@ -222,7 +206,6 @@ def _backward(
             classes=counts[0],
             blocks=counts[1],
             GLOBAL=is_global,
-            **strides("q", q, "0", "1", "t"),
-            **strides("v", v, "0", "1", "t"),
+            **placed(q=q, v=v),
             **{**common, "BM": common["BN"]},
         )

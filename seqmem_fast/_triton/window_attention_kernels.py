@@ -1,12 +1,14 @@
-"""Window attention's kernels: scores, softmax, weights and output in one, and their gradients.
+"""Window attention's kernels: scores, normaliser, weights and output in one, and their gradients.
 
 Queries and keys whose positions leave the same remainder by the dilation see each other alone:
 such a class is an undilated window over every dilation-th query and key. Query n of a class is
 query first + n * dilation and stands at key n + ahead; x is a key of the class, or a global one.
 
 The forward kernel owns BM queries of a class and walks over their keys, global ones first, twice,
-as the weights that it writes need the softmax's sum. Backward, with P the weights' gradient:
-dS = W (P - delta), delta = rowsum(W P), dQ = scale dS K, dK = scale dS^T Q, dV = W^T grad_output.
+as the weights that it writes need the softmax's sum; with entmax once more for each step towards
+the threshold. Backward, with P the weights' gradient and s = W^(2 - alpha), W itself for softmax:
+dS = s (P - delta), delta = rowsum(s P) / rowsum(s), dQ = scale dS K, dK = scale dS^T Q,
+dV = W^T grad_output.
 One kernel by rows gives delta and dQ, one by columns dK and dV, of the band's keys and of the
 global ones in turn, from the queries of all heads that read them: no atomics, the same bits always.
 """
@@ -18,24 +20,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    any_row,
-    is_nothing,
+from .normalizers import (
+    SOFTMAX,
+    add_scores,
+    alpha_of,
+    any_row_climbs,
+    before_threshold,
+    delta_of,
+    last_threshold,
+    next_threshold,
+    weights_of,
+)
+from .sparse_attention_kernels import (
+    add_to_keys,
+    add_to_queries,
+    add_to_sums,
     key_bound,
     load_rows,
-    meet_values,
-    product,
+    of_keys,
     scores_of,
-    signed,
-    softmax_step,
-    softmax_weights,
     store_rows,
+    weigh,
     weights_gradient,
-    with_sign,
 )
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("offset", "queries", "keys", "blocks", "left", "right", "count")
+
+
+@triton.jit
+def _queries(blocks, classes, dilation, offset, BM: tl.constexpr):
+    """A program's row and head z, its queries i, where in the class's keys each of them stands, and
+    the class's first key."""
+    z = (tl.program_id(0) // (blocks * classes)).to(tl.int64)
+    rest = tl.program_id(0) % (blocks * classes)
+    first = (rest // blocks).to(tl.int64)
+    n = (rest % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    return z, first + n * dilation, n + (offset + first) // dilation, (offset + first) % dilation
+
+
+@triton.jit
+def _reach(own, first_key, dilation, left, right, keys):
+    """From where to where keys x of the class are seen by some query."""
+    least = tl.maximum(tl.min(own, axis=0) - left, 0)
+    of_class = (keys - first_key + dilation - 1) // dilation
+    return least, tl.minimum(tl.max(own, axis=0) + right + 1, of_class)
 
 
 @triton.jit
@@ -61,6 +90,25 @@ def _places(i, own, x, z, queries, columns, left, GLOBAL: tl.constexpr):
     return (z * queries + i)[:, None] * columns + column, there
 
 
+@triton.jit
+def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right,
+          keys, count, start, end, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+          PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
+          BD: tl.constexpr):  # fmt: skip
+    """`add_scores` of all keys."""
+    for x_0 in range(0, count, BN):
+        x = x_0 + tl.arange(0, BN).to(tl.int64)
+        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    for x_0 in range(least, most, BN):
+        x = x_0 + tl.arange(0, BN)
+        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
+        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+        a, b = add_scores(s, a, b, top, tau, alpha, KIND)
+    return a, b
+
+
 @triton.jit(do_not_specialize=VARYING)
 def window_attention_forward(
     q_ptr,  # [B, Hq, Tq, D]
@@ -69,6 +117,7 @@ def window_attention_forward(
     start_ptr,  # int64 [B] or [B, Tq], or None
     end_ptr,
     seed_ptr,  # int64 [1], or None
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense, zero; or None
     global_ptr,  # [B, Hq, Tq, count], dense; or None
@@ -93,6 +142,7 @@ def window_attention_forward(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
@@ -100,64 +150,57 @@ def window_attention_forward(
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // (blocks * classes)).to(tl.int64)
-    rest = tl.program_id(0) % (blocks * classes)
-    first = (rest // blocks).to(tl.int64)
-    n = (rest % blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    i = first + n * dilation
-    own = n + (offset + first) // dilation
-    first_key = (offset + first) % dilation
+    z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
     b = z // heads
     h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     start = key_bound(start_ptr, b, i, queries, keys, 0, EACH_START)
     end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
     q = load_rows(q_ptr, b * q_0 + h * q_1, i, i < queries, q_t, width, BD)
-    least = tl.maximum(tl.min(own, axis=0) - left, 0)
-    most = tl.minimum(
-        tl.max(own, axis=0) + right + 1, (keys - first_key + dilation - 1) // dilation
-    )
+    least, most = _reach(own, first_key, dilation, left, right, keys)
 
     m = tl.full([BM], float("-inf"), ACC)
     total = tl.zeros([BM], ACC)
     out = tl.zeros([BM, BV], ACC)
-    for x_0 in range(0, count, BN):
-        x = x_0 + tl.arange(0, BN).to(tl.int64)
-        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
-        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        m, total = softmax_step(s, m, total)
-    for x_0 in range(least, most, BN):
-        x = x_0 + tl.arange(0, BN)
-        j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
-        s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        m, total = softmax_step(s, m, total)
-    total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    alpha = alpha_of(alpha_ptr, KIND)
+    m, total = _scan(
+        m, total, None, None, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left,
+        right, keys, count, start, end, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
+    )  # fmt: skip
+    if KIND == SOFTMAX:
+        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
+    else:
+        top, tau, next = before_threshold(m, KIND)
+        while any_row_climbs(next, tau, BN):
+            tau = tl.maximum(tau, next)
+            above, slopes = _scan(
+                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key,
+                dilation, left, right, keys, count, start, end, width, alpha, SCALE, ACC,
+                PRECISION, KIND, BN, BD,
+            )  # fmt: skip
+            next = next_threshold(tau, above, slopes, total, alpha, KIND)
+        total = last_threshold(next, total)
+    row = z * queries + i
 
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
         s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+        w = weights_of(s, seen, m, total, alpha, KIND)
         column = x[None, :] + left + 1 + right
-        w = signed(w, seed_ptr, (z * queries + i)[:, None], column, BELOW)
-        if global_ptr is not None:
-            at, there = _places(i, own, x, z, queries, count, left, True)
-            tl.store(global_ptr + at, w.to(global_ptr.dtype.element_ty), mask=there)
-        v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-        out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
+        at, there = _places(i, own, x, z, queries, count, left, True)
+        out = weigh(out, w, seen, seed_ptr, row, column, global_ptr, at, there, v_ptr, v_at, v_t, j,
+                    value_width, ACC, PRECISION, BELOW, FACTOR, BV)  # fmt: skip
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, False)
         s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
-        w = tl.where(seen, softmax_weights(s, m, total), 0.0)
+        w = weights_of(s, seen, m, total, alpha, KIND)
         column = x[None, :] - own[:, None] + left
-        w = signed(w, seed_ptr, (z * queries + i)[:, None], column, BELOW)
-        if weights_ptr is not None:
-            at, there = _places(i, own, x, z, queries, left + 1 + right, left, False)
-            tl.store(weights_ptr + at, w.to(weights_ptr.dtype.element_ty), mask=there)
-        v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
-        out += product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
+        at, there = _places(i, own, x, z, queries, left + 1 + right, left, False)
+        out = weigh(out, w, seen, seed_ptr, row, column, weights_ptr, at, there, v_ptr, v_at, v_t,
+                    j, value_width, ACC, PRECISION, BELOW, FACTOR, BV)  # fmt: skip
     store_rows(output_ptr, z * queries * value_width, out, i, i < queries, value_width, BV)
 
 
@@ -170,6 +213,7 @@ def window_attention_backward_rows(
     v_ptr,
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense
     global_ptr,  # [B, Hq, Tq, count], dense
+    alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
     queries,
@@ -190,47 +234,40 @@ def window_attention_backward_rows(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // (blocks * classes)).to(tl.int64)
-    rest = tl.program_id(0) % (blocks * classes)
-    first = (rest // blocks).to(tl.int64)
-    n = (rest % blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    i = first + n * dilation
-    own = n + (offset + first) // dilation
-    first_key = (offset + first) % dilation
-    b = z // heads
-    h = z % heads
-    k_at = b * k_0 + (h // group) * k_1
-    v_at = b * v_0 + (h // group) * v_1
+    z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
+    k_at = of_keys(z, heads, group, k_0, k_1)
+    v_at = of_keys(z, heads, group, v_0, v_1)
     columns = left + 1 + right
     g = None
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, i < queries, value_width,
                   value_width, BV)  # fmt: skip
-    least = tl.maximum(tl.min(own, axis=0) - left, 0)
-    most = tl.minimum(
-        tl.max(own, axis=0) + right + 1, (keys - first_key + dilation - 1) // dilation
-    )
+    least, most = _reach(own, first_key, dilation, left, right, keys)
 
-    delta = tl.zeros([BM], ACC)
+    alpha = alpha_of(alpha_ptr, KIND)
+    dot = tl.zeros([BM], ACC)
+    total = tl.zeros([BM], ACC)
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
-                         value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
-        delta += tl.sum(w * p, axis=1)
+                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
-        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                         first_key + x * dilation, value_width, ACC, PRECISION, FACTOR, BM, BN,
-                         BV)  # fmt: skip
-        delta += tl.sum(w * p, axis=1)
+        j = first_key + x * dilation
+        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there, j,
+                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
+    delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
 
     grad_q = tl.zeros([BM, BD], ACC)
@@ -238,21 +275,17 @@ def window_attention_backward_rows(
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         at, there = _places(i, own, x, z, queries, count, left, True)
         w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
-                         value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
-        ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-        k = load_rows(k_ptr, k_at, x, any_row(~is_nothing(w)), k_t, width, BD)
-        grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
+                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, x, width, alpha, ACC,
+                                PRECISION, KIND, BD)  # fmt: skip
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
         at, there = _places(i, own, x, z, queries, columns, left, False)
-        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                         first_key + x * dilation, value_width, ACC, PRECISION, FACTOR, BM, BN,
-                         BV)  # fmt: skip
-        ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-        k = load_rows(
-            k_ptr, k_at, first_key + x * dilation, any_row(~is_nothing(w)), k_t, width, BD
-        )
-        grad_q += product(ds.to(k.dtype), k, ACC, PRECISION)
+        j = first_key + x * dilation
+        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there, j,
+                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha, ACC,
+                                PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, i < queries, width, BD)
 
 
@@ -263,6 +296,7 @@ def window_attention_backward_columns(
     q_ptr,
     v_ptr,
     weights_ptr,  # of the band; of the global keys where GLOBAL
+    alpha_ptr,
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense, zero
     grad_v_ptr,  # [B, Hk, Tk, DV], dense, zero
@@ -285,6 +319,7 @@ def window_attention_backward_columns(
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
     FACTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -315,6 +350,7 @@ def window_attention_backward_columns(
         least = least * 0
         most = most * 0 + queries
     v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    alpha = alpha_of(alpha_ptr, KIND)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
     for member in range(group):
@@ -324,22 +360,10 @@ def window_attention_backward_columns(
             n = n_0 + tl.arange(0, BM)
             i = first + n * step
             at, there = _places(i, n + ahead, x, z, queries, columns, left, GLOBAL)
-            sign = tl.load(weights_ptr + at, mask=there & known[None, :], other=0.0).to(ACC)
-            w = with_sign(sign, sign, FACTOR)
-            busy = (i < queries) & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
-            p = tl.zeros([BM, BN], ACC)
-            if grad_output_ptr is not None:
-                g = load_rows(grad_output_ptr, z * queries * value_width, i, busy, value_width,
-                          value_width, BV)  # fmt: skip
-                met = meet_values(sign, w, FACTOR).to(g.dtype)
-                grad_v += product(tl.trans(met), g, ACC, PRECISION)
-                p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
-            if grad_weights_ptr is not None:
-                given = tl.load(grad_weights_ptr + at, mask=there & known[None, :], other=0.0)
-                p += with_sign(sign, given.to(ACC), FACTOR)
-            delta = tl.load(delta_ptr + z * queries + i, mask=i < queries, other=0.0)
-            ds = tl.where(is_nothing(w), 0.0, w * (p - delta[:, None]))
-            q = load_rows(q_ptr, b * q_0 + h * q_1, i, busy, q_t, width, BD)
-            grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
+            grad_k, grad_v = add_to_keys(
+                grad_k, grad_v, v, z, i, i < queries, weights_ptr, grad_weights_ptr, at,
+                there & known[None, :], grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t,
+                queries, width, value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
+            )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

@@ -290,25 +290,6 @@ class Attention(nn.Module):
         parts = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(map(F.linear, (query, key, value), weight.chunk(3), cast(Any, parts)))
 
-    def _heads_of_batch(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Checked and projected, [B, H, T, E / H] each; three dimensions are asked for."""
-        if query.dim() != 3:
-            _refuse("query with 3 dimensions", query)
-        Attention._check(self, query, key, value, None, None, False)
-        return self._heads(query, key, value)
-
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Projected, [B, H, T, E / H] each."""
-        projected = Attention._project(self, query, key, value)
-        if not self.batch_first:
-            projected = tuple(t.transpose(0, 1) for t in projected)
-        return tuple(t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in projected)
-
-    def _joined(self, output: Tensor) -> Tensor:
-        output = output.transpose(1, 2) if self.batch_first else output.permute(2, 0, 1, 3)
-        projected: Tensor = self.out_proj(output.flatten(2))
-        return projected
-
     def _mask(
         self, padding: Tensor | None, extra: Tensor | None, query: Tensor, need_weights: bool
     ) -> Tensor | None:
@@ -369,7 +350,7 @@ class Attention(nn.Module):
         is_causal: bool,
     ) -> None:
         if query.dim() not in (2, 3):
-            _refuse("query with 2 or 3 dimensions", query)
+            refuse("query with 2 or 3 dimensions", query)
         batched = query.dim() == 3
         at = 0 if self.batch_first and batched else int(batched)  # where the batch is
         queries = query.size(0 if not batched else 1 - at)
@@ -384,9 +365,9 @@ class Attention(nn.Module):
             if batched:
                 shape.insert(at, batch)
             if tensor.dim() != query.dim() or list(tensor.shape) != shape:
-                _refuse(f"{name} of shape {shape}".replace("-1", "Tk"), tensor)
+                refuse(f"{name} of shape {shape}".replace("-1", "Tk"), tensor)
         if padding is not None and list(padding.shape) != ([batch, keys] if batched else [keys]):
-            _refuse(f"key_padding_mask of shape {[batch, keys] if batched else [keys]}", padding)
+            refuse(f"key_padding_mask of shape {[batch, keys] if batched else [keys]}", padding)
         if extra is None:
             if is_causal:
                 raise ValueError("seqmem::attention: expected attn_mask with is_causal, got None")
@@ -394,7 +375,7 @@ class Attention(nn.Module):
             [queries, keys],
             [batch * self.num_heads, queries, keys],
         ):
-            _refuse(
+            refuse(
                 f"attn_mask of shape {[queries, keys]} or "
                 f"{[batch * self.num_heads, queries, keys]}",
                 extra,
@@ -407,7 +388,7 @@ class Attention(nn.Module):
                 )
 
 
-def _refuse(expected: str, got: Tensor) -> None:
+def refuse(expected: str, got: Tensor) -> None:
     raise ValueError(f"seqmem::attention: expected {expected}, got shape {list(got.shape)}")
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .attention import Attention
+from .sparse_attention import SparseAttention
 
 __all__ = ["BlockSparseAttention"]
 
 
-class BlockSparseAttention(Attention):
+class BlockSparseAttention(SparseAttention):
     """Attention in which each block of queries sees the blocks of keys that a mask names.
 
     Args:
@@ -62,19 +62,8 @@ class BlockSparseAttention(Attention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias=bias,
-            kdim=kdim,
-            vdim=vdim,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-            normalizer=normalizer,
-            alpha=alpha,
-        )
+        options = (bias, dropout, normalizer, alpha, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, *options)
         self.block, self.is_causal = block, is_causal
 
     def forward(  # type: ignore[override]
@@ -95,10 +84,7 @@ class BlockSparseAttention(Attention):
             self.block,
             is_causal=self.is_causal,
             key_end=key_end,
-            normalizer=self.normalizer,
-            alpha=self.alpha,
-            dropout=self.dropout if self.training else 0.0,
-            return_weights=need_weights,
+            **self._rule(need_weights),
         )
         return self._joined(output), weights
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .attention import Attention
+from .sparse_attention import SparseAttention
 
 __all__ = ["TopKAttention"]
 
 
-class TopKAttention(Attention):
+class TopKAttention(SparseAttention):
     """Attention in which each query sees the keys of its highest scores alone.
 
     Args:
@@ -62,19 +62,8 @@ class TopKAttention(Attention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias=bias,
-            kdim=kdim,
-            vdim=vdim,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-            normalizer=normalizer,
-            alpha=alpha,
-        )
+        options = (bias, dropout, normalizer, alpha, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, *options)
         self.count, self.is_causal = count, is_causal
 
     def forward(  # type: ignore[override]
@@ -93,10 +82,7 @@ class TopKAttention(Attention):
             self.count,
             is_causal=self.is_causal,
             key_end=key_end,
-            normalizer=self.normalizer,
-            alpha=self.alpha,
-            dropout=self.dropout if self.training else 0.0,
-            return_weights=need_weights,
+            **self._rule(need_weights),
         )
         return self._joined(output), weights, index
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from .attention import Attention
+from .sparse_attention import SparseAttention
 
 __all__ = ["WindowAttention", "WindowState", "WindowWeights"]
 
@@ -33,7 +33,7 @@ class WindowState(NamedTuple):
     value: Tensor
 
 
-class WindowAttention(Attention):
+class WindowAttention(SparseAttention):
     """Attention in which each query sees a window of keys, and the first tokens see and are seen.
 
     Args:
@@ -97,19 +97,8 @@ class WindowAttention(Attention):
                 raise ValueError(
                     f"seqmem::window_attention: expected {name} of at least {least}, got {value}"
                 )
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias=bias,
-            kdim=kdim,
-            vdim=vdim,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-            normalizer=normalizer,
-            alpha=alpha,
-        )
+        options = (bias, dropout, normalizer, alpha, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, *options)
         self.left, self.right = left, right
         self.dilation, self.global_tokens = dilation, global_tokens
 
@@ -127,7 +116,7 @@ class WindowAttention(Attention):
                 "seqmem::window_attention: expected query with 3 dimensions, "
                 f"got shape {list(query.shape)}"
             )
-        Attention._check(self, query, key, value, key_padding_mask, None, False)
+        self._check(query, key, value, key_padding_mask, None, False)
         start, end = (None, None) if key_padding_mask is None else _ends(key_padding_mask)
         q, k, v = self._heads(query, key, value)
         output, weights = self._windows(q, k, v, 0, start, end, need_weights)
@@ -156,7 +145,7 @@ class WindowAttention(Attention):
                 "seqmem::window_attention: expected right = 0 and left >= 0 of a stream, "
                 f"got {self.right} and {self.left}"
             )
-        Attention._check(self, input, input, input, None, None, False)
+        self._check(input, input, input, None, None, False)
         q, k, v = self._heads(input, input, input)
         before = state.key.size(2)
         k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
@@ -195,10 +184,7 @@ class WindowAttention(Attention):
             key_start=start,
             key_end=bound,
             global_keys=count,
-            normalizer=self.normalizer,
-            alpha=self.alpha,
-            dropout=self.dropout if self.training else 0.0,
-            return_weights=need_weights,
+            **self._rule(need_weights),
         )
         of_queries = None
         rows = 0 if causal else min(count, q.size(2))
@@ -212,10 +198,7 @@ class WindowAttention(Attention):
                 key_start=start,
                 key_end=end,
                 global_keys=keys,
-                normalizer=self.normalizer,
-                alpha=self.alpha,
-                dropout=self.dropout if self.training else 0.0,
-                return_weights=need_weights,
+                **self._rule(need_weights),
             )
             output = torch.cat((seen, output[:, :, rows:]), 2)
         if band is None:

@@ -144,7 +144,7 @@ def block_sparse_attention(
             default, to which any other value is clamped. Nothing depends on keys that no query
             sees, whatever they hold.
         normalizer: of the scores that a query sees: "softmax", "sparsemax", "entmax15" or "entmax"
-            (:func:`entmax`). On a GPU, all but softmax run in plain PyTorch.
+            (:func:`entmax`).
         alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [B, Hq, Tq, 1] and is
             differentiable ([H, 1, 1] for one a head). With a tensor, plain PyTorch runs around
             :func:`entmax`, and all scores are computed:

@@ -113,7 +113,7 @@ def indexed_attention(
         index: int64 [1 or B, 1 or Hq, Tq, C], which keys a query sees: 0..Tk - 1, or -1 for none,
             in any order. A key that is named twice counts twice.
         normalizer: of a query's scores: "softmax", "sparsemax", "entmax15" or "entmax"
-            (:func:`entmax`). On a GPU, all but softmax run in plain PyTorch.
+            (:func:`entmax`).
         alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [B, Hq, Tq, 1] and is
             differentiable ([H, 1, 1] for one a head). With a tensor, plain PyTorch runs around
             :func:`entmax`, and each query's keys are

@@ -142,7 +142,7 @@ def window_attention(
             query is kept from those ahead of it by key_end. Their weights are columns of their own,
             and zero in the band.
         normalizer: of the scores that a query sees: "softmax", "sparsemax", "entmax15" or "entmax"
-            (:func:`entmax`). On a GPU, all but softmax run in plain PyTorch.
+            (:func:`entmax`).
         alpha: of "entmax", 1 < alpha <= 2, or a tensor that broadcasts to [B, Hq, Tq, 1] and is
             differentiable ([H, 1, 1] for one a head). With a tensor, plain PyTorch runs around
             :func:`entmax`, and each query's keys are

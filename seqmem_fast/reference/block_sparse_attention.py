@@ -17,14 +17,13 @@ that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, dropped, normalized, thinned
+from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
 
 
 def block_sparse_attention(
@@ -66,13 +65,11 @@ def block_sparse_attention(
     if is_causal:
         seen = seen & (column <= torch.arange(queries, device=q.device)[:, None])
     if key_end is not None:
-        seen = seen & (column < key_end.reshape(key_end.size(0), 1, -1, 1))
+        seen = seen & (column < by_query(key_end).unsqueeze(1))
     group = q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    some = seen.any(-1, keepdim=True)
     scores = scale * (q @ k.transpose(-1, -2))
-    scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
-    weights = torch.where(seen, normalized(scores, normalizer, alpha), 0) if keys else scores
+    weights = weights_of_seen(scores, seen, normalizer, alpha)
     met = weights
     if dropout and seed is not None:
         listed = dropped((*weights.shape[:2], blocks.size(2), *block), dropout, seed)
@@ -80,7 +77,7 @@ def block_sparse_attention(
         weights = torch.where(drop, -weights, weights)
         met = thinned(weights, dropout)
         weights = weights if signed else met
-    output = torch.where(some, met @ v, 0)
+    output = torch.where(seen.any(-1, keepdim=True), met @ v, 0)
     return output, to_blocks(weights, blocks, block)
 
 
@@ -143,14 +140,10 @@ def sample_inputs(
 ) -> Iterator[Sample]:
     """Calls of :func:`block_sparse_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D,
     Dv)."""
-    batch, heads, queries, keys, width, values = sizes
+    batch, heads, queries, keys, *_ = sizes
     draw = Draw(device, dtype, seed)
     block = max(1, queries // 3), max(1, keys // 3)
     rows, columns = -(-queries // block[0]), -(-keys // block[1])
-
-    def operands(group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        query = draw(batch, group * heads, queries, width)
-        return query, draw(batch, heads, keys, width), draw(batch, heads, keys, values)
 
     def some(*lists: int) -> tuple[Tensor, tuple[int, int]]:
         mask = draw.mask(*lists, rows, columns, share=0.6)
@@ -158,14 +151,16 @@ def sample_inputs(
         return block_list(mask), block
 
     end = draw.whole(0, keys + 1, batch).to(device)
-    yield Sample("shared", (*operands(), *some()))
-    yield Sample("by_head", (*operands(2), *some(2 * heads)), {"scale": 0.4})
-    yield Sample("by_row", (*operands(), *some(batch, 1)), {"key_end": end})
+    yield Sample("shared", (*draw.heads(sizes), *some()))
+    yield Sample("by_head", (*draw.heads(sizes, 2), *some(2 * heads)), {"scale": 0.4})
+    yield Sample("by_row", (*draw.heads(sizes), *some(batch, 1)), {"key_end": end})
     each = draw.whole(0, keys + 1, batch, queries).to(device)
     options = {"is_causal": True, "key_end": each}
-    yield Sample("causal", (*operands(2), *some(batch, 2 * heads)), options)
-    yield Sample("sparsemax", (*operands(), *some()), {"normalizer": "sparsemax", "scale": 1.5})
+    yield Sample("causal", (*draw.heads(sizes, 2), *some(batch, 2 * heads)), options)
+    yield Sample(
+        "sparsemax", (*draw.heads(sizes), *some()), {"normalizer": "sparsemax", "scale": 1.5}
+    )
     options = {"is_causal": True, "dropout": 0.4, "seed": draw.seed()}
-    yield Sample("dropout", (*operands(2), *some(2 * heads)), options)
+    yield Sample("dropout", (*draw.heads(sizes, 2), *some(2 * heads)), options)
     options = {"normalizer": "entmax", "alpha": 1.3, "key_end": end}
-    yield Sample("entmax", (*operands(2), *some(2 * heads)), options)
+    yield Sample("entmax", (*draw.heads(sizes, 2), *some(2 * heads)), options)

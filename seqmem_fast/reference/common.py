@@ -106,6 +106,25 @@ def dropped(shape: Sequence[int], dropout: float, seed: Tensor) -> Tensor:
     return ((mixed(key[:, None] ^ column) >> 8) < int(dropout * 2**24 + 0.5)).reshape(*shape)
 
 
+def by_query(bound: Tensor) -> Tensor:
+    """[B] or [B, Tq] -> [B, 1 or Tq, 1]."""
+    return bound.reshape(bound.size(0), *(bound.shape[1:] or (1,)), 1)
+
+
+def weights_of_seen(
+    scores: Tensor,
+    seen: Tensor,
+    normalizer: str | Callable[[Tensor], Tensor],
+    alpha: Tensor | float,
+) -> Tensor:
+    """Weights of the keys that a query sees, zero elsewhere; all are where it sees none."""
+    if scores.size(-1) == 0:
+        return scores
+    some = seen.any(-1, keepdim=True)
+    scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
+    return torch.where(seen, normalized(scores, normalizer, alpha), 0)
+
+
 def thinned(signed: Tensor, dropout: float) -> Tensor:
     """Zero where the sign is minus, as dropped weights have it; the others larger by as much."""
     return signed.clamp(min=0) * (1 / (1 - dropout) if dropout < 1 else 0)
@@ -202,6 +221,14 @@ class Draw:
         """Normal, of this deviation."""
         value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return value.to(device=self.device, dtype=self.dtype)
+
+    def heads(
+        self, sizes: tuple[int, int, int, int, int, int], group: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, `group` heads of queries for each of keys; sizes = (B, Hk, Tq, Tk, D, Dv)."""
+        batch, heads, queries, keys, width, values = sizes
+        query = self(batch, group * heads, queries, width)
+        return query, self(batch, heads, keys, width), self(batch, heads, keys, values)
 
     def controller(self, kind: str, layers: int, below: int, control: int) -> tuple[Tensor, ...]:
         """Of that many layers, on `below` values."""

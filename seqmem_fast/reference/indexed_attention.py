@@ -16,14 +16,13 @@ Arguments are not checked: the op does that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, dropped, normalized, thinned
+from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
 
 
 def indexed_attention(
@@ -59,11 +58,7 @@ def indexed_attention(
 
     k, v = listed(k), listed(v)
     scores = scale * (k @ q.unsqueeze(-1)).squeeze(-1)
-    some = seen.any(-1, keepdim=True)
-    scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
-    weights = (
-        torch.where(seen, normalized(scores, normalizer, alpha), 0) if seen.size(3) else scores
-    )
+    weights = weights_of_seen(scores, seen, normalizer, alpha)
     met = weights
     if dropout and seed is not None:
         drop = dropped(weights.shape, dropout, seed)
@@ -93,7 +88,7 @@ def top_k_keys(
     if is_causal:
         seen = seen & (column <= torch.arange(q.size(2), device=q.device)[:, None])
     if key_end is not None:
-        seen = seen & (column < key_end.reshape(key_end.size(0), 1, -1, 1))
+        seen = seen & (column < by_query(key_end).unsqueeze(1))
     order = scores.sort(dim=-1, descending=True, stable=True).indices  # NaN first
     unseen_last = (~seen).gather(-1, order).sort(dim=-1, stable=True).indices
     order = order.gather(-1, unseen_last)[..., :count]
@@ -109,22 +104,20 @@ def sample_inputs(
     seed: int = 0,
 ) -> Iterator[Sample]:
     """Calls of :func:`indexed_attention` for every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
-    batch, heads, queries, keys, width, values = sizes
+    batch, heads, queries, keys, *_ = sizes
     draw = Draw(device, dtype, seed)
-
-    def operands(group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        query = draw(batch, group * heads, queries, width)
-        return query, draw(batch, heads, keys, width), draw(batch, heads, keys, values)
 
     def index(*lists: int, count: int = 5, none: int = -1) -> Tensor:
         return draw.whole(none, keys, *lists, queries, count).to(device)
 
-    yield Sample("shared", (*operands(), index(1, 1)))
-    yield Sample("by_head", (*operands(2), index(1, 2 * heads)), {"scale": 0.4})
-    yield Sample("by_row", (*operands(3), index(batch, 1, count=9, none=0)))
+    yield Sample("shared", (*draw.heads(sizes), index(1, 1)))
+    yield Sample("by_head", (*draw.heads(sizes, 2), index(1, 2 * heads)), {"scale": 0.4})
+    yield Sample("by_row", (*draw.heads(sizes, 3), index(batch, 1, count=9, none=0)))
     some = index(batch, 2 * heads, none=-3).clamp(min=-1)
     some[:, :, -1] = -1  # a query without any key
-    yield Sample("each", (*operands(2), some))
-    yield Sample("sparsemax", (*operands(), index(1, 1)), {"normalizer": "sparsemax", "scale": 1.5})
-    yield Sample("dropout", (*operands(2), some), {"dropout": 0.4, "seed": draw.seed()})
-    yield Sample("entmax", (*operands(2), some), {"normalizer": "entmax", "alpha": 1.3})
+    yield Sample("each", (*draw.heads(sizes, 2), some))
+    yield Sample(
+        "sparsemax", (*draw.heads(sizes), index(1, 1)), {"normalizer": "sparsemax", "scale": 1.5}
+    )
+    yield Sample("dropout", (*draw.heads(sizes, 2), some), {"dropout": 0.4, "seed": draw.seed()})
+    yield Sample("entmax", (*draw.heads(sizes, 2), some), {"normalizer": "entmax", "alpha": 1.3})

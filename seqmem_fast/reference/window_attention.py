@@ -19,14 +19,13 @@ are not checked: the op does that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, dropped, normalized, thinned
+from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
 
 
 def window_attention(
@@ -64,9 +63,9 @@ def window_attention(
     index = torch.cat((far, band), 1)
     seen = torch.cat((far >= 0, (band >= global_keys) & (band < keys)), 1).unsqueeze(0)
     if key_start is not None:
-        seen = seen & (index >= _each(key_start))
+        seen = seen & (index >= by_query(key_start))
     if key_end is not None:
-        seen = seen & (index < _each(key_end))
+        seen = seen & (index < by_query(key_end))
     seen = seen.unsqueeze(1)  # [1 or B, 1, Tq, G + W]
     if keys == 0:
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -78,9 +77,7 @@ def window_attention(
         for x in (k, v)
     )
     scores = scale * (k @ q.unsqueeze(-1)).squeeze(-1)
-    some = seen.any(-1, keepdim=True)
-    scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
-    weights = torch.where(seen, normalized(scores, normalizer, alpha), 0)
+    weights = weights_of_seen(scores, seen, normalizer, alpha)
     met = weights
     if dropout and seed is not None:
         drop = dropped(weights.shape, dropout, seed).roll(global_keys, -1)
@@ -103,11 +100,6 @@ def bounds(
     return left, right
 
 
-def _each(bound: Tensor) -> Tensor:
-    """[B] or [B, Tq] -> [B, 1 or Tq, 1]."""
-    return bound.reshape(bound.size(0), -1, 1) if bound.dim() == 1 else bound.unsqueeze(-1)
-
-
 def sample_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -116,28 +108,28 @@ def sample_inputs(
     seed: int = 0,
 ) -> Iterator[Sample]:
     """Calls of :func:`window_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
-    batch, heads, queries, keys, width, values = sizes
+    batch, _, queries, keys, *_ = sizes
     draw = Draw(device, dtype, seed)
 
-    def operands(group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        query = draw(batch, group * heads, queries, width)
-        return query, draw(batch, heads, keys, width), draw(batch, heads, keys, values)
-
     wide = max(2, keys // 3)
-    yield Sample("causal", (*operands(), wide, 0))
-    yield Sample("both_sides", (*operands(2), wide, 1), {"scale": 0.4})
-    yield Sample("dilated", (*operands(), 2, 1), {"dilation": 2, "offset": 1})
-    yield Sample("global", (*operands(2), 1, 1), {"global_keys": min(2, keys)})
+    yield Sample("causal", (*draw.heads(sizes), wide, 0))
+    yield Sample("both_sides", (*draw.heads(sizes, 2), wide, 1), {"scale": 0.4})
+    yield Sample("dilated", (*draw.heads(sizes), 2, 1), {"dilation": 2, "offset": 1})
+    yield Sample("global", (*draw.heads(sizes, 2), 1, 1), {"global_keys": min(2, keys)})
     end = draw.whole(0, keys + 1, batch).to(device)
     start = draw.whole(0, max(1, keys // 2), batch, queries).to(device)
     start[:, -1] = keys  # a row without any key
     options = {"key_start": start, "key_end": end, "global_keys": min(2, keys)}
-    yield Sample("ranges", (*operands(), 1, 2), options)
+    yield Sample("ranges", (*draw.heads(sizes), 1, 2), options)
     yield Sample(
-        "entmax", (*operands(), wide, 1), {"global_keys": 1, "normalizer": "entmax", "alpha": 1.3}
+        "entmax",
+        (*draw.heads(sizes), wide, 1),
+        {"global_keys": 1, "normalizer": "entmax", "alpha": 1.3},
     )
-    yield Sample("sparsemax", (*operands(), wide, 2), {"scale": 1.5, "normalizer": "sparsemax"})
+    yield Sample(
+        "sparsemax", (*draw.heads(sizes), wide, 2), {"scale": 1.5, "normalizer": "sparsemax"}
+    )
     options = {"global_keys": min(2, keys), "dropout": 0.4, "seed": draw.seed(), "dilation": 2}
-    yield Sample("dropout", (*operands(2), wide, 1), options)
+    yield Sample("dropout", (*draw.heads(sizes, 2), wide, 1), options)
     whole = {"global_keys": min(3, keys), "dilation": 3, "key_start": end // 2}
-    yield Sample("everything", (*operands(3), -1, -1), whole)
+    yield Sample("everything", (*draw.heads(sizes, 3), -1, -1), whole)

@@ -8,7 +8,7 @@ processes of their own.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +80,30 @@ def attention(patch: pytest.MonkeyPatch) -> None:
     module.check(module.SAMPLES["masked"], torch.float32)
 
 
+def sparse_attention(
+    patch: pytest.MonkeyPatch, op: str, in_float32: Sequence[str], in_bfloat16: Sequence[str]
+) -> None:
+    module = checks(op)
+    if "_BLOCK" in vars(module.launchers):
+        patch.setattr(module.launchers, "_BLOCK", 16)
+    for name in in_float32:
+        module.check(module.SAMPLES[name], torch.float32)
+    for name in in_bfloat16:
+        module.check(module.SAMPLES[name], torch.bfloat16)
+
+
 def window_attention(patch: pytest.MonkeyPatch) -> None:
-    module = checks("window_attention")
-    patch.setattr(module.launchers, "_BLOCK", 16)
-    module.check(module.SAMPLES["ranges"], torch.float32)
-    module.check(module.SAMPLES["global"], torch.bfloat16)
+    names = ("ranges", "entmax"), ("global", "sparsemax")
+    sparse_attention(patch, "window_attention", *names)
 
 
 def block_sparse_attention(patch: pytest.MonkeyPatch) -> None:
-    module = checks("block_sparse_attention")
-    patch.setattr(module.launchers, "_BLOCK", 16)
-    module.check(module.SAMPLES["causal"], torch.float32)
-    module.check(module.SAMPLES["shared"], torch.bfloat16)
+    names = ("causal", "sparsemax"), ("shared", "entmax")
+    sparse_attention(patch, "block_sparse_attention", *names)
 
 
 def indexed_attention(patch: pytest.MonkeyPatch) -> None:
-    module = checks("indexed_attention")
-    module.check(module.SAMPLES["each"], torch.float32)
+    sparse_attention(patch, "indexed_attention", ("each", "entmax"), ("sparsemax",))
 
 
 def additive_attention(patch: pytest.MonkeyPatch) -> None:
