@@ -12,10 +12,8 @@ using LaneSet = uint32_t;
 template <class C>
 SEQMEM_INLINE LaneSet lanes_set(IntVec<C> mask) {
 #if SEQMEM_VEC_BYTES == 64
-  typedef int Ints __attribute__((vector_size(64)));
-  typedef long long Longs __attribute__((vector_size(64)));
-  if constexpr (sizeof(C) == 4) return __builtin_ia32_cvtd2mask512((Ints)mask);
-  if constexpr (sizeof(C) == 8) return __builtin_ia32_cvtq2mask512((Longs)mask);
+  if constexpr (sizeof(C) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  if constexpr (sizeof(C) == 8) return _mm512_movepi64_mask((__m512i)mask);
 #elif SEQMEM_VEC_BYTES == 32
   typedef float Floats __attribute__((vector_size(32)));
   typedef double Doubles __attribute__((vector_size(32)));
@@ -40,12 +38,10 @@ template <class C, class T>
 SEQMEM_INLINE void put_lanes(T* to, IntVec<C> x, LaneSet set) {
   static_assert(sizeof(T) == sizeof(C));
 #if SEQMEM_VEC_BYTES == 64
-  typedef int Ints __attribute__((vector_size(64)));
-  typedef long long Longs __attribute__((vector_size(64)));
   if constexpr (sizeof(C) == 4) {
-    x = (IntVec<C>)__builtin_ia32_compresssi512_mask((Ints)x, Ints{}, static_cast<uint16_t>(set));
+    x = (IntVec<C>)_mm512_maskz_compress_epi32(set, (__m512i)x);
   } else {
-    x = (IntVec<C>)__builtin_ia32_compressdi512_mask((Longs)x, Longs{}, static_cast<uint8_t>(set));
+    x = (IntVec<C>)_mm512_maskz_compress_epi64(set, (__m512i)x);
   }
   __builtin_memcpy(to, &x, sizeof x);
 #else
