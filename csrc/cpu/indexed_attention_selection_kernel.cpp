@@ -42,7 +42,7 @@ SEQMEM_INLINE uint32_t lanes_set(IntVec<C> mask) {
 }
 
 template <class S>
-class SelectionRun {
+class SelectionRun : KernelRun<Selection, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   using Order = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
   static constexpr int L = kLanes<C>;
@@ -50,11 +50,8 @@ class SelectionRun {
   static constexpr Order kMost = Order(~(uint64_t(1) << kSign)), kLeast = -kMost - 1;
   static_assert(kQueriesOfTask <= kMaxRows);
 
-  const Shape& s;
-  const Plan& plan;
-  const Selection& a;
-  const int thread, threads;
-  const int64_t D_pad, stride, room;
+  const int64_t D_pad = padded<C>(s.D), stride = score_stride<C>(min(kKeys, s.Tk));
+  const int64_t room = padded<C>(kRoom * a.count) + kWord + L;
 
   C *panels, *queries, *scores;
   Order *maxima, *orders;  // of groups of scores; of candidates [kQueriesOfTask, room]
@@ -65,16 +62,7 @@ class SelectionRun {
   C bounds[kQueriesOfTask];
 
  public:
-  SelectionRun(const Shape& s, const Plan& plan, const Selection& a, int thread, int threads,
-               SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        D_pad(padded<C>(s.D)),
-        stride(score_stride<C>(min(kKeys, s.Tk))),
-        room(padded<C>(kRoom * a.count) + kWord + L) {}
+  using KernelRun<Selection, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
