@@ -12,7 +12,7 @@
 //     input      grad_input = dz W_ih of the chunk                   lstm_backward_products.h
 //   finish       dh, dc are the gradients of hx, cx
 //
-// A chunk's dz stays in L2 until both products of it are formed.
+// The loop: lstm_backward_rows.h. A chunk's dz stays in L2 until both products of it are formed.
 #include "lstm_backward_rows.h"
 #include "lstm_kernel.h"
 

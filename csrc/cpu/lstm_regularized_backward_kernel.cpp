@@ -15,8 +15,8 @@
 //     input      grad_input = dx W_ih                                lstm_backward_products.h
 //   finish       dh, dc are the gradients of hx, cx
 //
-// Without norms dx and dv are dz. A chunk's dz, dx and dv stay in L2 until their products are
-// formed.
+// The loop: lstm_backward_rows.h. Without norms dx and dv are dz. A chunk's dz, dx and dv stay in
+// L2 until their products are formed.
 #include "../common/products.h"
 #include "lstm_backward_rows.h"
 #include "lstm_regularized_rows.h"

@@ -26,15 +26,7 @@ class Call {
   int64_t total = 0;  // listed blocks
 
   Call(const Inputs& in, const Sizes<int64_t>& s)
-      : list_(in.blocks.contiguous()), end_(in.key_end), shape{head_shape(s, in),
-                                                               s.N,
-                                                               in.block_queries,
-                                                               in.block_keys,
-                                                               parts(s.Tq, in.block_queries),
-                                                               parts(s.Tk, in.block_keys),
-                                                               {},
-                                                               in.is_causal,
-                                                               end_.bounds()} {
+      : list_(in.blocks.contiguous()), end_(in.key_end), shape(shape_of(in, s)) {
     const int64_t heads = list_.size(1), nQ = shape.nQ, N = s.N;
     const int64_t* pairs = list_.const_data_ptr<int64_t>();
     rows_.assign(s.lists * (nQ + 1), 0);
@@ -71,6 +63,13 @@ class Call {
     }
     shape.lists.by_key = by_key_.data();
     shape.lists.columns = columns_.data();
+  }
+
+ private:
+  Shape shape_of(const Inputs& in, const Sizes<int64_t>& s) const {
+    const int64_t nQ = parts(s.Tq, in.block_queries), nK = parts(s.Tk, in.block_keys);
+    return {head_shape(s, in), s.N,          in.block_queries, in.block_keys, nQ, nK, {},
+            in.is_causal,      end_.bounds()};
   }
 };
 

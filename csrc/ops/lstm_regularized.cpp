@@ -88,7 +88,7 @@ Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s, bool pad
   };
   const bool norms = of_weights && has_norms(in);
   return std::tuple_cat(
-      lstm::allocate_gradients(in.input, s, padded && of_input,
+      lstm::allocate_gradients(in.input, s, padded,
                                {of_input, of_state && in.hx.has_value(), of_weights}),
       std::tuple(make(of_weights && in.bias_ih.has_value(), s.H * 4),
                  make(of_weights && in.bias_hh.has_value(), s.H * 4), make(norms, s.H * 4),

@@ -17,9 +17,13 @@ struct Call {
   const Shape shape;
 
   Call(const Inputs& in, const Sizes<int64_t>& s)
-      : start(in.key_start), end(in.key_end), shape{head_shape(s, in), s.left,      s.right,
-                                                    in.dilation,       in.offset,   in.global_keys,
-                                                    start.bounds(),    end.bounds()} {}
+      : start(in.key_start), end(in.key_end), shape(shape_of(in, s)) {}
+
+ private:
+  Shape shape_of(const Inputs& in, const Sizes<int64_t>& s) const {
+    return {head_shape(s, in), s.left,         s.right,        in.dilation,
+            in.offset,         in.global_keys, start.bounds(), end.bounds()};
+  }
 };
 
 constexpr int64_t kTasksPerThread = 4;
