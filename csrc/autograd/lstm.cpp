@@ -64,7 +64,8 @@ struct Cell : torch::autograd::Function<Cell> {
     const CellInputs in = {args...};
     auto [hy, cy, gates] = call_saving<CellOp>(args...);
     ctx->set_materialize_grads(false);
-    note_present(ctx, args...);
+    // Not the last flag, which would stand where others have weight_hr.
+    note_present(ctx, in.input, in.hx, in.cx, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh);
     // On CPU the caller may change cy in place, as with nn.LSTMCell: the backward gets a copy,
     // which is an output too, since second derivatives pass through it.
     const Tensor cell = is_plain(cy) ? copy_plain(cy) : cy.is_cpu() ? cy.clone() : cy;
