@@ -19,30 +19,15 @@
 // then dp through the activations and the norm, dh += W_p^T dp, the controller's layers as in
 // autograd/lstm.cpp (or dz = dh (1 - h^2)), and the operand's gradient splits into those of x,
 // reads and h before. Weights: dW = dz [operand, 1]^T, summed over all steps and rows at once.
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
 #include "../common/autograd.h"
+#include "../ops/dnc_check.h"
 
 namespace seqmem::dnc {
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-using Mask = std::array<bool, 4>;
-
-constexpr char kName[] = "seqmem::dnc", kBackwardName[] = "seqmem::dnc_backward";
-using Forward =
-    Op<kName, Tensors<15>(In, TensorList, TensorList, In, In, TensorList, TensorList, Maybe, Maybe,
-                          std::string_view, double, double, double, bool, bool)>;
-using Backward =
-    Op<kBackwardName,
-       std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe,
-                           Maybe, Maybe, Maybe, In, TensorList, TensorList, In, In, TensorList,
-                           TensorList, Maybe, Maybe, In, In, In, In, In, In, std::string_view,
-                           double, double, double, Mask)>;
-
-constexpr int64_t kParts = 9, kKept = 8;
+constexpr int64_t kKept = 8;
 
 // All differentiable arguments in one list, in the order of the backward op's result: input, the
 // state (9), controller, interface_weight, interface_bias, norm, initial.
@@ -65,10 +50,10 @@ struct Sequence : torch::autograd::Function<Sequence> {
     const Positions at(all.size(), of_norm, of_initial);
     auto [features, hidden, cell, memory, usage, link, precedence, write_weights, read_weights,
           reads, usage_trace, write_trace, read_trace, saved, checkpoints] =
-        Forward::call(all[0], all.slice(1, kParts),
-                      all.slice(at.controller, at.interface - at.controller), all[at.interface],
-                      all[at.interface + 1], all.slice(at.norm, of_norm), all.slice(at.initial),
-                      lengths, reset, options, norm_floor, eps, mask_min, true, true);
+        ForwardOp::call(all[0], all.slice(1, kParts),
+                        all.slice(at.controller, at.interface - at.controller), all[at.interface],
+                        all[at.interface + 1], all.slice(at.norm, of_norm), all.slice(at.initial),
+                        lengths, reset, options, norm_floor, eps, mask_min, true, true);
     ctx->set_materialize_grads(false);
     variable_list kept = all.vec();
     for (const Tensor& t : {tensor(lengths), tensor(reset), features, usage_trace, write_trace,
@@ -95,7 +80,7 @@ struct Sequence : torch::autograd::Function<Sequence> {
                        any_wanted(ctx, at.controller, at.initial),
                        any_wanted(ctx, at.initial, at.end)};
     auto number = [&](const char* name) { return ctx->saved_data[name].toDouble(); };
-    variable_list found = run_backward<Backward>(
+    variable_list found = run_backward<BackwardOp>(
         optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[4]), optional(grad[5]), optional(grad[6]), optional(grad[7]),
         optional(grad[8]), optional(grad[9]), optional(grad[10]), optional(grad[11]),
@@ -120,8 +105,7 @@ Tensors<15> autograd(In input, TensorList state, TensorList controller, In inter
   add({interface_weight, interface_bias});
   add(norm);
   add(initial);
-  if (state.size() == size_t(kParts) && any_requires_grad(all) &&
-      !any_nested(all, lengths, reset)) {
+  if (state.size() == kParts && any_requires_grad(all) && !any_nested(all, lengths, reset)) {
     auto out = Sequence::apply(TensorList(all), static_cast<int64_t>(norm.size()),
                                static_cast<int64_t>(initial.size()), lengths, reset,
                                std::string(options), norm_floor, eps, mask_min);
@@ -133,15 +117,15 @@ Tensors<15> autograd(In input, TensorList state, TensorList controller, In inter
             out[8], out[9], out[10], out[11], out[12], none(), none()};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return Forward::call(input, state, controller, interface_weight, interface_bias, norm, initial,
-                       lengths, reset, options, norm_floor, eps, mask_min, trace, save);
+  return ForwardOp::call(input, state, controller, interface_weight, interface_bias, norm, initial,
+                         lengths, reset, options, norm_floor, eps, mask_min, trace, save);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   m.impl(kName, torch::dispatch(c10::DispatchKey::Autograd, TORCH_FN(autograd)));
-  autocast<Forward>(m);
+  autocast<ForwardOp>(m);
 }
 
 }  // namespace seqmem::dnc

@@ -9,30 +9,18 @@
 // then dp through the activations, dh += W_p^T dp, the controller's layers as in autograd/lstm.cpp
 // (or dz = dh (1 - h^2)), and the operand's gradient splits into those of x, reads and h before.
 // Weights: dW = dz [operand, 1]^T, summed over all steps and rows at once. Usage has no gradient.
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
 #include "../common/autograd.h"
+#include "../ops/lrua_check.h"
 
 namespace seqmem::lrua {
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-using Mask = std::array<bool, 4>;
-
-constexpr char kName[] = "seqmem::lrua", kBackwardName[] = "seqmem::lrua_backward";
-using Forward = Op<kName, Tensors<13>(In, TensorList, TensorList, In, In, TensorList, Maybe, Maybe,
-                                      bool, bool, bool, bool, double, bool, bool)>;
-using Backward = Op<kBackwardName,
-                    std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In,
-                                        TensorList, TensorList, In, In, TensorList, Maybe, Maybe,
-                                        In, In, In, In, In, bool, bool, bool, bool, double, Mask)>;
-
 // All differentiable arguments in one list, in the order of the backward op's result: input, the
 // state (6), head_weight, head_bias, initial (6 or none), controller.
-constexpr int64_t kParts = 6, kUsage = 3;
-enum Position { kInput, kState, kHeadWeight = kState + kParts, kHeadBias, kInitial };
+constexpr int64_t kInput = 0, kState = 1, kHeadWeight = kState + kParts,
+                  kHeadBias = kHeadWeight + 1, kInitial = kHeadBias + 1;
 
 struct Sequence : torch::autograd::Function<Sequence> {
   static variable_list forward(AutogradContext* ctx, TensorList all, int64_t initial_count,
@@ -41,9 +29,9 @@ struct Sequence : torch::autograd::Function<Sequence> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [features, hidden, cell, memory, usage, read_weights, reads, usage_trace, write_trace,
           read_trace, slots, saved, checkpoints] =
-        Forward::call(all[kInput], all.slice(kState, kParts), all.slice(kInitial + initial_count),
-                      all[kHeadWeight], all[kHeadBias], all.slice(kInitial, initial_count), lengths,
-                      reset, lstm, own_add, strength, erase_all, gamma, trace, true);
+        ForwardOp::call(all[kInput], all.slice(kState, kParts), all.slice(kInitial + initial_count),
+                        all[kHeadWeight], all[kHeadBias], all.slice(kInitial, initial_count),
+                        lengths, reset, lstm, own_add, strength, erase_all, gamma, trace, true);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable(trace ? variable_list{usage, usage_trace}
                                        : variable_list{usage, usage_trace, write_trace});
@@ -74,7 +62,7 @@ struct Sequence : torch::autograd::Function<Sequence> {
         any_wanted(ctx, kInput, kState), any_wanted(ctx, kState, kHeadWeight),
         any_wanted(ctx, kHeadWeight, kInitial) || any_wanted(ctx, controller, all.size()),
         any_wanted(ctx, kInitial, controller)};
-    variable_list found = run_backward<Backward>(
+    variable_list found = run_backward<BackwardOp>(
         optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[5]), optional(grad[6]), flag("trace") ? optional(grad[8]) : std::nullopt,
         optional(grad[9]), all[kInput], all.slice(kState, kParts), all.slice(controller),
@@ -107,15 +95,15 @@ Tensors<13> autograd(In input, TensorList state, TensorList controller, In head_
             out[7], out[8], out[9], none(at::kLong), none(wide), none(wide)};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return Forward::call(input, state, controller, head_weight, head_bias, initial, lengths, reset,
-                       lstm, own_add, strength, erase_all, gamma, trace, save);
+  return ForwardOp::call(input, state, controller, head_weight, head_bias, initial, lengths, reset,
+                         lstm, own_add, strength, erase_all, gamma, trace, save);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   m.impl(kName, torch::dispatch(c10::DispatchKey::Autograd, TORCH_FN(autograd)));
-  autocast<Forward>(m);
+  autocast<ForwardOp>(m);
 }
 
 }  // namespace seqmem::lrua

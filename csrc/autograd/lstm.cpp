@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "../common/autograd.h"
+#include "../common/call_saving.h"
 #include "../ops/lstm_check.h"
 
 namespace seqmem::lstm {
@@ -46,18 +47,30 @@ Tensor second_bias(const Wanted& w, const Tensor& bias) {
   return shares ? copy_plain(bias) : bias;
 }
 
+// A backward op's results, with the bias's for both biases.
+template <class Gradients>
+auto for_both_biases(const Wanted& w, const Gradients& gradients) {
+  auto insert = [&](In input, In hx, In cx, In weight_ih, In weight_hh, In bias,
+                    const auto&... rest) {
+    return std::tuple(input, hx, cx, weight_ih, weight_hh, bias, second_bias(w, bias), rest...);
+  };
+  return std::apply(insert, gradients);
+}
+
 struct Cell : torch::autograd::Function<Cell> {
-  static variable_list forward(AutogradContext* ctx, In input, Maybe hx, Maybe cx, In weight_ih,
-                               In weight_hh, Maybe bias_ih, Maybe bias_hh, bool) {
+  template <class... Args>
+  static variable_list forward(AutogradContext* ctx, const Args&... args) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [hy, cy, gates] =
-        CellOp::call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, true);
+    const CellInputs in = {args...};
+    auto [hy, cy, gates] = call_saving<CellOp>(args...);
     ctx->set_materialize_grads(false);
-    note_present(ctx, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh);
+    // Not the last flag, which would stand where others have weight_hr.
+    note_present(ctx, in.input, in.hx, in.cx, in.weight_ih, in.weight_hh, in.bias_ih, in.bias_hh);
     // On CPU the caller may change cy in place, as with nn.LSTMCell: the backward gets a copy,
     // which is an output too, since second derivatives pass through it.
     const Tensor cell = is_plain(cy) ? copy_plain(cy) : cy.is_cpu() ? cy.clone() : cy;
-    ctx->save_for_backward({input, tensor(hx), tensor(cx), weight_ih, weight_hh, gates, cell});
+    ctx->save_for_backward(
+        {in.input, tensor(in.hx), tensor(in.cx), in.weight_ih, in.weight_hh, gates, cell});
     if (cell.is_same(cy)) return {hy, cy, gates};
     return {hy, cy, gates, cell};
   }
@@ -68,45 +81,38 @@ struct Cell : torch::autograd::Function<Cell> {
     Tensor grad_cy = grad[1];
     if (grad.size() > 3 && grad[3].defined())
       grad_cy = grad_cy.defined() ? grad_cy + grad[3] : grad[3];
-    const auto [input, hx, cx, weight_ih, weight_hh, bias] = run_backward<CellBackwardOp>(
+    const auto found = run_backward<CellBackwardOp>(
         optional(grad[0]), optional(grad_cy), optional(grad[2]), saved[0], optional(saved[1]),
         optional(saved[2]), saved[3], saved[4], saved[5], saved[6], has_bias(wanted),
         groups(wanted));
-    return wanted.list<CellOp>(
-        std::tuple(input, hx, cx, weight_ih, weight_hh, bias, second_bias(wanted, bias)));
+    return wanted.list<CellOp>(for_both_biases(wanted, found));
   }
 };
 
 struct Sequence : torch::autograd::Function<Sequence> {
-  static variable_list forward(AutogradContext* ctx, In input, Maybe hx, Maybe cx, In weight_ih,
-                               In weight_hh, Maybe bias_ih, Maybe bias_hh, Maybe weight_hr,
-                               Maybe lengths, Maybe reset, Maybe batch_sizes, bool batch_first,
-                               bool reverse, bool) {
+  template <class... Args>
+  static variable_list forward(AutogradContext* ctx, const Args&... args) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, hy, cy, gates, cells] =
-        SequenceOp::call(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
-                         reset, batch_sizes, batch_first, reverse, true);
+    const SequenceInputs in = {args...};
+    auto [output, hy, cy, gates, cells] = call_saving<SequenceOp>(args...);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({input, tensor(hx), tensor(cx), weight_ih, weight_hh, tensor(weight_hr),
-                            tensor(lengths), tensor(reset), tensor(batch_sizes), output, gates,
-                            cells});
-    note_present(ctx, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths,
-                 reset, batch_sizes, batch_first, reverse);
+    ctx->save_for_backward({in.input, tensor(in.hx), tensor(in.cx), in.weight_ih, in.weight_hh,
+                            tensor(in.weight_hr), tensor(in.lengths), tensor(in.reset),
+                            tensor(in.batch_sizes), output, gates, cells});
+    note_present(ctx, args...);
     return {output, hy, cy, gates, cells};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto saved = ctx->get_saved_variables();
     const Wanted wanted(ctx);
-    const auto [input, hx, cx, weight_ih, weight_hh, bias, weight_hr] =
-        run_backward<SequenceBackwardOp>(
-            optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
-            optional(grad[4]), saved[0], optional(saved[1]), optional(saved[2]), saved[3], saved[4],
-            optional(saved[5]), optional(saved[6]), optional(saved[7]), optional(saved[8]),
-            saved[9], saved[10], saved[11], has_bias(wanted), wanted.has(kBatchFirst),
-            wanted.has(kReverse), groups(wanted));
-    return wanted.list<SequenceOp>(std::tuple(input, hx, cx, weight_ih, weight_hh, bias,
-                                              second_bias(wanted, bias), weight_hr));
+    const auto found = run_backward<SequenceBackwardOp>(
+        optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
+        optional(grad[4]), saved[0], optional(saved[1]), optional(saved[2]), saved[3], saved[4],
+        optional(saved[5]), optional(saved[6]), optional(saved[7]), optional(saved[8]), saved[9],
+        saved[10], saved[11], has_bias(wanted), wanted.has(kBatchFirst), wanted.has(kReverse),
+        groups(wanted));
+    return wanted.list<SequenceOp>(for_both_biases(wanted, found));
   }
 };
 

@@ -14,6 +14,7 @@
 #include "../ops/lstm_regularized_check.h"
 
 #include "../common/autograd.h"
+#include "../common/call_saving.h"
 
 namespace seqmem::lstm_regularized {
 namespace {
@@ -22,31 +23,42 @@ namespace {
 enum Position { kInput, kHx, kCx, kFirstWeight, kEndWeight = 11 };
 
 struct Regularized : torch::autograd::Function<Regularized> {
-  static variable_list forward(AutogradContext* ctx, In input, Maybe hx, Maybe cx, In weight_ih,
-                               In weight_hh, Maybe bias_ih, Maybe bias_hh, Maybe gain_ih,
-                               Maybe gain_hh, Maybe gain_c, Maybe shift_c, Maybe seed,
-                               double zoneout_h, double zoneout_c, Maybe lengths, Maybe reset,
-                               Maybe batch_sizes, bool batch_first, bool reverse, bool) {
+  template <class... Args>
+  static variable_list forward(AutogradContext* ctx, const Args&... args) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, hy, cy, gates, cells, ih, hh, c, scales] = ForwardOp::call(
-        input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, shift_c,
-        seed, zoneout_h, zoneout_c, lengths, reset, batch_sizes, batch_first, reverse, true);
+    const ForwardInputs in = {args...};
+    auto [output, hy, cy, gates, cells, ih, hh, c, scales] = call_saving<ForwardOp>(args...);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({ih, hh, c, scales});
-    const bool norms = gain_ih.has_value();
+    const bool norms = has_norms(in);
     auto of_norms = [&](const at::Tensor& t) { return norms ? t : at::Tensor(); };
-    ctx->save_for_backward({input,           tensor(hx),      tensor(cx),          weight_ih,
-                            weight_hh,       tensor(bias_ih), tensor(bias_hh),     tensor(gain_ih),
-                            tensor(gain_hh), tensor(gain_c),  tensor(shift_c),     tensor(seed),
-                            tensor(lengths), tensor(reset),   tensor(batch_sizes), output,
-                            gates,           cells,           of_norms(ih),        of_norms(hh),
-                            of_norms(c),     of_norms(scales)});
-    note_present(ctx, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh,
-                 gain_c, shift_c);
-    ctx->saved_data["zoneout_h"] = zoneout_h;
-    ctx->saved_data["zoneout_c"] = zoneout_c;
-    ctx->saved_data["batch_first"] = batch_first;
-    ctx->saved_data["reverse"] = reverse;
+    ctx->save_for_backward({in.input,
+                            tensor(in.hx),
+                            tensor(in.cx),
+                            in.weight_ih,
+                            in.weight_hh,
+                            tensor(in.bias_ih),
+                            tensor(in.bias_hh),
+                            tensor(in.gain_ih),
+                            tensor(in.gain_hh),
+                            tensor(in.gain_c),
+                            tensor(in.shift_c),
+                            tensor(in.seed),
+                            tensor(in.lengths),
+                            tensor(in.reset),
+                            tensor(in.batch_sizes),
+                            output,
+                            gates,
+                            cells,
+                            of_norms(ih),
+                            of_norms(hh),
+                            of_norms(c),
+                            of_norms(scales)});
+    note_present(ctx, args...);
+    ctx->saved_data["zoneout_h"] = in.zoneout_h;
+    ctx->saved_data["zoneout_c"] = in.zoneout_c;
+    ctx->saved_data["batch_first"] = in.batch_first;
+    ctx->saved_data["reverse"] = in.reverse;
     return {output, hy, cy, gates, cells, ih, hh, c, scales};
   }
 

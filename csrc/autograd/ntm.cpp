@@ -10,25 +10,13 @@
 // then dp through the activations, dh += W_p^T dp, the controller's layers as in autograd/lstm.cpp
 // (or dz = dh (1 - h^2)), and the operand's gradient splits into those of x, reads and h before.
 // Weights: dW = dz [operand, 1]^T, summed over all steps and rows at once.
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
 #include "../common/autograd.h"
+#include "../ops/ntm_check.h"
 
 namespace seqmem::ntm {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using Mask = std::array<bool, 4>;
-
-constexpr char kName[] = "seqmem::ntm", kBackwardName[] = "seqmem::ntm_backward";
-using Forward = Op<kName, Tensors<9>(In, In, In, In, In, In, TensorList, In, In, TensorList, Maybe,
-                                     Maybe, std::string_view, int64_t, bool, bool, bool, bool)>;
-using Backward = Op<kBackwardName, std::vector<Tensor>(
-                                       Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In, In, In,
-                                       In, In, In, TensorList, In, In, TensorList, Maybe, Maybe, In,
-                                       In, In, In, std::string_view, int64_t, bool, bool, Mask)>;
 
 // All differentiable arguments in one list, in the order of the backward op's result: input, the
 // state (5), head_weight, head_bias, initial (5 or none), controller.
@@ -40,10 +28,10 @@ struct Sequence : torch::autograd::Function<Sequence> {
                                int64_t shift_range, bool lstm, bool squash) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [features, hidden, cell, memory, weightings, reads, trace, saved, checkpoints] =
-        Forward::call(all[0], all[1], all[2], all[3], all[4], all[5],
-                      all.slice(kInitial + initial_count), all[kHeadWeight], all[kHeadBias],
-                      all.slice(kInitial, initial_count), lengths, reset, heads, shift_range, lstm,
-                      squash, true, true);
+        ForwardOp::call(all[0], all[1], all[2], all[3], all[4], all[5],
+                        all.slice(kInitial + initial_count), all[kHeadWeight], all[kHeadBias],
+                        all.slice(kInitial, initial_count), lengths, reset, heads, shift_range,
+                        lstm, squash, true, true);
     ctx->set_materialize_grads(false);
     variable_list kept = all.vec();
     for (const Tensor& t : {tensor(lengths), tensor(reset), features, trace, saved, checkpoints})
@@ -67,7 +55,7 @@ struct Sequence : torch::autograd::Function<Sequence> {
         any_wanted(ctx, kInput, kState), any_wanted(ctx, kState, kHeadWeight),
         any_wanted(ctx, kHeadWeight, kInitial) || any_wanted(ctx, controller, all.size()),
         any_wanted(ctx, kInitial, controller)};
-    variable_list found = run_backward<Backward>(
+    variable_list found = run_backward<BackwardOp>(
         optional(grad[0]), optional(grad[1]), optional(grad[2]), optional(grad[3]),
         optional(grad[4]), optional(grad[5]), optional(grad[6]), all[0], all[1], all[2], all[3],
         all[4], all[5], all.slice(controller), all[kHeadWeight], all[kHeadBias],
@@ -96,16 +84,16 @@ Tensors<9> autograd(In input, In hidden, In cell, In memory, In weightings, In r
     return {out[0], out[1], out[2], out[3], out[4], out[5], out[6], none(), none()};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return Forward::call(input, hidden, cell, memory, weightings, reads, controller, head_weight,
-                       head_bias, initial, lengths, reset, heads, shift_range, lstm, squash, trace,
-                       save);
+  return ForwardOp::call(input, hidden, cell, memory, weightings, reads, controller, head_weight,
+                         head_bias, initial, lengths, reset, heads, shift_range, lstm, squash,
+                         trace, save);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(seqmem, m) {
   m.impl(kName, torch::dispatch(c10::DispatchKey::Autograd, TORCH_FN(autograd)));
-  autocast<Forward>(m);
+  autocast<ForwardOp>(m);
 }
 
 }  // namespace seqmem::ntm

@@ -12,11 +12,18 @@
 #include "bf16_panels_on_tiles.h"
 #endif
 #include "gemm.h"
+#include "lanes.h"
 
 namespace seqmem {
 namespace {
 
 constexpr auto kNothing = [] {};
+
+// For products of so many rows, or more in several blocks.
+SEQMEM_INLINE void configure(int64_t rows) {
+  tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
+  tiles_fence();
+}
 
 // to[j * stride + i] = from[i][j], 16 x 16 elements of 32 bits.
 SEQMEM_INLINE void transpose_tile(const float (&from)[kBlock][kBlock], float* to, int64_t stride) {
@@ -40,14 +47,6 @@ SEQMEM_INLINE void store_pairs(void* to, const bf16* even, const bf16* odd, int6
                                   odd == nullptr ? Vec<float>{} : load_n(odd + l, lanes));
     __builtin_memcpy(static_cast<uint32_t*>(to) + l, &line, sizeof line);
   }
-}
-
-// v, zero from lane n on: what stands in padding must be finite, for zero times NaN is NaN.
-SEQMEM_INLINE Vec<float> first_lanes(Vec<float> v, int n) {
-  if (n >= kLanes<float>) return v;
-  IntVec<float> lane;
-  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
-  return (Vec<float>)((IntVec<float>)v & (lane < n));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "heads.h"
+#include "heads_check.h"
 #include "kept_blocks.h"
 #include "operand.h"
 #include "scores.h"
@@ -42,14 +43,25 @@ at::Tensor large_result(const at::Tensor& like, std::initializer_list<Int> sizes
   }
 }
 
-// Gradients of q, k and v; empty where not wanted.
-inline Tensors<3> large_gradients(const std::array<bool, 3>& wanted, In q, In k, In v) {
+// The output, and weights where they are needed.
+template <class Int, class Inputs>
+Tensors<2> large_results(const Inputs& in, const HeadSizes<Int>& s,
+                         std::initializer_list<Int> weights) {
+  return {large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv}),
+          in.need_weights ? large_result<Int>(in.q, weights) : at::empty({0}, in.q.options())};
+}
+
+// Gradients of q, k and v; empty where not wanted, zero those of keys that no query sees.
+template <class Inputs>
+Tensors<3> large_gradients(const Inputs& in, bool unseen) {
   auto make = [&](int n, In like) {
-    return wanted[n]
-               ? large_result<int64_t>(q, {like.size(0), like.size(1), like.size(2), like.size(3)})
-               : at::empty({0}, q.options());
+    return in.output_mask[n] ? large_result<int64_t>(
+                                   in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
+                             : at::empty({0}, in.q.options());
   };
-  return {make(0, q), make(1, k), make(2, v)};
+  Tensors<3> out = {make(0, in.q), make(1, in.k), make(2, in.v)};
+  if (unseen) std::get<1>(out).zero_(), std::get<2>(out).zero_();
+  return out;
 }
 
 // Null where there is nothing to write.
@@ -57,6 +69,19 @@ inline void* some_data(const at::Tensor& t) { return t.numel() > 0 ? data(t) : n
 
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {
   return {p, p > 0 ? static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()) : 0};
+}
+
+inline HeadShape head_shape(const HeadSizes<int64_t>& s, const WeightInputs& in) {
+  return {.B = s.B,
+          .Hq = s.Hq,
+          .Hk = s.Hk,
+          .Tq = s.Tq,
+          .Tk = s.Tk,
+          .D = s.D,
+          .Dv = s.Dv,
+          .scale = scale_of(in.scale, s.D),
+          .alpha = in.alpha,
+          .dropout = dropout_of(in.dropout, in.seed)};
 }
 
 }  // namespace seqmem

@@ -23,4 +23,13 @@ struct Dropout {
   uint64_t seed = 0;
 };
 
+// B rows, Hq heads of queries, Hk of keys and values, a divisor of Hq, Tq queries, Tk keys, D and
+// Dv features.
+struct HeadShape {
+  int64_t B, Hq, Hk, Tq, Tk, D, Dv;
+  double scale;
+  double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
+  Dropout dropout;
+};
+
 }  // namespace seqmem

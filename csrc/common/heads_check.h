@@ -8,6 +8,30 @@ namespace seqmem {
 
 using Scale = std::optional<double>;
 
+struct HeadInputs {
+  In q, k, v;
+};
+// How scores become weights.
+struct WeightInputs {
+  Scale scale;
+  double alpha;  // 1: softmax, else entmax's
+  double dropout;
+  Maybe seed;
+};
+template <class Inputs>
+struct ForwardOf : Inputs {
+  bool need_weights;
+};
+// Where all weights are one tensor.
+struct WeightGradients {
+  Maybe grad_output, grad_weights;
+};
+template <class Inputs>
+struct BackwardOf : WeightGradients, Inputs {
+  In weights;
+  std::array<bool, 3> output_mask;
+};
+
 template <class Int>
 struct HeadSizes {
   Int B, Hq, Hk, Tq, Tk, D, Dv;
@@ -35,13 +59,9 @@ HeadSizes<Int> check_heads(const Check<Int>& check, In q, In k, In v) {
 }
 
 template <class Int>
-void check_alpha(const Check<Int>& check, double alpha) {
+void check_weighing(const Check<Int>& check, const WeightInputs& in) {
+  const auto& [scale, alpha, dropout, seed] = in;
   TORCH_CHECK_VALUE(alpha >= 1 && alpha <= 2, check.op(), ": expected alpha in 1..2, got ", alpha);
-}
-
-// The share of weights that is dropped, and what the choice of them depends on.
-template <class Int>
-void check_dropout(const Check<Int>& check, double dropout, Maybe seed) {
   TORCH_CHECK_VALUE(dropout >= 0 && dropout <= 1, check.op(), ": expected dropout in 0..1, got ",
                     dropout);
   TORCH_CHECK_VALUE(dropout == 0 || seed.has_value(), check.op(),

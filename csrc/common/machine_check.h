@@ -1,6 +1,8 @@
 // Checks that the ops of a machine, a controller with a memory of slots, share.
 #pragma once
 
+#include <ATen/OpMathType.h>
+
 #include <string>
 
 #include "check.h"
@@ -61,6 +63,18 @@ void check_initial_size(const Check<Int>& check, at::TensorList initial, size_t 
   TORCH_CHECK_VALUE(initial.size() == parts || (initial.empty() && !reset_given), check.op(),
                     ": expected initial of ", parts, " tensors",
                     reset_given ? " beside reset" : ", or none", ", got ", initial.size());
+}
+
+// What a backward takes of its forward's, `width` values of `saved` a step, and the gradient of
+// features.
+template <class Int, class Inputs>
+void check_saved(const Check<Int>& check, const Sizes<Int>& s, const Inputs& in, const Int& width,
+                 std::initializer_list<Int> checkpoints) {
+  const auto type = at::toOpMathType(in.input.scalar_type());
+  check.operand("features", in.features, {s.T, s.B, s.C + s.R});
+  check.typed("saved", in.saved, type, {s.T, s.B, width});
+  check.typed("checkpoints", in.checkpoints, type, c10::ArrayRef<Int>(checkpoints));
+  check.operand("grad_features", in.grad_features, {s.T, s.B, s.C + s.R});
 }
 
 // Sets s.layers and s.kept, the layers that have a state; s has I, C and R, the values read.

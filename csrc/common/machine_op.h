@@ -70,6 +70,18 @@ class GradientList {
   std::vector<at::Tensor> all_;
 };
 
+inline std::vector<void*> pointers_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<void*> pointers;
+  for (const at::Tensor& t : tensors) pointers.push_back(data(t));
+  return pointers;
+}
+
+// Results of the kernels' type, which is wider where the input has 16 bits.
+inline void to_type_of(const at::Tensor& input, std::initializer_list<at::Tensor*> results) {
+  for (at::Tensor* t : results)
+    if (t->scalar_type() != input.scalar_type()) *t = t->to(input.scalar_type());
+}
+
 // Gives the kernel the gradient of features as it is laid out: it is often expanded from one
 // number. The result must live as long as the kernel runs.
 template <class Backward>

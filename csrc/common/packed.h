@@ -30,6 +30,14 @@ void copy_row(C* to, const S* from, int64_t stride, int64_t n, C factor) {
                                         static_cast<int>(min<int64_t>(n - i, L))));
 }
 
+// to[0..n-1] = factor * row.
+template <class S, class C = compute_t<S>>
+SEQMEM_INLINE void store_scaled(S* to, const C* row, int64_t n, C factor) {
+  constexpr int L = kLanes<C>;
+  for (int64_t i = 0; i < n; i += L)
+    store_n(to + i, factor * load(row + i), static_cast<int>(min<int64_t>(L, n - i)));
+}
+
 // A matrix by its strides, or number n of a table of them (Matrices).
 template <class S>
 struct Rows {
@@ -105,13 +113,6 @@ void pack_columns(C* to, const Rows<S>& m, int64_t rows, int64_t width) {
                            static_cast<int>(min<int64_t>(L, width - start))));
       }
   }
-}
-
-template <class C>
-SEQMEM_INLINE IntVec<C> lane_numbers() {
-  IntVec<C> lanes;
-  for (int i = 0; i < kLanes<C>; ++i) lanes[i] = i;
-  return lanes;
 }
 
 }  // namespace

@@ -22,64 +22,41 @@ namespace {
 constexpr int64_t kBlockRows = kDepth;
 
 template <class S>
-class BackwardRun {
+class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   using C = float;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-  const int64_t block, stride;          // query rows of a block; stride of its float32 rows of keys
-  const int64_t Tk_pad, D_pad, Dv_pad;  // whole blocks of keys, whole panels of features
-  const int64_t grad_stride,
-      row_stride;                        // Dv and Tk in whole blocks of k, the latter and some more
-  const bool has_output, scores_wanted;  // whether dO is there, whether any of dQ, dK, dmask is
+  // Query rows of a block; stride of its float32 rows of keys
+  const int64_t block = min(kBlockRows, s.Tq);
+  const int64_t stride = score_stride<C>(ceil_div(s.Tk, kPanel) * kPanel);
+  // Whole blocks of keys, whole panels of features
+  const int64_t Tk_pad = ceil_div(s.Tk, kDepth) * kDepth, D_pad = ceil_div(s.D, kPanel) * kPanel;
+  const int64_t Dv_pad = ceil_div(s.Dv, kPanel) * kPanel;
+  // Dv and Tk in whole blocks of k, the latter and some more
+  const int64_t grad_stride = ceil_div(s.Dv, kDepth) * kDepth, row_stride = Tk_pad + kDepth;
+  // Whether dO is there, whether any of dQ, dK, dmask is
+  const bool has_output = a.grad_output.data != nullptr;
+  const bool scores_wanted =
+      a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr;
 
-  // Shared: dkey and dvalue of every task, [N, groups, Tk_pad, D_pad or Dv_pad], if a batch has
-  // several.
-  C *all_dkey, *all_dvalue;
+  KeySums<S> of_keys{s, plan, a.grad_key, s.D, D_pad, Tk_pad};
+  KeySums<S> of_values{s, plan, a.grad_value, s.Dv, Dv_pad, Tk_pad};
   // This thread's own.
-  Panels value_panels, key_panels;   // of a batch
-  Panels grad_pairs, query_pairs;    // of a block, one block of k
+  Panels value_panels{nullptr, grad_stride / kDepth, is_wide(block)};  // of a batch
+  Panels key_panels{nullptr, Tk_pad / kDepth, is_wide(block)};
+  Panels grad_pairs{nullptr, 1, is_wide(kDepth)}, query_pairs = grad_pairs;  // of a block
   S* grads;                          // of a block: [block, grad_stride]
   S *weights, *slopes, *transposed;  // [block, row_stride] twice, [Tk_pad, 32]
   C *scores, *out;                   // [block, stride], [block, D_pad]
   C* mask_copy;                      // [block, stride]
-  C *dkey, *dvalue;                  // of the task
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
-              SpinBarrier& barrier)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        block(min(kBlockRows, s.Tq)),
-        stride(score_stride<C>(ceil_div(s.Tk, kPanel) * kPanel)),
-        Tk_pad(ceil_div(s.Tk, kDepth) * kDepth),
-        D_pad(ceil_div(s.D, kPanel) * kPanel),
-        Dv_pad(ceil_div(s.Dv, kPanel) * kPanel),
-        grad_stride(ceil_div(s.Dv, kDepth) * kDepth),
-        row_stride(Tk_pad + kDepth),
-        has_output(a.grad_output.data != nullptr),
-        scores_wanted(a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr) {
-    const bool wide = is_wide(block), wide_keys = is_wide(kDepth);
-    value_panels = {nullptr, grad_stride / kDepth, wide};
-    key_panels = {nullptr, Tk_pad / kDepth, wide};
-    grad_pairs = query_pairs = {nullptr, 1, wide_keys};
-  }
+  using KernelRun<Backward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
-    const int64_t key_size = a.grad_key != nullptr ? Tk_pad * D_pad : 0;
-    const int64_t value_size = a.grad_value != nullptr ? Tk_pad * Dv_pad : 0;
-    const int64_t tasks = plan.groups > 1 ? s.N * plan.groups : 0;
-    all_dkey = take.array<C>(tasks * key_size);
-    all_dvalue = take.array<C>(tasks * value_size);
+    of_keys.place(take);
+    of_values.place(take);
     take.per_thread(thread, threads, [&] {
       value_panels.data = take.array<S>(ceil_div(s.Tk, kPanel) * kPanel * grad_stride);
       key_panels.data = take.array<S>(D_pad * Tk_pad);
@@ -92,8 +69,8 @@ class BackwardRun {
       scores = take.array<C>(block * stride);
       out = take.array<C>(block * D_pad);
       mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
-      dkey = take.array<C>(plan.groups > 1 ? 0 : key_size);
-      dvalue = take.array<C>(plan.groups > 1 ? 0 : value_size);
+      of_keys.place_own(take);
+      of_values.place_own(take);
     });
     return take.used();
   }
@@ -108,44 +85,23 @@ class BackwardRun {
         if (a.grad_query != nullptr)
           pack_as_rows(key_panels, Rows<S>(a.key, packed), s.Tk, s.D, D_pad / kPanel);
       }
-      if (plan.groups > 1) {
-        const int64_t index = task.n * plan.groups + task.group;
-        dkey = all_dkey + index * Tk_pad * D_pad;
-        dvalue = all_dvalue + index * Tk_pad * Dv_pad;
+      for (KeySums<S>* each : {&of_keys, &of_values}) {
+        each->enter(task);
+        each->clear();
       }
-      if (a.grad_key != nullptr) __builtin_memset(dkey, 0, Tk_pad * D_pad * sizeof(C));
-      if (a.grad_value != nullptr) __builtin_memset(dvalue, 0, Tk_pad * Dv_pad * sizeof(C));
       for (int64_t i = task.begin; i < task.end; i += block)
         run_block(task.n, i, min(block, task.end - i));
-      if (plan.groups == 1) store_sums(task.n, task.n * s.Tk, (task.n + 1) * s.Tk, dkey, dvalue);
+      of_keys.store_task(task.n, C(s.scale));
+      of_values.store_task(task.n);
     }
     tiles_release();
     if (plan.groups == 1) return;
     barrier.wait();
-    const Share mine = share(s.N * s.Tk, thread, threads);
-    store_sums(0, mine.begin, mine.end, all_dkey, all_dvalue);
+    of_keys.store_all(thread, threads, C(s.scale));
+    of_values.store_all(thread, threads);
   }
 
  private:
-  // Gradients of keys begin..end-1 of all batches' = factor * the sum over the groups, in their
-  // order; `sums` begins with batch `first`.
-  void store_keys(S* to, const C* sums, int64_t first, int64_t begin, int64_t end, int64_t width,
-                  int64_t width_pad, C factor) const {
-    for (int64_t row = begin; to != nullptr && row < end; ++row) {
-      const int64_t place = (row / s.Tk - first) * plan.groups * Tk_pad + row % s.Tk;
-      const C* from = sums + place * width_pad;
-      for (int64_t j = 0; j < width; j += L) {
-        Vec<C> total = load(from + j);
-        for (int64_t g = 1; g < plan.groups; ++g) total += load(from + g * Tk_pad * width_pad + j);
-        store_n(to + row * width + j, factor * total, static_cast<int>(min<int64_t>(L, width - j)));
-      }
-    }
-  }
-  void store_sums(int64_t first, int64_t begin, int64_t end, const C* of_key, const C* of_value) {
-    store_keys(static_cast<S*>(a.grad_key), of_key, first, begin, end, s.D, D_pad, C(s.scale));
-    store_keys(static_cast<S*>(a.grad_value), of_value, first, begin, end, s.Dv, Dv_pad, C(1));
-  }
-
   void run_block(int64_t n, int64_t i, int64_t rows) {
     const int64_t keys = visible_keys(s, i + rows), whole = ceil_div(keys, kDepth) * kDepth;
     const Rows<S> query(a.query, n), grad_output(a.grad_output, n);
@@ -158,7 +114,7 @@ class BackwardRun {
       copy_left(grads, grad_stride, grad_output, i, rows, s.Dv, grad_stride);
       if (a.grad_value != nullptr) {
         pack_as_rows(grad_pairs, part_of(grad_output, i), rows, s.Dv, Dv_pad / kPanel);
-        add_products(weights, rows, whole, grad_pairs, dvalue, Dv_pad);
+        add_products(weights, rows, whole, grad_pairs, of_values.sums, Dv_pad);
       }
     }
     if (!scores_wanted) return;
@@ -182,22 +138,17 @@ class BackwardRun {
                      out + p * kPanel, D_pad, kNothing);
       for (int64_t r = 0; r < rows; ++r) {
         C* row = out + r * D_pad;
-        for (int64_t j = 0; j < D_pad; j += L) store(row + j, C(s.scale) * load(row + j));
-        store_row(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, row, s.D);
+        store_scaled(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, row, s.D,
+                     C(s.scale));
       }
     }
     if (a.grad_key != nullptr) {
       pack_as_rows(query_pairs, part_of(query, i), rows, s.D, D_pad / kPanel);
-      add_products(slopes, rows, whole, query_pairs, dkey, D_pad);
+      add_products(slopes, rows, whole, query_pairs, of_keys.sums, D_pad);
     }
   }
 
   static Rows<S> part_of(const Rows<S>& m, int64_t row) { return {m.row(row), m.rows, m.columns}; }
-
-  static void configure(int64_t rows) {
-    tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
-    tiles_fence();
-  }
 
   // to[keys, width_pad] += left^T right, left [rows, whole blocks of keys].
   void add_products(const S* left, int64_t rows, int64_t keys, const Panels& right, C* to,

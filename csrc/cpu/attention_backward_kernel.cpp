@@ -27,53 +27,33 @@ namespace {
 constexpr int64_t kBlockBytes = 400 << 10;
 
 template <class S>
-class BackwardRun {
+class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-  const int64_t block, stride;  // query rows of a block; stride of its rows of keys
-  const int64_t D_pad, Dv_pad;
-  const bool has_output, scores_wanted;  // whether dO is there, whether any of dQ, dK, dmask is
-  const bool sparse;                     // entmax
+  // Query rows of a block; stride of its rows of keys
+  const int64_t block = block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, kMaxRows);
+  const int64_t stride = score_stride<C>(s.Tk), D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  // Whether dO is there, whether any of dQ, dK, dmask is
+  const bool has_output = a.grad_output.data != nullptr;
+  const bool scores_wanted =
+      a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr;
+  const bool sparse = s.alpha != 1;  // entmax
 
-  // Shared: dkey and dvalue of every task, [N, groups, Tk, D_pad or Dv_pad], if a batch has
-  // several.
-  C *all_dkey, *all_dvalue;
+  KeySums<S> of_keys{s, plan, a.grad_key, s.D, D_pad, s.Tk};
+  KeySums<S> of_values{s, plan, a.grad_value, s.Dv, Dv_pad, s.Tk};
   // This thread's own.
   C *value_panels, *key_panels, *value_rows, *key_rows;
   int64_t *at, in_panels = -1, in_rows = -1;  // keys of a row that have a weight; copied batches
   C *queries, *grads, *weights, *slopes, *out, *mask_copy;  // of a block
-  C *task_dkey, *task_dvalue;                               // [Tk, D_pad], [Tk, Dv_pad]
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
-              SpinBarrier& barrier)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        block(block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, kMaxRows)),
-        stride(score_stride<C>(s.Tk)),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        has_output(a.grad_output.data != nullptr),
-        scores_wanted(a.grad_query != nullptr || a.grad_key != nullptr || a.grad_mask != nullptr),
-        sparse(s.alpha != 1) {}
+  using KernelRun<Backward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
-    const int64_t key_size = a.grad_key != nullptr ? s.Tk * D_pad : 0;
-    const int64_t value_size = a.grad_value != nullptr ? s.Tk * Dv_pad : 0;
-    const bool shared = plan.groups > 1;
-    all_dkey = take.array<C>(shared ? s.N * plan.groups * key_size : 0);
-    all_dvalue = take.array<C>(shared ? s.N * plan.groups * value_size : 0);
+    of_keys.place(take);
+    of_values.place(take);
     take.per_thread(thread, threads, [&] {
       value_panels = take.array<C>(has_output && scores_wanted ? padded<C>(s.Tk) * s.Dv : 0);
       key_panels = take.array<C>(a.grad_query != nullptr ? s.Tk * D_pad : 0);
@@ -86,8 +66,8 @@ class BackwardRun {
       slopes = take.array<C>(block * stride);
       out = take.array<C>(block * D_pad);
       mask_copy = take.array<C>(copies_mask<S>(s, a.mask) ? block * stride : 0);
-      task_dkey = take.array<C>(shared ? 0 : key_size);
-      task_dvalue = take.array<C>(shared ? 0 : value_size);
+      of_keys.place_own(take);
+      of_values.place_own(take);
     });
     return take.used();
   }
@@ -95,21 +75,19 @@ class BackwardRun {
   void run() {
     Task task;
     while (take_task(s, plan, block, task)) {
-      if (plan.groups > 1) {
-        const int64_t index = task.n * plan.groups + task.group;
-        task_dkey = all_dkey + index * s.Tk * D_pad;
-        task_dvalue = all_dvalue + index * s.Tk * Dv_pad;
-      }
+      of_keys.enter(task);
+      of_values.enter(task);
       // Under a causal mask a block adds only to the keys that it sees.
       if (s.causal || task.begin == task.end) clear_sums();
       for (int64_t i = task.begin; i < task.end; i += block)
         run_block(task.n, i, min(block, task.end - i), i == task.begin && !s.causal);
-      if (plan.groups == 1) store_sums(task.n);
+      of_keys.store_task(task.n);
+      of_values.store_task(task.n);
     }
     if (plan.groups == 1) return;
     barrier.wait();
-    add_groups(static_cast<S*>(a.grad_key), all_dkey, s.D, D_pad);
-    add_groups(static_cast<S*>(a.grad_value), all_dvalue, s.Dv, Dv_pad);
+    of_keys.store_all(thread, threads);
+    of_values.store_all(thread, threads);
   }
 
  private:
@@ -129,32 +107,8 @@ class BackwardRun {
   }
 
   void clear_sums() {
-    if (a.grad_key != nullptr) __builtin_memset(task_dkey, 0, s.Tk * D_pad * sizeof(C));
-    if (a.grad_value != nullptr) __builtin_memset(task_dvalue, 0, s.Tk * Dv_pad * sizeof(C));
-  }
-
-  void store_sums(int64_t n) {
-    for (int64_t k = 0; k < s.Tk; ++k) {
-      if (a.grad_key != nullptr)
-        store_row(static_cast<S*>(a.grad_key) + (n * s.Tk + k) * s.D, task_dkey + k * D_pad, s.D);
-      if (a.grad_value != nullptr)
-        store_row(static_cast<S*>(a.grad_value) + (n * s.Tk + k) * s.Dv, task_dvalue + k * Dv_pad,
-                  s.Dv);
-    }
-  }
-
-  // to[n][k] = the sum over the groups, in their order; keys are shared out to the threads.
-  void add_groups(S* to, const C* sums, int64_t width, int64_t width_pad) {
-    if (to == nullptr) return;
-    const Share mine = share(s.N * s.Tk, thread, threads);
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
-      const C* from = sums + (row / s.Tk * plan.groups * s.Tk + row % s.Tk) * width_pad;
-      for (int64_t j = 0; j < width_pad; j += L) {
-        Vec<C> total = load(from + j);
-        for (int64_t g = 1; g < plan.groups; ++g) total += load(from + g * s.Tk * width_pad + j);
-        store_n(to + row * width + j, total, static_cast<int>(min<int64_t>(L, width - j)));
-      }
-    }
+    of_keys.clear();
+    of_values.clear();
   }
 
   void run_block(int64_t n, int64_t i, int64_t rows, bool first) {
@@ -186,10 +140,10 @@ class BackwardRun {
       }
     }
     if (a.grad_value != nullptr && has_output) {
-      matrix_multiply<true>(keys, rows, Dv_pad, weights, stride, grads, Dv_pad, task_dvalue,
+      matrix_multiply<true>(keys, rows, Dv_pad, weights, stride, grads, Dv_pad, of_values.sums,
                             !first);
     } else if (first) {
-      if (a.grad_value != nullptr) __builtin_memset(task_dvalue, 0, s.Tk * Dv_pad * sizeof(C));
+      of_values.clear();
     }
     if (!scores_wanted) return;
     if (has_output)
@@ -206,12 +160,13 @@ class BackwardRun {
       multiply_packed_columns(rows, keys, D_pad, slopes, stride, key_panels, s.Tk, out, D_pad);
       for (int64_t r = 0; r < rows; ++r) {
         C* row = out + r * D_pad;
-        for (int64_t j = 0; j < D_pad; j += L) store(row + j, C(s.scale) * load(row + j));
-        store_row(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, row, s.D);
+        store_scaled(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, row, s.D,
+                     C(s.scale));
       }
     }
     if (a.grad_key != nullptr)
-      matrix_multiply<true>(keys, rows, D_pad, slopes, stride, queries, D_pad, task_dkey, !first);
+      matrix_multiply<true>(keys, rows, D_pad, slopes, stride, queries, D_pad, of_keys.sums,
+                            !first);
   }
 
   const S* weights_of(int64_t n, int64_t i) const {
@@ -229,7 +184,7 @@ class BackwardRun {
     const C *query = queries + r * D_pad, *grad = grads + r * Dv_pad;
     const int64_t count = find_weights(weights_of(n, i + r), keys, at, weight);
     if (a.grad_value != nullptr && has_output)
-      scatter_add(count, at, weight, grad, Dv_pad, task_dvalue);
+      scatter_add(count, at, weight, grad, Dv_pad, of_values.sums);
     if (!scores_wanted) return;
     if (has_output) {
       gather_dots(count, at, grad, value_rows, Dv_pad, slope);
@@ -252,10 +207,9 @@ class BackwardRun {
     }
     if (a.grad_query != nullptr) {
       gather_sum(count, at, slope, key_rows, D_pad, out);
-      for (int64_t j = 0; j < D_pad; j += L) store(out + j, C(s.scale) * load(out + j));
-      store_row(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, out, s.D);
+      store_scaled(static_cast<S*>(a.grad_query) + (n * s.Tq + i + r) * s.D, out, s.D, C(s.scale));
     }
-    if (a.grad_key != nullptr) scatter_add(count, at, slope, query, D_pad, task_dkey);
+    if (a.grad_key != nullptr) scatter_add(count, at, slope, query, D_pad, of_keys.sums);
   }
 
   // slopes -> dS, from dO V^T where there is a dO.

@@ -1,6 +1,8 @@
 // What attention's forward and backward kernels share: products with packed operands, masks.
 #pragma once
 
+#include "../common/kernel_run.h"
+#include "../common/lanes.h"
 #include "../common/packed.h"
 #include "attention_kernel.h"
 
@@ -163,6 +165,68 @@ SEQMEM_INLINE bool take_task(const Shape& s, const Plan& plan, int64_t block, Ta
           min(blocks * (g + 1) / plan.groups * block, s.Tq)};
   return true;
 }
+
+// The gradient [N, Tk, width] of keys or values: sums over a task's queries, each task's own where
+// a batch has several. Rows are `stride` apart, and `keys` of them in a task; `to` is null where
+// the gradient is not wanted.
+template <class S>
+class KeySums {
+  using C = compute_t<S>;
+  static constexpr int L = kLanes<C>;
+
+  const Shape& s;
+  const int64_t groups;
+  S* const to;
+  const int64_t width, stride, keys;
+  C* all;  // [N, groups, keys, stride], shared
+
+ public:
+  C* sums;  // [keys, stride], of the task at hand
+
+  KeySums(const Shape& s, const Plan& plan, void* to, int64_t width, int64_t stride, int64_t keys)
+      : s(s),
+        groups(plan.groups),
+        to(static_cast<S*>(to)),
+        width(width),
+        stride(stride),
+        keys(keys) {}
+
+  explicit operator bool() const { return to != nullptr; }
+
+  void place(Carver& take) { all = take.array<C>(groups > 1 && to ? s.N * groups * size() : 0); }
+  void place_own(Carver& take) { sums = take.array<C>(groups > 1 || !to ? 0 : size()); }
+
+  void enter(const Task& task) {
+    if (groups > 1) sums = all + (task.n * groups + task.group) * size();
+  }
+  void clear() {
+    if (to) __builtin_memset(sums, 0, size() * sizeof(C));
+  }
+
+  // Batch n's, by its only task.
+  void store_task(int64_t n, C factor = 1) const {
+    if (groups == 1) store({n * s.Tk, (n + 1) * s.Tk}, n, sums, factor);
+  }
+  // One thread's share of all batches', after a barrier.
+  void store_all(int thread, int threads, C factor = 1) const {
+    store(share(s.N * s.Tk, thread, threads), 0, all, factor);
+  }
+
+ private:
+  int64_t size() const { return keys * stride; }
+
+  // factor * the sum over the groups, in their order; `from` begins with batch `first`.
+  void store(Share rows, int64_t first, const C* from, C factor) const {
+    for (int64_t row = rows.begin; to != nullptr && row < rows.end; ++row) {
+      const C* part = from + (row / s.Tk - first) * groups * size() + row % s.Tk * stride;
+      for (int64_t j = 0; j < width; j += L) {
+        Vec<C> total = load(part + j);
+        for (int64_t g = 1; g < groups; ++g) total += load(part + g * size() + j);
+        store_n(to + row * width + j, factor * total, static_cast<int>(min<int64_t>(L, width - j)));
+      }
+    }
+  }
+};
 
 // Keys that queries before `end` may see.
 SEQMEM_INLINE int64_t visible_keys(const Shape& s, int64_t end) {

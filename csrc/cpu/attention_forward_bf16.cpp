@@ -19,43 +19,30 @@ constexpr int64_t kBlockBytes = 256 << 10;  // of score rows
 constexpr int64_t kPastCaches = 8 << 20;    // bytes of weights from which on they bypass the caches
 
 template <class S>
-class ForwardRun {
+class ForwardRun : KernelRun<Forward, ThreadOf<Shape, Plan>> {
   using C = float;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  const int64_t block, stride;                // query rows of a block; stride of score rows
-  const int64_t query_stride, weight_stride;  // D and Tk in whole blocks of k, and some more
-  const int64_t key_panel_count, value_panel_count;
-  const bool past_caches;
+  // Query rows of a block; stride of score rows
+  const int64_t block = block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMostRows);
+  const int64_t stride = score_stride<C>(ceil_div(s.Tk, kPanel) * kPanel);
+  // D and Tk in whole blocks of k, and some more
+  const int64_t query_stride = ceil_div(s.D, kDepth) * kDepth;
+  const int64_t weight_stride = ceil_div(s.Tk, kDepth) * kDepth + kDepth;
+  const int64_t key_panel_count = ceil_div(s.Tk, kPanel);
+  const int64_t value_panel_count = ceil_div(s.Dv, kPanel);
+  const bool past_caches = s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches &&
+                           s.Tk % kDepth == 0 &&
+                           reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0;
 
-  Panels key_panels, value_panels;
+  Panels key_panels{nullptr, query_stride / kDepth, is_wide(block)};
+  Panels value_panels{nullptr, ceil_div(s.Tk, kDepth), is_wide(block)};
   S *queries, *weights;  // of a block: [block, query_stride], [block, weight_stride]
   C *scores, *out;       // [block, stride], [block, value_panel_count][64]
   C* mask_copy;          // [block, stride]
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMostRows)),
-        stride(score_stride<C>(ceil_div(s.Tk, kPanel) * kPanel)),
-        query_stride(ceil_div(s.D, kDepth) * kDepth),
-        weight_stride(ceil_div(s.Tk, kDepth) * kDepth + kDepth),
-        key_panel_count(ceil_div(s.Tk, kPanel)),
-        value_panel_count(ceil_div(s.Dv, kPanel)),
-        past_caches(s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % kDepth == 0 &&
-                    reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {
-    key_panels = {nullptr, query_stride / kDepth, is_wide(block)};
-    value_panels = {nullptr, ceil_div(s.Tk, kDepth), is_wide(block)};
-  }
+  using KernelRun<Forward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -95,8 +82,7 @@ class ForwardRun {
       mask_rows<S>(mask, a.mask, s.mask, n, i, rows, keys, mask_copy, stride);
     copy_left(queries, query_stride, Rows<S>(a.query, n), i, rows, s.D, query_stride);
     const RowGroup group = row_group(0, rows, key_panels.wide);
-    tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
-    tiles_fence();
+    configure(rows);
     for (int64_t p = 0; p < ceil_div(keys, kPanel); ++p)
       sum_products(group, {{key_panels, p, queries, query_stride, key_panels.depth}}, nullptr, 0,
                    scores + p * kPanel, stride, kNothing);

@@ -149,18 +149,18 @@ void multiply_in_place(int64_t rows, int64_t K, int64_t width, const C* a, int64
 }
 
 template <class S>
-class ForwardRun {
+class ForwardRun : KernelRun<Forward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  const int64_t block, stride;  // query rows of a block; stride of score rows
-  const int64_t D_pad, Dv_pad;
-  const bool sparse;  // entmax
-  const bool values_in_place, past_caches;
+  // Query rows of a block; stride of score rows
+  const int64_t block = block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMaxForwardRows);
+  const int64_t stride = score_stride<C>(s.Tk), D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  const bool sparse = s.alpha != 1;  // entmax
+  const bool values_in_place = !sparse && std::is_same_v<S, C> && a.value.columns == 1 &&
+                               s.Dv >= L && !(s.Tq >= kRowsWorthPacking && s.Dv % (4 * L) == 0);
+  const bool past_caches = s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % L == 0 &&
+                           reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0;
 
   C *key_panels, *value_panels, *value_rows;
   C *queries, *scores, *out;  // of a block: [block, D_pad], [block, stride], [block, Dv_pad]
@@ -171,22 +171,7 @@ class ForwardRun {
   int64_t weights;            // of a block that are not zero
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        block(block_rows<C>(s.Tq, s.Tk, 1, kBlockBytes, kMaxForwardRows)),
-        stride(score_stride<C>(s.Tk)),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        sparse(s.alpha != 1),
-        values_in_place(!sparse && std::is_same_v<S, C> && a.value.columns == 1 && s.Dv >= L &&
-                        !(s.Tq >= kRowsWorthPacking && s.Dv % (4 * L) == 0)),
-        past_caches(s.N * s.Tq * s.Tk * int64_t(sizeof(S)) >= kPastCaches && s.Tk % L == 0 &&
-                    reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {}
+  using KernelRun<Forward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -260,8 +245,7 @@ class ForwardRun {
         store(to + s.Dv - L, inverse[r] * load(row + Dv_pad - L));
         for (int64_t j = 0; j + L <= s.Dv; j += L) store(to + j, inverse[r] * load(row + j));
       } else {
-        for (int64_t j = 0; j < Dv_pad; j += L) store(row + j, inverse[r] * load(row + j));
-        store_row(to, row, s.Dv);
+        store_scaled(to, row, s.Dv, inverse[r]);
       }
     }
   }

@@ -18,39 +18,23 @@ namespace {
 constexpr int64_t kBlockBytes = 160 << 10;
 
 template <class S>
-class BackwardRun {
+class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-  const int64_t D_pad, Dv_pad, Bk_pad, stride;
-  const bool has_output;  // whether dO is there
+  const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  const int64_t Bk_pad = padded<C>(min(s.Bk, s.Tk));
+  const int64_t stride = score_stride<C>(s.lists.longest * Bk_pad);
+  const bool has_output = a.grad_output.data != nullptr;  // whether dO is there
 
-  PackedBlocks packed;
+  PackedBlocks packed{s, Bk_pad * (D_pad + s.Dv) * int64_t(sizeof(C))};
   C *keys, *values;                             // of packed blocks
   C *queries, *grads, *weights, *slopes, *out;  // of a tile
   C *block_weights, *dkey, *dvalue;             // of a key block
   Ranges t;
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
-              SpinBarrier& barrier)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        Bk_pad(padded<C>(min(s.Bk, s.Tk))),
-        stride(score_stride<C>(s.lists.longest * Bk_pad)),
-        has_output(a.grad_output.data != nullptr),
-        packed(s, Bk_pad * (D_pad + s.Dv) * int64_t(sizeof(C))) {}
+  using KernelRun<Backward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     const int64_t rows = min(kMaxRows, s.Bq);
@@ -151,9 +135,8 @@ class BackwardRun {
     }
     for (int64_t r = 0; r < rows; ++r) {
       C* row = out + r * D_pad;
-      for (int64_t j = 0; j < D_pad; j += L) store(row + j, C(s.scale) * load(row + j));
       const int64_t to = (b * s.Hq + h) * s.Tq + first + r;
-      store_row(static_cast<S*>(a.grad_q) + to * s.D, row, s.D);
+      store_scaled(static_cast<S*>(a.grad_q) + to * s.D, row, s.D, C(s.scale));
     }
   }
 

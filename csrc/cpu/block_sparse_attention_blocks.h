@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common/dropout.h"
+#include "../common/kernel_run.h"
 #include "../common/normalizer_rows.h"
 #include "block_sparse_attention_kernel.h"
 

@@ -16,37 +16,24 @@ constexpr int64_t kForwardRows = 32, kBlockBytes = 192 << 10;
 constexpr int64_t kPastCaches = 8 << 20;  // bytes of weights from which on they bypass the caches
 
 template <class S>
-class ForwardRun {
+class ForwardRun : KernelRun<Forward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  const int64_t D_pad, Dv_pad, Bk_pad, stride;
-  const bool past_caches;
+  const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  const int64_t Bk_pad = padded<C>(min(s.Bk, s.Tk));
+  const int64_t stride = score_stride<C>(s.lists.longest * Bk_pad);
+  const bool past_caches = s.B * s.Hq * s.N * s.Bq * s.Bk * int64_t(sizeof(S)) >= kPastCaches &&
+                           s.Bk % L == 0 &&
+                           reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0;
 
-  PackedBlocks packed;
+  PackedBlocks packed{s, Bk_pad * (s.D + Dv_pad) * int64_t(sizeof(C))};
   C *keys, *values;           // of packed blocks
   C *queries, *scores, *out;  // of a tile
   char* line_buffer;
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        Bk_pad(padded<C>(min(s.Bk, s.Tk))),
-        stride(score_stride<C>(s.lists.longest * Bk_pad)),
-        past_caches(s.B * s.Hq * s.N * s.Bq * s.Bk * int64_t(sizeof(S)) >= kPastCaches &&
-                    s.Bk % L == 0 && reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0),
-        packed(s, Bk_pad * (s.D + Dv_pad) * int64_t(sizeof(C))) {}
+  using KernelRun<Forward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     const int64_t rows = min(kForwardRows, s.Bq);
@@ -140,9 +127,8 @@ class ForwardRun {
     }
     for (int64_t r = 0; r < rows; ++r) {
       C* row = out + r * Dv_pad;
-      for (int64_t j = 0; j < Dv_pad; j += L) store(row + j, inverse[r] * load(row + j));
       const int64_t to = (b * s.Hq + h) * s.Tq + first + r;
-      store_row(static_cast<S*>(a.output) + to * s.Dv, row, s.Dv);
+      store_scaled(static_cast<S*>(a.output) + to * s.Dv, row, s.Dv, inverse[r]);
     }
   }
 

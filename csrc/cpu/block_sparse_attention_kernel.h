@@ -1,7 +1,6 @@
 // Block-sparse attention's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
-// Letters: B rows, Hq heads of queries, Hk of keys and values, a divisor of Hq, Tq queries, Tk
-// keys, D and Dv features, N listed blocks of Bq queries by Bk keys, in nQ rows and nK columns.
+// Letters: HeadShape's, N listed blocks of Bq queries by Bk keys, in nQ rows and nK columns.
 #pragma once
 
 #include <cstdint>
@@ -23,14 +22,11 @@ struct Lists {
   int64_t longest;  // most blocks of one query block
 };
 
-struct Shape {
-  int64_t B, Hq, Hk, Tq, Tk, D, Dv, N, Bq, Bk, nQ, nK;
+struct Shape : HeadShape {
+  int64_t N, Bq, Bk, nQ, nK;
   Lists lists;
   bool is_causal;  // query i sees no key after key i
   Bounds end;      // and keys 0..end-1 alone
-  double scale;
-  double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
-  Dropout dropout;
 };
 
 // How the work of one call is divided among the threads.

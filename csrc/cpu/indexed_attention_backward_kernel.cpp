@@ -13,33 +13,18 @@ namespace {
 constexpr int64_t kGathered = 64;  // rows of a sum whose addresses are found at once
 
 template <class S>
-class BackwardRun {
+class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-  const int64_t D_pad, Dv_pad;
-  const bool has_output;  // whether dO is there
+  const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  const bool has_output = a.grad_output.data != nullptr;  // whether dO is there
 
   Named<S> keys, values;
   C *grad, *weights, *slopes, *out, *dvalue;
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
-              SpinBarrier& barrier)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        has_output(a.grad_output.data != nullptr) {}
+  using KernelRun<Backward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -116,8 +101,7 @@ class BackwardRun {
     if (a.grad_q == nullptr) return;
     __builtin_memset(out, 0, D_pad * sizeof(C));
     add_rows<S>(out, n, slopes, keys.rows, s.D);
-    for (int64_t x = 0; x < D_pad; x += L) store(out + x, C(s.scale) * load(out + x));
-    store_row(static_cast<S*>(a.grad_q) + row * s.D, out, s.D);
+    store_scaled(static_cast<S*>(a.grad_q) + row * s.D, out, s.D, C(s.scale));
   }
 
   void run_key(int64_t b, int64_t head, int64_t j) {
@@ -147,8 +131,7 @@ class BackwardRun {
       }
     }
     if (a.grad_k != nullptr) {
-      for (int64_t x = 0; x < D_pad; x += L) store(out + x, C(s.scale) * load(out + x));
-      store_row(static_cast<S*>(a.grad_k) + row * s.D, out, s.D);
+      store_scaled(static_cast<S*>(a.grad_k) + row * s.D, out, s.D, C(s.scale));
     }
     if (a.grad_v != nullptr) store_row(static_cast<S*>(a.grad_v) + row * s.Dv, dvalue, s.Dv);
   }

@@ -9,30 +9,18 @@ namespace seqmem::indexed_attention {
 namespace {
 
 template <class S>
-class ForwardRun {
+class ForwardRun : KernelRun<Forward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  const int64_t D_pad, Dv_pad;
+  const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
 
   Named<S> keys, values;
   C *query, *scores, *out;
   char* line_buffer;
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)) {}
+  using KernelRun<Forward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);

@@ -1,7 +1,6 @@
 // Indexed attention's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
-// Letters: B rows, Hq heads of queries, Hk of keys and values, a divisor of Hq, Tq queries, Tk
-// keys, D and Dv features, C places of a query's list of keys.
+// Letters: HeadShape's, C places of a query's list of keys.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +10,10 @@
 
 namespace seqmem::indexed_attention {
 
-struct Shape {
-  int64_t B, Hq, Hk, Tq, Tk, D, Dv, C;
+struct Shape : HeadShape {
+  int64_t C;
   // Row b and head h read the lists number b * row + h * head.
   int64_t lists, row, head;
-  double scale;
-  double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
-  Dropout dropout;
 };
 
 // The first tasks that no thread has taken yet, of each pass; 0 at the start.

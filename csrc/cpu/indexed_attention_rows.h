@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/dropout.h"
+#include "../common/kernel_run.h"
 #include "../common/normalizer_rows.h"
 #include "indexed_attention_kernel.h"
 

@@ -20,12 +20,12 @@ namespace {
 
 constexpr int64_t kKeys = 512, kWord = 64;  // scores that are compared at once
 constexpr int64_t kRoom = 4, kGroups = 2;   // room, and groups, for so many times the chosen
-constexpr int64_t kKeptBytes =
-    1 << 20;                      // packed keys of a head are kept for its next task up to here
+// Packed keys of a head are kept for its next task if they are at most so many bytes.
+constexpr int64_t kKeptBytes = 1 << 20;
 constexpr int64_t kRanked = 256;  // up to so many are sorted by counting, for each, those before it
 
 template <class S>
-class SelectionRun {
+class SelectionRun : KernelRun<Selection, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   using Order = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
   static constexpr int L = kLanes<C>;
@@ -33,12 +33,9 @@ class SelectionRun {
   static constexpr Order kMost = Order(~(uint64_t(1) << kSign)), kLeast = -kMost - 1;
   static_assert(kQueriesOfTask <= kMaxRows);
 
-  const Shape& s;
-  const Plan& plan;
-  const Selection& a;
-  const int thread, threads;
-  const int64_t D_pad, stride, room;
-  const bool keeps_panels;
+  const int64_t D_pad = padded<C>(s.D), stride = score_stride<C>(min(kKeys, s.Tk));
+  const int64_t room = padded<C>(kRoom * a.count) + kWord + L;
+  const bool keeps_panels = padded<C>(s.Tk) * s.D * int64_t(sizeof(C)) <= kKeptBytes;
   int64_t packed_head = -1, packed = 0;  // whose keys are packed, and how many
 
   C *panels, *queries, *scores;
@@ -49,17 +46,7 @@ class SelectionRun {
   bool above[kQueriesOfTask];  // once the bound's equals would be too many: it is above
 
  public:
-  SelectionRun(const Shape& s, const Plan& plan, const Selection& a, int thread, int threads,
-               SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        D_pad(padded<C>(s.D)),
-        stride(score_stride<C>(min(kKeys, s.Tk))),
-        room(padded<C>(kRoom * a.count) + kWord + L),
-        keeps_panels(padded<C>(s.Tk) * s.D * int64_t(sizeof(C)) <= kKeptBytes) {}
+  using KernelRun<Selection, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);

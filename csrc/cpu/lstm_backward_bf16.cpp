@@ -19,60 +19,36 @@ namespace seqmem::lstm {
 namespace {
 
 template <class S>
-class BackwardRun : Walk {
+class BackwardRun : KernelRun<Backward, Walk> {
   static constexpr int L = kLanes<float>;
 
-  const Plan& plan;
-  const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-
-  const int64_t units, gate_blocks;   // blocks of 16 units; of 32 columns of dz: i, f or g, o
-  const int64_t panels_h, panels_x;   // of H and I columns
-  const int64_t columns_x, columns;   // of [x, h], each rounded up to two tiles; x's alone
-  const int64_t dz_stride, c_stride;  // elements of a row
-  const int64_t chunk, capacity;      // steps and rows of a chunk, the latter in whole blocks
-  const bool wide;
-  const int64_t my_rows;
-  const Share my_panels, my_units;  // of the hidden state
+  // Blocks of 16 units; of 32 columns of dz: i, f or g, o
+  const int64_t units = ceil_div(s.H, kBlock), gate_blocks = 2 * units;
+  // Of H and I columns
+  const int64_t panels_h = ceil_div(s.H, kPanel), panels_x = ceil_div(s.I, kPanel);
+  // Of [x, h], each rounded up to two tiles; x's alone
+  const int64_t columns_x = ceil_div(s.I, 2 * kBlock) * 2 * kBlock;
+  const int64_t columns = columns_x + ceil_div(s.H, 2 * kBlock) * 2 * kBlock;
+  const int64_t dz_stride = gate_blocks * kDepth, c_stride = panels_h * kPanel;  // of a row
+  // Steps and rows of a chunk, the latter in whole blocks
+  const int64_t chunk = min(plan.chunk, s.T), capacity = ceil_div(chunk * s.B, kDepth) * kDepth;
+  const bool wide = is_wide(most_rows);
+  const int64_t my_rows = ceil_div(s.B - row_begin, row_step);
+  const Share my_panels = units_of(panels_h);  // of the hidden state
+  const Share my_units{min(my_panels.begin * 4, units), min(my_panels.end * 4, units)};
 
   // Shared by all threads.
   S *dz, *transposed;          // [capacity + 16][dz_stride], [columns][capacity]
   float *dh, *dc, *dw, *bias;  // [B][c_stride], .., [gate_blocks][columns][32], [gate_blocks][32]
   const S **x_row, **h_row;    // of the chunk's rows
   int64_t* chunk_index;
-  Panels input_panels, hidden_panels;
+  Panels input_panels{nullptr, gate_blocks, wide}, hidden_panels = input_panels;
   // This thread's own.
-  Panels dz_pairs;  // of 32 columns
-  float* staging;   // two of [32 rows][64]
+  Panels dz_pairs{nullptr, 0, false, 1};  // of 32 columns
+  float* staging;                         // two of [32 rows][64]
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
-              SpinBarrier& barrier)
-      : Walk(s, plan, thread, threads),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        units(ceil_div(s.H, kBlock)),
-        gate_blocks(2 * units),
-        panels_h(ceil_div(s.H, kPanel)),
-        panels_x(ceil_div(s.I, kPanel)),
-        columns_x(ceil_div(s.I, 2 * kBlock) * 2 * kBlock),
-        columns(columns_x + ceil_div(s.H, 2 * kBlock) * 2 * kBlock),
-        dz_stride(gate_blocks * kDepth),
-        c_stride(panels_h * kPanel),
-        chunk(min(plan.chunk, s.T)),
-        capacity(ceil_div(chunk * s.B, kDepth) * kDepth),
-        wide(is_wide(plan.by_rows ? ceil_div(s.B, threads) : s.B)),
-        my_rows(ceil_div(s.B - row_begin, row_step)),
-        my_panels(plan.by_rows ? Share{0, panels_h} : share(panels_h, thread, threads)),
-        my_units{min(my_panels.begin * 4, units), min(my_panels.end * 4, units)} {
-    input_panels = {nullptr, gate_blocks, wide};
-    hidden_panels = {nullptr, gate_blocks, wide};
-    dz_pairs = {nullptr, 0, false, 1};
-  }
+  using KernelRun<Backward, Walk>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -127,11 +103,6 @@ class BackwardRun : Walk {
   }
 
  private:
-  void configure(int64_t rows) {
-    tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
-    tiles_fence();
-  }
-
   void prepare() {
     const Share some = share(gate_blocks, thread, threads);
     for (int64_t k = some.begin; k < some.end; ++k) {
@@ -166,7 +137,7 @@ class BackwardRun : Walk {
   int64_t run_step(int64_t step, int64_t first, int64_t n) {
     const int64_t t = time_of(step), count = active(t), end = n + s.active[t];
     note_rows(t, n);
-    if (!plan.by_rows) barrier.wait();
+    meet();
     const int64_t t_before = time_of(step - 1);
     const int64_t going_on = step > first ? min(count, active(t_before)) : 0;
     if (step > 0 || a.grad_hx != nullptr) {

@@ -1,6 +1,8 @@
 // What the LSTM's forward and backward kernels share.
 #pragma once
 
+#include "../common/gemm.h"
+#include "../common/kernel_run.h"
 #include "../common/kernel_util.h"
 #include "lstm_kernel.h"
 
@@ -14,12 +16,18 @@ SEQMEM_INLINE const S* optional_row(const void* base, int64_t r, int64_t width) 
 }
 
 // The rows of one thread, and their positions in memory.
-struct Walk {
-  const Shape& s;
-  int64_t row_begin, row_step;
+struct Walk : ThreadOf<Shape, Plan> {
+  const int64_t row_begin = plan.by_rows ? thread : 0, row_step = plan.by_rows ? threads : 1;
+  const int64_t most_rows = plan.by_rows ? ceil_div(s.B, threads) : s.B;
 
-  Walk(const Shape& s, const Plan& plan, int thread, int threads)
-      : s(s), row_begin(plan.by_rows ? thread : 0), row_step(plan.by_rows ? threads : 1) {}
+  // Which of `units` vectors or blocks of units it computes.
+  Share units_of(int64_t units) const {
+    return plan.by_rows ? Share{0, units} : share(units, thread, threads);
+  }
+  // Where threads share units each waits for what the others have computed.
+  void meet() const {
+    if (!plan.by_rows) barrier.wait();
+  }
 
   int64_t time_of(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t row(int64_t j) const { return row_begin + j * row_step; }

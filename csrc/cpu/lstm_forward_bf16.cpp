@@ -19,52 +19,29 @@ namespace seqmem::lstm {
 namespace {
 
 template <class S>
-class ForwardRun : Walk {
+class ForwardRun : KernelRun<Forward, Walk> {
   static constexpr int L = kLanes<float>;
 
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-
-  const int64_t units;                         // blocks of units
-  const int64_t x_stride, h_stride, c_stride;  // I, H, H rounded up to whole tiles
-  const bool fused;                            // inputs are projected within the step
-  const int64_t most_rows;                     // of a thread
-  const int64_t my_rows, chunk, chunk_rows;    // of this thread; of a chunk, at most
-  const Share mine;                            // this thread's blocks of units
+  const int64_t units = ceil_div(s.H, kBlock);  // blocks of units
+  const Share mine = units_of(units);
+  // I, H, H rounded up to whole tiles
+  const int64_t x_stride = ceil_div(s.I, kDepth) * kDepth;
+  const int64_t h_stride = ceil_div(s.H, kDepth) * kDepth, c_stride = units * kBlock;
+  const bool fused = plan.chunk == 0;  // inputs are projected within the step
+  const int64_t my_rows = ceil_div(s.B - row_begin, row_step);
+  const int64_t chunk = fused ? 1 : min(plan.chunk, s.T), chunk_rows = chunk * most_rows;
 
   // Shared by all threads.
   S* h[2];          // [B][h_stride], of this step and the next
   float *c, *bias;  // [B][c_stride], [units][4][16]
-  Panels input_panels, hidden_panels;
+  Panels input_panels{nullptr, x_stride / kDepth, is_wide(most_rows)};
+  Panels hidden_panels{nullptr, h_stride / kDepth, is_wide(most_rows)};
   // This thread's own.
   S* x;                // [chunk_rows + 16][x_stride]
   float *z, *staging;  // [chunk_rows + 16][my units][4][16]; two of [32 rows][4][16]
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier& barrier)
-      : Walk(s, plan, thread, threads),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        units(ceil_div(s.H, kBlock)),
-        x_stride(ceil_div(s.I, kDepth) * kDepth),
-        h_stride(ceil_div(s.H, kDepth) * kDepth),
-        c_stride(units * kBlock),
-        fused(plan.chunk == 0),
-        most_rows(plan.by_rows ? ceil_div(s.B, threads) : s.B),
-        my_rows(ceil_div(s.B - row_begin, row_step)),
-        chunk(fused ? 1 : min(plan.chunk, s.T)),
-        chunk_rows(chunk * most_rows),
-        mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)) {
-    const bool wide = is_wide(most_rows);
-    input_panels = {nullptr, x_stride / kDepth, wide};
-    hidden_panels = {nullptr, h_stride / kDepth, wide};
-  }
+  using KernelRun<Forward, Walk>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -94,18 +71,13 @@ class ForwardRun : Walk {
       n = 0;
       for (int64_t step = first; step < last; ++step) {
         n += run_step(step, n);
-        if (!plan.by_rows) barrier.wait();
+        meet();
       }
     }
     tiles_release();
   }
 
  private:
-  void configure(int64_t rows) {
-    tiles_configure(static_cast<int>(min<int64_t>(rows, kBlock)));
-    tiles_fence();
-  }
-
   void prepare() {
     const Share some = share(units, thread, threads);
     for (int64_t u = some.begin; u < some.end; ++u) {

@@ -32,50 +32,29 @@ namespace {
 enum class Path { Packed, Transposed, Dots };
 
 template <class S>
-class ForwardRun : Walk {
+class ForwardRun : KernelRun<Forward, Walk> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int W = 4 * L;  // all gates of a vector of units
   static constexpr bool copies_inputs = !std::is_same_v<S, C>;
 
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
+  const int64_t units = ceil_div(s.H, L);  // vectors of units, all
+  const Path path = plan.pack                    ? Path::Packed
+                    : !copies_inputs && s.B >= L ? Path::Transposed
+                                                 : Path::Dots;
+  const Share mine = units_of(units);
+  const int64_t chunk_rows = min(plan.chunk, s.T) * most_rows;
 
-  const int64_t units;  // vectors of units, all
-  const Path path;
-  const Share mine;          // this thread's vectors of units
-  const int64_t my_rows;     // at most
-  const int64_t chunk_rows;  // of a chunk, at most
-
-  InputRows<S> inputs;
-  StateRows<S> state;
-  PackedGates<S> packed;
+  InputRows<S> inputs{s, a};
+  StateRows<S> state{s, a, *this};
+  PackedGates<S> packed{s};
   TransposedRows<C> transposed;
   // Shared by all threads.
   C* bias;                 // [W * units]
   C *squashed, *panel_hr;  // where projected: o * tanh c [B, H_pad], weight_hr in panels
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier& barrier)
-      : Walk(s, plan, thread, threads),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        units(ceil_div(s.H, L)),
-        path(plan.pack                    ? Path::Packed
-             : !copies_inputs && s.B >= L ? Path::Transposed
-                                          : Path::Dots),
-        mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)),
-        my_rows(plan.by_rows ? ceil_div(s.B, threads) : s.B),
-        chunk_rows(min(plan.chunk, s.T) * my_rows),
-        inputs(s, a),
-        state(s, a, *this),
-        packed(s) {}
+  using KernelRun<Forward, Walk>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -89,9 +68,9 @@ class ForwardRun : Walk {
         const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
         packed.place_gates(take, mine.begin, my_units, chunk_rows);
       }
-      if (path == Path::Transposed) transposed.place(take, my_rows, s.I, s.P);
+      if (path == Path::Transposed) transposed.place(take, most_rows, s.I, s.P);
       inputs.place(take, chunk_rows);
-      state.place_rows(take, my_rows);
+      state.place_rows(take, most_rows);
     });
     return take.used();
   }
@@ -109,7 +88,7 @@ class ForwardRun : Walk {
       n = 0;
       for (int64_t step = first; step < last; ++step) {
         n += run_step(step, n);
-        if (!plan.by_rows) barrier.wait();
+        meet();
       }
     }
   }

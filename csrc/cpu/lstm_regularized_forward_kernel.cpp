@@ -24,27 +24,22 @@ namespace seqmem::lstm_regularized {
 namespace {
 
 template <class S>
-class ForwardRun : Walk {
+class ForwardRun : KernelRun<Forward, Walk> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int W = 4 * L;
 
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
+  const bool norms = a.norms.gain_ih != nullptr, dots = !plan.pack && s.B < L;
+  const int64_t units = ceil_div(s.H, L);
+  const Share mine = units_of(units);
+  const int64_t chunk_rows = min(plan.chunk, s.T) * most_rows;  // at most
+  const Valid<C> valid{s.H};
 
-  const bool norms, dots;
-  const int64_t units;
-  const Share mine;                   // this thread's vectors of units
-  const int64_t my_rows, chunk_rows;  // at most
-  const Valid<C> valid;
-
-  InputRows<S> inputs;
-  StateRows<S> state;
-  PackedWeight<S> weight_ih, weight_hh;
-  ZoneoutRows<C> zoneout_h, zoneout_c;
-  RowMoments<C> of_x, of_v, of_c;
+  InputRows<S> inputs{s, a.layer};
+  StateRows<S> state{s, a.layer, *this};
+  PackedWeight<S> weight_ih{s.H, s.I}, weight_hh{s.H, s.H};
+  ZoneoutRows<C> zoneout_h{a.zoneout_h}, zoneout_c{a.zoneout_c};
+  RowMoments<C> of_x{s.H, 4}, of_v{s.H, 4}, of_c{s.H, 1};
   // Shared by all threads: [units][gate][lane], [units][lane].
   C *bias, *gain_ih, *gain_hh, *gain_c, *shift_c;
   // This thread's own, by its vectors of units: [..][rows of the chunk][gate][lane],
@@ -52,30 +47,7 @@ class ForwardRun : Walk {
   C *x, *v, *fresh, *open;
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier& barrier)
-      : Walk(s, plan, thread, threads),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        norms(a.norms.gain_ih != nullptr),
-        dots(!plan.pack && s.B < L),
-        units(ceil_div(s.H, L)),
-        mine(plan.by_rows ? Share{0, units} : share(units, thread, threads)),
-        my_rows(plan.by_rows ? ceil_div(s.B, threads) : s.B),
-        chunk_rows(min(plan.chunk, s.T) * my_rows),
-        valid(s.H),
-        inputs(s, a.layer),
-        state(s, a.layer, *this),
-        weight_ih(s.H, s.I),
-        weight_hh(s.H, s.H),
-        zoneout_h(a.zoneout_h),
-        zoneout_c(a.zoneout_c),
-        of_x(s.H, 4),
-        of_v(s.H, 4),
-        of_c(s.H, 1) {}
+  using KernelRun<Forward, Walk>::KernelRun;
 
   int64_t place(char* base) {
     Carver take(base);
@@ -92,17 +64,17 @@ class ForwardRun : Walk {
       const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
       if (plan.by_rows) place_parts(take);
       inputs.place(take, chunk_rows);
-      state.place_rows(take, my_rows);
-      zoneout_h.place(take, my_rows);
-      zoneout_c.place(take, my_rows);
+      state.place_rows(take, most_rows);
+      zoneout_h.place(take, most_rows);
+      zoneout_c.place(take, most_rows);
       x = take.array<C>(my_units * chunk_rows * W);
       if (!norms) return;
       of_x.place_totals(take, chunk_rows);
-      of_v.place_totals(take, my_rows);
-      of_c.place_totals(take, my_rows);
-      v = take.array<C>(my_units * my_rows * W);
-      fresh = take.array<C>(my_units * my_rows * L);
-      open = take.array<C>(my_units * my_rows * L);
+      of_v.place_totals(take, most_rows);
+      of_c.place_totals(take, most_rows);
+      v = take.array<C>(my_units * most_rows * W);
+      fresh = take.array<C>(my_units * most_rows * L);
+      open = take.array<C>(my_units * most_rows * L);
     });
     return take.used();
   }
@@ -127,17 +99,13 @@ class ForwardRun : Walk {
   void place_parts(Carver& take) {
     if (!norms) return;
     of_x.place_parts(take, chunk_rows);
-    of_v.place_parts(take, my_rows);
-    of_c.place_parts(take, my_rows);
-  }
-
-  void meet() {
-    if (!plan.by_rows) barrier.wait();
+    of_v.place_parts(take, most_rows);
+    of_c.place_parts(take, most_rows);
   }
 
   C* x_of(int64_t u, int64_t row) const { return x + ((u - mine.begin) * chunk_rows + row) * W; }
-  C* v_of(int64_t u, int64_t j) const { return v + ((u - mine.begin) * my_rows + j) * W; }
-  int64_t unit_of(int64_t u, int64_t j) const { return ((u - mine.begin) * my_rows + j) * L; }
+  C* v_of(int64_t u, int64_t j) const { return v + ((u - mine.begin) * most_rows + j) * W; }
+  int64_t unit_of(int64_t u, int64_t j) const { return ((u - mine.begin) * most_rows + j) * L; }
 
   void prepare() {
     const Share some = share(units, thread, threads);

@@ -20,18 +20,16 @@ namespace {
 constexpr int64_t kBackwardRows = 64, kBlockBytes = 200 << 10;
 
 template <class S>
-class BackwardRun {
+class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Backward& a;
-  const int thread, threads;
-  SpinBarrier& barrier;
-  const int64_t R, W, D_pad, Dv_pad;
-  const bool has_output, scores_wanted;  // whether dO is there, whether any of dQ, dK is
-  const bool shared;                     // whether a key has several tasks
+  const int64_t R = rows_of_tile<C>(s, kBackwardRows, kBlockBytes), W = s.W();
+  const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  // Whether dO is there, whether any of dQ, dK is, whether a key has several tasks
+  const bool has_output = a.grad_output.data != nullptr;
+  const bool scores_wanted = a.grad_q != nullptr || a.grad_k != nullptr;
+  const bool shared = plan.groups > 1 || (s.G > 0 && classes(s) > 1);
 
   int64_t most_keys, stride, global_stride;
   int64_t rows_of_sums;      // of one task: G and the keys that its tiles see
@@ -42,21 +40,7 @@ class BackwardRun {
   bool exact = false, exact_global = false;  // whether some key is not finite
 
  public:
-  BackwardRun(const Shape& s, const Plan& plan, const Backward& a, int thread, int threads,
-              SpinBarrier& barrier)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        barrier(barrier),
-        R(rows_of_tile<C>(s, kBackwardRows, kBlockBytes)),
-        W(s.W()),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        has_output(a.grad_output.data != nullptr),
-        scores_wanted(a.grad_q != nullptr || a.grad_k != nullptr),
-        shared(plan.groups > 1 || (s.G > 0 && classes(s) > 1)) {}
+  using KernelRun<Backward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     const Tiling tiling(s, class_of(s, 0), R);
@@ -191,8 +175,8 @@ class BackwardRun {
                          global_keys, s.G, 0, out, D_pad);
       for (int64_t r = 0; r < rows; ++r) {
         C* from = out + r * D_pad;
-        for (int64_t j = 0; j < D_pad; j += L) store(from + j, C(s.scale) * load(from + j));
-        store_row(static_cast<S*>(a.grad_q) + (row + r * s.dilation) * s.D, from, s.D);
+        store_scaled(static_cast<S*>(a.grad_q) + (row + r * s.dilation) * s.D, from, s.D,
+                     C(s.scale));
       }
     }
     if (a.grad_k != nullptr) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/dropout.h"
+#include "../common/kernel_run.h"
 #include "../common/normalizer_rows.h"
 #include "window_attention_kernel.h"
 

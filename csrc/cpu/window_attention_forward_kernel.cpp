@@ -18,16 +18,15 @@ constexpr int64_t kForwardRows = 32, kBlockBytes = 192 << 10;
 constexpr int64_t kPastCaches = 8 << 20;  // bytes of weights from which on they bypass the caches
 
 template <class S>
-class ForwardRun {
+class ForwardRun : KernelRun<Forward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
 
-  const Shape& s;
-  const Plan& plan;
-  const Forward& a;
-  const int thread, threads;
-  const int64_t R, W, D_pad, Dv_pad;
-  const bool past_caches;
+  const int64_t R = rows_of_tile<C>(s, kForwardRows, kBlockBytes), W = s.W();
+  const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
+  const bool past_caches = s.B * s.Hq * s.Tq * W * int64_t(sizeof(S)) >= kPastCaches &&
+                           W % L == 0 &&
+                           reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0;
 
   // Panels of the packed keys and values, and of the global ones.
   int64_t most_keys, stride, global_stride;
@@ -38,19 +37,7 @@ class ForwardRun {
   bool exact = false, exact_global = false;  // whether some value is not finite
 
  public:
-  ForwardRun(const Shape& s, const Plan& plan, const Forward& a, int thread, int threads,
-             SpinBarrier&)
-      : s(s),
-        plan(plan),
-        a(a),
-        thread(thread),
-        threads(threads),
-        R(rows_of_tile<C>(s, kForwardRows, kBlockBytes)),
-        W(s.W()),
-        D_pad(padded<C>(s.D)),
-        Dv_pad(padded<C>(s.Dv)),
-        past_caches(s.B * s.Hq * s.Tq * W * int64_t(sizeof(S)) >= kPastCaches && W % L == 0 &&
-                    reinterpret_cast<uintptr_t>(a.weights) % sizeof(Vec<C>) == 0) {}
+  using KernelRun<Forward, ThreadOf<Shape, Plan>>::KernelRun;
 
   int64_t place(char* base) {
     const Tiling tiling(s, class_of(s, 0), R);
@@ -142,9 +129,8 @@ class ForwardRun {
                        global_values, s.G, 0, out, Dv_pad);
     for (int64_t r = 0; r < rows; ++r) {
       C* row = out + r * Dv_pad;
-      for (int64_t j = 0; j < Dv_pad; j += L) store(row + j, inverse[r] * load(row + j));
       const int64_t to = (b * s.Hq + h) * s.Tq + first + r * s.dilation;
-      store_row(static_cast<S*>(a.output) + to * s.Dv, row, s.Dv);
+      store_scaled(static_cast<S*>(a.output) + to * s.Dv, row, s.Dv, inverse[r]);
     }
   }
 

@@ -1,7 +1,6 @@
 // Window attention's CPU kernels: plain loops over raw pointers, compiled once per ISA.
 //
-// Letters: B rows, Hq heads of queries, Hk of keys and values, a divisor of Hq, Tq queries, Tk
-// keys, D and Dv features, W = left + 1 + right columns of the band, G global keys.
+// Letters: HeadShape's, W = left + 1 + right columns of the band, G global keys.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +10,10 @@
 
 namespace seqmem::window_attention {
 
-struct Shape {
-  int64_t B, Hq, Hk, Tq, Tk, D, Dv;
+struct Shape : HeadShape {
   // Column c of query i is key offset + i + (c - left) * dilation.
   int64_t left, right, dilation, offset, G;
   Bounds start, end;  // query i sees keys start..end-1 alone
-  double scale;
-  double alpha;  // of the normaliser: 1 is softmax, else entmax with this alpha
-  Dropout dropout;
 
   int64_t W() const { return left + 1 + right; }
 };

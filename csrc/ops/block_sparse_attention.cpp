@@ -26,26 +26,7 @@ class Call {
   int64_t total = 0;  // listed blocks
 
   Call(const Inputs& in, const Sizes<int64_t>& s)
-      : list_(in.blocks.contiguous()),
-        end_(in.key_end),
-        shape{.B = s.B,
-              .Hq = s.Hq,
-              .Hk = s.Hk,
-              .Tq = s.Tq,
-              .Tk = s.Tk,
-              .D = s.D,
-              .Dv = s.Dv,
-              .N = s.N,
-              .Bq = in.block_queries,
-              .Bk = in.block_keys,
-              .nQ = parts(s.Tq, in.block_queries),
-              .nK = parts(s.Tk, in.block_keys),
-              .lists = {},
-              .is_causal = in.is_causal,
-              .end = end_.bounds(),
-              .scale = scale_of(in.scale, s.D),
-              .alpha = in.alpha,
-              .dropout = dropout_of(in.dropout, in.seed)} {
+      : list_(in.blocks.contiguous()), end_(in.key_end), shape(shape_of(in, s)) {
     const int64_t heads = list_.size(1), nQ = shape.nQ, N = s.N;
     const int64_t* pairs = list_.const_data_ptr<int64_t>();
     rows_.assign(s.lists * (nQ + 1), 0);
@@ -83,6 +64,13 @@ class Call {
     shape.lists.by_key = by_key_.data();
     shape.lists.columns = columns_.data();
   }
+
+ private:
+  Shape shape_of(const Inputs& in, const Sizes<int64_t>& s) const {
+    const int64_t nQ = parts(s.Tq, in.block_queries), nK = parts(s.Tk, in.block_keys);
+    return {head_shape(s, in), s.N,          in.block_queries, in.block_keys, nQ, nK, {},
+            in.is_causal,      end_.bounds()};
+  }
 };
 
 constexpr int64_t kTasksPerThread = 8;
@@ -100,10 +88,8 @@ Plan plan_for(const Shape& s, int threads) {
 
 template <class Int>
 Tensors<2> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
-  const Tensor output = large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
-  if (!in.need_weights) return {output, at::empty({0}, in.q.options())};
   const Int rows = in.block_queries, columns = in.block_keys;
-  return {output, large_result<Int>(in.q, {s.B, s.Hq, s.N, rows, columns})};
+  return large_results<Int>(in, s, {s.B, s.Hq, s.N, rows, columns});
 }
 
 Tensors<2> forward_cpu(const ForwardInputs& in) {
@@ -139,13 +125,10 @@ Tensor slopes_like(const BackwardInputs& in, const Sizes<int64_t>& s) {
 
 Tensors<3> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
-  const Tensors<3> out = large_gradients(in.output_mask, in.q, in.k, in.v);
+  const bool none = s.B * s.Hq * s.Tq == 0;
+  const Tensors<3> out = large_gradients(in, none);
   const auto& [grad_q, grad_k, grad_v] = out;
-  if (s.B * s.Hq * s.Tq == 0) {
-    grad_k.zero_();
-    grad_v.zero_();
-    return out;
-  }
+  if (none) return out;
   Call call(in, s);
   call.sort_by_key();
   const Operand weights(in.weights), grad_weights(in.grad_weights);

@@ -16,29 +16,15 @@ using BackwardOp =
     Op<kBackwardName, Tensors<3>(Maybe, Maybe, In, In, In, In, int64_t, int64_t, bool, Maybe, Scale,
                                  double, double, Maybe, In, std::array<bool, 3>)>;
 
-struct Inputs {
-  In q, k, v, blocks;
+struct BlockInputs {
+  In blocks;
   int64_t block_queries, block_keys;
   bool is_causal;
   Maybe key_end;
-  Scale scale;
-  double alpha;  // 1: softmax, else entmax's
-  double dropout;
-  Maybe seed;
 };
-
-struct ForwardInputs : Inputs {
-  bool need_weights;
-};
-
-struct Gradients {
-  Maybe grad_output, grad_weights;
-};
-
-struct BackwardInputs : Gradients, Inputs {
-  In weights;
-  std::array<bool, 3> output_mask;
-};
+struct Inputs : HeadInputs, BlockInputs, WeightInputs {};
+using ForwardInputs = ForwardOf<Inputs>;
+using BackwardInputs = BackwardOf<Inputs>;
 
 template <class Int>
 struct Sizes : HeadSizes<Int> {
@@ -78,8 +64,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
     TORCH_CHECK_VALUE(1 <= size && size <= kMost, check.op(),
                       ": expected block of two sizes in 1..", kMost, ", got ", size);
   check_bound(check, "key_end", in.key_end, heads);
-  check_alpha(check, in.alpha);
-  check_dropout(check, in.dropout, in.seed);
+  check_weighing(check, in);
   if (in.blocks.is_cpu()) check_blocks(check, in);
   return {heads, lists[0] * lists[1], N};
 }

@@ -15,15 +15,6 @@ namespace seqmem::dnc {
 namespace {
 
 using Sizes64 = Sizes<int64_t>;
-using ForwardOp =
-    Op<kName, Tensors<15>(In, TensorList, TensorList, In, In, TensorList, TensorList, Maybe, Maybe,
-                          std::string_view, double, double, double, bool, bool)>;
-using BackwardOp =
-    Op<kBackwardName,
-       std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe,
-                           Maybe, Maybe, Maybe, In, TensorList, TensorList, In, In, TensorList,
-                           TensorList, Maybe, Maybe, In, In, In, In, In, In, std::string_view,
-                           double, double, double, Mask)>;
 
 template <class Pointer>
 State<Pointer> state_of(const std::vector<Pointer>& parts) {
@@ -144,11 +135,9 @@ Tensors<15> forward_cpu(const ForwardInputs& in) {
          call.shape);
   if (s.is_narrow && in.save)
     saved = at::cat({saved, usage_trace, write_trace.flatten(2), read_trace.flatten(2)}, 2);
-  if (s.is_narrow)
-    for (Tensor* t :
-         {&features, &hidden, &cell, &memory, &usage, &link, &precedence, &write_weights,
-          &read_weights, &reads, &usage_trace, &write_trace, &read_trace})
-      *t = t->to(in.input.scalar_type());
+  machine::to_type_of(
+      in.input, {&features, &hidden, &cell, &memory, &usage, &link, &precedence, &write_weights,
+                 &read_weights, &reads, &usage_trace, &write_trace, &read_trace});
   return out;
 }
 
@@ -189,8 +178,7 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
   std::vector<Tensor> out = allocate_gradients(in, type);
   Call call(s, in, in);
   Operands& operands = call.operands;
-  std::vector<void*> pointers;
-  for (const Tensor& t : out) pointers.push_back(data(t));
+  std::vector<void*> pointers = machine::pointers_of(out);
   auto state_at = [&](size_t i) {
     return state_of(std::vector<void*>(pointers.begin() + i, pointers.begin() + i + kParts));
   };
@@ -243,8 +231,7 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
   for (int64_t which = 0; of_norm && which < 2; ++which)
     type == at::kDouble ? sum_rows<double>(grad_norm, which, out[norm + which])
                         : sum_rows<float>(grad_norm, which, out[norm + which]);
-  if (type != in.input.scalar_type())
-    for (Tensor& t : out) t = t.to(in.input.scalar_type());
+  for (Tensor& t : out) machine::to_type_of(in.input, {&t});
   return out;
 }
 

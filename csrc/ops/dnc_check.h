@@ -2,8 +2,6 @@
 // and grad mode.
 #pragma once
 
-#include <ATen/OpMathType.h>
-
 #include <algorithm>
 #include <array>
 #include <string>
@@ -201,6 +199,16 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
 
 inline constexpr char kName[] = "seqmem::dnc", kBackwardName[] = "seqmem::dnc_backward";
 
+using ForwardOp =
+    Op<kName, Tensors<15>(In, TensorList, TensorList, In, In, TensorList, TensorList, Maybe, Maybe,
+                          std::string_view, double, double, double, bool, bool)>;
+using BackwardOp =
+    Op<kBackwardName,
+       std::vector<Tensor>(Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe,
+                           Maybe, Maybe, Maybe, In, TensorList, TensorList, In, In, TensorList,
+                           TensorList, Maybe, Maybe, In, In, In, In, In, In, std::string_view,
+                           double, double, double, Mask)>;
+
 template <class Int>
 Sizes<Int> check(const ForwardInputs& in) {
   return check_inputs(Check<Int>(kName, in.input), in, in);
@@ -210,14 +218,10 @@ template <class Int>
 Sizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.input);
   const auto s = check_inputs(check, in, in);
-  const auto compute_type = at::toOpMathType(in.input.scalar_type());
-  check.operand("features", in.features, {s.T, s.B, s.C + s.R});
+  machine::check_saved<Int>(check, s, in, s.saved_width(), {s.checkpoints(), s.B, s.checkpoint()});
   check.operand("usage_trace", in.usage_trace, {s.T, s.B, s.N});
   check.operand("write_trace", in.write_trace, {s.T, s.B, s.writes, s.N});
   check.operand("read_trace", in.read_trace, {s.T, s.B, s.reads, s.N});
-  check.typed("saved", in.saved, compute_type, {s.T, s.B, s.saved_width()});
-  check.typed("checkpoints", in.checkpoints, compute_type, {s.checkpoints(), s.B, s.checkpoint()});
-  check.operand("grad_features", in.grad_features, {s.T, s.B, s.C + s.R});
   const OptionalTensor* const of_state[kParts] = {
       &in.grad_hidden,        &in.grad_cell,         &in.grad_memory,
       &in.grad_usage,         &in.grad_link,         &in.grad_precedence,

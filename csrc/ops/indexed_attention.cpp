@@ -23,20 +23,8 @@ struct Call {
         k(dense_rows(in.k)),
         v(dense_rows(in.v)),
         index(in.index.contiguous()),
-        shape{.B = s.B,
-              .Hq = s.Hq,
-              .Hk = s.Hk,
-              .Tq = s.Tq,
-              .Tk = s.Tk,
-              .D = s.D,
-              .Dv = s.Dv,
-              .C = s.C,
-              .lists = s.lists,
-              .row = index.size(0) == 1 ? 0 : index.size(1),
-              .head = index.size(1) == 1 ? 0 : 1,
-              .scale = scale_of(in.scale, s.D),
-              .alpha = in.alpha,
-              .dropout = dropout_of(in.dropout, in.seed)} {}
+        shape{head_shape(s, in), s.C, s.lists, index.size(0) == 1 ? 0 : index.size(1),
+              index.size(1) == 1 ? 0 : 1} {}
 
   int threads(double products) const {
     const double rows = double(shape.B) * shape.Hq * shape.Tq;
@@ -46,9 +34,7 @@ struct Call {
 
 template <class Int>
 Tensors<2> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
-  const Tensor output = large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
-  if (!in.need_weights) return {output, at::empty({0}, in.q.options())};
-  return {output, large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.C})};
+  return large_results<Int>(in, s, {s.B, s.Hq, s.Tq, s.C});
 }
 
 Tensors<2> forward_cpu(const ForwardInputs& in) {
@@ -73,13 +59,10 @@ Tensors<2> forward_meta(const ForwardInputs& in) { return allocate(in, check<c10
 
 Tensors<3> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
-  const Tensors<3> out = large_gradients(in.output_mask, in.q, in.k, in.v);
+  const bool none = s.B * s.Hq * s.Tq == 0;
+  const Tensors<3> out = large_gradients(in, none);
   const auto& [grad_q, grad_k, grad_v] = out;
-  if (s.B * s.Hq * s.Tq == 0) {
-    grad_k.zero_();
-    grad_v.zero_();
-    return out;
-  }
+  if (none) return out;
   const Call call(in, s);
   const bool by_keys = in.output_mask[1] || in.output_mask[2];
   auto scratch = [&](at::IntArrayRef sizes, at::ScalarType type) {
@@ -122,20 +105,7 @@ Tensor select_cpu(const SelectionInputs& in) {
   const Tensor index = at::empty({s.B, s.Hq, s.Tq, in.count}, in.q.options().dtype(at::kLong));
   if (index.numel() == 0) return index;
   const BoundOperand end(in.key_end);
-  const Shape shape = {.B = s.B,
-                       .Hq = s.Hq,
-                       .Hk = s.Hk,
-                       .Tq = s.Tq,
-                       .Tk = s.Tk,
-                       .D = s.D,
-                       .Dv = 0,
-                       .C = in.count,
-                       .lists = 0,
-                       .row = 0,
-                       .head = 0,
-                       .scale = scale_of(in.scale, s.D),
-                       .alpha = 1,
-                       .dropout = {}};
+  const Shape shape = {head_shape(s, {in.scale, 1, 0, {}}), in.count, 0, 0, 0};
   const Selection arguments = {.q = heads_of(in.q),
                                .k = heads_of(in.k),
                                .index = index.mutable_data_ptr<int64_t>(),

@@ -16,26 +16,12 @@ using BackwardOp = Op<kBackwardName, Tensors<3>(Maybe, Maybe, In, In, In, In, Sc
                                                 Maybe, In, std::array<bool, 3>)>;
 using SelectionOp = Op<kSelectionName, Tensor(In, In, int64_t, bool, Maybe, Scale)>;
 
-struct Inputs {
-  In q, k, v, index;
-  Scale scale;
-  double alpha;  // 1: softmax, else entmax's
-  double dropout;
-  Maybe seed;
+struct IndexInputs {
+  In index;
 };
-
-struct ForwardInputs : Inputs {
-  bool need_weights;
-};
-
-struct Gradients {
-  Maybe grad_output, grad_weights;
-};
-
-struct BackwardInputs : Gradients, Inputs {
-  In weights;
-  std::array<bool, 3> output_mask;
-};
+struct Inputs : HeadInputs, IndexInputs, WeightInputs {};
+using ForwardInputs = ForwardOf<Inputs>;
+using BackwardInputs = BackwardOf<Inputs>;
 
 struct SelectionInputs {
   In q, k;
@@ -58,8 +44,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   const auto lists = lists_of(check, in.index, heads);
   const Int C = check.size(in.index, 3);
   check.shape("index", in.index, {lists[0], lists[1], heads.Tq, C});
-  check_alpha(check, in.alpha);
-  check_dropout(check, in.dropout, in.seed);
+  check_weighing(check, in);
   // A GPU would have to be waited for: there, a key that does not exist is none.
   if (in.index.is_cpu()) {
     const Tensor index = in.index.contiguous();

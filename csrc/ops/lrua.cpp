@@ -12,14 +12,9 @@ namespace seqmem::lrua {
 namespace {
 
 using Sizes64 = Sizes<int64_t>;
-using ForwardOp = Op<kName, Tensors<13>(In, TensorList, TensorList, In, In, TensorList, Maybe,
-                                        Maybe, bool, bool, bool, bool, double, bool, bool)>;
-using BackwardOp = Op<kBackwardName, std::vector<Tensor>(
-                                         Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In,
-                                         TensorList, TensorList, In, In, TensorList, Maybe, Maybe,
-                                         In, In, In, In, In, bool, bool, bool, bool, double, Mask)>;
 
-State<const void*> state_of(const std::vector<const void*>& parts) {
+template <class Pointer>
+State<Pointer> state_of(const std::vector<Pointer>& parts) {
   if (parts.empty()) return {};
   return {parts[kHidden], parts[kCell],        parts[kMemory],
           parts[kUsage],  parts[kReadWeights], parts[kReads]};
@@ -116,10 +111,8 @@ Tensors<13> forward_cpu(const ForwardInputs& in) {
                              .workspace = nullptr};
   launch(SEQMEM_CHOOSE(forward_kernel), threads_for(call.shape, 1), arguments, storage_of(features),
          call.shape);
-  if (type != in.input.scalar_type())
-    for (Tensor* t : {&features, &hidden, &cell, &memory, &usage, &read_weights, &reads,
-                      &usage_trace, &write_trace, &read_trace})
-      *t = t->to(in.input.scalar_type());
+  machine::to_type_of(in.input, {&features, &hidden, &cell, &memory, &usage, &read_weights, &reads,
+                                 &usage_trace, &write_trace, &read_trace});
   return out;
 }
 
@@ -152,14 +145,11 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
   std::vector<Tensor> out = allocate_gradients(in, type);
   Call call(s, in, in);
   Operands& operands = call.operands;
-  auto state_at = [&](size_t i) -> State<void*> {
-    return {data(out[i]),     data(out[i + 1]), data(out[i + 2]),
-            data(out[i + 3]), data(out[i + 4]), data(out[i + 5])};
+  std::vector<void*> pointers = machine::pointers_of(out);
+  auto state_at = [&](size_t i) {
+    return state_of(std::vector<void*>(pointers.begin() + i, pointers.begin() + i + kParts));
   };
   constexpr size_t weights = 1 + kParts, initial = weights + 2;
-  std::vector<void*> grad_controller;
-  for (size_t i = initial + in.initial.size(); i < out.size(); ++i)
-    grad_controller.push_back(data(out[i]));
   Backward arguments = {
       .grad_features = nullptr,
       .grad_features_strides = {},
@@ -177,20 +167,19 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
       .slots = nullptr,
       .saved = operands(in.saved),
       .checkpoints = operands(in.checkpoints),
-      .grad_input = data(out[0]),
+      .grad_input = pointers[0],
       .grad_state = state_at(1),
       .grad_initial = in.initial.empty() ? State<void*>() : state_at(initial),
-      .grad_controller = in.output_mask[2] ? grad_controller.data() : nullptr,
-      .grad_head_weight = data(out[weights]),
-      .grad_head_bias = data(out[weights + 1]),
+      .grad_controller = in.output_mask[2] ? &pointers[initial + in.initial.size()] : nullptr,
+      .grad_head_weight = pointers[weights],
+      .grad_head_bias = pointers[weights + 1],
       .workspace = nullptr};
   const Tensor slots = in.slots.contiguous().clamp(0, s.N - 1);  // what they hold is not checked
   arguments.slots = slots.const_data_ptr<int64_t>();
   const Tensor grad_features = machine::set_grad_features(arguments, in.grad_features, type);
   launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
          call.shape);
-  if (type != in.input.scalar_type())
-    for (Tensor& t : out) t = t.to(in.input.scalar_type());
+  for (Tensor& t : out) machine::to_type_of(in.input, {&t});
   return out;
 }
 

@@ -2,8 +2,6 @@
 // device and grad mode.
 #pragma once
 
-#include <ATen/OpMathType.h>
-
 #include <array>
 
 #include "../common/check.h"
@@ -106,6 +104,13 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in, const Options
 
 inline constexpr char kName[] = "seqmem::lrua", kBackwardName[] = "seqmem::lrua_backward";
 
+using ForwardOp = Op<kName, Tensors<13>(In, TensorList, TensorList, In, In, TensorList, Maybe,
+                                        Maybe, bool, bool, bool, bool, double, bool, bool)>;
+using BackwardOp = Op<kBackwardName, std::vector<Tensor>(
+                                         Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, In,
+                                         TensorList, TensorList, In, In, TensorList, Maybe, Maybe,
+                                         In, In, In, In, In, bool, bool, bool, bool, double, Mask)>;
+
 template <class Int>
 Sizes<Int> check(const ForwardInputs& in) {
   return check_inputs(Check<Int>(kName, in.input), in, in);
@@ -115,15 +120,11 @@ template <class Int>
 Sizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.input);
   const auto s = check_inputs(check, in, in);
-  const auto compute_type = at::toOpMathType(in.input.scalar_type());
   const Int kept(s.kept), heads = s.heads;
-  check.operand("features", in.features, {s.T, s.B, s.C + s.R});
+  machine::check_saved<Int>(check, s, in, s.record(),
+                            {s.checkpoints(), s.B, s.M, slot_stride(s.N)});
   check.operand("read_trace", in.read_trace, {s.T, s.B, heads, s.N});
   check.typed("slots", in.slots, at::kLong, {s.T, s.B, heads});
-  check.typed("saved", in.saved, compute_type, {s.T, s.B, s.record()});
-  check.typed("checkpoints", in.checkpoints, compute_type,
-              {s.checkpoints(), s.B, s.M, slot_stride(s.N)});
-  check.operand("grad_features", in.grad_features, {s.T, s.B, s.C + s.R});
   check.operand("grad_hidden", in.grad_hidden, {kept, s.B, s.C});
   check.operand("grad_cell", in.grad_cell, {kept, s.B, s.C});
   check.operand("grad_memory", in.grad_memory, {s.B, s.N, s.M});

@@ -30,8 +30,7 @@ void run_backward(const Call& call, const Sizes64& s, const Tensor& like,
 template <class Int>
 Tensors<3> allocate_cell(const Tensor& input, const Sizes<Int>& s, bool return_gates) {
   return {empty_like_of<Int>(input, {s.B, s.H}), empty_like_of<Int>(input, {s.B, s.H}),
-          return_gates ? empty_like_of<Int>(input, {s.B, s.H * 4})
-                       : empty_like_of<Int>(input, {Int(0)})};
+          empty_if<Int>(return_gates, input, {s.B, s.H * 4})};
 }
 
 Tensors<3> cell_cpu(const CellInputs& in) {
@@ -39,23 +38,10 @@ Tensors<3> cell_cpu(const CellInputs& in) {
   Tensors<3> out = allocate_cell(in.input, s, in.return_gates);
   const auto& [hy, cy, gates] = out;
   const Call call(s);
-  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
-      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh);
-  run_forward(call, s, in.input,
-              {.input = input.data(),
-               .hx = hx.data(),
-               .cx = cx.data(),
-               .weight_ih = weight_ih.data(),
-               .weight_hh = weight_hh.data(),
-               .bias_ih = bias_ih.data(),
-               .bias_hh = bias_hh.data(),
-               .weight_hr = nullptr,
-               .output = data(hy),
-               .hy = nullptr,
-               .cy = nullptr,
-               .gates = data_if(in.return_gates, gates),
-               .cells = data(cy),
-               .workspace = nullptr});
+  const ForwardOperands operands(in, in, kAbsent);
+  run_forward(
+      call, s, in.input,
+      operands.arguments(data(hy), nullptr, nullptr, data_if(in.return_gates, gates), data(cy)));
   return out;
 }
 
@@ -63,57 +49,24 @@ Tensors<3> cell_meta(const CellInputs& in) {
   return allocate_cell(in.input, check_cell<c10::SymInt>(in), in.return_gates);
 }
 
-// Gradients for: input; hx and cx; weights and bias. What is not asked for stays empty.
-template <class Int>
-Tensors<6> allocate_cell_gradients(const Tensor& input, const Sizes<Int>& s, bool has_bias,
-                                   std::array<bool, 3> mask) {
-  auto make = [&](bool wanted, std::initializer_list<Int> sizes) {
-    return wanted ? empty_like_of<Int>(input, sizes) : empty_like_of<Int>(input, {Int(0)});
-  };
-  return {make(mask[0], {s.B, s.I}),     make(mask[1], {s.B, s.H}),
-          make(mask[1], {s.B, s.H}),     make(mask[2], {s.H * 4, s.I}),
-          make(mask[2], {s.H * 4, s.H}), make(mask[2] && has_bias, {s.H * 4})};
+Tensors<6> allocate_cell_gradients(const CellBackwardInputs& in, const auto& s) {
+  const bool of_bias = in.output_mask[2] && in.has_bias;
+  return std::tuple_cat(allocate_gradients(in.input, s, false, in.output_mask),
+                        std::tuple(empty_if(of_bias, in.input, {s.H * 4})));
 }
 
 Tensors<6> cell_backward_cpu(const CellBackwardInputs& in) {
   const Sizes64 s = check_cell_backward<int64_t>(in);
-  const auto [of_input, of_state, of_weights] = in.output_mask;
-  Tensors<6> out = allocate_cell_gradients(in.input, s, in.has_bias, in.output_mask);
-  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias] = out;
-  const Call call(s);
-  const RowsGradient grad_hy(in.grad_hy, s.H);
-  const Operand grad_cy(in.grad_cy), grad_gates(in.grad_gates), input(in.input), hx(in.hx),
-      cx(in.cx), weight_ih(in.weight_ih), weight_hh(in.weight_hh), gates(in.gates), cy(in.cy);
-  run_backward(call, s, in.input,
-               {.grad_output = grad_hy.data(),
-                .grad_output_step = grad_hy.step(),
-                .grad_hy = nullptr,
-                .grad_cy = grad_cy.data(),
-                .grad_gates = grad_gates.data(),
-                .grad_cells = nullptr,
-                .input = input.data(),
-                .hx = hx.data(),
-                .cx = cx.data(),
-                .weight_ih = weight_ih.data(),
-                .weight_hh = weight_hh.data(),
-                .weight_hr = nullptr,
-                .output = nullptr,
-                .gates = gates.data(),
-                .cells = cy.data(),
-                .grad_input = data_if(of_input, grad_input),
-                .grad_hx = data_if(of_state, grad_hx),
-                .grad_cx = data_if(of_state, grad_cx),
-                .grad_weight_ih = data_if(of_weights, grad_weight_ih),
-                .grad_weight_hh = data_if(of_weights, grad_weight_hh),
-                .grad_bias = data_if(of_weights && in.has_bias, grad_bias),
-                .grad_weight_hr = nullptr,
-                .workspace = nullptr});
+  Tensors<6> out = allocate_cell_gradients(in, s);
+  const BackwardOperands operands({in.grad_hy, kAbsent, in.grad_cy, in.grad_gates, kAbsent}, in,
+                                  kAbsent, kAbsent, in.gates, in.cy, s.H);
+  void* const grad_bias = data_if(in.output_mask[2] && in.has_bias, std::get<5>(out));
+  run_backward(Call(s), s, in.input, operands.arguments(in.output_mask, out, grad_bias, nullptr));
   return out;
 }
 
 Tensors<6> cell_backward_meta(const CellBackwardInputs& in) {
-  return allocate_cell_gradients(in.input, check_cell_backward<c10::SymInt>(in), in.has_bias,
-                                 in.output_mask);
+  return allocate_cell_gradients(in, check_cell_backward<c10::SymInt>(in));
 }
 
 template <class Int>
@@ -130,23 +83,10 @@ Tensors<5> sequence_cpu(const SequenceInputs& in) {
                                      in.return_gates);
   const auto& [output, hy, cy, gates, cells] = out;
   const Call call(s, in, in.batch_first, in.reverse);
-  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
-      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh), weight_hr(in.weight_hr);
+  const ForwardOperands operands(in, in, in.weight_hr);
   run_forward(call, s, in.input,
-              {.input = input.data(),
-               .hx = hx.data(),
-               .cx = cx.data(),
-               .weight_ih = weight_ih.data(),
-               .weight_hh = weight_hh.data(),
-               .bias_ih = bias_ih.data(),
-               .bias_hh = bias_hh.data(),
-               .weight_hr = weight_hr.data(),
-               .output = data(output),
-               .hy = data(hy),
-               .cy = data(cy),
-               .gates = data_if(in.return_gates, gates),
-               .cells = data_if(in.return_gates, cells),
-               .workspace = nullptr});
+              operands.arguments(data(output), data(hy), data(cy), data_if(in.return_gates, gates),
+                                 data_if(in.return_gates, cells)));
   return out;
 }
 
@@ -157,67 +97,29 @@ Tensors<5> sequence_meta(const SequenceInputs& in) {
       in.return_gates);
 }
 
-template <class Int>
-Tensors<7> allocate_gradients(const Tensor& input, const Sizes<Int>& s, bool projected,
-                              bool has_bias, bool padded, std::array<bool, 3> mask) {
-  auto make = [&](bool wanted, std::initializer_list<Int> sizes) {
-    return wanted ? empty_like_of<Int>(input, sizes) : empty_like_of<Int>(input, {Int(0)});
-  };
-  Tensor grad_input = mask[0] ? at::empty_symint(input.sym_sizes(), input.options())
-                              : empty_like_of<Int>(input, {Int(0)});
-  return {padded ? grad_input.zero_() : grad_input,
-          make(mask[1], {s.B, s.P}),
-          make(mask[1], {s.B, s.H}),
-          make(mask[2], {s.H * 4, s.I}),
-          make(mask[2], {s.H * 4, s.P}),
-          make(mask[2] && has_bias, {s.H * 4}),
-          make(mask[2] && projected, {s.P, s.H})};
+Tensors<7> allocate_sequence_gradients(const SequenceBackwardInputs& in, const auto& s,
+                                       bool padded) {
+  const bool of_weights = in.output_mask[2];
+  return std::tuple_cat(
+      allocate_gradients(in.input, s, padded, in.output_mask),
+      std::tuple(empty_if(of_weights && in.has_bias, in.input, {s.H * 4}),
+                 empty_if(of_weights && in.weight_hr.has_value(), in.input, {s.P, s.H})));
 }
 
 Tensors<7> sequence_backward_cpu(const SequenceBackwardInputs& in) {
   const Sizes64 s = check_sequence_backward<int64_t>(in);
-  const bool projected = in.weight_hr.has_value();
-  const auto [of_input, of_state, of_weights] = in.output_mask;
-  Tensors<7> out = allocate_gradients(in.input, s, projected, in.has_bias, in.lengths.has_value(),
-                                      in.output_mask);
-  const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias,
-               grad_weight_hr] = out;
-  const Call call(s, in, in.batch_first, in.reverse);
-  const RowsGradient grad_output(in.grad_output, s.P);
-  const Operand grad_hy(in.grad_hy), grad_cy(in.grad_cy), grad_gates(in.grad_gates),
-      grad_cells(in.grad_cells), input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
-      weight_hh(in.weight_hh), weight_hr(in.weight_hr), output(in.output), gates(in.gates),
-      cells(in.cells);
-  run_backward(call, s, in.input,
-               {.grad_output = grad_output.data(),
-                .grad_output_step = grad_output.step(),
-                .grad_hy = grad_hy.data(),
-                .grad_cy = grad_cy.data(),
-                .grad_gates = grad_gates.data(),
-                .grad_cells = grad_cells.data(),
-                .input = input.data(),
-                .hx = hx.data(),
-                .cx = cx.data(),
-                .weight_ih = weight_ih.data(),
-                .weight_hh = weight_hh.data(),
-                .weight_hr = weight_hr.data(),
-                .output = output.data(),
-                .gates = gates.data(),
-                .cells = cells.data(),
-                .grad_input = data_if(of_input, grad_input),
-                .grad_hx = data_if(of_state, grad_hx),
-                .grad_cx = data_if(of_state, grad_cx),
-                .grad_weight_ih = data_if(of_weights, grad_weight_ih),
-                .grad_weight_hh = data_if(of_weights, grad_weight_hh),
-                .grad_bias = data_if(of_weights && in.has_bias, grad_bias),
-                .grad_weight_hr = data_if(of_weights && projected, grad_weight_hr),
-                .workspace = nullptr});
+  Tensors<7> out = allocate_sequence_gradients(in, s, in.lengths.has_value());
+  const bool of_weights = in.output_mask[2];
+  const BackwardOperands operands(in, in, in.weight_hr, in.output, in.gates, in.cells, s.P);
+  run_backward(
+      Call(s, in, in.batch_first, in.reverse), s, in.input,
+      operands.arguments(in.output_mask, out, data_if(of_weights && in.has_bias, std::get<5>(out)),
+                         data_if(of_weights && in.weight_hr.has_value(), std::get<6>(out))));
   return out;
 }
 
 Tensors<7> sequence_backward_meta(const SequenceBackwardInputs& in) {
-  return allocate_gradients(in.input, check_sequence_backward<c10::SymInt>(in),
-                            in.weight_hr.has_value(), in.has_bias, false, in.output_mask);
+  return allocate_sequence_gradients(in, check_sequence_backward<c10::SymInt>(in), false);
 }
 
 }  // namespace

@@ -104,6 +104,114 @@ class RowsGradient {
   OptionalTensor tensor_;
 };
 
+// The arguments of a layer, contiguous and alive as long as this, for either direction's kernel.
+struct StepOperands {
+  const Operand input, hx, cx, weight_ih, weight_hh, weight_hr;
+
+  StepOperands(const Step& in, Maybe weight_hr)
+      : input(in.input),
+        hx(in.hx),
+        cx(in.cx),
+        weight_ih(in.weight_ih),
+        weight_hh(in.weight_hh),
+        weight_hr(weight_hr) {}
+};
+
+class ForwardOperands : StepOperands {
+  const Operand bias_ih, bias_hh;
+
+ public:
+  ForwardOperands(const Step& in, const Biases& biases, Maybe weight_hr)
+      : StepOperands(in, weight_hr), bias_ih(biases.bias_ih), bias_hh(biases.bias_hh) {}
+
+  // Of results, null where there are none.
+  Forward arguments(void* output, void* hy, void* cy, void* gates, void* cells) const {
+    return {.input = input.data(),
+            .hx = hx.data(),
+            .cx = cx.data(),
+            .weight_ih = weight_ih.data(),
+            .weight_hh = weight_hh.data(),
+            .bias_ih = bias_ih.data(),
+            .bias_hh = bias_hh.data(),
+            .weight_hr = weight_hr.data(),
+            .output = output,
+            .hy = hy,
+            .cy = cy,
+            .gates = gates,
+            .cells = cells,
+            .workspace = nullptr};
+  }
+};
+
+inline void* data_if(bool wanted, const Tensor& t) { return wanted ? data(t) : nullptr; }
+
+class BackwardOperands : StepOperands {
+  const RowsGradient grad_output;
+  const Operand grad_hy, grad_cy, grad_gates, grad_cells, output, gates, cells;
+
+ public:
+  BackwardOperands(const SequenceGradients& in, const Step& step, Maybe weight_hr, Maybe output,
+                   In gates, In cells, int64_t P)
+      : StepOperands(step, weight_hr),
+        grad_output(in.grad_output, P),
+        grad_hy(in.grad_hy),
+        grad_cy(in.grad_cy),
+        grad_gates(in.grad_gates),
+        grad_cells(in.grad_cells),
+        output(output),
+        gates(gates),
+        cells(cells) {}
+
+  // Results begin with the gradients of the input, of hx, cx and of both weights.
+  template <class Gradients>
+  Backward arguments(std::array<bool, 3> wanted, const Gradients& out, void* grad_bias,
+                     void* grad_weight_hr) const {
+    const auto [of_input, of_state, of_weights] = wanted;
+    return {.grad_output = grad_output.data(),
+            .grad_output_step = grad_output.step(),
+            .grad_hy = grad_hy.data(),
+            .grad_cy = grad_cy.data(),
+            .grad_gates = grad_gates.data(),
+            .grad_cells = grad_cells.data(),
+            .input = input.data(),
+            .hx = hx.data(),
+            .cx = cx.data(),
+            .weight_ih = weight_ih.data(),
+            .weight_hh = weight_hh.data(),
+            .weight_hr = weight_hr.data(),
+            .output = output.data(),
+            .gates = gates.data(),
+            .cells = cells.data(),
+            .grad_input = data_if(of_input, std::get<0>(out)),
+            .grad_hx = data_if(of_state, std::get<1>(out)),
+            .grad_cx = data_if(of_state, std::get<2>(out)),
+            .grad_weight_ih = data_if(of_weights, std::get<3>(out)),
+            .grad_weight_hh = data_if(of_weights, std::get<4>(out)),
+            .grad_bias = grad_bias,
+            .grad_weight_hr = grad_weight_hr,
+            .workspace = nullptr};
+  }
+};
+
+template <class Int>
+Tensor empty_if(bool wanted, const Tensor& like, std::initializer_list<Int> sizes) {
+  return wanted ? empty_like_of<Int>(like, sizes) : empty_like_of<Int>(like, {Int(0)});
+}
+
+// The gradients of the input, of hx, cx and of both weights; what is not wanted stays empty. Where
+// rows are padded, the input's is zero beyond them.
+template <class Int>
+Tensors<5> allocate_gradients(In input, const Sizes<Int>& s, bool padded,
+                              std::array<bool, 3> wanted) {
+  const auto [of_input, of_state, of_weights] = wanted;
+  const Tensor grad_input = of_input ? at::empty_symint(input.sym_sizes(), input.options())
+                                     : empty_if<Int>(false, input, {});
+  return {padded ? grad_input.zero_() : grad_input, empty_if<Int>(of_state, input, {s.B, s.P}),
+          empty_if<Int>(of_state, input, {s.B, s.H}),
+          empty_if<Int>(of_weights, input, {s.H * 4, s.I}),
+          empty_if<Int>(of_weights, input, {s.H * 4, s.P})};
+}
+
 // Makes a forward's results.
 template <class Int>
 struct Results {
@@ -139,7 +247,5 @@ struct Results {
     return padded ? t.zero_() : t;
   }
 };
-
-inline void* data_if(bool wanted, const Tensor& t) { return wanted ? data(t) : nullptr; }
 
 }  // namespace seqmem::lstm

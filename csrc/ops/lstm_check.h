@@ -54,6 +54,10 @@ struct Layout {
   Maybe weight_hr, lengths, reset, batch_sizes;
 };
 
+// What an op does not take, for checks and calls that it shares with one that does.
+inline const OptionalTensor kAbsent;
+inline const Biases kNoBiases = {kAbsent, kAbsent};
+
 struct CellInputs : Step, Biases {
   bool return_gates;
 };
@@ -72,8 +76,10 @@ struct CellBackwardInputs : CellGradients, Step {
 struct SequenceGradients {
   Maybe grad_output, grad_hy, grad_cy, grad_gates, grad_cells;
 };
-struct SequenceBackwardInputs : SequenceGradients, Step, Layout {
+struct Saved {
   In output, gates, cells;
+};
+struct SequenceBackwardInputs : SequenceGradients, Step, Layout, Saved {
   bool has_bias, batch_first, reverse;
   std::array<bool, 3> output_mask;
 };
@@ -86,7 +92,7 @@ struct Sizes {
 // The commonest mistake is an input that does not fit the module, so the weights decide what the
 // input must be.
 template <class Int>
-Sizes<Int> check_weights(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh,
+Sizes<Int> check_weights(const Check<Int>& check, const Step& in, const Biases& biases,
                          Maybe weight_hr) {
   const auto& [input, hx, cx, weight_ih, weight_hh] = in;
   check.strided("weight_ih", weight_ih);
@@ -113,8 +119,8 @@ Sizes<Int> check_weights(const Check<Int>& check, const Step& in, Maybe bias_ih,
     check.shape("weight_hr", *weight_hr, {s.P, s.H});
   }
   check.operand("weight_hh", weight_hh, {s.H * 4, s.P});
-  check.operand("bias_ih", bias_ih, {s.H * 4});
-  check.operand("bias_hh", bias_hh, {s.H * 4});
+  check.operand("bias_ih", biases.bias_ih, {s.H * 4});
+  check.operand("bias_hh", biases.bias_hh, {s.H * 4});
   return s;
 }
 
@@ -126,10 +132,10 @@ void check_state(const Check<Int>& check, const Step& in, const Sizes<Int>& s) {
 }
 
 template <class Int>
-Sizes<Int> check_step(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh) {
+Sizes<Int> check_step(const Check<Int>& check, const Step& in, const Biases& biases) {
   check.floating_input();
   check.dims("input", in.input, 2);
-  Sizes<Int> s = check_weights(check, in, bias_ih, bias_hh, {});
+  Sizes<Int> s = check_weights(check, in, biases, kAbsent);
   s.T = 1;
   s.B = check.size(in.input, 0);
   s.rows = 0;
@@ -139,13 +145,13 @@ Sizes<Int> check_step(const Check<Int>& check, const Step& in, Maybe bias_ih, Ma
 
 template <class Int>
 Sizes<Int> check_cell(const CellInputs& in) {
-  return check_step(Check<Int>(kCell, in.input), in, in.bias_ih, in.bias_hh);
+  return check_step(Check<Int>(kCell, in.input), in, in);
 }
 
 template <class Int>
 Sizes<Int> check_cell_backward(const CellBackwardInputs& in) {
   const Check<Int> check(kCellBackward, in.input);
-  const Sizes<Int> s = check_step(check, in, {}, {});
+  const Sizes<Int> s = check_step(check, in, kNoBiases);
   check.operand("grad_hy", in.grad_hy, {s.B, s.H});
   check.operand("grad_cy", in.grad_cy, {s.B, s.H});
   check.operand("grad_gates", in.grad_gates, {s.B, s.H * 4});
@@ -189,14 +195,14 @@ Int check_batch_sizes(const Check<Int>& check, const Step& in, In batch_sizes, c
 }
 
 template <class Int>
-Sizes<Int> check_rows(const Check<Int>& check, const Step& in, Maybe bias_ih, Maybe bias_hh,
+Sizes<Int> check_rows(const Check<Int>& check, const Step& in, const Biases& biases,
                       const Layout& layout, bool batch_first) {
   const auto& [weight_hr, lengths, reset, batch_sizes] = layout;
   const Tensor& input = in.input;
   check.floating_input();
   const bool packed = batch_sizes.has_value();
   check.dims("input", input, packed ? 2 : 3);
-  Sizes<Int> s = check_weights(check, in, bias_ih, bias_hh, weight_hr);
+  Sizes<Int> s = check_weights(check, in, biases, weight_hr);
   if (packed) {
     TORCH_CHECK_VALUE(!lengths.has_value() && !reset.has_value() && !batch_first, check.op(),
                       ": expected a packed input (batch_sizes) without lengths, reset and "
@@ -220,7 +226,7 @@ Sizes<Int> check_rows(const Check<Int>& check, const Step& in, Maybe bias_ih, Ma
 template <class Int>
 Sizes<Int> check_sequence(const SequenceInputs& in) {
   const Check<Int> check(kSequence, in.input);
-  return check_rows(check, in, in.bias_ih, in.bias_hh, in, in.batch_first);
+  return check_rows(check, in, in, in, in.batch_first);
 }
 
 // The shape of a sequence of that width.
@@ -231,21 +237,28 @@ std::vector<Int> rows_of(const Sizes<Int>& s, const Layout& layout, bool batch_f
   return {batch_first ? s.B : s.T, batch_first ? s.T : s.B, width};
 }
 
+// What the backward of a layer takes beside its forward's arguments.
 template <class Int>
-Sizes<Int> check_sequence_backward(const SequenceBackwardInputs& in) {
-  const Check<Int> check(kSequenceBackward, in.input);
-  const Sizes<Int> s = check_rows(check, in, {}, {}, in, in.batch_first);
+void check_gradients(const Check<Int>& check, const Sizes<Int>& s, const SequenceGradients& in,
+                     const Saved& saved, const Layout& layout, bool batch_first) {
   auto rows = [&](const char* name, const auto& t, const Int& width) {
-    check.operand(name, t, c10::ArrayRef<Int>(rows_of(s, in, in.batch_first, width)));
+    check.operand(name, t, c10::ArrayRef<Int>(rows_of(s, layout, batch_first, width)));
   };
   rows("grad_output", in.grad_output, s.P);
   check.operand("grad_hy", in.grad_hy, {s.B, s.P});
   check.operand("grad_cy", in.grad_cy, {s.B, s.H});
   rows("grad_gates", in.grad_gates, s.H * 4);
   rows("grad_cells", in.grad_cells, s.H);
-  rows("output", in.output, s.P);
-  rows("gates", in.gates, s.H * 4);
-  rows("cells", in.cells, s.H);
+  rows("output", saved.output, s.P);
+  rows("gates", saved.gates, s.H * 4);
+  rows("cells", saved.cells, s.H);
+}
+
+template <class Int>
+Sizes<Int> check_sequence_backward(const SequenceBackwardInputs& in) {
+  const Check<Int> check(kSequenceBackward, in.input);
+  const Sizes<Int> s = check_rows(check, in, kNoBiases, in, in.batch_first);
+  check_gradients(check, s, in, in, in, in.batch_first);
   return s;
 }
 

@@ -60,29 +60,17 @@ Tensors<9> forward_cpu(const ForwardInputs& in) {
   const auto& [output, hy, cy, gates, cells, normalized_ih, normalized_hh, normalized_c, scales] =
       out;
   const Call call(in, s);
-  const Operand input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
-      weight_hh(in.weight_hh), bias_ih(in.bias_ih), bias_hh(in.bias_hh);
+  const lstm::ForwardOperands layer(in, in, kAbsent);
   const bool saves = in.return_gates && has_norms(in);
-  const Forward arguments = {.layer = {.input = input.data(),
-                                       .hx = hx.data(),
-                                       .cx = cx.data(),
-                                       .weight_ih = weight_ih.data(),
-                                       .weight_hh = weight_hh.data(),
-                                       .bias_ih = bias_ih.data(),
-                                       .bias_hh = bias_hh.data(),
-                                       .weight_hr = nullptr,
-                                       .output = data(output),
-                                       .hy = data(hy),
-                                       .cy = data(cy),
-                                       .gates = data_if(in.return_gates, gates),
-                                       .cells = data_if(in.return_gates, cells),
-                                       .workspace = nullptr},
-                             .norms = call.norms,
-                             .zoneout_h = call.zoneout_h,
-                             .zoneout_c = call.zoneout_c,
-                             .saved = {data_if(saves, normalized_ih), data_if(saves, normalized_hh),
-                                       data_if(saves, normalized_c), data_if(saves, scales)},
-                             .workspace = nullptr};
+  const Forward arguments = {
+      .layer = layer.arguments(data(output), data(hy), data(cy), data_if(in.return_gates, gates),
+                               data_if(in.return_gates, cells)),
+      .norms = call.norms,
+      .zoneout_h = call.zoneout_h,
+      .zoneout_c = call.zoneout_c,
+      .saved = {data_if(saves, normalized_ih), data_if(saves, normalized_hh),
+                data_if(saves, normalized_c), data_if(saves, scales)},
+      .workspace = nullptr};
   const lstm::Schedule schedule = lstm::schedule_forward(s, in.input.element_size(), false);
   launch(SEQMEM_CHOOSE(forward_kernel), schedule.threads, arguments, storage_of(in.input),
          call.shape, schedule.plan);
@@ -93,26 +81,18 @@ Tensors<9> forward_meta(const ForwardInputs& in) {
   return allocate(in, check<c10::SymInt>(in), false);
 }
 
-template <class Int>
-Tensors<11> allocate_gradients(const BackwardInputs& in, const Sizes<Int>& s, bool padded) {
-  auto make = [&](bool wanted, std::initializer_list<Int> sizes) {
-    return wanted ? empty_like_of<Int>(in.input, sizes) : empty_like_of<Int>(in.input, {Int(0)});
-  };
+Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s, bool padded) {
   const auto [of_input, of_state, of_weights] = in.output_mask;
+  auto make = [&](bool wanted, const auto& size) {
+    return lstm::empty_if(wanted, in.input, {size});
+  };
   const bool norms = of_weights && has_norms(in);
-  const Tensor input =
-      of_input ? at::empty_symint(in.input.sym_sizes(), in.input.options()) : make(false, {});
-  return {padded && of_input ? input.zero_() : input,
-          make(of_state && in.hx.has_value(), {s.B, s.H}),
-          make(of_state && in.hx.has_value(), {s.B, s.H}),
-          make(of_weights, {s.H * 4, s.I}),
-          make(of_weights, {s.H * 4, s.H}),
-          make(of_weights && in.bias_ih.has_value(), {s.H * 4}),
-          make(of_weights && in.bias_hh.has_value(), {s.H * 4}),
-          make(norms, {s.H * 4}),
-          make(norms, {s.H * 4}),
-          make(norms, {s.H}),
-          make(norms, {s.H})};
+  return std::tuple_cat(
+      lstm::allocate_gradients(in.input, s, padded,
+                               {of_input, of_state && in.hx.has_value(), of_weights}),
+      std::tuple(make(of_weights && in.bias_ih.has_value(), s.H * 4),
+                 make(of_weights && in.bias_hh.has_value(), s.H * 4), make(norms, s.H * 4),
+                 make(norms, s.H * 4), make(norms, s.H), make(norms, s.H)));
 }
 
 Tensors<11> backward_cpu(const BackwardInputs& in) {
@@ -121,42 +101,17 @@ Tensors<11> backward_cpu(const BackwardInputs& in) {
   const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih,
                grad_bias_hh, grad_gain_ih, grad_gain_hh, grad_gain_c, grad_shift_c] = out;
   const auto [of_input, of_state, of_weights] = in.output_mask;
-  const bool given = of_state && in.hx.has_value();
   const bool norms = of_weights && has_norms(in);
   const Call call(in, s);
-  const lstm::RowsGradient grad_output(in.grad_output, s.H);
-  const Operand grad_hy(in.grad_hy), grad_cy(in.grad_cy), grad_gates(in.grad_gates),
-      grad_cells(in.grad_cells), input(in.input), hx(in.hx), cx(in.cx), weight_ih(in.weight_ih),
-      weight_hh(in.weight_hh), output(in.output), gates(in.gates), cells(in.cells),
-      normalized_ih(in.normalized_ih), normalized_hh(in.normalized_hh),
+  const lstm::BackwardOperands layer(in, in, kAbsent, in.output, in.gates, in.cells, s.H);
+  const Operand normalized_ih(in.normalized_ih), normalized_hh(in.normalized_hh),
       normalized_c(in.normalized_c), scales(in.scales);
   // The kernel only reads what the forward saved.
   auto saved = [](const Operand& t) { return const_cast<void*>(t.data()); };
   const Tensor& bias = grad_bias_ih.numel() > 0 ? grad_bias_ih : grad_bias_hh;
   const Backward arguments = {
-      .layer = {.grad_output = grad_output.data(),
-                .grad_output_step = grad_output.step(),
-                .grad_hy = grad_hy.data(),
-                .grad_cy = grad_cy.data(),
-                .grad_gates = grad_gates.data(),
-                .grad_cells = grad_cells.data(),
-                .input = input.data(),
-                .hx = hx.data(),
-                .cx = cx.data(),
-                .weight_ih = weight_ih.data(),
-                .weight_hh = weight_hh.data(),
-                .weight_hr = nullptr,
-                .output = output.data(),
-                .gates = gates.data(),
-                .cells = cells.data(),
-                .grad_input = data_if(of_input, grad_input),
-                .grad_hx = data_if(given, grad_hx),
-                .grad_cx = data_if(given, grad_cx),
-                .grad_weight_ih = data_if(of_weights, grad_weight_ih),
-                .grad_weight_hh = data_if(of_weights, grad_weight_hh),
-                .grad_bias = data_if(bias.numel() > 0, bias),
-                .grad_weight_hr = nullptr,
-                .workspace = nullptr},
+      .layer = layer.arguments({of_input, of_state && in.hx.has_value(), of_weights}, out,
+                               data_if(bias.numel() > 0, bias), nullptr),
       .norms = call.norms,
       .zoneout_h = call.zoneout_h,
       .zoneout_c = call.zoneout_c,

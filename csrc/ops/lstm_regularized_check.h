@@ -10,6 +10,7 @@ namespace seqmem::lstm_regularized {
 
 using at::Tensor;
 using lstm::Biases;
+using lstm::kAbsent;
 using lstm::Layout;
 using lstm::SequenceGradients;
 using lstm::Sizes;
@@ -45,8 +46,7 @@ struct Inputs : Step, Biases, NormInputs, ZoneoutInputs, RowInputs {};
 struct ForwardInputs : Inputs {
   bool return_gates;
 };
-struct Saved {
-  In output, gates, cells;
+struct Saved : lstm::Saved {
   Maybe normalized_ih, normalized_hh, normalized_c, scales;  // with norms
 };
 struct BackwardInputs : SequenceGradients, Inputs, Saved {
@@ -58,15 +58,13 @@ inline constexpr int64_t kNorms = 3;  // of a row
 inline bool has_norms(const NormInputs& in) { return in.gain_ih.has_value(); }
 
 // What lstm's checks and calls take; it refers to the inputs.
-inline const OptionalTensor kAbsent;
 inline Layout layout_of(const RowInputs& in) {
   return {kAbsent, in.lengths, in.reset, in.batch_sizes};
 }
 
 template <class Int>
 Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
-  const Sizes<Int> s =
-      lstm::check_rows(check, in, in.bias_ih, in.bias_hh, layout_of(in), in.batch_first);
+  const Sizes<Int> s = lstm::check_rows(check, in, in, layout_of(in), in.batch_first);
   check.operand("gain_ih", in.gain_ih, {s.H * 4});
   check.operand("gain_hh", in.gain_hh, {s.H * 4});
   check.operand("gain_c", in.gain_c, {s.H});
@@ -94,18 +92,11 @@ Sizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.input);
   const Sizes<Int> s = check_inputs(check, in);
   const Layout layout = layout_of(in);
+  lstm::check_gradients(check, s, in, in, layout, in.batch_first);
   auto shape = [&](const Int& width) { return lstm::rows_of(s, layout, in.batch_first, width); };
   auto rows = [&](const char* name, const auto& t, const Int& width) {
     check.operand(name, t, c10::ArrayRef<Int>(shape(width)));
   };
-  rows("grad_output", in.grad_output, s.H);
-  check.operand("grad_hy", in.grad_hy, {s.B, s.H});
-  check.operand("grad_cy", in.grad_cy, {s.B, s.H});
-  rows("grad_gates", in.grad_gates, s.H * 4);
-  rows("grad_cells", in.grad_cells, s.H);
-  rows("output", in.output, s.H);
-  rows("gates", in.gates, s.H * 4);
-  rows("cells", in.cells, s.H);
   const auto type = at::toOpMathType(in.input.scalar_type());
   rows("normalized_ih", in.normalized_ih, s.H * 4);
   rows("normalized_hh", in.normalized_hh, s.H * 4);

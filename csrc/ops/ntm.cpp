@@ -12,7 +12,8 @@ namespace {
 
 using Sizes64 = Sizes<int64_t>;
 
-State<const void*> state_of(const std::vector<const void*>& parts) {
+template <class Pointer>
+State<Pointer> state_of(const std::vector<Pointer>& parts) {
   if (parts.empty()) return {};
   return {parts[0], parts[1], parts[2], parts[3], parts[4]};
 }
@@ -98,9 +99,7 @@ Tensors<9> forward_cpu(const ForwardInputs& in) {
       .workspace = nullptr};
   launch(SEQMEM_CHOOSE(forward_kernel), threads_for(call.shape, 1), arguments, storage_of(features),
          call.shape);
-  if (type != in.input.scalar_type())
-    for (Tensor* t : {&features, &hidden, &cell, &memory, &weightings, &reads, &trace})
-      *t = t->to(in.input.scalar_type());
+  machine::to_type_of(in.input, {&features, &hidden, &cell, &memory, &weightings, &reads, &trace});
   return out;
 }
 
@@ -129,12 +128,10 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
   std::vector<Tensor> out = allocate_gradients(in, type);
   Call call(s, in, in);
   Operands& operands = call.operands;
-  auto state_at = [&](size_t i) -> State<void*> {
-    return {data(out[i]), data(out[i + 1]), data(out[i + 2]), data(out[i + 3]), data(out[i + 4])};
+  std::vector<void*> pointers = machine::pointers_of(out);
+  auto state_at = [&](size_t i) {
+    return state_of(std::vector<void*>(pointers.begin() + i, pointers.begin() + i + 5));
   };
-  const size_t controller = 8 + in.initial.size();
-  std::vector<void*> grad_controller;
-  for (size_t i = controller; i < out.size(); ++i) grad_controller.push_back(data(out[i]));
   Backward arguments = {
       .grad_features = nullptr,
       .grad_features_strides = {},
@@ -150,18 +147,17 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
       .trace = operands(in.trace),
       .saved = operands(in.saved),
       .checkpoints = operands(in.checkpoints),
-      .grad_input = data(out[0]),
+      .grad_input = pointers[0],
       .grad_state = state_at(1),
       .grad_initial = in.initial.empty() ? State<void*>() : state_at(8),
-      .grad_controller = in.output_mask[2] ? grad_controller.data() : nullptr,
-      .grad_head_weight = data(out[6]),
-      .grad_head_bias = data(out[7]),
+      .grad_controller = in.output_mask[2] ? &pointers[8 + in.initial.size()] : nullptr,
+      .grad_head_weight = pointers[6],
+      .grad_head_bias = pointers[7],
       .workspace = nullptr};
   const Tensor grad_features = machine::set_grad_features(arguments, in.grad_features, type);
   launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
          call.shape);
-  if (type != in.input.scalar_type())
-    for (Tensor& t : out) t = t.to(in.input.scalar_type());
+  for (Tensor& t : out) machine::to_type_of(in.input, {&t});
   return out;
 }
 

@@ -1,8 +1,6 @@
 // The whole-sequence NTM's arguments and their checks, the same for every device and grad mode.
 #pragma once
 
-#include <ATen/OpMathType.h>
-
 #include <array>
 #include <string_view>
 #include <vector>
@@ -127,13 +125,9 @@ template <class Int>
 Sizes<Int> check_backward(const BackwardInputs& in) {
   const Check<Int> check(kBackwardName, in.input);
   const auto s = check_inputs(check, in, in);
-  const auto compute_type = at::toOpMathType(in.input.scalar_type());
-  check.operand("features", in.features, {s.T, s.B, s.C + s.R});
+  machine::check_saved<Int>(check, s, in, s.record(),
+                            {s.checkpoints(), s.B, s.M, slot_stride(s.N)});
   check.operand("trace", in.trace, {s.T, s.B, Int(s.heads), s.N});
-  check.typed("saved", in.saved, compute_type, {s.T, s.B, s.record()});
-  check.typed("checkpoints", in.checkpoints, compute_type,
-              {s.checkpoints(), s.B, s.M, slot_stride(s.N)});
-  check.operand("grad_features", in.grad_features, {s.T, s.B, s.C + s.R});
   check.operand("grad_trace", in.grad_trace, {s.T, s.B, Int(s.heads), s.N});
   check_state(check, s,
               {"grad_hidden", "grad_cell", "grad_memory", "grad_weightings", "grad_reads"},

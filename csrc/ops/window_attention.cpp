@@ -17,25 +17,13 @@ struct Call {
   const Shape shape;
 
   Call(const Inputs& in, const Sizes<int64_t>& s)
-      : start(in.key_start),
-        end(in.key_end),
-        shape{.B = s.B,
-              .Hq = s.Hq,
-              .Hk = s.Hk,
-              .Tq = s.Tq,
-              .Tk = s.Tk,
-              .D = s.D,
-              .Dv = s.Dv,
-              .left = s.left,
-              .right = s.right,
-              .dilation = in.dilation,
-              .offset = in.offset,
-              .G = in.global_keys,
-              .start = start.bounds(),
-              .end = end.bounds(),
-              .scale = scale_of(in.scale, s.D),
-              .alpha = in.alpha,
-              .dropout = dropout_of(in.dropout, in.seed)} {}
+      : start(in.key_start), end(in.key_end), shape(shape_of(in, s)) {}
+
+ private:
+  Shape shape_of(const Inputs& in, const Sizes<int64_t>& s) const {
+    return {head_shape(s, in), s.left,         s.right,        in.dilation,
+            in.offset,         in.global_keys, start.bounds(), end.bounds()};
+  }
 };
 
 constexpr int64_t kTasksPerThread = 4;
@@ -92,12 +80,8 @@ constexpr int64_t kBackwardTasks = 16;
 
 Tensors<3> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
-  const Tensors<3> out = large_gradients(in.output_mask, in.q, in.k, in.v);
+  const Tensors<3> out = large_gradients(in, s.Tq < in.dilation || s.Hq == 0);
   const auto& [grad_q, grad_k, grad_v] = out;
-  if (s.Tq < in.dilation || s.Hq == 0) {  // keys that no query sees
-    grad_k.zero_();
-    grad_v.zero_();
-  }
   if (s.B * s.Hq * s.Tq > 0) {
     const Call call(in, s);
     const Plan plan = {.groups = groups_for(call.shape, kBackwardTasks), .next = 0};

@@ -19,25 +19,17 @@ using BackwardOp =
        Tensors<3>(Maybe, Maybe, Maybe, In, In, In, int64_t, int64_t, int64_t, int64_t, Maybe, Maybe,
                   int64_t, Scale, double, double, Maybe, In, In, std::array<bool, 3>)>;
 
-struct Inputs {
-  In q, k, v;
+struct Window {
   int64_t left, right, dilation, offset;
   Maybe key_start, key_end;
   int64_t global_keys;
-  Scale scale;
-  double alpha;  // 1: softmax, else entmax's
-  double dropout;
-  Maybe seed;
 };
-
-struct ForwardInputs : Inputs {
-  bool need_weights;
-};
+struct Inputs : HeadInputs, Window, WeightInputs {};
+using ForwardInputs = ForwardOf<Inputs>;
 
 struct Gradients {
   Maybe grad_output, grad_weights, grad_global_weights;
 };
-
 struct BackwardInputs : Gradients, Inputs {
   In weights, global_weights;
   std::array<bool, 3> output_mask;
@@ -73,8 +65,7 @@ Sizes<Int> check_inputs(const Check<Int>& check, const Inputs& in) {
   within("offset", in.offset, 0);
   TORCH_CHECK_VALUE(in.global_keys >= 0 && in.global_keys <= s.Tk, check.op(),
                     ": expected global_keys in 0..", s.Tk, ", got ", in.global_keys);
-  check_alpha(check, in.alpha);
-  check_dropout(check, in.dropout, in.seed);
+  check_weighing(check, in);
   check_bound(check, "key_start", in.key_start, s);
   check_bound(check, "key_end", in.key_end, s);
   // Without a bound, as far as the last query's first key or the first query's last one.
