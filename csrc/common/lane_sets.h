@@ -1,7 +1,7 @@
 // Sets of lanes as bits, for kernel sources compiled once per ISA: bit l stands for lane l.
 #pragma once
 
-#include "kernel_util.h"
+#include "lanes.h"
 
 namespace seqmem {
 namespace {
