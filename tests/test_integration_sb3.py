@@ -156,9 +156,9 @@ def test_draws_are_those_of_sb3(model: Any) -> None:
     sb3.accelerate(model)
     assert (sb3._CHOOSE in vars(model.policy.action_dist)) == categorical
     bad = seen if isinstance(seen, Tensor) else seen["a"]
-    if bad.is_floating_point():
+    if categorical and bad.is_floating_point():
         bad.fill_(torch.nan)
-        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        with torch.no_grad(), pytest.raises(RuntimeError):
             model.policy(seen, states, starts)
     sb3.restore(model)
     assert sb3._CHOOSE not in vars(model.policy.action_dist)

@@ -24,7 +24,7 @@ struct KernelRun : Thread {
   template <class Shape, class Plan>
   KernelRun(const Shape& s, const Plan& plan, const Arguments& a, int thread, int threads,
             SpinBarrier& barrier)
-      : Thread{s, plan, thread, threads, barrier}, a(a) {}
+      : Thread{ThreadOf<Shape, Plan>{s, plan, thread, threads, barrier}}, a(a) {}
 };
 
 }  // namespace
