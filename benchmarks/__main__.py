@@ -151,20 +151,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     path = machine.RESULTS / ("bench_full.json" if args.full else "bench.json")
     ops = machine.ops()
+    failed: list[str] = []
+
+    def add(op: str, threads: int, regime: str, *options: str) -> None:
+        console.rule(f"{op}, side by side")
+        try:
+            tables.append(rows(op, threads, regime, options))
+        except subprocess.CalledProcessError as error:
+            failed.append(op)
+            console.print(f"failed: {op}, exit status {error.returncode}", style="bold red")
+        report.write_json(path, content)  # what is measured is not lost to what comes after it
+
     if args.full:
         for n, regime, op in itertools.product(sorted({threads, 1}, reverse=True), "DM", ops):
-            console.rule(f"{op}, side by side")
-            tables.append(rows(op, n, regime, ["--seconds", "1"]))
-            report.write_json(path, content)  # an hour's work is not lost to what comes after it
+            add(op, n, regime, "--seconds", "1")
     else:
         for place, op in enumerate(ops):
-            console.rule(f"{op}, side by side")
             left = LIMIT_S - CLOSING_S - (time.perf_counter() - start)
             limit = share(ops[place:], left)
-            tables.append(rows(op, threads, "D", ["--seconds", "0.5", "--limit", f"{limit:.0f}"]))
+            add(op, threads, "D", "--seconds", "0.5", "--limit", f"{limit:.0f}")
     content["memory"] = peak_memory(console, threads)
     keep(console, path, content)
-    return 0
+    if failed:
+        console.print(f"failed: {', '.join(failed)}", style="bold red")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -520,6 +520,26 @@ def test_a_nan_is_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_table_that_fails_does_not_lose_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rows_of(op: str, *_: Any) -> dict[str, Any]:
+        if op == "ntm":
+            raise subprocess.CalledProcessError(3, [op])
+        return {"op": op}
+
+    for name in ("train", "copy_task"):
+        monkeypatch.setattr(main_job, name, lambda *_: {})
+    monkeypatch.setattr(main_job, "peak_memory", lambda *_: [])
+    monkeypatch.setattr(main_job, "rows", rows_of)
+    monkeypatch.setattr(main_job.machine, "ops", lambda: ["lstm", "ntm", "entmax"])
+    monkeypatch.setattr(main_job.machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(main_job.chart, "first_tables", lambda _: [])
+    assert main_job.main([]) == 1
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    assert kept["tables"] == [{"op": "lstm"}, {"op": "entmax"}]
+
+
 def test_the_table_names_rows_peers_and_what_was_left_out(document: dict[str, Any]) -> None:
     console = quiet()
     results = [report.Result(**row) for row in document["results"]]

@@ -32,7 +32,8 @@ def without(make: Callable[..., rows.Work], *sizes: int) -> rows.Work:
 
 def _contender(sees: Sees, steps: int, block: int, mode: str) -> rows.Contender:
     mask = create_block_mask(sees, None, None, steps, steps, device="cpu", BLOCK_SIZE=block)
-    attend = torch.compile(flex_attention)
+    # Sizes that vary, which torch would assume from the second row on, it cannot compile here.
+    attend = torch.compile(flex_attention, dynamic=False)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor]:
         return (attend(q, k, v, block_mask=mask),)
