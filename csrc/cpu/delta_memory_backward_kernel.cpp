@@ -135,7 +135,7 @@ class BackwardRun {
     for (int64_t r = 0; r + 1 < count; ++r) {
       if (runs[r + 1].anew) continue;
       chunk.read(a, b, u.h, runs[r], memory_of(r, begin), u.first, u.width);
-      chunk.advance(memory_of(r, begin), memories + (runs[r + 1].begin - begin) / N * s.K * Vp);
+      chunk.advance(memory_of(r, begin), computed(r + 1, begin));
     }
     for (int64_t r = count - 1; r >= 0; --r) {
       const C* memory = memory_of(r, begin);
@@ -146,8 +146,12 @@ class BackwardRun {
 
   const C* memory_of(int64_t r, int64_t begin) const {
     if (runs[r].anew) return nothing;
-    return runs[r].begin == begin ? first_memory
-                                  : memories + (runs[r].begin - begin) / N * s.K * Vp;
+    return runs[r].begin == begin ? first_memory : computed(r, begin);
+  }
+
+  // Where the memory at the beginning of a run goes.
+  C* computed(int64_t r, int64_t begin) const {
+    return memories + (runs[r].begin - begin) / N * s.K * Vp;
   }
 
   static const C* at(const void* data, int64_t offset) {

@@ -5,9 +5,9 @@
 //   for two steps at a time, t and t + 1 (or one, where registers are few), S is read and written
 //   once:
 //     u_0 = beta_t (v_t - r_0);  u_1 = beta_t+1 (v_t+1 - r_1 - (decay_t+1 k_t+1 . k_t) u_0)
-//     for each feature i:  S[i] = decay_t S[i] + k_t[i] u_0;  o_t += q_t[i] S[i];  the same of t +
-//     1
-//       r_0 and r_1 of the steps t + 2 and t + 3, from S[i]
+//     for each feature i:
+//       S[i] = decay_t S[i] + k_t[i] u_0;  o_t += q_t[i] S[i];  then the same for t + 1
+//       r_0 and r_1 of the steps t + 2 and t + 3 get their part of S[i]
 // A decay of a whole head is kept as a factor of S, and multiplied in at the end of a run or where
 // the factor becomes small: u is divided by it, r and o_t are multiplied.
 // Floor: B H T K V 3 multiply-adds, and a product where features decay; bytes: q, k, v, output,
