@@ -162,13 +162,14 @@ SEQMEM_INLINE void store_sums4(C* out, const Vec<C> (&s)[4]) {
     const Vec<float> blocks =
         shuffle(a, b, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * L; }) +
         shuffle(a, b, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * L + 2; });
-    float lanes[L];
-    store(lanes, blocks);
-    for (int j = 0; j < 4; ++j) {
-      float total = lanes[j];
-      for (int block = 4; block < L; block += 4) total += lanes[block + j];
-      out[j] = total;
+    const auto four = std::make_integer_sequence<int, 4>{};
+    auto total = lanes_from<0>(blocks, four);
+    if constexpr (L >= 8) total += lanes_from<4 % L>(blocks, four);
+    if constexpr (L >= 16) {
+      total += lanes_from<8 % L>(blocks, four);
+      total += lanes_from<12 % L>(blocks, four);
     }
+    __builtin_memcpy(out, &total, sizeof total);
   } else {
     for (int j = 0; j < 4; ++j) out[j] = lane_sum<C>(s[j]);
   }
