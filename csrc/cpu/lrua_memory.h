@@ -2,6 +2,7 @@
 // memory.
 #pragma once
 
+#include "../common/lane_sets.h"
 #include "../common/machine_layout.h"
 #include "../common/machine_slots.h"
 #include "../common/machine_values.h"
@@ -97,19 +98,30 @@ class HeadValues {
 };
 
 // slots = the `count` of n slots with the least usage, equal ones by ascending index; NaN counts as
-// infinite.
+// infinite. usage: whole vectors.
 template <class C>
 void least_used(const C* usage, int64_t n, int64_t count, int64_t* slots) {
+  constexpr int L = kLanes<C>;
   auto value = [&](int64_t i) {
     return usage[i] == usage[i] ? usage[i] : static_cast<C>(__builtin_huge_val());
   };
-  int64_t held = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const C x = value(i);
-    if (held == count && !(x < value(slots[count - 1]))) continue;
-    int64_t to = held < count ? held++ : count - 1;
-    for (; to > 0 && x < value(slots[to - 1]); --to) slots[to] = slots[to - 1];
+  auto insert = [&](int64_t i, int64_t held) {
+    int64_t to = held;
+    for (; to > 0 && value(i) < value(slots[to - 1]); --to) slots[to] = slots[to - 1];
     slots[to] = i;
+  };
+  for (int64_t i = 0; i < count; ++i) insert(i, i);
+  // Few of the others are among the least so far: vectors without such a one are passed by.
+  C most = value(slots[count - 1]);
+  for (int64_t v = count / L * L; v < n; v += L) {
+    LaneSet less = lanes_set<C>(load(usage + v) < most) & first_lanes_set<C>(n - v) &
+                   ~first_lanes_set<C>(count - v);
+    for (; less != 0; less &= less - 1) {
+      const int64_t i = v + __builtin_ctz(less);
+      if (!(usage[i] < most)) continue;
+      insert(i, count - 1);
+      most = value(slots[count - 1]);
+    }
   }
 }
 
@@ -183,12 +195,13 @@ class Slots : public SlotMatrix<C> {
 
   // ---- passes of all heads, some of them at once
 
-  // out_h[m] = sum_i w_h,i M_i[m]; rows of `out` are `step` apart.
+  // out_h[m] = sum_i w_h,i M_i[m]; rows of `out` are `step` apart. Four features at once: a vector
+  // of a weighting is loaded once for all of them.
   void sum_slots(const C* memory, const C* w, C* out, int64_t step) const {
-    each_group([&](auto count, int64_t h) {
+    each_group<SEQMEM_VEC_BYTES == 64 ? 4 : 2>([&](auto count, int64_t h) {
       constexpr int R = decltype(count)::value;
       int64_t m = 0;
-      for (; m + 2 <= M; m += 2) sum_slots<R, 2>(m, memory, w + h * stride, out + h * step, step);
+      for (; m + 4 <= M; m += 4) sum_slots<R, 4>(m, memory, w + h * stride, out + h * step, step);
       for (; m < M; ++m) sum_slots<R, 1>(m, memory, w + h * stride, out + h * step, step);
     });
   }
@@ -250,10 +263,10 @@ class Slots : public SlotMatrix<C> {
  private:
   static SEQMEM_INLINE void set_ones(C* to) { __builtin_memset(to, 0xff, sizeof(C)); }
 
-  template <class F>
+  template <int Most = kMost, class F>
   SEQMEM_INLINE void each_group(F&& f) const {
-    for (int64_t h = 0; h < heads; h += kMost)
-      for_count<kMost>(min<int64_t>(kMost, heads - h), [&](auto count) { f(count, h); });
+    for (int64_t h = 0; h < heads; h += Most)
+      for_count<Most>(min<int64_t>(Most, heads - h), [&](auto count) { f(count, h); });
   }
 
   template <int K, class F>
@@ -310,7 +323,8 @@ class Slots : public SlotMatrix<C> {
 
   template <int R, int J>
   SEQMEM_INLINE void sum_slots(int64_t m, const C* memory, const C* w, C* out, int64_t step) const {
-    Vec<C> sums[J][R < 4 ? 4 : R] = {};
+    Vec<C> sums[R][4];
+    start_sums(sums);
     for (int64_t v = 0; v < vectors; ++v) {
       Vec<C> x[R];
       SEQMEM_UNROLL
@@ -319,14 +333,14 @@ class Slots : public SlotMatrix<C> {
       for (int j = 0; j < J; ++j) {
         const Vec<C> value = load(memory + (m + j) * stride + v * L);
         SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) sums[j][r] += x[r] * value;
+        for (int r = 0; r < R; ++r) sums[r][j] += x[r] * value;
       }
     }
     SEQMEM_UNROLL
-    for (int j = 0; j < J; ++j) {
+    for (int r = 0; r < R; ++r) {
       C four[4];
-      store_sums4<C>(four, sums[j]);
-      for (int r = 0; r < R; ++r) out[r * step + m + j] = four[r];
+      store_sums4<C>(four, sums[r]);
+      copy(four, out + r * step + m, J);
     }
   }
 };
