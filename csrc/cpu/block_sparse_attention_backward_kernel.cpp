@@ -1,15 +1,15 @@
 // Block-sparse attention backward. With P the weights, dP = dO V^T + dW, dS = P (dP - rowsum(dP P))
 // where seen (entmax: S = P^(2 - alpha) for P and the mean of dP by S for the sum, in dS alone):
-//   dQ = scale dS K,  dK = dS^T (scale Q),  dV = P^T dO.
+//   dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
 // By query blocks, tasks and packed key blocks as in the forward (keys as columns, values as
 // lanes), for each tile of at most 64 queries
-//   pass 1  weights = P, grads = dO, copied
+//   pass 1  weights = P, grads = dO
 //   pass 2  slopes = grads value^T
-//   pass 3  slopes -> dS, zero where not seen; kept, block by block
+//   pass 3  slopes -> dS, zero where not seen, kept for pass 5
 //   pass 4  grad_query = scale slopes key
 // then by key blocks, each a task, over the blocks that hold it in the order of heads and queries
-//   pass 5  dkey += dS^T (scale Q),  dvalue += P^T dO
-// so that no sum depends on the threads.
+//   pass 5  dkey += scale dS^T Q,  dvalue += P^T dO
+// so that no sum depends on the threads. A few heads at a time, whose dS stay in a cache.
 #include "block_sparse_attention_blocks.h"
 
 namespace seqmem::block_sparse_attention {
@@ -24,14 +24,15 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
 
   const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
   const int64_t Bk_pad = padded<C>(min(s.Bk, s.Tk));
-  const int64_t stride = score_stride<C>(s.lists.longest * Bk_pad);
   const bool has_output = a.grad_output.data != nullptr;  // whether dO is there
 
   PackedBlocks packed{s, Bk_pad * (D_pad + s.Dv) * int64_t(sizeof(C))};
-  C *keys, *values;                             // of packed blocks
-  C *queries, *grads, *weights, *slopes, *out;  // of a tile
-  C *block_weights, *dkey, *dvalue;             // of a key block
+  C *keys, *values;                    // of packed blocks
+  C *queries, *grads, *weights, *out;  // of a tile; weights block by block, as the slopes
+  C** slopes_at;                       // [longest]: a tile's rows in each of its blocks
+  C *dkey, *dvalue;                    // of a key block
   Ranges t;
+  int64_t first_head = 0;  // of those of keys whose turn it is
 
  public:
   using KernelRun<Backward, ThreadOf<Shape, Plan>>::KernelRun;
@@ -45,10 +46,9 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
       values = take.array<C>(packed.slots * Bk_pad * s.Dv);
       queries = take.array<C>(rows * D_pad);
       grads = take.array<C>(rows * Dv_pad);
-      weights = take.array<C>(rows * stride);
-      slopes = take.array<C>(rows * stride);
+      weights = take.array<C>(s.lists.longest * rows * Bk_pad);
       out = take.array<C>(rows * D_pad);
-      block_weights = take.array<C>(rows * Bk_pad);
+      slopes_at = take.array<C*>(s.lists.longest);
       dkey = take.array<C>(Bk_pad * D_pad);
       dvalue = take.array<C>(Bk_pad * Dv_pad);
     });
@@ -57,23 +57,28 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
 
   void run() {
     packed.forget();
-    const int64_t group = s.Hq / s.Hk;
-    Task task;
-    if (a.grad_q != nullptr || a.grad_k != nullptr)
-      while (take_task(s, plan, task))
-        for (int64_t n = task.begin; n < task.end; ++n)
-          for (int64_t h = task.head * group; h < (task.head + 1) * group; ++h)
-            run_block(task, h, n);
-    if (a.grad_k == nullptr && a.grad_v == nullptr) return;
-    barrier.wait();
-    while (true) {
-      const int64_t k = __atomic_fetch_add(&plan.next_column, 1, __ATOMIC_RELAXED);
-      if (k >= s.B * s.Hk * s.nK) return;
-      run_column(k / s.nK / s.Hk, k / s.nK % s.Hk, k % s.nK);
+    // A thread keeps the number of a task that it took too early until its heads' turn has come.
+    int64_t task = take_next(plan.next), column = take_next(plan.next_column);
+    for (int64_t heads = s.B * s.Hk; first_head < heads; first_head += plan.heads) {
+      const int64_t last_head = min(first_head + plan.heads, heads);
+      if (a.grad_q != nullptr || a.grad_k != nullptr)
+        for (; task < last_head * plan.groups; task = take_next(plan.next))
+          run_task(task_of(s, plan, task));
+      if (a.grad_k == nullptr && a.grad_v == nullptr) continue;
+      barrier.wait();
+      for (; column < last_head * s.nK; column = take_next(plan.next_column))
+        run_column(column / s.nK / s.Hk, column / s.nK % s.Hk, column % s.nK);
+      barrier.wait();
     }
   }
 
  private:
+  void run_task(const Task& task) {
+    const int64_t group = s.Hq / s.Hk;
+    for (int64_t n = task.begin; n < task.end; ++n)
+      for (int64_t h = task.head * group; h < (task.head + 1) * group; ++h) run_block(task, h, n);
+  }
+
   void run_block(const Task& task, int64_t h, int64_t n) {
     const int64_t first = n * s.Bq, last = min(first + s.Bq, s.Tq);
     const Blocks blocks = blocks_of(s, task.row, h, n);
@@ -99,39 +104,30 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
     if (has_output)
       copy_rows<S>(grads, rows_of<S>(a.grad_output, b, h, first, 1), rows, s.Dv, C(1));
     for (int64_t m = 0; m < blocks.count; ++m) {
-      const int64_t key_block = blocks.key(m), x = m * Bk_pad;
-      const int64_t place = ((blocks.first + m) * s.Bq + row_of_block) * s.Bk;
-      set_ranges(t, s, b, first, rows, key_block);
-      const int64_t slot = pack(task, key_block).slot;
-      for (int64_t r = 0; r < rows; ++r)
-        read_range(weights + r * stride + x, static_cast<const S*>(a.weights) + place + r * s.Bk, 0,
-                   t.hi[r], 0, Bk_pad);
+      set_ranges(t, s, b, first, rows, blocks.key(m));
+      const int64_t slot = pack(task, blocks.key(m)).slot, place = blocks.first + m;
+      copy_weights(place, row_of_block, weights + m * rows * Bk_pad);
+      slopes_at[m] = slopes_of(place, row_of_block);
       if (has_output) {
-        multiply_lanes(t, s.Dv, grads, Dv_pad, values + slot * Bk_pad * s.Dv, t.columns, slopes + x,
-                       stride);
+        multiply_lanes(t, s.Dv, grads, Dv_pad, values + slot * Bk_pad * s.Dv, t.columns,
+                       slopes_at[m], Bk_pad);
       } else {
-        for (int64_t r = 0; r < rows; ++r) clear_outside(slopes + r * stride + x, 0, 0, Bk_pad);
+        __builtin_memset(slopes_at[m], 0, rows * Bk_pad * sizeof(C));
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        C *slope = slopes + r * stride + x, *weight = weights + r * stride + x;
-        if (s.dropout.p > 0) meet_gradients(slope, weight, 0, t.hi[r], s.dropout);
-        if (a.grad_weights != nullptr)
-          add(slope, static_cast<const S*>(a.grad_weights) + place + r * s.Bk, t.hi[r]);
-        if (s.dropout.p > 0) take_signs(slope, weight, 0, t.hi[r]);
-      }
+      if (s.dropout.p > 0 || a.grad_weights != nullptr)
+        for (int64_t r = 0; r < rows; ++r)
+          add_gradients(slopes_at[m] + r * Bk_pad, weights + (m * rows + r) * Bk_pad,
+                        (place * s.Bq + row_of_block + r) * s.Bk, t.hi[r]);
     }
     for (int64_t r = 0; r < rows; ++r)
-      finish_row(slopes + r * stride, weights + r * stride, line_of<C>(s, blocks, b, first + r),
-                 blocks.count * Bk_pad);
-    if (a.grad_k != nullptr) keep_slopes(blocks, rows, row_of_block);
+      finish_row(blocks.count, r, rows, line_of<C>(s, blocks, b, first + r));
     if (a.grad_q == nullptr) return;
     __builtin_memset(out, 0, rows * D_pad * sizeof(C));
     for (int64_t m = 0; m < blocks.count; ++m) {
-      const int64_t key_block = blocks.key(m);
-      set_ranges(t, s, b, first, rows, key_block);
-      const auto [slot, exact] = pack(task, key_block);
-      multiply_columns(t, exact, true, D_pad, slopes + m * Bk_pad, stride,
-                       keys + slot * Bk_pad * D_pad, t.columns, 0, out, D_pad);
+      set_ranges(t, s, b, first, rows, blocks.key(m));
+      const auto [slot, exact] = pack(task, blocks.key(m));
+      multiply_columns(t, exact, true, D_pad, slopes_at[m], Bk_pad, keys + slot * Bk_pad * D_pad,
+                       t.columns, 0, out, D_pad);
     }
     for (int64_t r = 0; r < rows; ++r) {
       C* row = out + r * D_pad;
@@ -140,25 +136,70 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
     }
   }
 
-  static void add(C* to, const S* from, int64_t n) {
-    for (int64_t x = 0; x < n; x += L)
-      store(to + x, load(to + x) + load_n(from + x, static_cast<int>(min<int64_t>(L, n - x))));
-  }
-
-  // The gradient of a line's weights -> dS.
-  void finish_row(C* slope, C* weight, int64_t n, int64_t columns) {
-    const C total = s.alpha == 1 ? C(1) : to_slopes(weight, 0, n, s.alpha);
-    close_range(slope, 0, n, C(0));
-    const C mean = total == 0 ? C(0) : dot_of(slope, weight, 0, n) / total;
-    scale_slopes(slope, weight, 0, n, mean, columns);
-  }
-
-  void keep_slopes(const Blocks& blocks, int64_t rows, int64_t row_of_block) {
-    for (int64_t m = 0; m < blocks.count; ++m) {
-      C* to = static_cast<C*>(a.slopes) + ((blocks.first + m) * s.Bq + row_of_block) * Bk_pad;
-      for (int64_t r = 0; r < rows; ++r)
-        __builtin_memcpy(to + r * Bk_pad, slopes + r * stride + m * Bk_pad, Bk_pad * sizeof(C));
+  // What dropout and the weights' own gradient, at `place`, do to n slopes; the weights, a copy,
+  // lose the signs of the dropped ones.
+  void add_gradients(C* slope, C* weight, int64_t place, int64_t n) {
+    if (s.dropout.p > 0) meet_gradients(slope, weight, 0, n, s.dropout);
+    if (a.grad_weights != nullptr) {
+      const S* from = static_cast<const S*>(a.grad_weights) + place;
+      for (int64_t x = 0; x < n; x += L)
+        store(slope + x,
+              load(slope + x) + load_n(from + x, static_cast<int>(min<int64_t>(L, n - x))));
     }
+    if (s.dropout.p > 0) take_signs(slope, weight, 0, n);
+  }
+
+  // The gradient of the n weights of row r of a tile -> dS.
+  void finish_row(int64_t count, int64_t r, int64_t rows, int64_t n) {
+    C sum = 0, total = 0;
+    each_part(count, r, rows, n, [&](C* slope, C* weight, int64_t part) {
+      close_range(slope, 0, part, C(0));
+      if (s.alpha != 1) total += to_slopes(weight, 0, part, s.alpha);
+      sum += dot_of(slope, weight, 0, part);
+    });
+    if (s.alpha == 1) total = 1;
+    const C mean = total == 0 ? C(0) : sum / total;
+    each_part(count, r, rows, n, [&](C* slope, C* weight, int64_t part) {
+      scale_slopes(slope, weight, 0, part, mean, Bk_pad);
+    });
+  }
+
+  // f(slopes, weights, how many of them) for each block of a line of n weights.
+  template <class F>
+  SEQMEM_INLINE void each_part(int64_t count, int64_t r, int64_t rows, int64_t n, F&& f) const {
+    for (int64_t m = 0; m < count; ++m, n -= Bk_pad)
+      f(slopes_at[m] + r * Bk_pad, weights + (m * rows + r) * Bk_pad,
+        max<int64_t>(min(n, Bk_pad), 0));
+  }
+
+  // Those of a row of the block that has this place among the weights'.
+  C* slopes_of(int64_t place, int64_t row) const {
+    const int64_t kept = place - first_head * (s.Hq / s.Hk) * s.N;
+    return static_cast<C*>(a.slopes) + (kept * s.Bq + row) * Bk_pad;
+  }
+
+  // A block's weights in the ranges.
+  void copy_weights(int64_t place, int64_t row, C* to) const {
+    const S* from = static_cast<const S*>(a.weights) + (place * s.Bq + row) * s.Bk;
+    for (int64_t r = 0; r < t.rows; ++r)
+      read_range(to + r * Bk_pad, from + r * s.Bk, 0, t.hi[r], 0, Bk_pad);
+  }
+
+  // The same as they met the values: where they are, if they are as the products need them.
+  const C* met_weights(int64_t place, int64_t row) const {
+    if constexpr (std::is_same_v<S, C>)
+      if (s.Bk == Bk_pad && s.dropout.p == 0 && all_seen())
+        return static_cast<const S*>(a.weights) + (place * s.Bq + row) * s.Bk;
+    copy_weights(place, row, weights);
+    if (s.dropout.p > 0)
+      for (int64_t r = 0; r < t.rows; ++r) meet_values(weights + r * Bk_pad, 0, t.hi[r], s.dropout);
+    return weights;
+  }
+
+  bool all_seen() const {
+    for (int64_t r = 0; r < t.rows; ++r)
+      if (t.hi[r] < s.Bk) return false;
+    return true;
   }
 
   void run_column(int64_t b, int64_t head, int64_t key_block) {
@@ -177,28 +218,28 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
                     i - first);
       }
     }
-    store_rows(static_cast<S*>(a.grad_k), dkey, b, head, key_block, s.D);
-    store_rows(static_cast<S*>(a.grad_v), dvalue, b, head, key_block, s.Dv);
+    store_rows(static_cast<S*>(a.grad_k), dkey, b, head, key_block, s.D, C(s.scale));
+    store_rows(static_cast<S*>(a.grad_v), dvalue, b, head, key_block, s.Dv, C(1));
   }
 
   void add_block(int64_t b, int64_t h, int64_t key_block, int64_t place, int64_t first,
                  int64_t rows, int64_t row_of_block) {
     set_ranges(t, s, b, first, rows, key_block);
-    const int64_t row = place * s.Bq + row_of_block;
-    if (a.grad_v != nullptr && has_output) {
-      copy_rows<S>(grads, rows_of<S>(a.grad_output, b, h, first, 1), rows, s.Dv, C(1));
-      for (int64_t r = 0; r < rows; ++r)
-        read_range(block_weights + r * Bk_pad, static_cast<const S*>(a.weights) + (row + r) * s.Bk,
-                   0, t.hi[r], 0, Bk_pad);
-      if (s.dropout.p > 0)
-        for (int64_t r = 0; r < rows; ++r)
-          meet_values(block_weights + r * Bk_pad, 0, t.hi[r], s.dropout);
-      add_transposed(block_weights, grads, Dv_pad, dvalue);
-    }
-    if (a.grad_k != nullptr) {
-      copy_rows<S>(queries, rows_of<S>(a.q, b, h, first, 1), rows, s.D, C(s.scale));
-      add_transposed(static_cast<const C*>(a.slopes) + row * Bk_pad, queries, D_pad, dkey);
-    }
+    if (a.grad_v != nullptr && has_output)
+      add_transposed(met_weights(place, row_of_block),
+                     side_by_side(rows_of<S>(a.grad_output, b, h, first, 1), s.Dv, grads), Dv_pad,
+                     dvalue);
+    if (a.grad_k != nullptr)
+      add_transposed(slopes_of(place, row_of_block),
+                     side_by_side(rows_of<S>(a.q, b, h, first, 1), s.D, queries), D_pad, dkey);
+  }
+
+  // Rows of whole vectors one after the other: where they are, if they are so, or a copy.
+  const C* side_by_side(const Rows<S>& from, int64_t width, C* copy) const {
+    if constexpr (std::is_same_v<S, C>)
+      if (from.columns == 1 && from.rows == width && width == padded<C>(width)) return from.data;
+    copy_rows<S>(copy, from, t.rows, width, C(1));
+    return copy;
   }
 
   // sums += of_block^T b.
@@ -207,11 +248,12 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
                         of_block, Bk_pad, b, width, sums);
   }
 
-  void store_rows(S* to, const C* sums, int64_t b, int64_t head, int64_t key_block, int64_t width) {
+  void store_rows(S* to, const C* sums, int64_t b, int64_t head, int64_t key_block, int64_t width,
+                  C factor) {
     if (to == nullptr) return;
     to += ((b * s.Hk + head) * s.Tk + key_block * s.Bk) * width;
     for (int64_t x = 0; x < keys_of(s, key_block); ++x)
-      store_row(to + x * width, sums + x * padded<C>(width), width);
+      store_scaled(to + x * width, sums + x * padded<C>(width), width, factor);
   }
 };
 

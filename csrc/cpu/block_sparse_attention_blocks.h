@@ -116,12 +116,14 @@ struct Task {
   int64_t row, head, begin, end;
 };
 
-SEQMEM_INLINE bool take_task(const Shape& s, const Plan& plan, Task& task) {
-  const int64_t k = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED);
-  if (k >= s.B * s.Hk * plan.groups) return false;
+SEQMEM_INLINE int64_t take_next(int64_t& next) {
+  return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+}
+
+// Number k of all tasks.
+SEQMEM_INLINE Task task_of(const Shape& s, const Plan& plan, int64_t k) {
   const int64_t head = k / plan.groups, group = k % plan.groups;
-  task = {head / s.Hk, head % s.Hk, s.nQ * group / plan.groups, s.nQ * (group + 1) / plan.groups};
-  return true;
+  return {head / s.Hk, head % s.Hk, s.nQ * group / plan.groups, s.nQ * (group + 1) / plan.groups};
 }
 
 }  // namespace

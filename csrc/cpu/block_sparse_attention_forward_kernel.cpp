@@ -53,10 +53,12 @@ class ForwardRun : KernelRun<Forward, ThreadOf<Shape, Plan>> {
   void run() {
     packed.forget();
     const int64_t group = s.Hq / s.Hk;
-    Task task;
-    while (take_task(s, plan, task))
+    const int64_t tasks = s.B * s.Hk * plan.groups;
+    for (int64_t k; (k = take_next(plan.next)) < tasks;) {
+      const Task task = task_of(s, plan, k);
       for (int64_t n = task.begin; n < task.end; ++n)
         for (int64_t h = task.head * group; h < (task.head + 1) * group; ++h) run_block(task, h, n);
+    }
     if (past_caches) settle_stores();
   }
 

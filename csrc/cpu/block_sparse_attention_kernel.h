@@ -32,6 +32,7 @@ struct Shape : HeadShape {
 // How the work of one call is divided among the threads.
 struct Plan {
   int64_t groups;  // the parts of a head's query blocks, each of which is a task
+  int64_t heads;   // of keys, which a backward takes through both of its passes before the next
   // The first task that no thread has taken yet, of query blocks and of key blocks; 0 at the start.
   mutable int64_t next, next_column;
 };
@@ -54,7 +55,8 @@ struct Backward {
   void* grad_q;         // [B, Hq, Tq, D], or null
   void* grad_k;         // [B, Hk, Tk, D], or null
   void* grad_v;         // [B, Hk, Tk, Dv], or null
-  void* slopes;         // [B, Hq, N, Bq, padded Bk] in the compute type, or null without grad_k
+  void* slopes;  // [plan.heads * Hq / Hk, N, Bq, padded Bk] in the compute type, or null where
+                 // grad_q and grad_k are
   void* workspace;
 };
 

@@ -81,9 +81,20 @@ int threads_for(const Call& call, double products) {
   return threads_for_scores(double(s.B) * s.Hq * s.Tq, scores, s.D + s.Dv, products);
 }
 
+int64_t padded_keys(const Shape& s) {
+  constexpr int64_t kVector = 16;  // lanes of the widest one
+  return parts(std::min(s.Bk, s.Tk), kVector) * kVector;
+}
+
 Plan plan_for(const Shape& s, int threads) {
-  const int64_t heads = s.B * s.Hk, tasks = threads == 1 ? 1 : threads * kTasksPerThread;
-  return {.groups = std::clamp<int64_t>(parts(tasks, heads), 1, s.nQ), .next = 0, .next_column = 0};
+  constexpr int64_t kKept = 3 << 20;  // values of dS
+  const int64_t heads = s.B * s.Hk, of_head = s.Hq / s.Hk * s.N * s.Bq * padded_keys(s);
+  const int64_t at_once = std::clamp<int64_t>(kKept / std::max<int64_t>(of_head, 1), 1, heads);
+  const int64_t tasks = threads == 1 ? 1 : threads * kTasksPerThread;
+  return {.groups = std::clamp<int64_t>(parts(tasks, at_once), 1, s.nQ),
+          .heads = at_once,
+          .next = 0,
+          .next_column = 0};
 }
 
 template <class Int>
@@ -116,11 +127,10 @@ Tensors<2> forward_cpu(const ForwardInputs& in) {
 Tensors<2> forward_meta(const ForwardInputs& in) { return allocate(in, check<c10::SymInt>(in)); }
 
 // What the backward keeps between its passes.
-Tensor slopes_like(const BackwardInputs& in, const Sizes<int64_t>& s) {
-  constexpr int64_t kVector = 16;  // lanes of the widest one
-  const int64_t columns = parts(std::min(in.block_keys, s.Tk), kVector) * kVector;
-  const auto type = in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return KeptBlocks::empty({s.B, s.Hq, s.N, in.block_queries, columns}, in.q.options().dtype(type));
+Tensor slopes_like(const Tensor& q, const Shape& s, const Plan& plan) {
+  const auto type = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return KeptBlocks::empty({plan.heads * (s.Hq / s.Hk), s.N, s.Bq, padded_keys(s)},
+                           q.options().dtype(type));
 }
 
 Tensors<3> backward_cpu(const BackwardInputs& in) {
@@ -132,7 +142,10 @@ Tensors<3> backward_cpu(const BackwardInputs& in) {
   Call call(in, s);
   call.sort_by_key();
   const Operand weights(in.weights), grad_weights(in.grad_weights);
-  const Tensor slopes = in.output_mask[1] ? slopes_like(in, s) : Tensor();
+  const int threads = threads_for(call, 2.5);
+  const Plan plan = plan_for(call.shape, threads);
+  const bool scores = in.output_mask[0] || in.output_mask[1];
+  const Tensor slopes = scores ? slopes_like(in.q, call.shape, plan) : Tensor();
   const Backward arguments = {.grad_output = heads_of(in.grad_output),
                               .grad_weights = grad_weights.data(),
                               .q = heads_of(in.q),
@@ -144,9 +157,7 @@ Tensors<3> backward_cpu(const BackwardInputs& in) {
                               .grad_v = some_data(grad_v),
                               .slopes = data(slopes),
                               .workspace = nullptr};
-  const int threads = threads_for(call, 2.5);
-  launch(SEQMEM_CHOOSE(backward_kernel), threads, arguments, storage_of(in.q), call.shape,
-         plan_for(call.shape, threads));
+  launch(SEQMEM_CHOOSE(backward_kernel), threads, arguments, storage_of(in.q), call.shape, plan);
   return out;
 }
 
