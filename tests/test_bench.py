@@ -546,6 +546,7 @@ def test_a_table_that_fails_does_not_lose_the_others(
     assert kept["tables"] == [{"op": "lstm"}, {"op": "entmax"}]
 
 
+@pytest.mark.slow
 def test_the_table_names_rows_peers_and_what_was_left_out(document: dict[str, Any]) -> None:
     console = quiet()
     results = [report.Result(**row) for row in document["results"]]
