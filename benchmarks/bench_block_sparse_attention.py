@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -103,13 +103,7 @@ def on_gpu(*sizes: int) -> rows.Work:
     return rows.Work(whole.sample, whole.ours, {GATHER: whole.peers[GATHER]})
 
 
-def pair(
-    *sizes: int,
-    goals: Mapping[str, tuple[float | None, float | None]] | None = None,
-    make: Callable[..., rows.Work] = work,
-) -> Any:
-    text = ", ".join(map(str, sizes))
-    return rows.pair("block_sparse_attention", text, partial(make, *sizes), goals=goals)
+pair = rows.of_sizes("block_sparse_attention", work)
 
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
@@ -120,7 +114,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     if batch * heads * steps * steps * width > 2**31 or grid < 8:
         return None
     sizes = batch, heads, steps, width, size, rng.randint(3 * grid, grid * grid // 2)
-    return list(pair(*sizes, make=partial(flex.without, work)))
+    return pair(*sizes, make=partial(flex.without, work))
 
 
 ROWS = [

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import random
 import sys
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -104,16 +103,14 @@ def one_step(batch: int, heads: int, features: int, values: int) -> rows.Work:
     return rows.Work(sample, ops.delta_memory, {STEPS: reference.delta_memory})
 
 
-def pair(*sizes: int, goals: Mapping[str, tuple[float, float]] | None = None) -> Any:
-    text = ", ".join(map(str, sizes))
-    return rows.pair("delta_memory", text, partial(work, *sizes), goals=goals)
+pair = rows.of_sizes("delta_memory", work)
 
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     sizes = rows.draw(rng, MOST)
     if sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4] > 2**28:
         return None
-    return list(pair(*sizes))
+    return pair(*sizes)
 
 
 SMALL = {CHUNKED: (8.0, 8.0), FALLBACK: (15.0, 20.0), rows.COMPILED: (5.0, 4.0)}

@@ -41,7 +41,7 @@ def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -
         sizes = (time, batch, INPUT, control, slots, width)
         return next(sequence.sample_inputs(sizes=sizes, seed=_seed(rng))).args
 
-    missing = peers.jax_missing()
+    missing = rows.uninstalled("JAX", "jax")
     return rows.Work(
         sample,
         ops.ntm,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -122,13 +122,7 @@ def on_gpu(*sizes: int) -> rows.Work:
     return rows.Work(whole.sample, whole.ours, {BLOCKS: whole.peers[BLOCKS]})
 
 
-def pair(
-    *sizes: int,
-    goals: Mapping[str, tuple[float | None, float | None]] | None = None,
-    make: Callable[..., rows.Work] = work,
-) -> Any:
-    text = ", ".join(map(str, sizes))
-    return rows.pair("window_attention", text, partial(make, *sizes), goals=goals)
+pair = rows.of_sizes("window_attention", work)
 
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
@@ -138,7 +132,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
         return None
     left, right = rng.randrange(1 + steps // 4), rng.randrange(1 + steps // 8)
     sizes = batch, heads, steps, width, left, right, rng.choice((0, min(4, steps // 16)))
-    return list(pair(*sizes, make=partial(flex.without, work)))
+    return pair(*sizes, make=partial(flex.without, work))
 
 
 ROWS = [

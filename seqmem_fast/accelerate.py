@@ -12,11 +12,7 @@ from torch.nn.utils import parametrize
 
 from .nn import LSTM, Attention, LSTMCell
 
-_OURS: dict[type[nn.Module], Any] = {
-    nn.LSTM: LSTM,
-    nn.LSTMCell: LSTMCell,
-    nn.MultiheadAttention: Attention,
-}
+_OURS: dict[type, Any] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell, nn.MultiheadAttention: Attention}
 _NAMES = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell", "MultiheadAttention")
 _DEVICES = ("cpu", "cuda", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -61,30 +57,27 @@ def accelerate(model: nn.Module, *, replace: bool = False) -> Report:
             same objects, with another class.
     """
     report = Report()
-    inside = {
-        m for layer in model.modules() if isinstance(layer, _LAYERS) for m in layer.children()
-    }
+    layers = [m for m in model.modules() if isinstance(m, _LAYERS)]
+    inside = {m for layer in layers for m in layer.children()}
     for name, module in list(model.named_modules()):
         if _is_swapped(module):
             if not replace:
                 continue
             _restore(module)
-        reason, cls = (
-            _reason_to_keep(module, replace),
-            parametrize.type_before_parametrizations(module),
-        )
-        if reason is None and module in inside:
+        cls: Any = parametrize.type_before_parametrizations(module)
+        theirs, ours = _classes(module)
+        reason = _reason_to_keep(module, cls, theirs, replace)
+        if ours and not reason and module in inside:
             reason = "its layer asks for no weights, where torch's own kernel is the right one"
-        if reason is None:
-            ours = _ours(module)
+        if reason:
+            report.kept.append((name, cls.__name__, reason))
+        elif ours:
             if replace:
                 vars(module)[_TORCH_CLASS] = cls
                 _change_class(module, ours)
             else:
                 _swap(module)
             report.swapped.append((name, f"{cls.__name__}({ours.extra_repr(module)})"))
-        elif reason:
-            report.kept.append((name, cls.__name__, reason))
     return report
 
 
@@ -94,31 +87,30 @@ def restore(model: nn.Module) -> int:
     return len([_restore(module) for module in swapped])
 
 
-def _ours(module: nn.Module) -> Any:
-    return next((ours for theirs, ours in _OURS.items() if isinstance(module, theirs)), None)
+def _classes(module: nn.Module) -> tuple[Any, Any]:
+    """Torch's class and ours; None of a module that is neither."""
+    return next((pair for pair in _OURS.items() if isinstance(module, pair[0])), (None, None))
 
 
-def _reason_to_keep(module: nn.Module, replace: bool) -> str | None:
-    """Why a module stays; None if it can be swapped, "" if it is nothing of ours."""
-    cls: Any = parametrize.type_before_parametrizations(module)
-    if _ours(module) is not None:
-        if "forward" in vars(module):
-            return "its forward was patched on the instance"
-        theirs = next(theirs for theirs in _OURS if isinstance(module, theirs))
-        if cls.forward is not theirs.forward or (replace and cls is not theirs):
-            return "a subclass, which may compute something else"
-        weight = next(module.parameters(), None)
-        if weight is not None and weight.dtype not in _DTYPES:
-            return f"there is no kernel for {weight.dtype}"
-        if weight is not None and weight.device.type not in _DEVICES:
-            return f"there is no kernel for devices of type {weight.device.type}"
-        return None
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and cls not in _OURS.values():
-        return "not an LSTM"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "scripted: its code is fixed" if module.original_name in _NAMES else ""
-    if cls.__name__ in _NAMES and cls.__module__.startswith(("torch.ao.", "torchao.")):
-        return "quantized: there is no quantized kernel"
+def _reason_to_keep(module: nn.Module, cls: Any, theirs: Any, replace: bool) -> str:
+    """Why a module stays, or nothing: it can be swapped, or has nothing to do with us."""
+    if theirs is None:
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and cls not in _OURS.values():
+            return "not an LSTM"
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name in _NAMES:
+            return "scripted: its code is fixed"
+        if cls.__name__ in _NAMES and cls.__module__.startswith(("torch.ao.", "torchao.")):
+            return "quantized: there is no quantized kernel"
+        return ""
+    if "forward" in vars(module):
+        return "its forward was patched on the instance"
+    if cls.forward is not theirs.forward or (replace and cls is not theirs):
+        return "a subclass, which may compute something else"
+    weight = next(module.parameters(), None)
+    if weight is not None and weight.dtype not in _DTYPES:
+        return f"there is no kernel for {weight.dtype}"
+    if weight is not None and weight.device.type not in _DEVICES:
+        return f"there is no kernel for devices of type {weight.device.type}"
     return ""
 
 
@@ -130,22 +122,20 @@ def runs_ours(module: nn.Module) -> bool:
 
 def _forward(ours: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
     """What a swapped module runs."""
-    theirs = type(module).forward
-    if torch._C._get_tracing_state():
-        return theirs(module, *args, **kwargs)
-    try:
-        return ours.forward(module, *args, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        nested = any(getattr(a, "is_nested", False) for a in (*args, *kwargs.values()))
-        refused = nested or isinstance(error, (TypeError, ValueError, NotImplementedError))
-        if not refused or not kwargs.keys().isdisjoint(("lengths", "reset", "return_gates")):
-            raise
-        return theirs(module, *args, **kwargs)
+    if not torch._C._get_tracing_state():
+        try:
+            return ours.forward(module, *args, **kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            nested = any(getattr(a, "is_nested", False) for a in (*args, *kwargs.values()))
+            refused = nested or isinstance(error, (TypeError, ValueError, NotImplementedError))
+            if not refused or not kwargs.keys().isdisjoint(("lengths", "reset", "return_gates")):
+                raise
+    return type(module).forward(module, *args, **kwargs)
 
 
 def _swap(module: nn.Module) -> nn.Module:
-    bound = {"forward": partial(_forward, _ours(module), module)}
-    vars(module).update(bound | {name: partial(f, module) for name, f in _COPYING.items()})
+    vars(module)["forward"] = partial(_forward, _classes(module)[1], module)
+    vars(module).update({name: partial(f, module) for name, f in _COPYING.items()})
     return module
 
 

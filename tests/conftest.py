@@ -1,6 +1,7 @@
 """Settings that every test runs under."""
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests first: started last, one of them would leave the other workers idle."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """The thousands of tests stay until the end: no collection of garbage looks through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

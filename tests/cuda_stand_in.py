@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,16 @@ def load_on_cpu(stem: str) -> Any:
     return getattr(torch.ops, f"{stem}_cuda_on_cpu")
 
 
+def sources_on_cpu(stem: str) -> Any:
+    """The fixture `load_on_cpu`, once for a file of tests."""
+
+    @pytest.fixture(scope="module")
+    def ops() -> Any:
+        return load_on_cpu(stem)
+
+    return ops
+
+
 class Resources(NamedTuple):
     """What ptxas says of one kernel."""
 
@@ -94,10 +105,19 @@ def compile_with_nvcc(stem: str, arch: str) -> list[Resources]:
     ]
 
 
-def check_resources(stem: str, arch: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """An op's file has so many kernels, none of which spills."""
-    found = compile_with_nvcc(stem, arch)
-    assert len(found) == count
-    with capsys.disabled():
-        print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")
-    assert all(kernel.stack == kernel.spilled == 0 for kernel in found)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def spills(stem: str, count: int) -> Callable[..., None]:
+    """The test that an op's file has so many kernels, none of which spills."""
+
+    @needs_nvcc
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+        found = compile_with_nvcc(stem, arch)
+        assert len(found) == count
+        with capsys.disabled():
+            print(f"\nsm_{arch}: at most {max(kernel.registers for kernel in found)} registers")
+        assert all(kernel.stack == kernel.spilled == 0 for kernel in found)
+
+    return test

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
-from op_suite import sample_of
+from op_suite import Case, sample_of
 from torch import Tensor
 
 from seqmem_fast import ops
@@ -42,6 +42,11 @@ class SparseAttention:
     def sample(self, name: str, **options: Any) -> Sample:
         sample: Sample = sample_of(self.reference, name, **options)
         return sample
+
+    def threaded(self, case_of: Callable[[Sample], Case], name: str, *more: Case) -> list[Case]:
+        """Calls below and above the size at which one takes several threads."""
+        sizes = (1, 1, 3, 9, 8, 8), (2, 2, 400, 200, 32, 32)
+        return [*(case_of(self.sample(name, sizes=one)) for one in sizes), *more]
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = getattr(ops, self.name)(*args, **kwargs)

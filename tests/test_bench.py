@@ -52,7 +52,13 @@ from benchmarks.harness import (  # noqa: E402
     timing,
 )
 from benchmarks.peers import lstm as peers  # noqa: E402
-from benchmarks.studies import charlm, gates, lengths, random_shapes  # noqa: E402
+from benchmarks.studies import (  # noqa: E402
+    attention_small_calls,
+    charlm,
+    gates,
+    lengths,
+    random_shapes,
+)
 
 TINY = timing.Budget(side_s=0.002, cap_s=10.0, few=2, most=3)
 SHAPES = [
@@ -540,6 +546,7 @@ def test_a_table_that_fails_does_not_lose_the_others(
     assert kept["tables"] == [{"op": "lstm"}, {"op": "entmax"}]
 
 
+@pytest.mark.slow
 def test_the_table_names_rows_peers_and_what_was_left_out(document: dict[str, Any]) -> None:
     console = quiet()
     results = [report.Result(**row) for row in document["results"]]
@@ -831,3 +838,19 @@ def test_lengths_of_a_window_are_measured_and_drawn(
     assert picture.read_bytes().startswith(b"\x89PNG")
     results = json.loads(path.read_text())["results"]
     assert len(results) == 8 and all(found["step_s"] > 0 for found in results)
+
+
+def test_small_attentions_are_timed_no_longer_than_asked() -> None:
+    made: list[str] = []
+
+    def side(name: str) -> None:
+        made.append(name)
+        time.sleep(0.001)
+
+    sides = [functools.partial(side, name) for name in ("torch", "ours")]
+    found = attention_small_calls.smallest(sides, 0.0)
+    assert made == ["torch", "ours"] * 3  # the first call of each, and two that count
+    assert min(found) >= 0.001
+    row = attention_small_calls.measured((1, 2, 16), 0.0)
+    assert list(row["modes"]) == attention_small_calls.MODES
+    assert all(mode["ratio"] > 0 for mode in row["modes"].values())

@@ -75,14 +75,8 @@ def block_case(*args: Any, **options: Any) -> Case:
 
 
 def threaded() -> Threaded:
-    """Calls below and above the size at which one takes several threads."""
-    samples = (
-        BLOCK_SPARSE.sample("shared", sizes=sizes)
-        for sizes in ((1, 1, 3, 9, 8, 8), (2, 2, 200, 200, 32, 32))
-    )
-    cases = [case_of(sample) for sample in samples]
-    cases.append(block_case((2, 2, 1, 300, 300, 32, 32), (32, 40), torch.float32, is_causal=True))
-    return [(case.op, case.tensors) for case in cases]
+    own = block_case((2, 2, 1, 300, 300, 32, 32), (32, 40), torch.float32, is_causal=True)
+    return [(case.op, case.tensors) for case in BLOCK_SPARSE.threaded(case_of, "shared", own)]
 
 
 # (B, Hq, Hk, Tq, Tk, D, Dv), block: around the widths of vectors, panels and tiles.

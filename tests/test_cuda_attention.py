@@ -6,19 +6,17 @@ As in test_cuda_lstm.py, neither needs a GPU.
 from __future__ import annotations
 
 import math
-import shutil
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cuda_stand_in import (
-    ARCHITECTURES,
     TOLERANCES,
     assert_near,
     check_each_alone,
-    check_resources,
-    load_on_cpu,
+    sources_on_cpu,
+    spills,
 )
 
 from seqmem_fast.reference import attention as reference
@@ -33,17 +31,9 @@ SIZES = {  # (B, Tq, Tk, D, Dv)
 }
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    # 3 kernels, 4 types, vectors and single elements
-    check_resources("attention", arch, 24, capsys)
-
-
-@pytest.fixture(scope="module")
-def ops() -> Any:
-    """The CUDA sources on the CPU."""
-    return load_on_cpu("attention")
+# 3 kernels, 4 types, vectors and single elements
+test_compiles_without_spills = spills("attention", 24)
+ops = sources_on_cpu("attention")
 
 
 def check(ops: Any, sample: Sample) -> None:

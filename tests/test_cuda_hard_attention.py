@@ -5,12 +5,11 @@ As in test_cuda_lstm.py, neither needs a GPU.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
 import torch
-from cuda_stand_in import ARCHITECTURES, TOLERANCES, assert_near, check_resources, load_on_cpu
+from cuda_stand_in import TOLERANCES, assert_near, sources_on_cpu, spills
 
 from seqmem_fast.reference import hard_attention as reference
 
@@ -20,17 +19,9 @@ SIZES = [(3, 1), (5, 7), (256, 10), (1000, 33), (2, 1500)]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    # 4 kernels, 4 types, warps and blocks; and a sum in each type
-    check_resources("hard_attention", arch, 36, capsys)
-
-
-@pytest.fixture(scope="module")
-def ops() -> Any:
-    """The CUDA sources on the CPU."""
-    return load_on_cpu("hard_attention")
+# 4 kernels, 4 types, warps and blocks; and a sum in each type
+test_compiles_without_spills = spills("hard_attention", 36)
+ops = sources_on_cpu("hard_attention")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

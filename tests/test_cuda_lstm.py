@@ -7,12 +7,11 @@ the C++ compiler against a stand-in for CUDA (tests/cuda_on_cpu), the cluster ke
 from __future__ import annotations
 
 import re
-import shutil
 from typing import Any
 
 import pytest
 import torch
-from cuda_stand_in import ARCHITECTURES, compile_with_nvcc, load_on_cpu
+from cuda_stand_in import ARCHITECTURES, compile_with_nvcc, needs_nvcc, sources_on_cpu
 from lstm_cell_check import CELLS, TOLERANCES, assert_near, check_cell, widened
 
 from seqmem_fast.reference import lstm as reference
@@ -23,7 +22,7 @@ TYPES |= {"6__halff": "half, c float", "13__nv_bfloat16f": "bfloat16, c float"}
 SIZES = [(5, torch.float32), *((8, dtype) for dtype in TOLERANCES)]  # single units, vectors
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     kernels = compile_with_nvcc("lstm", arch)
@@ -39,7 +38,7 @@ def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) 
     assert all(kernel.stack == kernel.spilled == 0 for kernel in kernels)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_small_cell_compiles_without_spills(arch: str) -> None:
     kernels = compile_with_nvcc("lstm_cell", arch)
@@ -47,7 +46,7 @@ def test_the_small_cell_compiles_without_spills(arch: str) -> None:
     assert all(kernel.stack == kernel.spilled == 0 for kernel in kernels)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "stem, number",
@@ -68,10 +67,7 @@ def test_clusters_compile_without_spills(
     assert all(kernel.stack == kernel.spilled == 0 for kernel in kernels)
 
 
-@pytest.fixture(scope="module")
-def ops() -> Any:
-    """The CUDA sources on the CPU."""
-    return load_on_cpu("lstm")
+ops = sources_on_cpu("lstm")
 
 
 @pytest.mark.parametrize("hidden, dtype", SIZES)

@@ -5,19 +5,17 @@ As in test_cuda_lstm.py, neither needs a GPU.
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cuda_stand_in import (
-    ARCHITECTURES,
     TOLERANCES,
     assert_near,
     check_each_alone,
-    check_resources,
-    load_on_cpu,
+    sources_on_cpu,
+    spills,
 )
 
 from seqmem_fast.reference import ntm_addressing as reference
@@ -35,17 +33,9 @@ SIZES = {  # (B, N, M, H, taps)
 }
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    # 8 kernels, 4 types, vectors and single elements
-    check_resources("ntm_addressing", arch, 64, capsys)
-
-
-@pytest.fixture(scope="module")
-def ops() -> Any:
-    """The CUDA sources on the CPU."""
-    return load_on_cpu("ntm_addressing")
+# 8 kernels, 4 types, vectors and single elements
+test_compiles_without_spills = spills("ntm_addressing", 64)
+ops = sources_on_cpu("ntm_addressing")
 
 
 def check(ops: Any, sample: Sample) -> None:

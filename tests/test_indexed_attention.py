@@ -76,19 +76,14 @@ def index_case(*args: Any, **options: Any) -> Case:
 
 
 def threaded() -> Threaded:
-    """Calls below and above the size at which one takes several threads; index is no argument."""
-    samples = (
-        INDEXED.sample("shared", sizes=sizes)
-        for sizes in ((1, 1, 3, 9, 8, 8), (2, 2, 400, 200, 32, 32))
-    )
-    cases = [case_of(sample) for sample in samples]
-    cases.append(index_case((2, 4, 1, 300, 90, 32, 32), 40, torch.float32, (2, 4)))
+    """The index is no argument."""
+    own = index_case((2, 4, 1, 300, 90, 32, 32), 40, torch.float32, (2, 4))
     return [
         (
             partial(lambda op, index, *rest: op(*rest, index), case.op, case.tensors[3]),
             case.tensors[:3],
         )
-        for case in cases
+        for case in INDEXED.threaded(case_of, "shared", own)
     ]
 
 

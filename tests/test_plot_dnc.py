@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import panels, shown
 
 pytest.importorskip("matplotlib")
 
@@ -39,14 +40,6 @@ def task() -> dict[str, torch.Tensor]:
         "target": (torch.rand(T, BITS) > 0.5).float(),
         "mask": torch.tensor([0.0, 0, 0, 1, 1, 1]),
     }
-
-
-def panels(figure: Any) -> dict[str, Any]:
-    return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_title(loc="left")}
-
-
-def shown(axes: Any) -> torch.Tensor:
-    return torch.from_numpy(axes.images[0].get_array().filled(float("nan")).copy())
 
 
 def rows(axes: Any) -> list[str]:

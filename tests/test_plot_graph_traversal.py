@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import check_drawn, trained
 
 pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_hex
 
-from seqmem_fast import cli, plot
+from seqmem_fast import plot
 from seqmem_fast.plot.graph_traversal import looked_at
 from seqmem_fast.plot.one_shot import RIGHT, WRONG
 from seqmem_fast.tasks.model import BUILDERS
@@ -63,14 +64,9 @@ def test_what_does_not_fit_is_named() -> None:
 def test_the_command_draws_a_walk(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("safetensors")
-    pytest.importorskip("rich")
-    kept, out = f"--checkpoint={tmp_path / 'kept'}", tmp_path / "walk.png"
-    tiny = ["--steps=1", "--sequences=1", "--controller-size=8", "--memory-size=6"]
-    assert cli.main(["train", "graph_traversal", kept, f"--model={model}", *tiny]) == 0
+    kept = trained("graph_traversal", model, tmp_path)
     for place in (0, 1):
-        arguments = [kept, f"--out={out}", f"--map={place}", "--path=2"]
-        assert cli.main(["plot", "graph_traversal", *arguments]) == 0
-        assert out.read_bytes().startswith(b"\x89PNG")
-        out.unlink()
+        check_drawn(
+            "graph_traversal", tmp_path / f"{place}.png", kept, f"--map={place}", "--path=2"
+        )
     assert "wrong answers" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import check_drawn, panels, shown, trained
 
 pytest.importorskip("matplotlib")
 
@@ -32,14 +33,6 @@ def case(**changes: Any) -> dict[str, Any]:
         "weightings": weightings,
         **changes,
     }
-
-
-def panels(figure: Any) -> dict[str, Any]:
-    return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_title(loc="left")}
-
-
-def shown(axes: Any) -> torch.Tensor:
-    return torch.from_numpy(axes.images[0].get_array().filled(float("nan")).copy())
 
 
 def test_panels_hold_what_they_say() -> None:
@@ -88,13 +81,9 @@ def test_what_does_not_fit_is_named(name: str, shape: tuple[int, ...], message: 
 def test_the_command_draws_a_checkpoint(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("safetensors")
-    pytest.importorskip("rich")
-    kept, out = f"--checkpoint={tmp_path / 'kept'}", tmp_path / "pictures" / "copy.png"
-    tiny = ["--steps=1", "--sequences=1", "--controller-size=8", "--memory-size=6", "--bits=2"]
-    assert cli.main(["train", "copy", kept, f"--model={model}", *tiny, "--max-length=3"]) == 0
-    assert cli.main(["plot", "copy", kept, f"--out={out}", "--length=4"]) == 0
-    assert out.read_bytes().startswith(b"\x89PNG")
+    kept = trained("copy", model, tmp_path, "--bits=2", "--max-length=3")
+    out = tmp_path / "pictures" / "copy.png"
+    check_drawn("copy", out, kept, "--length=4")
     assert f"{out}: " in capsys.readouterr().out
     assert cli.main(["plot", "priority_sort", kept, f"--out={out}"]) == 2
     assert "was trained on copy" in capsys.readouterr().err

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pictures import check_drawn, trained
 from torch import Tensor
 
 pytest.importorskip("matplotlib")
 
-from seqmem_fast import cli, plot
+from seqmem_fast import plot
 from seqmem_fast.plot.one_shot import RIGHT, WRONG, read_from
 from seqmem_fast.tasks.model import BUILDERS
 
@@ -81,12 +82,7 @@ def test_what_does_not_fit_is_named() -> None:
 def test_the_command_draws_an_episode(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("safetensors")
-    pytest.importorskip("rich")
-    kept, out = f"--checkpoint={tmp_path / 'kept'}", tmp_path / "one_shot.png"
     sizes = ["--side=8", "--letters=40", "--classes=2", "--images=3"]
-    tiny = ["--steps=1", "--sequences=1", "--controller-size=8", "--memory-size=6"]
-    assert cli.main(["train", "one_shot", kept, f"--model={model}", *sizes, *tiny]) == 0
-    assert cli.main(["plot", "one_shot", kept, f"--out={out}"]) == 0
-    assert out.read_bytes().startswith(b"\x89PNG")
+    kept = trained("one_shot", model, tmp_path, *sizes)
+    check_drawn("one_shot", tmp_path / "one_shot.png", kept)
     assert "wrong answers" in capsys.readouterr().out

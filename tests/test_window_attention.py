@@ -65,14 +65,8 @@ def window_case(
 
 
 def threaded() -> Threaded:
-    """Calls below and above the size at which one takes several threads."""
-    samples = (
-        WINDOW.sample("causal", sizes=sizes)
-        for sizes in ((1, 1, 3, 9, 8, 8), (2, 2, 200, 200, 32, 32))
-    )
-    cases = [case_of(sample) for sample in samples]
-    cases.append(window_case((2, 2, 1, 200, 200, 32, 32), 40, 9, torch.float32, global_keys=3))
-    return [(case.op, case.tensors) for case in cases]
+    own = window_case((2, 2, 1, 200, 200, 32, 32), 40, 9, torch.float32, global_keys=3)
+    return [(case.op, case.tensors) for case in WINDOW.threaded(case_of, "causal", own)]
 
 
 # (B, Hq, Hk, Tq, Tk, D, Dv), left, right: around the widths of vectors, panels and tiles.

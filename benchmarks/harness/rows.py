@@ -32,6 +32,7 @@ random_rows (None: the draw is too large, draw again), `benchmarks.harness.gpu` 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -154,6 +155,29 @@ def pair(
         if mode in modes:
             out.append(Row(op, shape, mode, work, dtype, wanted, name, predicted))
     return out
+
+
+def of_sizes(op: str, work: Callable[..., Work]) -> Callable[..., list[Row]]:
+    """pair() of sizes: both modes of the work that they make, or of what `make` makes of them."""
+
+    def of(
+        *sizes: int,
+        goals: Mapping[str, tuple[float | None, float | None]] | None = None,
+        make: Callable[..., Work] = work,
+    ) -> list[Row]:
+        return pair(op, ", ".join(map(str, sizes)), partial(make, *sizes), goals=goals)
+
+    return of
+
+
+def uninstalled(name: str, *modules: str) -> str | None:
+    """Why a peer that needs them does not stand in the table; None if it does."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        return f"{name} is not installed ({error})"
+    return None
 
 
 def draw(rng: random.Random, most: Iterable[int]) -> list[int]:

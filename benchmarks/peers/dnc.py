@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.rows import Work
+from benchmarks.harness.rows import Work, uninstalled
 from seqmem_fast import DNC
 
 PACKAGE = "pytorch-dnc"
 
 
 def missing() -> str | None:
-    """Why pytorch-dnc does not stand in the table; None if it does."""
-    try:
-        import dnc  # noqa: F401
-    except ImportError as error:
-        return f"pytorch-dnc is not installed ({error})"
-    return None
+    """Why it does not stand in the table; None if it does."""
+    return uninstalled(PACKAGE, "dnc")
 
 
 class _Theirs(nn.Module):

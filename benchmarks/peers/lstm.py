@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import seqmem_fast
-from benchmarks.harness.rows import Contender
+from benchmarks.harness.rows import Contender, uninstalled
 from seqmem_fast.reference import lstm as reference
 
 ONNX = "ONNX Runtime"
@@ -180,12 +180,7 @@ def _onnx_missing(kind: str, dtype: str) -> str | None:
         return "ONNX Runtime's CPU LSTM has no bfloat16"
     if kind == "rollout":
         return "ONNX's LSTM has no reset"
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        return f"ONNX Runtime is not installed ({error})"
-    return None
+    return uninstalled("ONNX Runtime", "onnx", "onnxruntime")
 
 
 def _jax_missing(kind: str, dtype: str) -> str | None:
@@ -193,11 +188,7 @@ def _jax_missing(kind: str, dtype: str) -> str | None:
         return "JAX's row is float32 alone"
     if kind in ("cell", "lengths"):
         return "JAX's row is a scan over whole sequences"
-    try:
-        import jax  # noqa: F401
-    except ImportError as error:
-        return f"JAX is not installed ({error})"
-    return None
+    return uninstalled("JAX", "jax")
 
 
 def onnx_model(module: nn.Module, kind: str) -> bytes:

@@ -14,15 +14,6 @@ from benchmarks.harness.rows import INFERENCE, Contender
 JAX = "JAX lax.scan"
 
 
-def jax_missing() -> str | None:
-    """Why JAX does not stand in the table; None if it does."""
-    try:
-        import jax  # noqa: F401
-    except ImportError as error:
-        return f"JAX is not installed ({error})"
-    return None
-
-
 def _address(memory: Any, p: Any, weights: Any) -> tuple[Any, Any]:
     """A head's new weights [B, N] from its parameters, and the parameters that are left over."""
     import jax

@@ -1,11 +1,12 @@
 """Is Attention anywhere slower than nn.MultiheadAttention? 60 self-attentions, with and without
 weights, in inference and training.
 
-    python -m benchmarks.studies.attention_small_calls [--threads 2] [--seconds 1.0] [--most 64]
+    python -m benchmarks.studies.attention_small_calls [--threads 2] [--seconds 0.2] [--most 64]
 
 Both modules hold the same parameters (batch_first, no masks, no dropout) and take turns, a few
 calls at a time; the smallest time of each counts, which other programs on the machine disturb
-least. --most leaves out larger batches.
+least. --most leaves out larger batches. All take 480 times the seconds of a side, and a minute
+more for the calls that are longer than that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from benchmarks.harness import machine, report
 BATCHES, STEPS, WIDTHS = (1, 4, 16, 64), (1, 16, 64, 128, 512), (16, 64, 512)
 HEADS = {16: 2, 64: 4, 512: 8}
 SAMPLE_S = 0.0005  # calls shorter than this are timed several at once
+FEW = 2  # samples of each side, however slow the call
 MODES = [f"{mode}, {'' if weights else 'no '}weights" for mode in ("inference", "training")
          for weights in (True, False)]  # fmt: skip
 
 Call = Callable[[], Any]
+Shape = tuple[int, int, int]
 
 
 def calls(batch: int, steps: int, width: int, mode: str) -> tuple[Call, Call]:
@@ -56,31 +59,31 @@ def calls(batch: int, steps: int, width: int, mode: str) -> tuple[Call, Call]:
 
 
 def smallest(sides: Sequence[Call], seconds: float) -> list[float]:
-    """The least time of one call of each side, taken in turns for `seconds` a side."""
+    """The least time of one call of each side, taken in turns until `seconds` a side are over; the
+    first calls are not counted, the two after them always."""
     start = time.perf_counter()
     for side in sides:
         side()
     once = (time.perf_counter() - start) / len(sides)
     many = max(1, round(SAMPLE_S / once))
-    best = [float("inf")] * len(sides)
-    for _ in range(max(3, round(seconds / (once * many)))):
-        for k, side in enumerate(sides):
+    times: list[list[float]] = [[] for _ in sides]
+    end = time.perf_counter() + seconds * len(sides)
+    while len(times[-1]) < FEW or time.perf_counter() < end:
+        for side, own in zip(sides, times, strict=True):
             start = time.perf_counter()
             for _ in range(many):
                 side()
-            best[k] = min(best[k], (time.perf_counter() - start) / many)
-    return best
+            own.append((time.perf_counter() - start) / many)
+    return [min(own) for own in times]
 
 
-def measured(most: int, seconds: float) -> Iterator[dict[str, Any]]:
-    for shape in itertools.product(BATCHES, STEPS, WIDTHS):
-        if shape[0] > most:
-            continue
-        modes = {}
-        for mode in MODES:
-            torch_s, ours_s = smallest(calls(*shape, mode), seconds)
-            modes[mode] = {"torch_s": torch_s, "ours_s": ours_s, "ratio": torch_s / ours_s}
-        yield {"shape": shape, "heads": HEADS[shape[2]], "modes": modes}
+def measured(shape: Shape, seconds: float) -> dict[str, Any]:
+    """Both modules' times in each mode."""
+    modes = {}
+    for mode in MODES:
+        torch_s, ours_s = smallest(calls(*shape, mode), seconds)
+        modes[mode] = {"torch_s": torch_s, "ours_s": ours_s, "ratio": torch_s / ours_s}
+    return {"shape": shape, "heads": HEADS[shape[2]], "modes": modes}
 
 
 def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures all shapes, keeps them after each, shows them."""
     parser = report.parser("benchmarks.studies.attention_small_calls", __doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--seconds", type=float, default=1.0, help="for one side of one mode")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for one side of one mode")
     parser.add_argument("--most", type=int, default=BATCHES[-1], help="the largest batch")
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "attention_small_calls.json")
     args = parser.parse_args(argv)
@@ -117,10 +120,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": args.seconds,
         "results": [],
     }
-    for row in measured(args.most, args.seconds):
-        content["results"].append(row)
-        report.write_json(args.json, content)
-    show(report.console(), content["results"])
+    shapes = [s for s in itertools.product(BATCHES, STEPS, WIDTHS) if s[0] <= args.most]
+    console = report.console()
+    with report.progress_bar(console) as bar:
+        task = bar.add_task("", total=len(shapes))
+        for shape in shapes:
+            bar.update(task, description=str(shape))
+            content["results"].append(measured(shape, args.seconds))
+            report.write_json(args.json, content)
+            bar.advance(task)
+    show(console, content["results"])
     return 0
 
 

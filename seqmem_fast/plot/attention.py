@@ -66,7 +66,7 @@ def attention(
         if len(tokens) != wanted:
             raise ValueError(f"plot.attention: expected {wanted} {name}, got {len(tokens)}")
 
-    figure = new_figure(count * max(1.6, CELL * columns) + 1.6, max(1.6, CELL * rows) + 1.2)
+    figure = new_figure(count * max(1.6, CELL * columns) + 1.6, max(1.6, CELL * rows) + 1.2, title)
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     top = float(heads.max())
     for index, (axes, values) in enumerate(zip(panels, heads, strict=True)):
@@ -77,8 +77,6 @@ def attention(
             axes.set_xlabel(f"head {index}", fontsize=9)
     panels[0].set_yticks(range(rows), visible(target_tokens), family="monospace", fontsize=9)
     colour_bar(image, list(panels), pad=0.01, fraction=0.04, aspect=15)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -18,15 +18,19 @@ STEP, CHANNEL, SLOT = 0.11, 0.09, 0.045  # inches
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "→"}  # white space a reader can see
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty Figure of that size in inches that makes room for its labels."""
+def new_figure(width: float, height: float, title: str | None, points: int = 11) -> Figure:
+    """An empty Figure of that size in inches that makes room for its labels, with the title, of so
+    many points, above."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "seqmem_fast.plot needs matplotlib: run `pip install matplotlib`"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=points)
+    return figure
 
 
 def visible(tokens: str | Sequence[str]) -> list[str]:
@@ -93,6 +97,11 @@ def answer_panels(
 
 def height_of(panel: Panel) -> float:
     return max(0.6, panel.values.shape[1] * panel.inches)
+
+
+def height_of_all(panels: Sequence[Panel]) -> float:
+    """One below the other, with names and axis."""
+    return sum(map(height_of, panels)) + 0.33 * len(panels) + 0.5
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:

@@ -82,7 +82,7 @@ def compressive(
     values = weights.detach().to("cpu", torch.float32)
     values, (_, whole, segment) = over_steps(values, steps, memory_size, compressed_size, ratio)
     rows, columns = values.shape
-    figure = new_figure(max(3.0, CELL * columns + 1.6), max(1.6, 2 * CELL * rows + 1.1))
+    figure = new_figure(max(3.0, CELL * columns + 1.6), max(1.6, 2 * CELL * rows + 1.1), title)
     axes = figure.subplots()
     image = heat(axes, values.numpy(), cmap="magma", vmin=0.0, vmax=float(values.max()))
     borders = [0, whole, segment, columns]
@@ -96,6 +96,4 @@ def compressive(
     axes.set_xlabel("steps back from the newest", fontsize=9)
     axes.set_ylabel("step of the segment", fontsize=9)
     colour_bar(image, axes, pad=0.01, fraction=0.04, aspect=15)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure

@@ -19,7 +19,7 @@ from .common import (
     colour_bar,
     draw_panels,
     heat,
-    height_of,
+    height_of_all,
     new_figure,
 )
 
@@ -78,18 +78,15 @@ def dnc(
     panels = _checked(trace, input, output, target, mask, links, links_at)
     slots = used_slots(trace)
     panels += _panels(trace, slots)
-    heights = [height_of(panel) for panel in panels]
     width = max(6.0, 1.7 + STEP * len(trace.usage))
-    height = sum(heights) + 0.33 * len(panels) + 0.5
+    height = height_of_all(panels)
     squares = 0.0 if links is None else links.shape[1] * (LINKS + 0.4) * bool(links_at)
-    above: Any = new_figure(width, height + squares)
+    above: Any = new_figure(width, height + squares, title)
     figure: Figure = above
     if links is not None and squares:
         above, below = above.subfigures(2, 1, height_ratios=[height, squares])
         _draw_links(below, links[..., slots, :][..., slots], links_at, slots)
     draw_panels(above, panels)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure
 
 

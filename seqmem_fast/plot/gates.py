@@ -131,13 +131,11 @@ def gates(
         raise ValueError(f"plot.gates: expected text of {steps} steps, got {len(text)}")
 
     height = 0.4 + 0.125 * len(chosen)
-    figure = new_figure(max(5.0, 1.6 + 0.145 * steps), 0.7 + height * len(show))
+    figure = new_figure(max(5.0, 1.6 + 0.145 * steps), 0.7 + height * len(show), title)
     panels = figure.subplots(len(show), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, show, strict=True):
         _draw(axes, name, _trace(gates, name, layer, batch, batch_first)[:, chosen], chosen)
     if text is not None:
         label_columns(panels[-1], text, fontsize=9)
     panels[-1].set_xlabel("time step" if text is None else "time")
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure

@@ -71,7 +71,7 @@ def graph_traversal(
     wide, high = (0.07 * max(map(len, texts)) for texts in (rows, columns))
     above = 0.07 * max(map(len, answers))
     size = CELL * len(steps) + wide + 0.8, CELL * len(edges) + high + above + 0.9
-    figure = new_figure(*size)
+    figure = new_figure(*size, title, 10)
     axes = figure.subplots()
     shown = looked.detach().to("cpu", torch.float32)[:, from_each].t().numpy()
     image = heat(axes, shown, cmap="magma", vmin=0, vmax=1)
@@ -89,8 +89,6 @@ def graph_traversal(
     axes.set_xlabel("asked; above: the answers", fontsize=8)
     axes.set_ylabel("told", fontsize=8)
     colour_bar(image, axes, pad=0.01, fraction=0.04, aspect=20)
-    if title:
-        figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -13,7 +13,7 @@ from .common import (
     answer_panels,
     check_shapes,
     draw_panels,
-    height_of,
+    height_of_all,
     new_figure,
 )
 
@@ -89,9 +89,6 @@ def ntm(
             Panel(HEADS[kind], weightings[:, head, slots], SLOT, rows, "slot")
             for head, kind in enumerate(heads)
         ]
-    heights = [height_of(panel) for panel in panels]
-    figure = new_figure(max(5.0, 1.5 + STEP * steps), sum(heights) + 0.33 * len(panels) + 0.5)
+    figure = new_figure(max(5.0, 1.5 + STEP * steps), height_of_all(panels), title)
     draw_panels(figure, panels)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure

@@ -83,7 +83,7 @@ def one_shot(
     places = [(labels == label).nonzero().flatten().tolist() for label in range(classes)]
     most = max(map(len, places))
     wide = 0 if trace is None else 0.8 * CELL * most
-    figure = new_figure(CELL * most + wide + 1, (CELL + 0.14) * classes + 0.7)
+    figure = new_figure(CELL * most + wide + 1, (CELL + 0.14) * classes + 0.7, title)
     halves = figure.subfigures(1, 1 if trace is None else 2, squeeze=False)[0]
     cells = halves[0].subplots(classes, most, squeeze=False)
     named = chances.argmax(1)
@@ -116,6 +116,4 @@ def one_shot(
         axes.set_xlabel("what was written as a label came, by that label", fontsize=8)
         axes.set_title("how much of it is read", loc="left", fontsize=9)
         colour_bar(image, axes, pad=0.01, fraction=0.04, aspect=20)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure

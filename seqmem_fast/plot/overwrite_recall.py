@@ -43,7 +43,7 @@ def overwrite_recall(
             raise ValueError(f"plot.overwrite_recall: expected {name} from 0 to {most - 1}")
     shown = torch.full((known, count), float("nan"))
     shown[keys, torch.arange(count)] = chances.detach().to("cpu", torch.float32)[keys, values]
-    figure = new_figure(CELL * count + 1.6, CELL * known + 1.0)
+    figure = new_figure(CELL * count + 1.6, CELL * known + 1.0, title, 10)
     axes = figure.subplots()
     image = heat(axes, shown.numpy(), cmap="magma", vmin=0.0, vmax=1.0)
     axes.set_facecolor("0.93")
@@ -59,6 +59,4 @@ def overwrite_recall(
     axes.set_xlabel("write", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     colour_bar(image, axes, pad=0.01, fraction=0.04, aspect=20)
-    if title:
-        figure.suptitle(title, fontsize=10)
     return figure

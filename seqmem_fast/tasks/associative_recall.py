@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Generator
 
-from .task import Batch, BitsTask, Probe, random_bits, require_positive
+from .task import Batch, BitsTask, Probe, random_bits, require_from, require_positive
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,13 @@ class AssociativeRecallTask(BitsTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self.name, item_length=self.item_length)
-        if self.min_items < 2:
-            raise ValueError(f"associative_recall: expected min_items from 2, got {self.min_items}")
+        require_from(self.name, 2, min_items=self.min_items)
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         return {"items": (self.min_items, self.max_items)}
 
     def batch(self, batch_size: int, generator: Generator, *, items: int = 6) -> Batch:
-        if items < 2:
-            raise ValueError(f"associative_recall: expected items from 2, got {items}")
+        require_from(self.name, 2, items=items)
         vectors, width = self.item_length, self.bits
         sequence = random_bits(items, vectors, batch_size, width, generator=generator)
         asked = torch.randint(items - 1, (batch_size,), generator=generator)

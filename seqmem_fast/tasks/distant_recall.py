@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from .task import AnswersTask, Batch, Probe, Size
+from .task import AnswersTask, Batch, Probe, require_from
 
 DISTANCES = (0, 16, 32, 48, 80)  # accuracy is told of notes between one and the next
 
@@ -34,6 +34,8 @@ class DistantRecallTask(AnswersTask):
             more notes than keys.
     """
 
+    fixed = ("history",)
+
     keys: Annotated[int, "different keys"] = 16
     values: Annotated[int, "different values"] = 16
     words: Annotated[int, "different words that mean nothing"] = 16
@@ -41,11 +43,8 @@ class DistantRecallTask(AnswersTask):
     apart: Annotated[int, "steps that have one note among them"] = 8
 
     def __post_init__(self) -> None:
-        for name, low in {"keys": 1, "values": 2, "words": 1, "apart": 1}.items():
-            if getattr(self, name) < low:
-                raise ValueError(
-                    f"distant_recall: expected {name} from {low}, got {getattr(self, name)}"
-                )
+        require_from("distant_recall", 1, keys=self.keys, words=self.words, apart=self.apart)
+        require_from("distant_recall", 2, values=self.values)
         self._check(self.history)
 
     def _check(self, history: int) -> None:
@@ -63,9 +62,6 @@ class DistantRecallTask(AnswersTask):
     @property
     def output_size(self) -> int:
         return self.values
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"history": self.history}
 
     def batch(self, batch_size: int, generator: Generator, *, history: int = 80) -> Batch:
         self._check(history)

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Generator, Tensor
 
-from .task import Batch, Probe, Size, Task, random_bits, require_positive
+from .task import Batch, Probe, Task, random_bits, require_from, require_positive
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,13 @@ class DynamicNgramsTask(Task):
         ValueError: order below 2, a length that leaves nothing to predict.
     """
 
+    fixed = ("length",)
+
     order: Annotated[int, "n: a bit depends on the n - 1 before it"] = 6
     length: Annotated[int, "bits"] = 200
 
     def __post_init__(self) -> None:
-        if self.order < 2:
-            raise ValueError(f"dynamic_ngrams: expected order from 2, got {self.order}")
+        require_from("dynamic_ngrams", 2, order=self.order)
         self._require_length(self.length)
 
     def _require_length(self, length: int) -> None:
@@ -44,9 +45,6 @@ class DynamicNgramsTask(Task):
     @property
     def output_size(self) -> int:
         return 1
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"length": self.length}
 
     def batch(self, batch_size: int, generator: Generator, *, length: int = 200) -> Batch:
         self._require_length(length)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from .task import AnswersTask, Batch, Probe, Size
+from .task import AnswersTask, Batch, Probe, require_from
 
 LONG = (1024, 8192)  # steps of the texts that a training is judged by
 
@@ -30,21 +30,19 @@ class LongCopyTask(AnswersTask):
         ValueError: fewer than 2 symbols, no delay, a text no longer than the longest delay.
     """
 
+    fixed = ("length",)
+
     symbols: Annotated[int, "of the text"] = 8
     delays: Annotated[int, "the longest delay"] = 4
     length: Annotated[int, "of a text in training"] = 64
 
     def __post_init__(self) -> None:
-        for name, least in (("symbols", 2), ("delays", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"long_copy: expected {name} from {least}, got {getattr(self, name)}"
-                )
+        require_from("long_copy", 2, symbols=self.symbols)
+        require_from("long_copy", 1, delays=self.delays)
         self._check(self.length)
 
     def _check(self, length: int) -> None:
-        if length <= self.delays:
-            raise ValueError(f"long_copy: expected length from {self.delays + 1}, got {length}")
+        require_from("long_copy", self.delays + 1, length=length)
 
     @property
     def header(self) -> int:
@@ -58,9 +56,6 @@ class LongCopyTask(AnswersTask):
     @property
     def output_size(self) -> int:
         return self.symbols
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"length": self.length}
 
     def batch(self, batch_size: int, generator: Generator, *, length: int = 64) -> Batch:
         self._check(length)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from . import glyphs
-from .task import AnswersTask, Batch, Probe, Size, ordinal, require_positive
+from .task import AnswersTask, Batch, Probe, ordinal, require_from, require_positive
 
 SIGHTS = (1, 2, 5, 10)  # at which accuracy is told
 
@@ -36,6 +36,8 @@ class OneShotTask(AnswersTask):
         MissingPackage: from the first batch on, where matplotlib is not installed.
     """
 
+    fixed = ("images",)
+
     classes: Annotated[int, "letters in an episode"] = 5
     images: Annotated[int, "pictures of each letter"] = 10
     side: Annotated[int, "pixels a side of a picture"] = 20
@@ -43,10 +45,9 @@ class OneShotTask(AnswersTask):
 
     def __post_init__(self) -> None:
         require_positive("one_shot", images=self.images)
-        least = {"classes": 2, "side": 2 * glyphs.MARGIN + 4, "letters": 10 * self.classes}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"one_shot: expected {name} from {low}, got {getattr(self, name)}")
+        require_from("one_shot", 2, classes=self.classes)
+        require_from("one_shot", 2 * glyphs.MARGIN + 4, side=self.side)
+        require_from("one_shot", 10 * self.classes, letters=self.letters)
 
     @property
     def input_size(self) -> int:
@@ -55,9 +56,6 @@ class OneShotTask(AnswersTask):
     @property
     def output_size(self) -> int:
         return self.classes
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"images": self.images}
 
     def batch(self, batch_size: int, generator: Generator, *, images: int = 10) -> Batch:
         return self._batch(self._glyphs().test, batch_size, generator, images)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from .task import AnswersTask, Batch, Probe, Size, require_positive
+from .task import AnswersTask, Batch, Probe, require_from, require_positive
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,18 @@ class OverwriteRecallTask(AnswersTask):
         ValueError: fewer than 2 keys or values, fewer writes than keys.
     """
 
+    fixed = ("writes",)
+
     keys: Annotated[int, "different keys"] = 16
     values: Annotated[int, "different values"] = 64
     writes: Annotated[int, "before the questions"] = 48
 
     def __post_init__(self) -> None:
-        for name in ("keys", "values"):
-            if getattr(self, name) < 2:
-                raise ValueError(
-                    f"overwrite_recall: expected {name} from 2, got {getattr(self, name)}"
-                )
+        require_from("overwrite_recall", 2, keys=self.keys, values=self.values)
         self._check(self.writes)
 
     def _check(self, writes: int) -> None:
-        if writes < self.keys:
-            raise ValueError(f"overwrite_recall: expected writes from {self.keys}, got {writes}")
+        require_from("overwrite_recall", self.keys, writes=writes)
 
     @property
     def input_size(self) -> int:
@@ -52,9 +49,6 @@ class OverwriteRecallTask(AnswersTask):
     @property
     def output_size(self) -> int:
         return self.values
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"writes": self.writes}
 
     def batch(self, batch_size: int, generator: Generator, *, writes: int = 48) -> Batch:
         require_positive("overwrite_recall", batch_size=batch_size)

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Generator
 
-from .task import Batch, BitsTask, Probe, Size, random_bits
+from .task import Batch, BitsTask, Probe, random_bits
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class PrioritySortTask(BitsTask):
     """
 
     name = "priority_sort"
+    fixed = ("items", "highest")
 
     items: Annotated[int, "vectors shown"] = 20
     highest: Annotated[int, "vectors asked for"] = 16
@@ -39,9 +40,6 @@ class PrioritySortTask(BitsTask):
             raise ValueError(
                 f"priority_sort: expected 1 <= highest <= items, got {highest} and {items}"
             )
-
-    def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        return {"items": self.items, "highest": self.highest}
 
     def batch(
         self, batch_size: int, generator: Generator, *, items: int = 20, highest: int = 16

@@ -42,6 +42,7 @@ class Task(ABC):
     """
 
     unit: ClassVar[str] = "bits"  # what is right or wrong
+    fixed: ClassVar[tuple[str, ...]] = ()  # options that are the size of every training batch
 
     @property
     @abstractmethod
@@ -53,12 +54,12 @@ class Task(ABC):
     def output_size(self) -> int:
         """O: the bits of the target at each step."""
 
-    @abstractmethod
     def draw(self, generator: Generator, stage: int | None = None) -> Size:
-        """The size of a training batch, at random.
+        """The size of a training batch, at random but for what is `fixed`.
 
         stage, 0 to `stages`: of a curriculum, from the least sizes to all of them; None: all.
         """
+        return {name: getattr(self, name) for name in self.fixed}
 
     @property
     def stages(self) -> int:
@@ -147,9 +148,9 @@ class BitsTask(Task):
 
     def draw(self, generator: Generator, stage: int | None = None) -> Size:
         ranges = self.ranges()
-        growing = [*ranges][-1]
-        return {
-            name: draw_between(low, high, generator, stage if name == growing else None)
+        growing = [*ranges][-1:]
+        return super().draw(generator, stage) | {
+            name: draw_between(low, high, generator, stage if name in growing else None)
             for name, (low, high) in ranges.items()
         }
 
@@ -271,6 +272,13 @@ def require_positive(task: str, **values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{task}: expected {name} of at least 1, got {value}")
+
+
+def require_from(task: str, low: int, **values: int) -> None:
+    """A ValueError naming the first that is below `low`."""
+    for name, value in values.items():
+        if value < low:
+            raise ValueError(f"{task}: expected {name} from {low}, got {value}")
 
 
 def ordinal(number: int) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 from .kept import ROOT, call, hashed, kept
 from .launch import Module
@@ -17,6 +21,13 @@ def found() -> bool:
 @cache
 def compiled(source: str) -> Module:
     return Module(ptx(source))
+
+
+def plant(patch: pytest.MonkeyPatch, source: str, pattern: str, replacement: str) -> None:
+    """A fault in all kernels of the file, for whoever asks for what is compiled."""
+    text, count = re.subn(pattern, replacement, ptx(source))
+    assert count > 0
+    patch.setattr(sys.modules[__name__], "compiled", lambda _: Module(text))
 
 
 @cache

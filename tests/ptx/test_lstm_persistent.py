@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor
 
 from . import nvcc
-from .launch import Faults, Module, Output, Struct
+from .launch import Faults, Output, Struct
 from .lstm_cases import TYPES, Case, assert_near, case
 
 pytestmark = pytest.mark.skipif(not nvcc.found(), reason="needs nvcc")
@@ -115,8 +113,6 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, replacement, expected = PLANTED[fault]
-    text, count = re.subn(pattern, replacement, nvcc.ptx("lstm_persistent_kernel.cu"))
-    assert count > 0
-    monkeypatch.setattr(nvcc, "compiled", lambda _: Module(text))
+    nvcc.plant(monkeypatch, "lstm_persistent_kernel.cu", pattern, replacement)
     with pytest.raises(Faults, match=expected):
         check(torch.bfloat16, 24, 3, 3, 1, "plain")

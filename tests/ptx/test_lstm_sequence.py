@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from functools import partialmethod
 
 import pytest
 import torch
 
 from . import nvcc
-from .launch import Faults, Kernel, Module, Output, Struct
+from .launch import Faults, Kernel, Output, Struct
 from .lstm_cases import TYPES, Case, assert_near, case
 
 pytestmark = [pytest.mark.skipif(not nvcc.found(), reason="needs nvcc"), pytest.mark.slow]
@@ -140,9 +139,7 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, replacement, expected = PLANTED[fault]
-    text, count = re.subn(pattern, replacement, nvcc.ptx("lstm_cluster_kernel.cu"))
-    assert count > 0
-    monkeypatch.setattr(nvcc, "compiled", lambda _: Module(text))
+    nvcc.plant(monkeypatch, "lstm_cluster_kernel.cu", pattern, replacement)
     monkeypatch.setattr(Kernel, "launch", partialmethod(Kernel.launch, most_instructions=1 << 20))
     with pytest.raises(Faults, match=expected):
         check(70, 3, 4, 4, "plain")
