@@ -180,7 +180,5 @@ def kernels_of(
                 given |= with_entmax.get(name, {}) if kind != SOFTMAX else {}
                 warps, label = given.pop("warps"), f"{storage} kind {kind.value}"
                 launch = (f"{op.name}_kernels", f"{op.name}_{name}", storage, warps, given)
-                kernel = Kernel(*launch, pointers, rows, label=label)
-                # On an AMD GPU it takes no register and no shared memory that ANY does not take.
-                found.append(kernel._replace(targets=("sm_90",)) if kind == ENTMAX15 else kernel)
+                found.append(Kernel(*launch, pointers, rows, label=label))
     return found
