@@ -239,6 +239,7 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
   const Tensor grad_q = at::empty(in.q.sizes(), in.q.options());
   const Tensor grad_k = at::empty(in.q.sizes(), in.q.options());
   const Tensor grad_v = at::empty(in.v.sizes(), in.q.options());
+  for (const Tensor& large : {grad_q, grad_k, grad_v}) ask_for_huge_pages(large);
   const Tensor grad_beta = at::zeros({slices, s.B, s.T, s.H}, computed);
   const Tensor grad_state = at::empty({s.B, s.H, s.K, s.V}, computed);
   Tensor grad_decay, parts_q, parts_k;
