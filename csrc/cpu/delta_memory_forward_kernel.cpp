@@ -11,8 +11,8 @@
 // A decay of a whole head is kept as a factor of S, and multiplied in at the end of a run or where
 // the factor becomes small: u is divided by it, r and o_t are multiplied.
 // Floor: B H T K V 3 multiply-adds, and a product where features decay; bytes: q, k, v, output,
-// and two memories. A call of one step reads and writes each memory once.
-#include "delta_memory_steps.h"
+// and two memories. A call of one step goes its own way: delta_memory_one_step.h.
+#include "delta_memory_one_step.h"
 
 namespace seqmem::delta_memory {
 namespace {
@@ -55,6 +55,7 @@ class ForwardRun {
   }
 
   void run() {
+    if (OneStep<S>::suits(s, a)) return OneStep<S>(s, a, steps, ahead).run(thread, threads);
     const Share mine = share(s.B * s.H * slices(), thread, threads);
     for (int64_t u = mine.begin; u < mine.end;) {
       const int64_t b = u / slices() / s.H, row_ends = (b + 1) * s.H * slices();

@@ -201,7 +201,7 @@ template <class Int>
 Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
   const auto computed = in.q.options().dtype(wide(in.q));
   return {empty_like_of<Int>(in.v, {s.B, s.T, s.H, s.V}),
-          empty_of<Int>(computed, {s.B, s.H, s.K, s.V}),
+          saved_of<Int>(true, computed, {s.B, s.H, s.K, s.V}),
           saved_of<Int>(in.save, computed, {s.B, s.H, s.segments(), s.K, s.V})};
 }
 
