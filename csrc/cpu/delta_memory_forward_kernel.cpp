@@ -67,12 +67,12 @@ class ForwardRun {
 
  private:
   // Slices of heads of one batch row.
-  void run_units(int64_t b, int64_t first, int64_t count) {
+  void run_units(int64_t b, int64_t begin, int64_t count) {
     const int64_t end = steps_of(s, b);
     auto for_units = [&](auto&& f) {
-      for (int64_t u = first; u < first + count; ++u) {
+      for (int64_t u = begin; u < begin + count; ++u) {
         const int64_t j = u % slices();
-        for_slice(j, [&](auto vectors) { f(vectors, u / slices() % s.H, j, u - first); });
+        for_slice(j, [&](auto vectors) { f(vectors, u / slices() % s.H, j, u - begin); });
       }
     };
     for (int64_t t = 0; t < end;) {
@@ -85,9 +85,12 @@ class ForwardRun {
     }
     for_units([&](auto vectors, int64_t h, int64_t j, int64_t) {
       if (end == 0) hand_on<decltype(vectors)::value>(b * s.H + h, j);
+      const int64_t first = j * kVectors * L, width = min(s.V - first, kVectors * L);
       for (int64_t t = end; t < s.T; ++t)
-        for (int64_t c = j * kVectors * L; c < min(s.V, (j + 1) * kVectors * L); ++c)
-          output(b, t, h)[c] = S{};
+        for (int64_t c = 0; c < width; ++c) output(b, t, h)[first + c] = S{};
+      if (a.states == nullptr) return;
+      for (int64_t t = end; t < s.segments() * s.segment; ++t)
+        for (int64_t c = 0; c < width; ++c) kept_row(b, h, t, first)[c] = 0;
     });
   }
 
@@ -98,6 +101,13 @@ class ForwardRun {
 
   S* output(int64_t b, int64_t t, int64_t h) const {
     return static_cast<S*>(a.output) + ((b * s.T + t) * s.H + h) * s.V;
+  }
+
+  // Where x of a step is kept, from column c on; or null.
+  C* kept_row(int64_t b, int64_t h, int64_t t, int64_t c) const {
+    if (a.states == nullptr) return nullptr;
+    const int64_t segment = (b * s.H + h) * s.segments() + t / s.segment;
+    return static_cast<C*>(a.states) + (segment * s.kept_rows() + s.K + t % s.segment) * s.V + c;
   }
 
   void read(int64_t b, int64_t h, const Run& run) {
@@ -171,7 +181,7 @@ class ForwardRun {
     }
     if (a.states != nullptr && run.begin % s.segment == 0) {
       const int64_t kept = head * s.segments() + run.begin / s.segment;
-      copy<NV>(in_tensor(a.states, kept, c), from, left);
+      copy<NV>({static_cast<C*>(a.states) + kept * s.kept_rows() * s.V + c, s.V}, from, left);
     }
     const Place to = last && whole ? result : mine;
     switch (s.decay) {
@@ -228,11 +238,13 @@ class ForwardRun {
     SEQMEM_UNROLL
     for (int m = 0; m < count; ++m) {
       const S* value = Steps<S>::row(a.v, b, run.begin + t + m, h) + c;
+      C* kept = kept_row(b, h, run.begin + t + m, c);
       SEQMEM_UNROLL
       for (int v = 0; v < NV; ++v) {
         const Vec<C> given = load_n(value + v * L, static_cast<int>(s.V - c - v * L));
         Vec<C> rest = given - factor * r[m * NV + v];
         if (m == 1) rest -= meets[t + 1] * r[v];
+        if (kept != nullptr) store_n(kept + v * L, rest, static_cast<int>(s.V - c - v * L));
         r[m * NV + v] = steps.beta[t + m] * rest;
       }
     }
