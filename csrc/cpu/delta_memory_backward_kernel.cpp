@@ -1,6 +1,7 @@
 // The delta memory backwards. A thread takes heads, or slices of V of a head; dS [K, V] is the
 // gradient of the memory. For each segment, from the last to the first
-//   the memories at which its runs of at most 16 steps begin are computed from the kept one
+//   the memories at which its runs of at most 16 steps begin are computed from the kept one, by
+//   the x that were kept with it
 //   for each run, from the last to the first, with the letters of delta_memory_chunk.h:
 //     du = A^T do + (F k) dS;  for i = n-1..0:  dx_i = beta_i du_i,  du_j -= M_ij dx_i for j < i
 //     dbeta_i = du_i . x_i,  dv = dx,  dA = do u^T,  dM = -dx u^T
@@ -8,8 +9,8 @@
 //     dS = E_n dS + (E q)^T do - (E k)^T dx
 //   and from these the gradients of q, k and the decays (delta_memory_gradients.h), term by term
 //   (none is a difference of sums that nearly cancel)
-// Floor: B H T K V 7 multiply-adds, and some 16 (3 K + 3 V) for each step; one more memory where
-// a segment has many runs. Bytes: inputs, gradients, kept memories once.
+// Floor: B H T K V 6 multiply-adds, and some 16 (3 K + 2 V) for each step; one more where a segment
+// has many runs. Bytes: inputs, gradients, kept memories and x once.
 #include "delta_memory_gradients.h"
 
 namespace seqmem::delta_memory {
@@ -35,7 +36,7 @@ class BackwardRun {
   C* nothing;             // [K, Vp] zeros
   C* grad_memories;       // of each unit at work: dS [K, Vp]
   C* grad_memory;         // of the present one
-  C* transposed;          // S^T [Vp, Kp], or d(F k)^T [K, N]
+  C* transposed;          // d(E q)^T and -d(E k)^T [K, 2 N], or d(F k)^T [K, N]
   C* given;               // [2 n, Vp]: do, then -dx
   C* grad_u;              // [N, Vp]
 
@@ -62,7 +63,7 @@ class BackwardRun {
       memories = take.array<C>(s.segment / N * s.K * Vp);
       nothing = take.array<C>(s.reset == nullptr ? 0 : s.K * Vp);
       grad_memories = take.array<C>(min(s.H * s.slices, together<C>(s.K * Vp)) * s.K * Vp);
-      transposed = take.array<C>(max(Vp, N) * Kp);
+      transposed = take.array<C>(2 * N * Kp);
       given = take.array<C>(2 * N * Vp);
       grad_u = take.array<C>(N * Vp);
       keys.place(take);
@@ -126,21 +127,25 @@ class BackwardRun {
     int64_t count = 0;
     for (int64_t t = begin; t < stop; t += runs[count++].steps)
       runs[count] = run_from(s, b, t, stop);
-    const int64_t kept = (u.head * s.segments() + segment) * s.K * s.V + u.first;
+    const int64_t kept = (u.head * s.segments() + segment) * s.kept_rows() * s.V + u.first;
     first_memory = static_cast<const C*>(a.states) + kept;
+    const C* first_rest = first_memory + s.K * s.V;  // x of the segment's first step
+    auto read = [&](const Run& run) {
+      chunk.read(a, b, u.h, run, first_rest + (run.begin - begin) * s.V, u.width);
+    };
     if (Vp != s.V) {
       load_matrix(memories, first_memory, u.width);
       first_memory = memories;
     }
     for (int64_t r = 0; r + 1 < count; ++r) {
       if (runs[r + 1].anew) continue;
-      chunk.read(a, b, u.h, runs[r], memory_of(r, begin), u.first, u.width);
+      read(runs[r]);
       chunk.advance(memory_of(r, begin), computed(r + 1, begin));
     }
     for (int64_t r = count - 1; r >= 0; --r) {
-      const C* memory = memory_of(r, begin);
-      chunk.read(a, b, u.h, runs[r], memory, u.first, u.width);
-      take_back(b, u.h, u.slice, runs[r], memory, u.first, u.width);
+      read(runs[r]);
+      chunk.find_scores();
+      take_back(b, u.h, u.slice, runs[r], memory_of(r, begin), u.first, u.width);
     }
   }
 
@@ -227,39 +232,42 @@ class BackwardRun {
     chunk.lay_columns(chunk.u, Vp, width);
     matrix_multiply<false>(n, width, N, given, Vp, chunk.columns, N, keys.scores, false);
     matrix_multiply<false>(n, width, N, grad_x, Vp, chunk.columns, N, keys.scores + N * N, false);
-    transpose_into(transposed, memory, Vp, Vp);
-    matrix_multiply<false>(2 * n, width, Kp, given, Vp, transposed, Kp, keys.of_early, false);
     matrix_multiply<false>(s.K, width, N, grad_memory, Vp, chunk.columns, N, transposed, false);
     transpose_into(keys.of_late, transposed, N, n);
+    chunk.lay_columns(given, Vp, width, 2 * n, 2 * N);
+    matrix_multiply<false>(s.K, width, 2 * N, memory, Vp, chunk.columns, 2 * N, transposed, false);
+    transpose_into(keys.of_early, transposed, 2 * N, 2 * n);
     if (run.anew) {
       fill(grad_memory, s.K * Vp);
       fill(keys.whole, Kp);
     } else {
-      decay_memory(memory);
-      matrix_multiply<true>(s.K, 2 * n, Vp, chunk.early, Kp, given, Vp, grad_memory, true);
+      hand_back(memory);
     }
     keys.leave(b, h, slice, run);
   }
 
-  // dS = E_n dS, and keys.whole.
-  void decay_memory(const C* memory) {
+  // dS of the step before the run, and keys.whole.
+  void hand_back(const C* memory) {
     Vec<C> total = {};
-    for (int64_t i = 0; i < s.K; ++i) {
-      Vec<C> sums = {};
+    fill(keys.whole, Kp);
+    auto decayed = [&](int64_t i, int64_t c, auto& sums) {
       const C decay = chunk.whole(i);
-      for (int64_t w = 0; w < Vp; w += L) {
-        const Vec<C> grad = decay * load(grad_memory + i * Vp + w);
-        sums += grad * load(memory + i * Vp + w);
-        store(grad_memory + i * Vp + w, grad);
+      const C *grad = grad_memory + i * Vp + c, *row = memory + i * Vp + c;
+      Vec<C> products = {};
+      for (auto& sum : sums) {
+        sum = decay * load(grad);
+        products += sum * load(row);
+        grad += L;
+        row += L;
       }
-      total += sums;
-      if (by_feature) keys.whole[i] = lane_sum<C>(sums);
-    }
-    if (by_feature) {
-      fill(keys.whole + s.K, Kp - s.K);
-    } else {
-      keys.whole[0] = lane_sum<C>(total);
-    }
+      if (by_feature) {
+        keys.whole[i] += lane_sum<C>(products);
+      } else {
+        total += products;
+      }
+    };
+    add_products(s.K, 2 * chunk.n, Vp, chunk.early, Kp, given, grad_memory, decayed);
+    if (!by_feature) keys.whole[0] = lane_sum<C>(total);
   }
 };
 

@@ -10,6 +10,31 @@
 namespace seqmem::delta_memory {
 namespace {
 
+// out = start + a^T b, of `width` columns, whole vectors; a [count, ..] with rows a_stride apart.
+// start(i, c, sums) sets `sums`, vectors of row i from column c on.
+template <class C, class Start>
+SEQMEM_INLINE void add_products(int64_t rows, int64_t count, int64_t width, const C* a,
+                                int64_t a_stride, const C* b, C* out, Start&& start) {
+  constexpr int64_t L = kLanes<C>;
+  for_panels(0, width / L, [&](auto columns, int64_t v) {
+    constexpr int NV = decltype(columns)::value;
+    for_row_blocks<C>(rows, [&](auto block, int64_t first) {
+      constexpr int R = decltype(block)::value;
+      const C* from[R];
+      Vec<C> sums[R][NV];
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        from[r] = a + first + r;
+        start(first + r, v * L, sums[r]);
+      }
+      tile_multiply<R, NV, C>(count, from, a_stride, b + v * L, L, width, sums);
+      SEQMEM_UNROLL
+      for (int r = 0; r < R; ++r) SEQMEM_UNROLL
+      for (int w = 0; w < NV; ++w) store(out + (first + r) * width + (v + w) * L, sums[r][w]);
+    });
+  });
+}
+
 template <class S>
 class Chunk {
   using C = compute_t<S>;
@@ -29,7 +54,7 @@ class Chunk {
   C* late;        // [N, Kp]: F k
   C* scores;      // [2 N, N]: A, then M from row N on; zero above (and M on) the diagonal
   C *x, *u;       // [N, Vp]
-  C* columns;     // [max(Kp, Vp), N]: steps side by side
+  C* columns;     // [max(Kp, 2 Vp), N]: steps side by side
 
   Chunk(const Shape& shape, int64_t values)
       : s(shape),
@@ -48,7 +73,7 @@ class Chunk {
     scores = take.array<C>(2 * N * N);
     x = take.array<C>(N * Vp);
     u = take.array<C>(N * Vp);
-    columns = take.array<C>(max(Kp, Vp) * N);
+    columns = take.array<C>(max(Kp, 2 * Vp) * N);
   }
 
   C* writes() const { return early + n * Kp; }  // E k
@@ -57,46 +82,57 @@ class Chunk {
   // The decay of feature `c`, or of the vector of features from c on, over the whole run.
   C whole(int64_t c) const { return by_feature ? from[(n - 1) * Kp + c] : from[n - 1]; }
 
-  // What stands above; `memory` is S [K, Vp], and the values are columns c..c+width-1 of v.
+  // What stands above, but for A and M; `kept` is x, whose rows of `width` columns are V apart.
   template <class Arguments>
-  void read(const Arguments& a, int64_t b, int64_t h, const Run& run, const C* memory, int64_t c,
+  void read(const Arguments& a, int64_t b, int64_t h, const Run& run, const C* kept,
             int64_t width) {
     n = run.steps;
     steps.read(a, b, h, run);
     if (by_feature) {
       decays_by_feature();
-      scores_by_feature();
     } else {
       decays();
-      scores_of_heads();
     }
-    matrix_multiply<false>(n, s.K, Vp, writes(), Kp, memory, Vp, u, false);
-    for (int64_t i = 0; i < n; ++i) {
-      const S* value = Steps<S>::row(a.v, b, run.begin + i, h) + c;
+    for (int64_t i = 0; i < n; ++i)
       for (int64_t w = 0; w < Vp; w += L) {
-        Vec<C> sum = load_n(value + w, static_cast<int>(max<int64_t>(width - w, 0)));
-        sum -= load(u + i * Vp + w);
-        for (int64_t j = 0; j < i; ++j) sum -= M(i, j) * load(u + j * Vp + w);
-        store(x + i * Vp + w, sum);
-        store(u + i * Vp + w, steps.beta[i] * sum);
+        const int count = static_cast<int>(max<int64_t>(width - w, 0));
+        const Vec<C> rest = load_n(kept + i * s.V + w, count);
+        store(x + i * Vp + w, rest);
+        store(u + i * Vp + w, steps.beta[i] * rest);
       }
+  }
+
+  // A and M.
+  void find_scores() {
+    if (by_feature) {
+      scores_by_feature();
+    } else {
+      scores_of_heads();
     }
   }
 
   // columns = the transpose of x [n, width], zeros beyond the n steps: with few steps a product
   // with it is faster than sums over the lanes of rows.
   void lay_columns(const C* x, int64_t stride, int64_t width) const {
-    for (int64_t i = 0; i < N; i += L)
-      pack_transposed(columns + i, N, x + i * stride, stride, max<int64_t>(min(L, n - i), 0),
+    lay_columns(x, stride, width, n, N);
+  }
+  // [width, side] of x [count, width].
+  void lay_columns(const C* x, int64_t stride, int64_t width, int64_t count, int64_t side) const {
+    for (int64_t i = 0; i < side; i += L)
+      pack_transposed(columns + i, side, x + i * stride, stride, max<int64_t>(min(L, count - i), 0),
                       width);
   }
 
   // next = S', of the run that was read.
   void advance(const C* memory, C* next) const {
-    for (int64_t i = 0; i < s.K; ++i)
-      for (int64_t w = 0; w < Vp; w += L)
-        store(next + i * Vp + w, whole(i) * load(memory + i * Vp + w));
-    matrix_multiply<true>(s.K, n, Vp, late, Kp, u, Vp, next, true);
+    add_products(s.K, n, Vp, late, Kp, u, next, [&](int64_t i, int64_t c, auto& sums) {
+      const C decay = whole(i);
+      const C* row = memory + i * Vp + c;
+      for (auto& sum : sums) {
+        sum = decay * load(row);
+        row += L;
+      }
+    });
   }
 
  private:

@@ -11,8 +11,8 @@
 // A decay of a whole head is kept as a factor of S, and multiplied in at the end of a run or where
 // the factor becomes small: u is divided by it, r and o_t are multiplied.
 // Floor: B H T K V 3 multiply-adds, and a product where features decay; bytes: q, k, v, output,
-// and two memories. A call of one step reads and writes each memory once.
-#include "delta_memory_steps.h"
+// and two memories. A call of one step goes its own way: delta_memory_one_step.h.
+#include "delta_memory_one_step.h"
 
 namespace seqmem::delta_memory {
 namespace {
@@ -55,6 +55,7 @@ class ForwardRun {
   }
 
   void run() {
+    if (OneStep<S>::suits(s, a)) return OneStep<S>(s, a, steps, ahead).run(thread, threads);
     const Share mine = share(s.B * s.H * slices(), thread, threads);
     for (int64_t u = mine.begin; u < mine.end;) {
       const int64_t b = u / slices() / s.H, row_ends = (b + 1) * s.H * slices();
@@ -66,12 +67,12 @@ class ForwardRun {
 
  private:
   // Slices of heads of one batch row.
-  void run_units(int64_t b, int64_t first, int64_t count) {
+  void run_units(int64_t b, int64_t begin, int64_t count) {
     const int64_t end = steps_of(s, b);
     auto for_units = [&](auto&& f) {
-      for (int64_t u = first; u < first + count; ++u) {
+      for (int64_t u = begin; u < begin + count; ++u) {
         const int64_t j = u % slices();
-        for_slice(j, [&](auto vectors) { f(vectors, u / slices() % s.H, j, u - first); });
+        for_slice(j, [&](auto vectors) { f(vectors, u / slices() % s.H, j, u - begin); });
       }
     };
     for (int64_t t = 0; t < end;) {
@@ -84,9 +85,12 @@ class ForwardRun {
     }
     for_units([&](auto vectors, int64_t h, int64_t j, int64_t) {
       if (end == 0) hand_on<decltype(vectors)::value>(b * s.H + h, j);
+      const int64_t first = j * kVectors * L, width = min(s.V - first, kVectors * L);
       for (int64_t t = end; t < s.T; ++t)
-        for (int64_t c = j * kVectors * L; c < min(s.V, (j + 1) * kVectors * L); ++c)
-          output(b, t, h)[c] = S{};
+        for (int64_t c = 0; c < width; ++c) output(b, t, h)[first + c] = S{};
+      if (a.states == nullptr) return;
+      for (int64_t t = end; t < s.segments() * s.segment; ++t)
+        for (int64_t c = 0; c < width; ++c) kept_row(b, h, t, first)[c] = 0;
     });
   }
 
@@ -97,6 +101,13 @@ class ForwardRun {
 
   S* output(int64_t b, int64_t t, int64_t h) const {
     return static_cast<S*>(a.output) + ((b * s.T + t) * s.H + h) * s.V;
+  }
+
+  // Where x of a step is kept, from column c on; or null.
+  C* kept_row(int64_t b, int64_t h, int64_t t, int64_t c) const {
+    if (a.states == nullptr) return nullptr;
+    const int64_t segment = (b * s.H + h) * s.segments() + t / s.segment;
+    return static_cast<C*>(a.states) + (segment * s.kept_rows() + s.K + t % s.segment) * s.V + c;
   }
 
   void read(int64_t b, int64_t h, const Run& run) {
@@ -170,7 +181,7 @@ class ForwardRun {
     }
     if (a.states != nullptr && run.begin % s.segment == 0) {
       const int64_t kept = head * s.segments() + run.begin / s.segment;
-      copy<NV>(in_tensor(a.states, kept, c), from, left);
+      copy<NV>({static_cast<C*>(a.states) + kept * s.kept_rows() * s.V + c, s.V}, from, left);
     }
     const Place to = last && whole ? result : mine;
     switch (s.decay) {
@@ -227,11 +238,13 @@ class ForwardRun {
     SEQMEM_UNROLL
     for (int m = 0; m < count; ++m) {
       const S* value = Steps<S>::row(a.v, b, run.begin + t + m, h) + c;
+      C* kept = kept_row(b, h, run.begin + t + m, c);
       SEQMEM_UNROLL
       for (int v = 0; v < NV; ++v) {
         const Vec<C> given = load_n(value + v * L, static_cast<int>(s.V - c - v * L));
         Vec<C> rest = given - factor * r[m * NV + v];
         if (m == 1) rest -= meets[t + 1] * r[v];
+        if (kept != nullptr) store_n(kept + v * L, rest, static_cast<int>(s.V - c - v * L));
         r[m * NV + v] = steps.beta[t + m] * rest;
       }
     }

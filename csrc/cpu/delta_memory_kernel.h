@@ -24,6 +24,7 @@ struct Shape {
   const bool* reset;       // [B, T], or null
 
   int64_t segments() const { return (T + segment - 1) / segment; }
+  int64_t kept_rows() const { return K + segment; }  // [V] of each segment: S, then its steps' x
 };
 
 // [B, T, heads, width] of the storage type, contiguous in its last dimension; strides in elements.
@@ -40,8 +41,9 @@ struct Forward {
   const void* state;  // C [B, H, K, V], or null
   void* output;       // S [B, T, H, V]
   void* final_state;  // C [B, H, K, V]
-  void* states;       // C [B, H, segments, K, V]: where each segment begins; or null
-  void* workspace;    // workspace() bytes, 64-byte aligned
+  // C [B, H, segments, K + segment, V]: S where each segment begins, x of its steps; or null
+  void* states;
+  void* workspace;  // workspace() bytes, 64-byte aligned
 };
 
 struct Backward {

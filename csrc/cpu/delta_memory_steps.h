@@ -43,7 +43,7 @@ SEQMEM_INLINE Run run_from(const Shape& s, int64_t b, int64_t t, int64_t end) {
 // go through the steps together, as many as the L2 cache keeps beside the rest.
 template <class C>
 SEQMEM_INLINE int64_t together(int64_t elements) {
-  constexpr int64_t kBytes = 128 << 10;
+  constexpr int64_t kBytes = 256 << 10;
   return max<int64_t>(kBytes / (max<int64_t>(elements, 1) * static_cast<int64_t>(sizeof(C))), 1);
 }
 

@@ -75,12 +75,12 @@ void check_wide(const Check<Int>& check, const char* name, const Tensor& t, cons
 
 constexpr int64_t kLongest = 1024;
 
-// Kept memories take as much as the inputs and outputs that they stand for, or less.
+// What is kept takes as much as the inputs and outputs that it stands for, or less.
 template <class Int>
 int64_t segment_of(const Tensor& q, const Int& K, const Int& V) {
   const int64_t narrow = q.element_size() < 4 ? 2 : 1;
   int64_t segment = kChunk;
-  while (segment < kLongest && K * V * narrow > (K + V) * (2 * segment)) segment *= 2;
+  while (segment < kLongest && (K + segment) * V * narrow > (K + V) * (2 * segment)) segment *= 2;
   return segment;
 }
 
@@ -138,7 +138,7 @@ Sizes<Int> check_backward(const BackwardInputs& in) {
   check.operand("grad_output", in.grad_output, {s.B, s.T, s.H, s.V});
   if (in.grad_final_state.has_value())
     check.typed("grad_final_state", *in.grad_final_state, wide(in.q), {s.B, s.H, s.K, s.V});
-  check.typed("states", in.states, wide(in.q), {s.B, s.H, s.segments(), s.K, s.V});
+  check.typed("states", in.states, wide(in.q), {s.B, s.H, s.segments(), s.K + s.segment, s.V});
   return s;
 }
 
@@ -201,8 +201,8 @@ template <class Int>
 Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
   const auto computed = in.q.options().dtype(wide(in.q));
   return {empty_like_of<Int>(in.v, {s.B, s.T, s.H, s.V}),
-          empty_of<Int>(computed, {s.B, s.H, s.K, s.V}),
-          saved_of<Int>(in.save, computed, {s.B, s.H, s.segments(), s.K, s.V})};
+          saved_of<Int>(true, computed, {s.B, s.H, s.K, s.V}),
+          saved_of<Int>(in.save, computed, {s.B, s.H, s.segments(), s.K + s.segment, s.V})};
 }
 
 Tensors<3> forward_cpu(const ForwardInputs& in) {
@@ -239,6 +239,7 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
   const Tensor grad_q = at::empty(in.q.sizes(), in.q.options());
   const Tensor grad_k = at::empty(in.q.sizes(), in.q.options());
   const Tensor grad_v = at::empty(in.v.sizes(), in.q.options());
+  for (const Tensor& large : {grad_q, grad_k, grad_v}) ask_for_huge_pages(large);
   const Tensor grad_beta = at::zeros({slices, s.B, s.T, s.H}, computed);
   const Tensor grad_state = at::empty({s.B, s.H, s.K, s.V}, computed);
   Tensor grad_decay, parts_q, parts_k;

@@ -29,7 +29,10 @@ def _segment(q: Tensor, v: Tensor) -> int:
     """Steps from one kept memory to the next, as the checks of the op have it."""
     narrow = 2 if q.element_size() < 4 else 1
     features, values, segment = q.shape[3], v.shape[3], _CHUNK
-    while segment < _LONGEST and features * values * narrow > (features + values) * 2 * segment:
+    while segment < _LONGEST:
+        kept, through = (features + segment) * values, (features + values) * 2 * segment
+        if kept * narrow <= through:
+            break
         segment *= 2
     return segment
 
@@ -112,8 +115,9 @@ def delta_memory(
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     output = v.new_zeros(v.shape)
     final = q.new_empty(shape, dtype=computed)
-    count = triton.cdiv(q.shape[1], options["segment"])
-    states = q.new_empty((*shape[:2], count, *shape[2:]) if save else 0, dtype=computed)
+    segment = options["segment"]
+    kept = triton.cdiv(q.shape[1], segment), shape[2] + segment, shape[3]
+    states = q.new_empty((*shape[:2], *kept) if save else 0, dtype=computed)
     if final.numel():
         delta_memory_forward_kernel[grid](
             q_ptr=_unit(q, qk_l2norm)[0],

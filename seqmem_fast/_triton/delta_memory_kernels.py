@@ -64,7 +64,7 @@ def delta_memory_forward_kernel(
     reset_ptr,  # uint8 [B, T], or None
     output_ptr,  # [B, T, H, V]
     final_ptr,  # ACC [B, H, K, V]
-    states_ptr,  # ACC [B, H, segments, K, V], or None
+    states_ptr,  # ACC [B, H, segments, K + segment, V], of which K rows are used; or None
     T,
     Hk,
     H,
@@ -99,7 +99,7 @@ def delta_memory_forward_kernel(
         if states_ptr is not None:
             if t % segment == 0:
                 kept = head * segments + t // segment
-                tl.store(states_ptr + kept * K * V + at, memory, mask=there)
+                tl.store(states_ptr + kept * (K + segment) * V + at, memory, mask=there)
         row = (step * Hk + key_head) * K
         query = SCALE * _load(q_ptr + row, k, k < K, ACC)
         key = _load(k_ptr + row, k, k < K, ACC)
@@ -167,7 +167,7 @@ def delta_memory_backward_kernel(
         begin = (count - 1 - n) * segment
         stop = tl.minimum(end, begin + segment)
         kept = head * segments + count - 1 - n
-        memory = _load(states_ptr + kept * K * V, at, there, ACC)
+        memory = _load(states_ptr + kept * (K + segment) * V, at, there, ACC)
         tl.debug_barrier()
         for t in range(begin, stop):
             step = b * T + t
