@@ -1,4 +1,4 @@
-"""Sparsemax and entmax15 beside softmax and the sort of the entmax package.
+"""Sparsemax and entmax15 beside sorts, those of the entmax package among them, and torch.softmax.
 
 python -m benchmarks.bench_entmax [--threads 2] [--malloc D|M] [--rows TEXT]
 """
@@ -20,7 +20,8 @@ from benchmarks.harness import measure, rows
 from seqmem_fast import ops
 
 LETTERS = "rows, K"
-SORT, PACKAGE = "eager, by sort", "entmax"
+SORT, SOFTMAX, PACKAGE = "eager, by sort", "torch.softmax", "entmax"
+PARTLY = "entmax, k=100"  # sorts the largest hundred of a row first
 MOST = (4096, 4096)  # of a random shape
 OURS: dict[str, Callable[[Tensor], Tensor]] = {
     "sparsemax": ops.sparsemax,
@@ -60,9 +61,10 @@ def work(name: str, count: int, width: int) -> rows.Work:
         return (torch.randn(count, width, generator=rng),)
 
     eager = sorted_sparsemax if name == "sparsemax" else sorted_entmax15
-    peers: dict[str, Any] = {SORT: eager}
+    peers: dict[str, Any] = {SORT: eager, SOFTMAX: partial(torch.softmax, dim=-1)}
     if importlib.util.find_spec(PACKAGE) is not None:
         peers[PACKAGE] = partial(getattr(importlib.import_module(PACKAGE), name), dim=-1)
+        peers[PARTLY] = partial(peers[PACKAGE], k=100)
     return rows.Work(sample, OURS[name], peers, loss=sum_of_squares)
 
 
@@ -78,8 +80,17 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     return list(pair(sorted(OURS)[place % 2], count, max(2, width)))
 
 
-SHAPES = ((4096, 1000), (512, 10_000), (16_384, 256))
-ROWS = [row for shape in SHAPES for name in OURS for row in pair(name, *shape)]
+# At most 1.4 and 1.6 times softmax's time.
+SPARSEMAX = {PACKAGE: (50.0, 30.0), PARTLY: (14.0, 10.0), SOFTMAX: (1 / 1.4, 1 / 1.6)}
+ENTMAX15 = {PACKAGE: (45.0, 38.0), PARTLY: (12.0, 10.0)}
+ROWS = [
+    *pair("sparsemax", 4096, 1000, goals=SPARSEMAX),
+    *pair("entmax15", 4096, 1000, goals=ENTMAX15),
+    *pair("sparsemax", 512, 10_000, goals=SPARSEMAX),
+    *pair("entmax15", 512, 10_000),
+    *pair("sparsemax", 16_384, 256),
+    *pair("entmax15", 16_384, 256),
+]
 GPU_ROWS = [row for name in OURS for row in pair(name, 16_384, 1000)]
 test_row = measure.test_row
 
