@@ -6,8 +6,6 @@ pytest benchmarks/bench_attention.py          the same contenders under pytest-b
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import random
 import sys
@@ -19,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import measure, rows
+from benchmarks.peers import entmax
 from seqmem_fast import ops
 
 LETTERS = "B, Tq, Tk, d"
 EAGER, SDPA, SOFTMAX = "eager", "F.sdpa, no weights", "softmax, ours"
-PACKAGE = "entmax"  # for sparse weights, between torch's products
-PARTLY = "entmax, k=100"  # sorts the largest hundred of a row first
 # Random shapes: each size's bound, and billions of multiply-adds of a forward pass at most.
 RANDOM = {"b": 64, "queries": 2048, "keys": 2048, "width": 256}
 CAP = 2.0
@@ -87,10 +84,7 @@ def sparse_work(normalizer: str, b: int, queries: int, keys: int, width: int) ->
 
     op = getattr(ops, normalizer)
     peers = {f"products, ops.{normalizer}": by_products(op), SOFTMAX: ops.attention}
-    if importlib.util.find_spec(PACKAGE) is not None:
-        package = importlib.import_module(PACKAGE)
-        peers[PACKAGE] = by_products(getattr(package, normalizer))
-        peers[PARTLY] = by_products(partial(getattr(package, normalizer), k=100))
+    peers |= {peer: by_products(call) for peer, call in entmax.functions(normalizer).items()}
     return rows.Work(sample, partial(ops.attention, normalizer=normalizer), peers)
 
 
@@ -137,7 +131,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
 
 
 # At most 1.3 times softmax's time.
-SPARSEMAX = {PACKAGE: (20, 12), PARTLY: (8, 6.5), SOFTMAX: (1 / 1.3, 1 / 1.3)}
+SPARSEMAX = {entmax.PACKAGE: (20, 12), entmax.PARTLY: (8, 6.5), SOFTMAX: (1 / 1.3, 1 / 1.3)}
 ROWS = [
     *row(4, 2048, 2048, 64, (6, 4)),
     *row(4, 2048, 2048, 64, (2.2, None), peer=SDPA),

@@ -5,8 +5,6 @@ python -m benchmarks.bench_entmax [--threads 2] [--malloc D|M] [--rows TEXT]
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure, rows
+from benchmarks.peers import entmax
 from seqmem_fast import ops
 
 LETTERS = "rows, K"
-SORT, SOFTMAX, PACKAGE = "eager, by sort", "torch.softmax", "entmax"
-PARTLY = "entmax, k=100"  # sorts the largest hundred of a row first
+SORT, SOFTMAX = "eager, by sort", "torch.softmax"
 MOST = (4096, 4096)  # of a random shape
 OURS: dict[str, Callable[[Tensor], Tensor]] = {
     "sparsemax": ops.sparsemax,
@@ -62,9 +60,7 @@ def work(name: str, count: int, width: int) -> rows.Work:
 
     eager = sorted_sparsemax if name == "sparsemax" else sorted_entmax15
     peers: dict[str, Any] = {SORT: eager, SOFTMAX: partial(torch.softmax, dim=-1)}
-    if importlib.util.find_spec(PACKAGE) is not None:
-        peers[PACKAGE] = partial(getattr(importlib.import_module(PACKAGE), name), dim=-1)
-        peers[PARTLY] = partial(peers[PACKAGE], k=100)
+    peers |= {peer: partial(call, dim=-1) for peer, call in entmax.functions(name).items()}
     return rows.Work(sample, OURS[name], peers, loss=sum_of_squares)
 
 
@@ -81,8 +77,8 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
 
 
 # At most 1.4 and 1.6 times softmax's time.
-SPARSEMAX = {PACKAGE: (50.0, 30.0), PARTLY: (14.0, 10.0), SOFTMAX: (1 / 1.4, 1 / 1.6)}
-ENTMAX15 = {PACKAGE: (45.0, 38.0), PARTLY: (12.0, 10.0)}
+SPARSEMAX = {entmax.PACKAGE: (50.0, 30.0), entmax.PARTLY: (14.0, 10.0), SOFTMAX: (1 / 1.4, 1 / 1.6)}
+ENTMAX15 = {entmax.PACKAGE: (45.0, 38.0), entmax.PARTLY: (12.0, 10.0)}
 ROWS = [
     *pair("sparsemax", 4096, 1000, goals=SPARSEMAX),
     *pair("entmax15", 4096, 1000, goals=ENTMAX15),
