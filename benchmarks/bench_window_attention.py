@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,13 +41,13 @@ def ours(q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, count: int) 
     return (ops.window_attention(q, k, v, left, right, global_keys=count)[0],)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor) -> Output:
+def eager(q: Tensor, k: Tensor, v: Tensor, *, seen: Callable[[], Tensor]) -> Output:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v,)
+    return (scores.masked_fill(~seen(), -torch.inf).softmax(-1) @ v,)
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, *, seen: Tensor) -> Output:
-    return (F.scaled_dot_product_attention(q, k, v, seen),)
+def fused(q: Tensor, k: Tensor, v: Tensor, *, seen: Callable[[], Tensor]) -> Output:
+    return (F.scaled_dot_product_attention(q, k, v, seen()),)
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, *, left: int, right: int, count: int) -> Output:
@@ -98,7 +98,8 @@ def work(
     options: dict[str, Any] = {"left": left, "right": right}
     peers: dict[str, Callable[..., Output]] = {BLOCKS: partial(blocks, **options, count=count)}
     if steps <= FUSED:
-        seen = pattern(steps, left, right, count)
+        # Made by the first call that needs it: the peak memory of the other sides is without it.
+        seen = cache(partial(pattern, steps, left, right, count))
         peers[SDPA] = partial(fused, seen=seen)
         if steps <= DENSE:
             peers[EAGER] = partial(eager, seen=seen)
