@@ -1,15 +1,15 @@
 // Entmax of one row, for kernel sources compiled once per ISA. For each row of K entries, with x =
 // (alpha - 1) (z - highest) <= 0 and k = 1 / (alpha - 1):
 //   pass 1  z into L1, and its highest entry
-//   pass 2  the vectors with an entry above tau = -1, packed: nothing else can be in the support;
-//           whether there is a NaN
+//   pass 2  the entries above tau = -1, packed: no other can be in the support. A NaN is packed as
+//           well, and makes all sums NaN
 //   Newton  for the norm (sum (x - tau)^k)^(1/k) = 1, which is nearly linear in tau: with P the sum
 //           of the powers and Q that of (x - tau)^(k-1), tau += (P - P^(2 - alpha)) / Q. From the
-//           left tau only climbs, for a norm is convex; vectors that it leaves behind are dropped
-//           from the packed ones
+//           left tau only climbs, for a norm is convex. Where powers are logarithms and
+//           exponentials, entries that tau has passed are no longer packed
 //   pass 3  p = (x - tau)^k where x > tau, else 0
 // and for its gradient, with s = p^(2 - alpha) on the support:
-//   pass 1  s and g into L1; their sums
+//   pass 1  s, into L1 unless it is 1; the sums of s and of s g
 //   pass 2  dz = s (g - sum s g / sum s)
 // Powers are products for alpha = 2 and 1.5. Below kSteep all is computed in double: k grows
 // without bound towards alpha = 1, and k times a rounding error with it.
@@ -17,6 +17,7 @@
 
 #include "gemm.h"
 #include "kernel_util.h"
+#include "lane_sets.h"
 #include "machine_math.h"
 
 namespace seqmem::entmax {
@@ -37,19 +38,6 @@ SEQMEM_INLINE auto with_kind(const double* alphas, double alpha, F&& f) {
   if (alphas == nullptr && alpha == 2) return f(KindConstant<Kind::Sparsemax>());
   if (alphas == nullptr && alpha == 1.5) return f(KindConstant<Kind::Entmax15>());
   return f(KindConstant<Kind::Any>());
-}
-
-template <class C>
-SEQMEM_INLINE bool any(IntVec<C> mask) {
-#if SEQMEM_VEC_BYTES == 32
-  typedef long long Words __attribute__((vector_size(32)));
-  return !__builtin_ia32_ptestz256((Words)mask, (Words)mask);
-#else
-  int64_t words[SEQMEM_VEC_BYTES / 8], all = 0;
-  __builtin_memcpy(words, &mask, sizeof mask);
-  for (const int64_t word : words) all |= word;
-  return all != 0;
-#endif
 }
 
 // The first n lanes, in another type than the storage's own too.
@@ -85,10 +73,21 @@ SEQMEM_INLINE Vec<C> raised(Vec<C> x, C power) {
   return result[0];
 }
 
+// The larger of a and b, b where one is NaN.
+template <class C>
+SEQMEM_INLINE Vec<C> larger(Vec<C> a, Vec<C> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<C, float>)
+    return (Vec<C>)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+#endif
+  return a > b ? a : b;
+}
+
 // The rows of one thread; C is what is computed in.
 template <class S, Kind kind, class C = compute_t<S>>
 class Rows {
   static constexpr int64_t L = kLanes<C>;
+  static constexpr int kSums = 4;  // an addition waits for the one before
   static constexpr C kInfinity = C(__builtin_huge_val());
 
   const int64_t K;
@@ -101,7 +100,7 @@ class Rows {
   // Returns how many entries have a probability.
   int64_t forward(const S* from, S* to, double alpha) {
     return probabilities(from, alpha,
-                         [&](int64_t i, Vec<C> p) { store_as<C>(to + i, p, lanes(i)); });
+                         [&](int64_t i, int n, Vec<C> p) { store_as<C>(to + i, p, n); });
   }
 
   // The same where the scores stand, -inf beyond the row to whole vectors; `top` is the highest of
@@ -109,7 +108,7 @@ class Rows {
   int64_t in_place(S* row, S top, double alpha) {
     if constexpr (std::is_same_v<S, C>) {
       x = row;
-      return weigh(top, alpha, [&](int64_t i, Vec<C> p) { store(row + i, p); });
+      return weigh(top, alpha, [&](int64_t i, int, Vec<C> p) { store(row + i, p); });
     } else {
       return forward(row, row, alpha);
     }
@@ -121,33 +120,41 @@ class Rows {
                 double alpha) {
     const C rest = C(2 - alpha);
     const bool again = !std::is_same_v<S, C> && grad_alpha != nullptr;
-    if (again) probabilities(input, alpha, [&](int64_t i, Vec<C> p) { store(y + i, p); });
-    Vec<C> totals = {}, dots = {}, of_p = {}, of_h = {}, entropies = {};
-    for (int64_t i = 0; i < K; i += L) {
-      const Vec<C> p = again ? load(y + i) : load_as<C>(output + i, lanes(i));
-      const IntVec<C> outside = p <= C(0);  // false for NaN, which spreads over its row
-      const Vec<C> g = outside ? Vec<C>{} : load_as<C>(grad + i, lanes(i));
-      const Vec<C> s = slopes(p, rest);
-      totals += s;
-      dots += s * g;
-      if (grad_alpha != nullptr) {
-        const Vec<C> h = entropy(p, outside);
+    if (again) probabilities(input, alpha, [&](int64_t i, int, Vec<C> p) { store(y + i, p); });
+    auto weights = [&](int64_t i, int n) {
+      return again ? load(y + i) : load_as<C>(output + i, n);
+    };
+    auto gradient = [&](int64_t i, int n, IntVec<C> outside) {
+      return outside ? Vec<C>{} : load_as<C>(grad + i, n);
+    };
+    Vec<C> totals[kSums] = {}, dots[kSums] = {};
+    for_vectors<kSums>([&](int sum, int64_t i, int n) {
+      const Vec<C> p = weights(i, n), s = slopes(p, rest);
+      totals[sum] += s;
+      dots[sum] += s * gradient(i, n, p <= C(0));  // false for NaN, which spreads over its row
+      if (kind != Kind::Sparsemax) store(x + i, s);
+    });
+    const C total = sum_of(totals), mean = total == 0 ? C(0) : sum_of(dots) / total;
+    if (grad_alpha != nullptr) {
+      Vec<C> of_p = {}, of_h = {}, entropies = {};
+      for_vectors<1>([&](int, int64_t i, int n) {
+        const Vec<C> p = weights(i, n);
+        const IntVec<C> outside = p <= C(0);
+        const Vec<C> g = gradient(i, n, outside), h = entropy(p, outside);
         of_p += g * p;
         of_h += g * h;
         entropies += h;
-      }
-      store(x + i, g);
-      store(y + i, s);
-    }
-    const C total = lane_sum<C>(totals), mean = total == 0 ? C(0) : lane_sum<C>(dots) / total;
-    if (grad_alpha != nullptr) {
+      });
       const C k = C(1 / (alpha - 1));
       *grad_alpha = k * k * (lane_sum<C>(of_p) - mean) +
                     k * (lane_sum<C>(of_h) - mean * lane_sum<C>(entropies));
     }
     if (grad_input == nullptr) return;
-    for (int64_t i = 0; i < K; i += L)
-      store_as<C>(grad_input + i, load(y + i) * (load(x + i) - mean), lanes(i));
+    for_vectors<1>([&](int, int64_t i, int n) {
+      const Vec<C> p = weights(i, n);
+      const Vec<C> s = kind == Kind::Sparsemax ? slopes(p, rest) : load(x + i);
+      store_as<C>(grad_input + i, s * (gradient(i, n, p <= C(0)) - mean), n);
+    });
   }
 
   // s = p^rest, 0 outside the support; rest is 2 - alpha.
@@ -158,7 +165,20 @@ class Rows {
  private:
   SEQMEM_INLINE int lanes(int64_t i) const { return static_cast<int>(min(L, K - i)); }
 
-  // Calls put(i, p) for each vector of the row; returns how many are not zero.
+  // f(sum, i, n) for each vector of the row: which of N sums it belongs to, its first entry, and
+  // how many it has, a constant if all.
+  template <int N, class F>
+  SEQMEM_INLINE void for_vectors(F&& f) const {
+    int64_t i = 0;
+    for (; i + N * L <= K; i += N * L) SEQMEM_UNROLL
+    for (int sum = 0; sum < N; ++sum) f(sum, i + sum * L, std::integral_constant<int, L>());
+    for (; i < K; i += L) f(0, i, lanes(i));
+  }
+  static SEQMEM_INLINE C sum_of(const Vec<C> (&sums)[kSums]) {
+    return lane_sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
+  // Calls put(i, n, p) for each vector of the row; returns how many are not zero.
   template <class Put>
   SEQMEM_INLINE int64_t probabilities(const S* from, double alpha, Put&& put) {
     return weigh(read(from), alpha, put);
@@ -170,27 +190,20 @@ class Rows {
     const C scale = C(alpha - 1), power = C(1) / scale;
     const C tau = threshold(top, scale, power);
     if (tau != tau) {
-      IntVec<C> wrong = {};
-      for (int64_t i = 0; i < K; i += L) wrong |= load(x + i) != load(x + i);
-      const bool nothing = top == -kInfinity && !any<C>(wrong);
-      for (int64_t i = 0; i < K; i += L) put(i, splat<C>(nothing ? C(0) : tau));
+      LaneSet wrong = 0;
+      for_vectors<1>(
+          [&](int, int64_t i, int) { wrong |= lanes_set<C>(load(x + i) != load(x + i)); });
+      const bool nothing = top == -kInfinity && wrong == 0;
+      for_vectors<1>([&](int, int64_t i, int n) { put(i, n, splat<C>(nothing ? C(0) : tau)); });
       return nothing ? 0 : K;
     }
-    const C low = just_below(tau * power);
-    IntVec<C> minus = {};
-    for (int64_t i = 0; i < K; i += L) {
-      const Vec<C> below = load(x + i) - top;
-      Vec<C> p = {};
-      if (any<C>(below > low)) {
-        const Vec<C> above = below * scale - tau;
-        const IntVec<C> supported = above > C(0);
-        p = supported ? values(above, supported, power).p : p;
-        minus += supported;
-      }
-      put(i, p);
-    }
     int64_t count = 0;
-    for (int l = 0; l < L; ++l) count -= minus[l];
+    for_vectors<1>([&](int, int64_t i, auto n) {
+      const Vec<C> above = (load(x + i) - top) * scale - tau;
+      const LaneSet supported = lanes_set<C>(above > C(0));
+      put(i, n, kind != Kind::Any || supported != 0 ? values(above, power).p : Vec<C>{});
+      count += __builtin_popcount(supported);
+    });
     return count;
   }
 
@@ -199,66 +212,90 @@ class Rows {
 
   // x = the row, -inf beyond it; returns the highest of its entries that are not NaN.
   C read(const S* from) {
-    Vec<C> highest = splat<C>(-kInfinity);
-    for (int64_t i = 0; i < K; i += L) {
-      const int n = lanes(i);
-      Vec<C> v = load_as<C>(from + i, n);
-      for (int64_t l = n; l < L; ++l) v[l] = -kInfinity;
-      store(x + i, v);
-      highest = v > highest ? v : highest;
-    }
-    return largest_lane<C>(highest);
+    Vec<C> top[kSums];
+    for (Vec<C>& each : top) each = splat<C>(-kInfinity);
+    for_vectors<kSums>([&](int sum, int64_t i, int n) {
+      const Vec<C> z = lane_numbers<C>() < n ? load_as<C>(from + i, n) : splat<C>(-kInfinity);
+      store(x + i, z);
+      top[sum] = larger<C>(z, top[sum]);
+    });
+    return largest_lane<C>(larger<C>(larger<C>(top[0], top[1]), larger<C>(top[2], top[3])));
   }
 
   struct Values {
     Vec<C> p, slope;  // above^power, and its derivative over `power`; 0 outside the support
   };
-  static SEQMEM_INLINE Values values(Vec<C> above, IntVec<C> supported, C power) {
-    const Vec<C> inside = supported ? above : Vec<C>{};
+  static SEQMEM_INLINE Values values(Vec<C> above, C power) {
+    const Vec<C> inside = at_least<C>(above, 0);
     if constexpr (kind == Kind::Sparsemax) {
-      return {inside, supported ? splat<C>(1) : Vec<C>{}};
+      return {inside, Vec<C>{}};
     } else if constexpr (kind == Kind::Entmax15) {
       return {inside * inside, inside};
     } else {
-      const Vec<C> slope = raised<C>(supported ? above : splat<C>(1), power - 1);
-      return {inside * slope, supported ? slope : Vec<C>{}};
+      const IntVec<C> outside = above <= C(0);
+      const Vec<C> slope = raised<C>(outside ? splat<C>(1) : above, power - 1);
+      return {inside * slope, outside ? Vec<C>{} : slope};
     }
+  }
+
+  // Packs the entries that are not outside at y[n] and after; returns how many are packed then.
+  SEQMEM_INLINE int64_t pack(int64_t n, Vec<C> entries, IntVec<C> outside) {
+    const LaneSet set = first_lanes_set<C>(L) & ~lanes_set<C>(outside);
+    if (set == 0) return n;
+    put_lanes<C>(y + n, entries, set);
+    return n + __builtin_popcount(set);
+  }
+
+  // Vector i of the n packed entries, -inf beyond them.
+  SEQMEM_INLINE Vec<C> packed(int64_t i, int64_t n) const {
+    const IntVec<C> there = lane_numbers<C>() < static_cast<int>(min(L, n - i));
+    return there ? load(y + i) : splat<C>(-kInfinity);
   }
 
   // tau; NaN where some entry is, where the highest is infinite, and where alpha is NaN.
   C threshold(C top, C scale, C power) {
-    const int64_t end = padded<C>(K);
+    if (scale != scale) return scale;
     const C low = just_below(-power);
-    IntVec<C> wrong = {};
-    C tau = -1;
-    Vec<C> totals = {}, slopes = {};
-    int64_t kept = 0;
-    auto take = [&](Vec<C> v) {
-      const IntVec<C> supported = v > tau;
-      if (!any<C>(supported)) return;
-      const Values here = values(v - tau, supported, power);
-      totals += here.p;
-      slopes += here.slope;
-      store(y + kept, v);
-      kept += L;
-    };
-    for (int64_t i = 0; i < end; i += L) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < K; i += L) {
       const Vec<C> below = load(x + i) - top;
-      wrong |= below != below;
-      if (any<C>(below > low)) take(below * scale);
+      n = pack(n, below * scale, below <= low);
     }
-    if (any<C>(wrong) || scale != scale) return C(__builtin_nan(""));
+    C tau = -1;
     while (true) {
+      Vec<C> totals = {}, slopes = {};
+      int64_t supported = 0;
+      for (int64_t i = 0; i < n; i += L) {
+        const Vec<C> above = packed(i, n) - tau;
+        const Values here = values(above, power);
+        totals += here.p;
+        slopes += here.slope;
+        supported += __builtin_popcount(lanes_set<C>(above > C(0)));
+      }
       const C total = lane_sum<C>(totals);
-      const C next = tau + (total - root(total, scale)) / lane_sum<C>(slopes);
+      const C slope = kind == Kind::Sparsemax ? C(supported) : lane_sum<C>(slopes);
+      const C step = (total - root(total, scale)) / slope, next = tau + step;
       // The last step may go back: it mends what rounding did while tau was far away.
-      if (!(next > tau)) return next;
+      if (!(next > tau) || is_last(step, n)) return next;
       tau = next;
-      const int64_t before = kept;
-      totals = slopes = Vec<C>{};
-      kept = 0;
-      for (int64_t i = 0; i < before; i += L) take(load(y + i));
+      if (kind == Kind::Any) n = pack_again(n, tau);
     }
+  }
+
+  // Of the n packed entries, those above tau: for the rest a power is not worth computing.
+  int64_t pack_again(int64_t n, C tau) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i += L) {
+      const Vec<C> entries = packed(i, n);
+      kept = pack(kept, entries, entries <= tau);
+    }
+    return kept;
+  }
+
+  // Whether the step after this one is lost in rounding: an error e of tau becomes at most n e^2.
+  static SEQMEM_INLINE bool is_last(C step, int64_t n) {
+    constexpr C kSmall = std::is_same_v<C, float> ? 0x1p-25 : 0x1p-54;
+    return kind == Kind::Entmax15 && step * step * n < kSmall;
   }
 
   static SEQMEM_INLINE Vec<C> root(Vec<C> p, C rest) {
@@ -276,7 +313,7 @@ class Rows {
     if constexpr (kind == Kind::Sparsemax) {
       return 1;
     } else if constexpr (kind == Kind::Entmax15) {
-      return static_cast<C>(__builtin_sqrt(total));
+      return machine::square_root(total);
     } else {
       return static_cast<C>(__builtin_pow(total, 1 - double(scale)));
     }

@@ -36,8 +36,7 @@ class BoundOperand {
 template <class Int>
 at::Tensor large_result(const at::Tensor& like, std::initializer_list<Int> sizes) {
   if constexpr (std::is_same_v<Int, int64_t>) {
-    constexpr int64_t kLarge = 8 << 20;
-    return KeptBlocks::empty(sizes, like.options(), kLarge);
+    return KeptBlocks::result(sizes, like.options());
   } else {
     return empty_like_of<Int>(like, sizes);
   }

@@ -36,6 +36,11 @@ class KeptBlocks {
         .make_tensor();
   }
 
+  // For a result: the memory of smaller ones, the allocator itself keeps.
+  static at::Tensor result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    return empty(sizes, options, 8 << 20);
+  }
+
  private:
   static constexpr int64_t kKept = 64 << 20;
 

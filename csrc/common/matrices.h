@@ -46,8 +46,7 @@ class Leading {
   // A result; a large one gets memory that the next call finds again.
   at::Tensor empty(const at::Tensor& like, const Int& rows, const Int& columns) const {
     if constexpr (std::is_same_v<Int, int64_t>) {
-      constexpr int64_t kLarge = 8 << 20;
-      return KeptBlocks::empty(with(rows, columns), like.options(), kLarge);
+      return KeptBlocks::result(with(rows, columns), like.options());
     } else {
       return at::empty_symint(with(rows, columns), like.options());
     }

@@ -41,7 +41,7 @@ int64_t find_weights(const S* row, int64_t keys, int64_t* at, C* weights) {
   for (int64_t x = 0; x < keys; x += L) {
     const int lanes = static_cast<int>(min<int64_t>(L, keys - x));
     const Vec<C> here = load_n(row + x, lanes);
-    if (!entmax::any<C>(here != 0)) continue;
+    if (lanes_set<C>(here != 0) == 0) continue;
     for (int l = 0; l < lanes; ++l) {
       at[n] = x + l;
       weights[n] = here[l];

@@ -9,6 +9,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
+#include "../common/kept_blocks.h"
 #include "../common/op.h"
 #include "../common/operand.h"
 #include "../common/team.h"
@@ -120,9 +121,14 @@ int threads_for(const Shape& s) {
 Tensor rows_of(const Tensor& t, int64_t dim) { return t.movedim(dim, -1).contiguous(); }
 
 // Laid out by rows, seen in input's order of dimensions.
+template <class Int>
 Tensor allocate(const Tensor& input, int64_t dim) {
   const Tensor like = input.movedim(dim, -1);
-  return at::empty_symint(like.sym_sizes(), input.options()).movedim(-1, dim);
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    return KeptBlocks::result(like.sizes(), input.options()).movedim(-1, dim);
+  } else {
+    return at::empty_symint(like.sym_sizes(), input.options()).movedim(-1, dim);
+  }
 }
 
 // The call's alphas by row, in the kernels' arithmetic.
@@ -150,7 +156,7 @@ struct Alphas {
 
 Tensor forward_cpu(const Inputs& in) {
   const int64_t dim = check<int64_t>(in);
-  const Tensor out = allocate(in.input, dim), input = rows_of(in.input, dim);
+  const Tensor out = allocate<int64_t>(in.input, dim), input = rows_of(in.input, dim);
   const Alphas alphas(in, dim);
   const Forward arguments = {.input = input.const_data_ptr(),
                              .alpha = alphas.data(),
@@ -161,7 +167,9 @@ Tensor forward_cpu(const Inputs& in) {
   return out;
 }
 
-Tensor forward_meta(const Inputs& in) { return allocate(in.input, check<c10::SymInt>(in)); }
+Tensor forward_meta(const Inputs& in) {
+  return allocate<c10::SymInt>(in.input, check<c10::SymInt>(in));
+}
 
 // Sums in the order of the rows, so that they do not depend on the number of threads.
 Tensor sum_to(const Tensor& alpha, const Tensor& by_row, const Tensor& input, int64_t dim) {
@@ -177,9 +185,10 @@ Tensor sum_to(const Tensor& alpha, const Tensor& by_row, const Tensor& input, in
 
 bool of_alpha_wanted(const BackwardInputs& in) { return in.output_mask[1] && in.alpha.has_value(); }
 
+template <class Int>
 Tensors<2> allocate_gradients(const BackwardInputs& in, int64_t dim) {
   const auto options = in.input.options();
-  return {in.output_mask[0] ? allocate(in.input, dim) : at::empty({0}, options),
+  return {in.output_mask[0] ? allocate<Int>(in.input, dim) : at::empty({0}, options),
           of_alpha_wanted(in) ? at::empty_symint(in.alpha->sym_sizes(), options)
                               : at::empty({0}, options)};
 }
@@ -187,7 +196,7 @@ Tensors<2> allocate_gradients(const BackwardInputs& in, int64_t dim) {
 Tensors<2> backward_cpu(const BackwardInputs& in) {
   const int64_t dim = check_backward<int64_t>(in);
   const bool of_alpha = of_alpha_wanted(in);
-  Tensors<2> out = allocate_gradients(in, dim);
+  Tensors<2> out = allocate_gradients<int64_t>(in, dim);
   auto& [grad_input, grad_alpha] = out;
   const Alphas alphas(in, dim);
   // Of alpha's gradient alone.
@@ -211,7 +220,7 @@ Tensors<2> backward_cpu(const BackwardInputs& in) {
 }
 
 Tensors<2> backward_meta(const BackwardInputs& in) {
-  return allocate_gradients(in, check_backward<c10::SymInt>(in));
+  return allocate_gradients<c10::SymInt>(in, check_backward<c10::SymInt>(in));
 }
 
 }  // namespace
