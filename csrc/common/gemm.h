@@ -164,6 +164,7 @@ SEQMEM_INLINE void store_sums4(C* out, const Vec<C> (&s)[4]) {
         shuffle(a, b, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * L + 2; });
     const auto four = std::make_integer_sequence<int, 4>{};
     auto total = lanes_from<0>(blocks, four);
+    // % L: what is left out for want of lanes must be right all the same.
     if constexpr (L >= 8) total += lanes_from<4 % L>(blocks, four);
     if constexpr (L >= 16) {
       total += lanes_from<8 % L>(blocks, four);

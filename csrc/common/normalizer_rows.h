@@ -15,14 +15,11 @@ C highest(const C* row, Span span) {
   Vec<C> top[4];
   for (int v = 0; v < 4; ++v) top[v] = splat(-kInfinity<C>);
   int64_t x = span.begin;
-  auto step = [&](int v) {
-    const Vec<C> here = load(row + x + v * L);
-    top[v] = here > top[v] ? here : top[v];
-  };
+  auto step = [&](int v) { top[v] = entmax::larger<C>(load(row + x + v * L), top[v]); };
   for (; x + 4 * L <= span.end; x += 4 * L) SEQMEM_UNROLL
   for (int v = 0; v < 4; ++v) step(v);
   for (; x < span.end; x += L) step(0);
-  for (int v = 1; v < 4; ++v) top[0] = top[v] > top[0] ? top[v] : top[0];
+  for (int v = 1; v < 4; ++v) top[0] = entmax::larger<C>(top[v], top[0]);
   return largest_lane<C>(top[0]);
 }
 
