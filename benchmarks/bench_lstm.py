@@ -20,11 +20,19 @@ from benchmarks.harness import measure, rows
 from benchmarks.harness.memory import Memory
 from benchmarks.peers import lstm as peers
 
-NAMES = {"cell": "LSTMCell", "layer": "LSTM", "rollout": "LSTM resets", "lengths": "LSTM lengths"}
+NAMES = {
+    "cell": "LSTMCell",
+    "steps": "LSTMCell, steps",
+    "layer": "LSTM",
+    "rollout": "LSTM resets",
+    "lengths": "LSTM lengths",
+}
 LETTERS = "T, B, I, H"
 REFERENCE = "reference"
 REFERENCE_STEPS = 128  # on a GPU, longer sequences say nothing new about a loop over steps
 RANDOM = {"t": 512, "b": 128, "i": 1024, "h": 1024}
+CELL_STEPS, LEAST_WIDTH = 20, 16  # of random loops over a cell
+RANDOM_CELL = {"b": 128, "i": 2048, "h": 2048}
 # Random shapes: billions of multiply-adds of a forward pass at most, so that a call of nn.LSTM
 # stays within seconds; where the processor has no bf16, nn.LSTM trains it some 50 times slower.
 CAPS = {"float32": 15.0, "bfloat16": 15.0}
@@ -35,7 +43,7 @@ CAP_EMULATED = 1.0
 class Shape:
     """A shape; the goals are the ratios over torch asked for inference and training."""
 
-    kind: str  # "cell", "layer", "rollout" or "lengths"
+    kind: str  # "cell", "steps" of a cell, "layer", "rollout" or "lengths"
     t: int
     b: int
     i: int
@@ -72,6 +80,8 @@ def arguments(shape: Shape, rng: torch.Generator) -> tuple[Any, ...]:
     if shape.kind == "cell":
         return normal(shape.b, shape.i), normal(shape.b, shape.h), normal(shape.b, shape.h)
     x = normal(shape.t, shape.b, shape.i)
+    if shape.kind == "steps":
+        return x, normal(shape.b, shape.h), normal(shape.b, shape.h)
     if shape.kind == "lengths":
         return x, torch.randint(1, shape.t + 1, (shape.b,), generator=rng)
     if shape.kind == "rollout":
@@ -135,20 +145,32 @@ def gpu_rows(shape: Shape) -> list[rows.Row]:
     return shape_rows(shape, reference=shape.kind != "cell" and shape.t <= REFERENCE_STEPS)
 
 
+def cap(shape: Shape) -> float:
+    """Billions of multiply-adds that a random shape may take."""
+    most, bf16 = CAPS[shape.dtype_name], shape.dtype == torch.bfloat16
+    emulated = bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return min(most, CAP_EMULATED) if emulated else most
+
+
 def random_shape(rng: random.Random, place: int) -> Shape | None:
     """fp32 and bf16 by turns, one and two layers by turns; None where it is over the cap."""
     t, b, i, h = rows.draw(rng, RANDOM.values())
     dtype = (torch.float32, torch.bfloat16)[place % 2]
     shape = Shape("layer", t, b, i, h, dtype, layers=1 + place // 2 % 2)
-    emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    cap = CAPS[shape.dtype_name]
-    return shape if shape.gmacs <= (min(cap, CAP_EMULATED) if emulated else cap) else None
+    return shape if shape.gmacs <= cap(shape) else None
 
 
 def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
     """A random shape in both modes."""
     shape = random_shape(rng, place)
     return shape_rows(shape) if shape else None
+
+
+def random_cell_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
+    """Twenty steps over one cell, fp32 and bf16 by turns, in both modes; None if too large."""
+    b, i, h = rows.draw(rng, RANDOM_CELL.values())
+    shape = Shape("steps", CELL_STEPS, b, i, h, (torch.float32, torch.bfloat16)[place % 2])
+    return shape_rows(shape) if min(i, h) >= LEAST_WIDTH and shape.gmacs <= cap(shape) else None
 
 
 SHAPES = (

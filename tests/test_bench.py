@@ -624,6 +624,16 @@ def test_random_shapes_are_the_same_for_a_seed_and_under_the_cap(
     }
 
 
+def test_random_loops_over_a_cell_compare_the_same_weights() -> None:
+    shapes, _ = random_shapes.draw(bench_lstm.random_cell_rows, 2, 0)
+    assert [shape[0].dtype for shape in shapes] == ["float32", "bfloat16"]
+    work = bench_lstm.work(bench_lstm.Shape("steps", 3, 2, 16, 17))
+    given = work.sample(torch.Generator().manual_seed(0))
+    [theirs] = [side(*given) for side in work.peers.values()]
+    for a, b in zip(theirs, work.ours(*given), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
 def test_a_generator_that_only_refuses_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="refused"):
         random_shapes.draw(lambda rng, place: None, 1, 0)

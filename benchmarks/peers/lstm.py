@@ -48,6 +48,15 @@ class Cell(Side):
         return hy, cy
 
 
+class CellSteps(Side):
+    """A loop over a cell, as a decoder's."""
+
+    def forward(self, x: Tensor, hx: Tensor, cx: Tensor) -> Outputs:
+        for step in x.unbind(0):
+            hx, cx = self.module(step, (hx, cx))
+        return hx, cx
+
+
 class Packed(Side):
     """Variable lengths as nn.LSTM takes them: pack, run, pad."""
 
@@ -115,12 +124,14 @@ class Reference(Side):
 TORCH: dict[str, dict[str, type[Side]]] = {
     "layer": {"nn.LSTM": Layer},
     "cell": {"nn.LSTMCell": Cell},
+    "steps": {"steps of nn.LSTMCell": CellSteps},
     "lengths": {"nn.LSTM, packed": Packed},
     "rollout": {"loop over nn.LSTMCell": CellLoop, "loop over nn.LSTM": LayerLoop},
 }
 OURS: dict[str, tuple[type[nn.Module], type[Side]]] = {
     "layer": (seqmem_fast.LSTM, Layer),
     "cell": (seqmem_fast.LSTMCell, Cell),
+    "steps": (seqmem_fast.LSTMCell, CellSteps),
     "lengths": (seqmem_fast.LSTM, Lengths),
     "rollout": (seqmem_fast.LSTM, Reset),
 }
@@ -178,6 +189,8 @@ def _arrays(module: nn.Module) -> list[np.ndarray]:
 def _onnx_missing(kind: str, dtype: str) -> str | None:
     if dtype != "float32":
         return "ONNX Runtime's CPU LSTM has no bfloat16"
+    if kind == "steps":
+        return "ONNX's LSTM takes whole sequences"
     if kind == "rollout":
         return "ONNX's LSTM has no reset"
     return uninstalled("ONNX Runtime", "onnx", "onnxruntime")
@@ -186,7 +199,7 @@ def _onnx_missing(kind: str, dtype: str) -> str | None:
 def _jax_missing(kind: str, dtype: str) -> str | None:
     if dtype != "float32":
         return "JAX's row is float32 alone"
-    if kind in ("cell", "lengths"):
+    if kind in ("cell", "steps", "lengths"):
         return "JAX's row is a scan over whole sequences"
     return uninstalled("JAX", "jax")
 

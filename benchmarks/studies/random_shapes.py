@@ -30,7 +30,8 @@ from benchmarks.harness.rows import MODES, Row
 from benchmarks.harness.timing import CLOCKS, Budget
 
 BAR = 0.95
-COUNT = {"lstm": 60}  # 40 for every other op
+COUNT = {"lstm": 60, "lstm_cell": 60}  # 40 for every other op
+CELL = "lstm_cell"  # loops over a cell, of the LSTM's benchmark
 DRAWS = 100  # for each shape; a generator that refuses more often asks for too little
 
 Draw = Callable[[random.Random, int], "list[Row] | None"]
@@ -135,7 +136,7 @@ def kept_rows(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not yet measured, then shows all."""
     parser = report.parser("benchmarks.studies.random_shapes", __doc__)
-    parser.add_argument("--op", default="lstm", choices=machine.ops())
+    parser.add_argument("--op", default="lstm", choices=[*machine.ops(), CELL])
     parser.add_argument("--count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -148,8 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.ensure_process("benchmarks.studies.random_shapes", args.malloc, args.threads)
 
     torch.set_num_threads(args.threads)
-    bench = import_module(f"benchmarks.bench_{args.op}")
-    shapes, over = draw(bench.random_rows, args.count or COUNT.get(args.op, 40), args.seed)
+    bench = import_module(f"benchmarks.bench_{'lstm' if args.op == CELL else args.op}")
+    random_rows = bench.random_cell_rows if args.op == CELL else bench.random_rows
+    shapes, over = draw(random_rows, args.count or COUNT.get(args.op, 40), args.seed)
     path: Path = args.json or machine.RESULTS / f"random_shapes_{args.op}.json"
     here = machine.describe()
     asked = {
