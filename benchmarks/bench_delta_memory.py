@@ -5,7 +5,6 @@ python -m benchmarks.bench_delta_memory [--threads 2] [--malloc D|M] [--rows TEX
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import random
 import sys
@@ -17,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import measure, rows
+from benchmarks.peers.delta_memory import FALLBACK, QWEN, Block, fallback, scan
+from benchmarks.peers.jax_scan import JAX, jax_scan
 from seqmem_fast import ops
 from seqmem_fast.reference import delta_memory as reference
 
 LETTERS = "B, T, H, K, V"
-CHUNKED, FALLBACK, STEPS = "eager chunks of 64", "transformers", "eager steps"
-QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
+CHUNKED, STEPS = "eager chunks of 64", "eager steps"
 CHUNK = 64
+LONGEST_LOOP = 512  # steps; eager loops over more take minutes
 MOST = (8, 1024, 16, 128, 128)  # of a random shape
 
 
@@ -69,18 +70,10 @@ def work(batch: int, steps: int, heads: int, features: int, values: int) -> rows
         return draw(features), key, draw(values), *gates
 
     peers: dict[str, Any] = {CHUNKED: chunked}
-    missing = []
-    if importlib.util.find_spec("transformers") is None:
-        missing.append(f"{FALLBACK}: not installed")
-    else:
-        qwen = importlib.import_module(QWEN)
-
-        def fallback(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Any:
-            options = {"output_final_state": True}
-            return qwen.torch_chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, **options)
-
+    no_jax, no_qwen = rows.uninstalled("JAX", "jax"), rows.uninstalled(FALLBACK, QWEN)
+    if not no_qwen:
         peers[FALLBACK] = fallback
-    if steps <= 512:
+    if steps <= LONGEST_LOOP:
         peers[STEPS] = reference.delta_memory
     compiled: dict[str, Any] | None = {} if steps > 1 else None
     return rows.Work(
@@ -88,7 +81,32 @@ def work(batch: int, steps: int, heads: int, features: int, values: int) -> rows
         ops.delta_memory,
         peers,
         compile_with=compiled,
-        missing=missing,
+        others={} if no_jax else {JAX: partial(jax_scan, scan)},
+        missing=[reason for reason in (no_jax, no_qwen) if reason],
+    )
+
+
+def block(batch: int, steps: int, heads: int, head_dim: int) -> rows.Work:
+    """A whole layer of Qwen3-Next, patched and as it is."""
+    dim = heads * head_dim
+
+    def sample(rng: torch.Generator) -> tuple[Any, ...]:
+        return (torch.randn(batch, steps, dim, generator=rng),)
+
+    make = partial(Block, dim, heads, head_dim)
+    return rows.Work(sample, make(ours=True), {FALLBACK: make(ours=False)})
+
+
+def block_rows(*sizes: int, goal: float) -> list[rows.Row]:
+    """Where transformers is installed."""
+    if importlib.util.find_spec("transformers") is None:  # whose import takes seconds
+        return []
+    return rows.pair(
+        "delta_memory",
+        ", ".join(map(str, (*sizes, sizes[-1]))),
+        partial(block, *sizes),
+        goals={FALLBACK: (None, goal)},
+        name="a layer of Qwen3-Next",
     )
 
 
@@ -116,7 +134,7 @@ def random_rows(rng: random.Random, place: int) -> list[rows.Row] | None:
 SMALL = {CHUNKED: (8.0, 8.0), FALLBACK: (15.0, 20.0), rows.COMPILED: (5.0, 4.0)}
 LARGE = {CHUNKED: (3.2, 12.0), FALLBACK: (4.5, 18.0), rows.COMPILED: (2.6, 2.4)}
 ROWS = [
-    *pair(2, 512, 8, 64, 64, goals={**SMALL, STEPS: (30.0, 100.0)}),
+    *pair(2, 512, 8, 64, 64, goals={**SMALL, STEPS: (30.0, 100.0), JAX: (14.0, 50.0)}),
     *pair(2, 2048, 16, 128, 128, goals=LARGE),
     *rows.pair(
         "delta_memory",
@@ -126,6 +144,7 @@ ROWS = [
         modes=[rows.INFERENCE],
         name="delta_memory, a step of a stream",
     ),
+    *block_rows(2, 512, 8, 64, goal=3.0),
 ]
 GPU_ROWS = [*pair(2, 512, 8, 64, 64), *pair(2, 2048, 16, 128, 128)]
 test_row = measure.test_row

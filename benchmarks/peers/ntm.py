@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-
-from benchmarks.harness.rows import INFERENCE, Contender
-
-JAX = "JAX lax.scan"
-
 
 def _address(memory: Any, p: Any, weights: Any) -> tuple[Any, Any]:
     """A head's new weights [B, N] from its parameters, and the parameters that are left over."""
@@ -33,7 +24,7 @@ def _address(memory: Any, p: Any, weights: Any) -> tuple[Any, Any]:
     return sharpened, p[:, width + 6 :]
 
 
-def _run(x: Any, state: Any, controller: Any, head_weight: Any, head_bias: Any) -> Any:
+def run(x: Any, state: Any, controller: Any, head_weight: Any, head_bias: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
@@ -60,25 +51,3 @@ def _run(x: Any, state: Any, controller: Any, head_weight: Any, head_bias: Any) 
 
     state, features = jax.lax.scan(step, tuple(state), projected)
     return features, state
-
-
-def jax_scan(mode: str) -> Contender:
-    """A jitted lax.scan, the input's projection hoisted out of it; gradients of all arguments."""
-    import jax
-    import jax.numpy as jnp
-
-    def total(args: Any) -> Any:
-        return _run(*args)[0].sum()
-
-    work = jax.jit((lambda args: _run(*args)) if mode == INFERENCE else jax.grad(total))
-
-    def prepare(args: Any) -> Any:
-        return tree_map(lambda t: jnp.asarray(t.detach().numpy()), tuple(args))
-
-    def call(args: Any) -> Any:
-        return jax.block_until_ready(work(args))
-
-    def values(args: Any) -> list[Tensor]:
-        return [torch.from_numpy(np.array(a)) for a in tree_leaves(call(args))]
-
-    return Contender(JAX, prepare, call, values, pool=JAX, compiles=True)
