@@ -123,13 +123,17 @@ class BackwardRun : KernelRun<Backward, Walk> {
 
   // 32 rows of a weight, those that a block of dz's columns meets, by pairs.
   void pack(const Panels& panels, const S* weight, int64_t k, int64_t N, int64_t count) {
-    for (int64_t v = 0; v < count * 4; ++v)
-      for (int i = 0; i < kBlock; ++i) {
-        const int64_t gate = k % 2 * 2 + i / 8, unit = k / 2 * kBlock + i % 8 * 2;
-        const S* from = weight + (gate * s.H + unit) * N + v * kBlock;
-        store_pairs(panels.tile(v / 4, k, v % 4) + i * kDepth, unit < s.H ? from : nullptr,
-                    unit + 1 < s.H ? from + N : nullptr, N - v * kBlock);
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t gate = k % 2 * 2 + i / 8, unit = k / 2 * kBlock + i % 8 * 2;
+      const S* row = weight + (gate * s.H + unit) * N;  // to its end, the next two asked for
+      for (int64_t v = 0; v < count * 4; ++v) {
+        __builtin_prefetch(row + 2 * N + v * kBlock, 0, 2);
+        __builtin_prefetch(row + 3 * N + v * kBlock, 0, 2);
+        store_pairs(panels.tile(v / 4, k, v % 4) + i * kDepth,
+                    unit < s.H ? row + v * kBlock : nullptr,
+                    unit + 1 < s.H ? row + N + v * kBlock : nullptr, N - v * kBlock);
       }
+    }
   }
 
   // n: where this step's rows begin among the chunk's. Leaves dh and dc of the step before, and of

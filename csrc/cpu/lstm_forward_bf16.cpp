@@ -1,6 +1,8 @@
 // LSTM forward in bf16 on tiles. Formulas: csrc/autograd/lstm.cpp; no projection of h.
 //
-//   prepare     h [B, ..] bf16 and c [B, ..] fp32 from hx, cx; bias_ih + bias_hh; packed weights
+//   prepare     h [B, ..] bf16 and c [B, ..] fp32 from hx, cx; bias_ih + bias_hh; packed weights.
+//               Those of a single step are packed block by block, right before their product: they
+//               stay in L2 and are not written to memory
 //   for each chunk of steps (a single step where plan.chunk is 0):
 //     copy      the chunk's input rows, so that they end in whole tiles
 //     project   z = bias + W_ih x for all of them at once                      if plan.chunk > 0
@@ -28,10 +30,12 @@ class ForwardRun : KernelRun<Forward, Walk> {
   const int64_t x_stride = ceil_div(s.I, kDepth) * kDepth;
   const int64_t h_stride = ceil_div(s.H, kDepth) * kDepth, c_stride = units * kBlock;
   const bool fused = plan.chunk == 0;  // inputs are projected within the step
+  const bool once =
+      s.T == 1 && (threads == 1 || !plan.by_rows);  // each block meets one thread once
   const int64_t my_rows = ceil_div(s.B - row_begin, row_step);
   const int64_t chunk = fused ? 1 : min(plan.chunk, s.T), chunk_rows = chunk * most_rows;
 
-  // Shared by all threads.
+  // Shared by all threads, but for the panels of a block that is needed once.
   S* h[2];          // [B][h_stride], of this step and the next
   float *c, *bias;  // [B][c_stride], [units][4][16]
   Panels input_panels{nullptr, x_stride / kDepth, is_wide(most_rows)};
@@ -48,10 +52,14 @@ class ForwardRun : KernelRun<Forward, Walk> {
     for (S*& buffer : h) buffer = take.array<S>(s.B * h_stride);
     c = take.array<float>(s.B * c_stride);
     bias = take.array<float>(units * kPanel);
-    input_panels.data = take.array<S>(units * input_panels.depth * 4 * kTile);
-    hidden_panels.data = take.array<S>(units * hidden_panels.depth * 4 * kTile);
+    auto take_panels = [&](int64_t blocks) {
+      for (Panels* panels : {&input_panels, &hidden_panels})
+        panels->data = take.array<S>(blocks * panels->depth * 4 * kTile);
+    };
+    if (!once) take_panels(units);
     const int64_t my_units = plan.by_rows ? units : ceil_div(units, threads);
     take.per_thread(thread, threads, [&] {
+      if (once) take_panels(1);
       x = take.array<S>((chunk_rows + kBlock) * x_stride);
       z = take.array<float>(fused ? 0 : (chunk_rows + kBlock) * my_units * kPanel);
       staging = take.array<float>(2 * 2 * kBlock * kPanel);
@@ -89,8 +97,9 @@ class ForwardRun : KernelRun<Forward, Walk> {
         if (a.bias_hh != nullptr) b += load_n(static_cast<const S*>(a.bias_hh) + at, n);
         store(bias + u * kPanel + i, b);
       }
-      pack(input_panels, static_cast<const S*>(a.weight_ih), u, s.I);
-      pack(hidden_panels, static_cast<const S*>(a.weight_hh), u, s.H);
+      if (once) continue;
+      pack(input_panels, u, u);
+      pack(hidden_panels, u, u);
     }
     for (int64_t r = thread; r < s.B; r += threads) {
       const S* hx = optional_row<S>(a.hx, s.order[r], s.H);
@@ -107,18 +116,36 @@ class ForwardRun : KernelRun<Forward, Walk> {
     }
   }
 
-  // The gates of a block of units: their weights' rows, transposed by pairs of k.
-  void pack(const Panels& panels, const S* weight, int64_t u, int64_t K) {
+  static constexpr int64_t kAhead = 8 * kDepth;  // so far ahead memory is asked for a row
+
+  // The gates of a block of units as this panel: their weights' rows, transposed by pairs of k.
+  void pack(const Panels& panels, int64_t panel, int64_t u) {
+    const bool of_input = &panels == &input_panels;
+    const S* weight = static_cast<const S*>(of_input ? a.weight_ih : a.weight_hh);
+    const int64_t K = of_input ? s.I : s.H;
     const int64_t rows = min<int64_t>(kBlock, s.H - u * kBlock);
     for (int g = 0; g < 4; ++g)
       for (int64_t k = 0; k < panels.depth; ++k) {
-        alignas(64) float square[kBlock][kBlock] = {};
+        alignas(64) float square[kBlock][kBlock];
         const int64_t width = min<int64_t>(kDepth, K - k * kDepth);
-        for (int64_t i = 0; i < rows; ++i)
-          __builtin_memcpy(square[i], weight + (g * s.H + u * kBlock + i) * K + k * kDepth,
-                           width * sizeof(S));
-        transpose_tile(square, reinterpret_cast<float*>(panels.tile(u, k, g)), kBlock);
+        for (int64_t i = 0; i < kBlock; ++i) {
+          const S* from = weight + (g * s.H + u * kBlock + i) * K + k * kDepth;
+          __builtin_prefetch(from + kAhead, 0, 2);  // into L2: rows of 2 KiB share two sets of L1
+          if (i < rows && width == kDepth) {
+            __builtin_memcpy(square[i], from, sizeof square[i]);
+          } else {
+            copy_row(reinterpret_cast<S*>(square[i]), i < rows ? from : nullptr, width, kDepth);
+          }
+        }
+        transpose_tile(square, reinterpret_cast<float*>(panels.tile(panel, k, g)), kBlock);
       }
+  }
+
+  // The panel of a block of units, packed by now.
+  int64_t panel_of(const Panels& panels, int64_t u) {
+    if (!once) return u;
+    pack(panels, 0, u);
+    return 0;
   }
 
   // to[0..width-1] = from[0..n-1], then zeros; all zeros where from is null.
@@ -141,18 +168,21 @@ class ForwardRun : KernelRun<Forward, Walk> {
   float* z_of(int64_t n, int64_t u) const { return z + n * z_stride() + (u - mine.begin) * kPanel; }
   int64_t z_stride() const { return (mine.end - mine.begin) * kPanel; }
 
-  Term input_term(int64_t u) const { return {input_panels, u, x, x_stride, input_panels.depth}; }
+  Term input_term(int64_t panel) const {
+    return {input_panels, panel, x, x_stride, input_panels.depth};
+  }
 
   // z = bias + W_ih x
   void project(int64_t n) {
     configure(kBlock);
-    for (int64_t u = mine.begin; u < mine.end; ++u)
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+      const Term input = input_term(panel_of(input_panels, u));
       for (int64_t first = 0; first < n;) {
         const RowGroup g = row_group(first, n, input_panels.wide);
-        sum_products(g, {input_term(u)}, bias + u * kPanel, 0, z_of(g.block[0], u), z_stride(),
-                     kNothing);
+        sum_products(g, {input}, bias + u * kPanel, 0, z_of(g.block[0], u), z_stride(), kNothing);
         first += g.count;
       }
+    }
     configure(my_rows);
   }
 
@@ -171,13 +201,16 @@ class ForwardRun : KernelRun<Forward, Walk> {
     tiles_fence();
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t u = mine.begin + zigzag(step, i, blocks);
+      const int64_t panel = panel_of(hidden_panels, u);
+      const int64_t input_panel = fused ? panel_of(input_panels, u) : 0;
       for (int64_t first = 0; first < count;) {
         const RowGroup g = row_group(first, count, wide);
         float* sums = staging + (turn++ & 1) * 2 * kBlock * kPanel;
-        const Term hidden_term = {hidden_panels, u, before, row_step * h_stride,
+        const Term hidden_term = {hidden_panels, panel, before, row_step * h_stride,
                                   hidden_panels.depth};
         if (fused)
-          sum_products(g, {input_term(u), hidden_term}, bias + u * kPanel, 0, sums, kPanel, slice);
+          sum_products(g, {input_term(input_panel), hidden_term}, bias + u * kPanel, 0, sums,
+                       kPanel, slice);
         else
           sum_products(g, {hidden_term}, z_of(n + g.block[0], u), z_stride(), sums, kPanel, slice);
         pending.finish();
