@@ -62,18 +62,14 @@ def additive_scores(
     v_ptr,  # [A]
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     scores_ptr,  # [Z0 * Z1, Tq, Tk], dense, of the wide dtype
-    queries,
-    keys,
-    width,
+    queries, keys, width,
     heads,  # Z1
     blocks,  # of queries
     q_0, q_1, q_t,
     k_0, k_1, k_t,
     m_0, m_1, m_i, m_j,
     ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Masked scores of BM queries and BN keys, BA features at a time, whose sums come last."""
     z = (tl.program_id(0) // blocks).to(tl.int64)
@@ -107,18 +103,13 @@ def additive_backward(
     grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], of the wide dtype
     grad_own_ptr,  # [Z0 * Z1, own, A], dense, or None
     grad_v_ptr,  # [Z0 * Z1 * blocks, A] partial sums of the wide dtype, or None
-    own,
-    others,
-    width,
-    heads,
+    own, others, width, heads,
     blocks,  # of own
     own_0, own_1, own_t,
     other_0, other_1, other_t,
     s_own, s_other,  # strides of grad_scores
     ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BO: tl.constexpr,
-    BA: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BM own rows and BA features over all others, BO at a time."""
     z = (tl.program_id(0) // blocks).to(tl.int64)

@@ -81,11 +81,7 @@ def attention_forward(
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     output_ptr,  # [Z0 * Z1, Tq, DV], dense
     weights_ptr,  # [Z0 * Z1, Tq, Tk], dense
-    scale,
-    queries,
-    keys,
-    width,
-    value_width,
+    scale, queries, keys, width, value_width,
     heads,  # Z1
     blocks,  # of queries
     q_0, q_1, q_t,
@@ -95,10 +91,7 @@ def attention_forward(
     CAUSAL: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # of keys
     PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
@@ -174,22 +167,13 @@ def attention_backward_rows(
     delta_ptr,  # [Z0 * Z1, Tq] float32
     grad_q_ptr,  # [Z0 * Z1, Tq, D], dense, or None
     grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], dense, or None
-    scale,
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    blocks,
+    scale, queries, keys, width, value_width, heads, blocks,
     g_0, g_1, g_i, g_j,  # of grad_weights
     k_0, k_1, k_t,
     v_0, v_1, v_t,
     m_0, m_1, m_i, m_j,
     PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
@@ -245,23 +229,14 @@ def attention_backward_columns(
     delta_ptr,  # [Z0 * Z1, Tq]
     grad_k_ptr,  # [Z0 * Z1, Tk, D], dense, or None
     grad_v_ptr,  # [Z0 * Z1, Tk, DV], dense, or None
-    scale,
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
+    scale, queries, keys, width, value_width, heads,
     blocks,  # of keys
     g_0, g_1, g_i, g_j,
     q_0, q_1, q_t,
     v_0, v_1, v_t,
     m_0, m_1, m_i, m_j,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BN

@@ -37,15 +37,13 @@ def attention_softmax(
     scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: scale Q K^T
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     weights_ptr,  # [Z0 * Z1, Tq, Tk], dense; may be scores_ptr
-    queries,
-    keys,
+    queries, keys,
     heads,  # Z1
     blocks,  # of queries
     m_0, m_1, m_i, m_j,
     CAUSAL: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # of keys
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
@@ -100,15 +98,11 @@ def attention_softmax_backward(
     grad_weights_ptr,  # [Z0, Z1, Tq, Tk], or None
     mask_ptr,  # as in the forward kernel
     grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], dense: dS; may be p_ptr
-    queries,
-    keys,
-    heads,
-    blocks,
+    queries, keys, heads, blocks,
     g_0, g_1, g_i, g_j,
     m_0, m_1, m_i, m_j,
     ONE_BLOCK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)

@@ -109,33 +109,20 @@ def block_sparse_attention_forward(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense, zero; or None
-    queries,
-    keys,
-    width,
-    value_width,
+    queries, keys, width, value_width,
     heads,  # Hq
     group,  # Hq / Hk
-    places,
-    row_blocks,
-    column_blocks,
+    places, row_blocks, column_blocks,
     list_0, list_1,  # which list a row and a head have
-    block_queries,
-    block_keys,
+    block_queries, block_keys,
     q_0, q_1, q_t,
     k_0, k_1, k_t,
     v_0, v_1, v_t,
-    CAUSAL: tl.constexpr,
-    EACH_END: tl.constexpr,
+    CAUSAL: tl.constexpr, EACH_END: tl.constexpr,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    BELOW: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     b = z // heads
@@ -201,29 +188,14 @@ def block_sparse_attention_backward_rows(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    places,
-    row_blocks,
-    column_blocks,
+    queries, keys, width, value_width, heads, group, places, row_blocks, column_blocks,
     list_0, list_1,
-    block_queries,
-    block_keys,
+    block_queries, block_keys,
     k_0, k_1, k_t,
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     end = tl.where(known, keys, 0)
@@ -283,29 +255,14 @@ def block_sparse_attention_backward_columns(
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense
     grad_v_ptr,  # [B, Hk, Tk, DV], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    places,
-    row_blocks,
-    column_blocks,
+    queries, keys, width, value_width, heads, group, places, row_blocks, column_blocks,
     list_0, list_1,
-    block_queries,
-    block_keys,
+    block_queries, block_keys,
     q_0, q_1, q_t,
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(block_keys, BN)
     y = (tl.program_id(0) // (column_blocks * parts)).to(tl.int64)  # row and head of keys

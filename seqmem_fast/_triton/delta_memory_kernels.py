@@ -65,18 +65,11 @@ def delta_memory_forward_kernel(
     output_ptr,  # [B, T, H, V]
     final_ptr,  # ACC [B, H, K, V]
     states_ptr,  # ACC [B, H, segments, K + segment, V], of which K rows are used; or None
-    T,
-    Hk,
-    H,
-    K,
-    V,
-    segment,
+    T, Hk, H, K, V, segment,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    FEATURE: tl.constexpr,
-    ACC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    FEATURE: tl.constexpr, ACC: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     b = head // H
     h = head % H
@@ -133,19 +126,11 @@ def delta_memory_backward_kernel(
     grad_beta_ptr,  # ACC [slices, B, T, H]
     grad_decay_ptr,  # ACC [slices, B, T, H] or [slices, B, T, H, K], or None
     grad_state_ptr,  # ACC [B, H, K, V]
-    T,
-    Hk,
-    H,
-    K,
-    V,
-    segment,
+    T, Hk, H, K, V, segment,
     rows,  # B T H
-    SCALE: tl.constexpr,
-    FEATURE: tl.constexpr,
-    ACC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    SCALE: tl.constexpr, FEATURE: tl.constexpr, ACC: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     slice_row = tl.program_id(1).to(tl.int64) * rows
     b = head // H

@@ -116,43 +116,16 @@ def dnc_backward(
     dz_ptr,  # [T, B, L, C * G] wide
     dp_ptr,  # [T, B, P] wide
     dq_ptr,  # [T, B, P] wide: of the norm's result, or None as the norm
-    steps,
-    batch,
-    record,
-    scratch,
-    checkpoint,
-    segment,
-    control,
-    slots,
-    width,
-    values,
+    steps, batch, record, scratch, checkpoint, segment, control, slots, width, values,
     read_width,  # R * M
-    reads,
-    writes,
-    f_t,
-    f_b,
-    f_c,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
-    STRENGTH: tl.constexpr,
-    NORM_FLOOR: tl.constexpr,
-    EPS: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASKS: tl.constexpr,
-    DEALLOCATE: tl.constexpr,
-    SHARPEN: tl.constexpr,
-    LINKS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    USAGE_GRADIENT: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BI: tl.constexpr,
-    BW: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
+    reads, writes, f_t, f_b, f_c,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr, STRENGTH: tl.constexpr,
+    NORM_FLOOR: tl.constexpr, EPS: tl.constexpr, MASK_MIN: tl.constexpr, MASKS: tl.constexpr,
+    DEALLOCATE: tl.constexpr, SHARPEN: tl.constexpr, LINKS: tl.constexpr, SOFTMAX: tl.constexpr,
+    USAGE_GRADIENT: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr,
-):
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     states = LAYERS * control

@@ -93,40 +93,25 @@ def dnc_forward(
     precedences_ptr,
     normalised_ptr,  # [B, P] wide scratch, or None as the norm
     scratch_ptr,  # [B, 2 * BN + W * R * 2 * N] wide: of allocation, and the directions
-    steps,
-    batch,
+    steps, batch,
     record_rows,  # from a step's record of this row to the next's: 0 without saving
     record,  # elements of one
     scratch,  # as record
     checkpoint,  # as record, of memories, links and precedences
     segment,
     control,  # C
-    slots,
-    width,
+    slots, width,
     values,  # P
     read_width,  # R * M
-    reads,
-    writes,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
+    reads, writes,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr,
     STRENGTH: tl.constexpr,  # the least
-    NORM_FLOOR: tl.constexpr,
-    EPS: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASKS: tl.constexpr,
-    DEALLOCATE: tl.constexpr,
-    SHARPEN: tl.constexpr,
-    LINKS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    NORM_FLOOR: tl.constexpr, EPS: tl.constexpr, MASK_MIN: tl.constexpr, MASKS: tl.constexpr,
+    DEALLOCATE: tl.constexpr, SHARPEN: tl.constexpr, LINKS: tl.constexpr, SOFTMAX: tl.constexpr,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BI: tl.constexpr,
-    BW: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr,
-):
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     d = tl.arange(0, BD)

@@ -48,18 +48,10 @@ def _entries(ptr, n, count, ACC: tl.constexpr):
 
 @triton.jit
 def _sums(
-    ptr,
-    row,
-    top,
-    scale,
-    tau,
-    power,
-    count,
-    KIND: tl.constexpr,
-    ACC: tl.constexpr,
-    ONE: tl.constexpr,
+    ptr, row, top, scale, tau, power, count,
+    KIND: tl.constexpr, ACC: tl.constexpr, ONE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Of the powers and of their slopes, over the entries above tau."""
     total = tau * 0.0
     slope = total
@@ -80,11 +72,10 @@ def entmax_forward_kernel(
     alpha_ptr,  # [rows] float64, or None for the other kinds
     output_ptr,  # [rows, K]
     count,  # K
-    KIND: tl.constexpr,
-    ACC: tl.constexpr,
+    KIND: tl.constexpr, ACC: tl.constexpr,
     ONE: tl.constexpr,  # whether a block holds the row
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     input_ptr += row * count
     output_ptr += row * count
@@ -149,10 +140,9 @@ def entmax_backward_kernel(
     grad_input_ptr,  # [rows, K], or None
     grad_alpha_ptr,  # [rows] float64, or None
     count,
-    KIND: tl.constexpr,
-    ACC: tl.constexpr,
+    KIND: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     grad_ptr += row * count
     output_ptr += row * count

@@ -83,10 +83,7 @@ def indexed_attention_forward(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, count], dense, or None
-    queries,
-    keys,
-    width,
-    value_width,
+    queries, keys, width, value_width,
     heads,  # Hq
     group,  # Hq / Hk
     count,
@@ -95,13 +92,8 @@ def indexed_attention_forward(
     k_0, k_1, k_t,
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    KIND: tl.constexpr,
-    BELOW: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr, FACTOR: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // queries).to(tl.int64)
     i = (tl.program_id(0) % queries).to(tl.int64)
@@ -173,23 +165,13 @@ def indexed_attention_backward_rows(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     slopes_ptr,  # as the weights, in float32 or float64
     grad_q_ptr,  # [B, Hq, Tq, D], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    count,
+    queries, keys, width, value_width, heads, group, count,
     list_0, list_1,
     k_0, k_1, k_t,
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z = (tl.program_id(0) // queries).to(tl.int64)
     i = (tl.program_id(0) % queries).to(tl.int64)
@@ -237,21 +219,12 @@ def indexed_attention_backward_keys(
     slopes_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense
     grad_v_ptr,  # [B, Hk, Tk, DV], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    count,
+    queries, keys, width, value_width, heads, group, count,
     list_0, list_1,
     q_0, q_1, q_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, FACTOR: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     y = (tl.program_id(0) // keys).to(tl.int64)  # row and head of keys
     j = (tl.program_id(0) % keys).to(tl.int64)

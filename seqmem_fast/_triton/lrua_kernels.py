@@ -80,30 +80,22 @@ def lrua_forward(
     slots_ptr,  # [T, B, R] int64, one step long where nothing is saved, as the next
     record_ptr,  # [T, B, record] wide
     checkpoints_ptr,  # [segments, B, checkpoint] wide, or None
-    steps,
-    batch,
+    steps, batch,
     record_rows,  # from a step's record of this row to the next's: 0 without saving
     record,  # elements of one
     checkpoint,  # as record
     segment,
     control,  # C
-    slots,
-    width,
+    slots, width,
     values,  # P
     heads,
     erased,  # how many of the chosen slots are set to zero
     read_width,  # R * M
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    OWN: tl.constexpr,
-    STRENGTH: tl.constexpr,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, OWN: tl.constexpr, STRENGTH: tl.constexpr,
     GAMMA: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, _m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     memory_ptr += b * BN * BW
@@ -224,31 +216,12 @@ def lrua_backward(
     i_reads_ptr,
     dz_ptr,  # [T, B, L, C * G] wide
     dp_ptr,  # [T, B, P] wide
-    steps,
-    batch,
-    record,
-    checkpoint,
-    segment,
-    control,
-    slots,
-    width,
-    values,
-    heads,
-    erased,
-    read_width,
-    f_t,
-    f_b,
-    f_c,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    OWN: tl.constexpr,
-    STRENGTH: tl.constexpr,
+    steps, batch, record, checkpoint, segment, control, slots, width, values, heads, erased,
+    read_width, f_t, f_b, f_c,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, OWN: tl.constexpr, STRENGTH: tl.constexpr,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     states = LAYERS * control

@@ -76,17 +76,10 @@ def lstm_forward_on_chip(
     cy_ptr,  # [B, H]
     gates_ptr,  # [rows, 4H] or None; may be z_ptr
     cells_ptr,  # [rows, H] or None
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    H,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    steps, batch, t_stride, b_stride, reverse, H,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.arange(0, BLOCK_H)
     if lengths_ptr is None:
@@ -204,17 +197,10 @@ def lstm_backward_on_chip(
     dz_ptr,  # [rows, 4H]
     grad_hx_ptr,  # [B, H] or None
     grad_cx_ptr,  # [B, H] or None
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    H,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    steps, batch, t_stride, b_stride, reverse, H,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = tl.arange(0, BLOCK_H)
     if lengths_ptr is None:

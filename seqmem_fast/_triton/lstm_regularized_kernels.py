@@ -109,17 +109,11 @@ def lstm_regularized_step(
     v_hat_ptr,  # [B, 4H], of W_hh h
     c_hat_ptr,  # [B, H], of the new c
     scales_ptr,  # [B, 3] of the compute type: 1 / deviation of the three
-    t,
-    batch,
-    width,
-    SHARE_H: tl.constexpr,
-    SHARE_C: tl.constexpr,
-    BELOW_H: tl.constexpr,
-    BELOW_C: tl.constexpr,
-    EPSILON: tl.constexpr,
-    ACC: tl.constexpr,
+    t, batch, width,
+    SHARE_H: tl.constexpr, SHARE_C: tl.constexpr, BELOW_H: tl.constexpr, BELOW_C: tl.constexpr,
+    EPSILON: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     known = n < width
@@ -233,16 +227,11 @@ def lstm_regularized_step_backward(
     dx_ptr,  # [B, 4H], of W_ih x
     dv_ptr,  # [B, 4H], of W_hh h
     dn_ptr,  # [B, H], of the normalised c with gain and shift
-    t,
-    batch,
-    width,
-    SHARE_H: tl.constexpr,
-    SHARE_C: tl.constexpr,
-    BELOW_H: tl.constexpr,
-    BELOW_C: tl.constexpr,
+    t, batch, width,
+    SHARE_H: tl.constexpr, SHARE_C: tl.constexpr, BELOW_H: tl.constexpr, BELOW_C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     known = n < width

@@ -76,19 +76,10 @@ def lstm_forward_step(
     cells_ptr,  # [rows, H] or None
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
-    t,
-    row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    PROJECTED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t, row0, steps, batch, t_stride, b_stride, reverse, width,
+    PROJECTED: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     known = (b < batch)[:, None] & (n < width)
@@ -154,17 +145,9 @@ def lstm_store_projected(
     output_ptr,  # [rows, P]
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
-    t,
-    row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t, row0, steps, batch, t_stride, b_stride, reverse, width,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """What lstm_forward_step does with h where there is no projection."""
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
@@ -209,18 +192,10 @@ def lstm_gather_grad_projected(
     dp_ptr,  # [rows, P]
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
-    t,
-    row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
+    t, row0, steps, batch, t_stride, b_stride, reverse, width,
     ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Gradient of the projected h of one step."""
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
@@ -248,20 +223,10 @@ def lstm_backward_step(
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
     dz_ptr,  # [rows, 4H]
-    t,
-    row0,
-    prev_row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    PROJECTED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t, row0, prev_row0, steps, batch, t_stride, b_stride, reverse, width,
+    PROJECTED: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     known = (b < batch)[:, None] & (n < width)
@@ -329,16 +294,11 @@ def lstm_entering_state(
     reset_ptr,  # [rows] uint8 or None
     offsets_ptr,  # [T] int64 for packed rows, or None
     entering_ptr,  # [rows, P]
-    steps,
-    batch,
+    steps, batch,
     blocks,  # programs that share one time step
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t_stride, b_stride, reverse, width,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """h as it enters every step: what the gradient of weight_hh multiplies dz with."""
     t = tl.program_id(0) // blocks
     b = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)

@@ -106,14 +106,10 @@ def ntm_address(
     prev_ptr,  # [B, H, N]
     weights_ptr,  # [B, H, N]
     count,  # H
-    slots,
-    width,
-    taps,
+    slots, width, taps,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """One head of one row."""
     at = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
@@ -151,15 +147,10 @@ def ntm_address_backward(
     d_shift_ptr,
     d_gamma_ptr,
     d_prev_ptr,
-    count,
-    slots,
-    width,
-    taps,
+    count, slots, width, taps,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """All heads of one row, in order: the memory's gradient is their sum."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
@@ -218,13 +209,10 @@ def ntm_write_heads(
     erase_ptr,  # [B, H, M]
     add_ptr,  # [B, H, M]
     new_ptr,  # [B, N, M]
-    count,
-    slots,
-    width,
+    count, slots, width,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
     memory = tl.load(block, mask=inside, other=0.0).to(ACC)
@@ -248,13 +236,10 @@ def ntm_write_heads_backward(
     d_weights_ptr,
     d_erase_ptr,
     d_add_ptr,
-    count,
-    slots,
-    width,
+    count, slots, width,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     """Heads in reverse, each with the memory that it met, written anew from the first."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)

@@ -112,30 +112,21 @@ def ntm_forward(
     trace_ptr,  # [T, B, Hd, N] or None
     record_ptr,  # [T, B, record] wide; one step long where nothing is saved
     checkpoints_ptr,  # [segments, B, checkpoint_t] wide, or None
-    steps,
-    batch,
+    steps, batch,
     record_rows,  # from a step's record of this row to the next's: 0 without saving
     record,  # elements of one
     checkpoint,  # as record
     segment,
     control,  # C
-    slots,
-    width,
+    slots, width,
     values,  # P
     heads,
     writes,  # bit h: head h writes
     taps,
     read_width,  # R * M
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, _m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
@@ -239,32 +230,11 @@ def ntm_backward(
     i_reads_ptr,
     dz_ptr,  # [T, B, L, C * G] wide
     dp_ptr,  # [T, B, P] wide
-    steps,
-    batch,
-    record,
-    checkpoint,
-    segment,
-    control,
-    slots,
-    width,
-    values,
-    heads,
-    writes,
-    taps,
-    read_width,
-    f_t,
-    f_b,
-    f_c,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    steps, batch, record, checkpoint, segment, control, slots, width, values, heads, writes, taps,
+    read_width, f_t, f_b, f_c,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     s = tl.arange(0, BS)

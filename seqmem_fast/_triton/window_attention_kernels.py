@@ -121,34 +121,21 @@ def window_attention_forward(
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense, zero; or None
     global_ptr,  # [B, Hq, Tq, count], dense; or None
-    queries,
-    keys,
-    width,
-    value_width,
+    queries, keys, width, value_width,
     heads,  # Hq
     group,  # Hq / Hk
-    left,
-    right,
-    dilation,
-    offset,
+    left, right, dilation, offset,
     count,  # of global keys
     classes,
     blocks,  # of a class's queries
     q_0, q_1, q_t,
     k_0, k_1, k_t,
     v_0, v_1, v_t,
-    EACH_START: tl.constexpr,
-    EACH_END: tl.constexpr,
+    EACH_START: tl.constexpr, EACH_END: tl.constexpr,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    BELOW: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
     b = z // heads
@@ -216,30 +203,13 @@ def window_attention_backward_rows(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    left,
-    right,
-    dilation,
-    offset,
-    count,
-    classes,
+    queries, keys, width, value_width, heads, group, left, right, dilation, offset, count, classes,
     blocks,
     k_0, k_1, k_t,
     v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
     k_at = of_keys(z, heads, group, k_0, k_1)
@@ -300,31 +270,15 @@ def window_attention_backward_columns(
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense, zero
     grad_v_ptr,  # [B, Hk, Tk, DV], dense, zero
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    left,
-    right,
-    dilation,
-    offset,
-    count,
+    queries, keys, width, value_width, heads, group, left, right, dilation, offset, count,
     classes,  # of keys; 1 where GLOBAL
     blocks,  # of a class's keys
     q_0, q_1, q_t,
     v_0, v_1, v_t,
     GLOBAL: tl.constexpr,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     y = (tl.program_id(0) // (blocks * classes)).to(tl.int64)  # row and head of keys
     rest = tl.program_id(0) % (blocks * classes)
