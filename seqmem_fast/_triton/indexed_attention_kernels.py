@@ -17,18 +17,7 @@ import triton
 import triton.language as tl
 
 from .common import signed
-from .normalizers import (
-    SOFTMAX,
-    add_scores,
-    alpha_of,
-    any_row_climbs,
-    before_threshold,
-    delta_of,
-    last_threshold,
-    next_threshold,
-    weight_slopes,
-    weights_of,
-)
+from .normalizers import add_scores, alpha_of, delta_of, state_of, weight_slopes, weights_of
 from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_keys, with_sign
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
@@ -62,12 +51,13 @@ def _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.co
 
 
 @triton.jit
-def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width, alpha,
-          SCALE: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr, BC: tl.constexpr,
+def _scan(a, b, top, tau, given, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+          PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
     """`add_scores` of all keys."""
-    for c_0 in range(0, count, BC):
-        j, seen = _listed(index_ptr, at, c_0 + tl.arange(0, BC), count, keys)
+    q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width = given
+    for c_0 in range(0, count, BN):
+        j, seen = _listed(index_ptr, at, c_0 + tl.arange(0, BN), count, keys)
         s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, BD)
         a, b = add_scores(s, a, b, top, tau, alpha, KIND)
     return a, b
@@ -103,25 +93,9 @@ def indexed_attention_forward(
     v_at = of_keys(z, heads, group, v_0, v_1)
     at = ((b * list_0 + h * list_1) * queries + i) * count
     q = _row(q_ptr, b * q_0 + h * q_1 + i * q_t, width, BD, ACC)
-    m = tl.full([1], float("-inf"), ACC)
-    total = tl.zeros([1], ACC)
     alpha = alpha_of(alpha_ptr, KIND)
-    m, total = _scan(
-        m, total, None, None, q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width, alpha, SCALE,
-        ACC, KIND, BC, BD,
-    )  # fmt: skip
-    if KIND == SOFTMAX:
-        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
-    else:
-        top, tau, next = before_threshold(m, KIND)
-        while any_row_climbs(next, tau, BC):
-            tau = tl.maximum(tau, next)
-            above, slopes = _scan(
-                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, index_ptr, at, count, keys,
-                width, alpha, SCALE, ACC, KIND, BC, BD,
-            )  # fmt: skip
-            next = next_threshold(tau, above, slopes, total, alpha, KIND)
-        total = last_threshold(next, total)
+    given = (q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width)
+    m, total = state_of(_scan, given, alpha, SCALE, ACC, None, KIND, 1, BC, BD)
     out = tl.zeros([BV], ACC)
     for c_0 in range(0, count, BC):
         c = c_0 + tl.arange(0, BC)

@@ -20,17 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .normalizers import (
-    SOFTMAX,
-    add_scores,
-    alpha_of,
-    any_row_climbs,
-    before_threshold,
-    delta_of,
-    last_threshold,
-    next_threshold,
-    weights_of,
-)
+from .normalizers import add_scores, alpha_of, delta_of, state_of, weights_of
 from .sparse_attention_kernels import (
     add_to_keys,
     add_to_queries,
@@ -91,11 +81,14 @@ def _places(i, own, x, z, queries, columns, left, GLOBAL: tl.constexpr):
 
 
 @triton.jit
-def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right,
-          keys, count, start, end, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+def _scan(a, b, top, tau, given, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
           PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
     """`add_scores` of all keys."""
+    (
+        q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right, keys, count, start,
+        end, width,
+    ) = given  # fmt: skip
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
@@ -147,27 +140,13 @@ def window_attention_forward(
     q = load_rows(q_ptr, b * q_0 + h * q_1, i, i < queries, q_t, width, BD)
     least, most = _reach(own, first_key, dilation, left, right, keys)
 
-    m = tl.full([BM], float("-inf"), ACC)
-    total = tl.zeros([BM], ACC)
-    out = tl.zeros([BM, BV], ACC)
     alpha = alpha_of(alpha_ptr, KIND)
-    m, total = _scan(
-        m, total, None, None, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left,
-        right, keys, count, start, end, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
+    given = (
+        q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right, keys, count, start,
+        end, width,
     )  # fmt: skip
-    if KIND == SOFTMAX:
-        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
-    else:
-        top, tau, next = before_threshold(m, KIND)
-        while any_row_climbs(next, tau, BN):
-            tau = tl.maximum(tau, next)
-            above, slopes = _scan(
-                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key,
-                dilation, left, right, keys, count, start, end, width, alpha, SCALE, ACC,
-                PRECISION, KIND, BN, BD,
-            )  # fmt: skip
-            next = next_threshold(tau, above, slopes, total, alpha, KIND)
-        total = last_threshold(next, total)
+    m, total = state_of(_scan, given, alpha, SCALE, ACC, PRECISION, KIND, BM, BN, BD)
+    out = tl.zeros([BM, BV], ACC)
     row = z * queries + i
 
     for x_0 in range(0, count, BN):
