@@ -26,7 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, as_bytes, launcher, masked_scores, strides, tanh, two_leading, wide
+from .common import (
+    accumulator,
+    as_bytes,
+    launcher,
+    masked_scores,
+    moved,
+    place,
+    strides,
+    tanh,
+    two_leading,
+    wide,
+)
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "own", "others", "heads", "blocks", "width_blocks")
@@ -72,13 +83,10 @@ def additive_scores(
     BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Masked scores of BM queries and BN keys, BA features at a time, whose sums come last."""
-    z = (tl.program_id(0) // blocks).to(tl.int64)
-    z_0 = z // heads
-    z_1 = z % heads
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    z, i = place(blocks, BM)
     j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    q_at = q_ptr + z_0 * q_0 + z_1 * q_1 + i[:, None] * q_t
-    k_at = k_ptr + z_0 * k_0 + z_1 * k_1 + j[:, None] * k_t
+    q_at = moved(q_ptr, z, heads, q_0, q_1) + i[:, None] * q_t
+    k_at = moved(k_ptr, z, heads, k_0, k_1) + j[:, None] * k_t
     parts = tl.zeros([BM, BN, BA], ACC)
     for start in range(0, width, BA):
         a = start + tl.arange(0, BA)
@@ -88,8 +96,7 @@ def additive_scores(
         v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
         parts += v[None, None, :] * tanh(q[:, None, :] + k[None, :, :])
     s = tl.sum(parts, axis=2)
-    if mask_ptr is not None:
-        mask_ptr += z_0 * m_0 + z_1 * m_1
+    mask_ptr = moved(mask_ptr, z, heads, m_0, m_1)
     there = (i < queries)[:, None] & (j < keys)[None, :]
     s = masked_scores(s, mask_ptr, i, j, m_i, m_j, there, there)
     tl.store(scores_ptr + (z * queries + i[:, None]) * keys + j[None, :], s, mask=there)
@@ -112,16 +119,13 @@ def additive_backward(
     BM: tl.constexpr, BO: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BM own rows and BA features over all others, BO at a time."""
-    z = (tl.program_id(0) // blocks).to(tl.int64)
-    z_0 = z // heads
-    z_1 = z % heads
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    z, i = place(blocks, BM)
     a = tl.program_id(1) * BA + tl.arange(0, BA)
     mine = (i < own)[:, None] & (a < width)[None, :]
-    at = own_ptr + z_0 * own_0 + z_1 * own_1 + i[:, None] * own_t + a[None, :]
+    at = moved(own_ptr, z, heads, own_0, own_1) + i[:, None] * own_t + a[None, :]
     x = tl.load(at, mask=mine, other=0.0).to(ACC)
     v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
-    other_ptr += z_0 * other_0 + z_1 * other_1
+    other_ptr = moved(other_ptr, z, heads, other_0, other_1)
     ds_at = grad_scores_ptr + z * own * others + i[:, None] * s_own
     grads = tl.zeros([BM, BO, BA], ACC)
     grads_v = tl.zeros([BM, BO, BA], ACC)

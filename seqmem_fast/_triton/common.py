@@ -217,6 +217,24 @@ def lstm_point_backward(i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o):
     return dz_i, dz_f, dz_g, dz_o, d_c * f
 
 
+# ---- where a program stands in [Z0, Z1, rows, columns] -------------------------------------------
+
+
+@triton.jit
+def place(blocks, BLOCK: tl.constexpr):
+    """A program's place z in the leading dimensions, and the rows that it owns."""
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    return z, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def moved(ptr, z, heads, stride_0, stride_1):
+    """Where the matrix at place z begins; None stays None."""
+    if ptr is not None:
+        ptr += z // heads * stride_0 + z % heads * stride_1
+    return ptr
+
+
 # ---- scores of keys, their softmax over blocks of keys, and its gradient -------------------------
 #
 # Rows are queries [BM], columns keys [BN]. A bool or integer mask comes as uint8 (0 = masked, the

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .common import signed
 from .normalizers import add_scores, alpha_of, delta_of, state_of, weight_slopes, weights_of
-from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_keys, with_sign
+from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_head, with_sign
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "count")
@@ -34,6 +34,14 @@ def _row(ptr, at, width, BLOCK: tl.constexpr, ACC: tl.constexpr):
 def _store_row(ptr, at, value, width, BLOCK: tl.constexpr):
     n = tl.arange(0, BLOCK)
     tl.store(ptr + at + n, value.to(ptr.dtype.element_ty), mask=n < width)
+
+
+@triton.jit
+def _query(queries, heads, list_0, list_1, count):
+    """A program's row and head z, its query i, and where the query's list begins."""
+    z = (tl.program_id(0) // queries).to(tl.int64)
+    i = (tl.program_id(0) % queries).to(tl.int64)
+    return z, i, (of_head(z, heads, list_0, list_1) * queries + i) * count
 
 
 @triton.jit
@@ -78,21 +86,15 @@ def indexed_attention_forward(
     group,  # Hq / Hk
     count,
     list_0, list_1,  # which list a row and a head have
-    q_0, q_1, q_t,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
+    q_0, q_1, q_t, k_0, k_1, k_t, v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr, FACTOR: tl.constexpr,
     BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // queries).to(tl.int64)
-    i = (tl.program_id(0) % queries).to(tl.int64)
-    b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    at = ((b * list_0 + h * list_1) * queries + i) * count
-    q = _row(q_ptr, b * q_0 + h * q_1 + i * q_t, width, BD, ACC)
+    z, i, at = _query(queries, heads, list_0, list_1, count)
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
+    q = _row(q_ptr, of_head(z, heads, q_0, q_1) + i * q_t, width, BD, ACC)
     alpha = alpha_of(alpha_ptr, KIND)
     given = (q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width)
     m, total = state_of(_scan, given, alpha, SCALE, ACC, None, KIND, 1, BC, BD)
@@ -141,19 +143,14 @@ def indexed_attention_backward_rows(
     grad_q_ptr,  # [B, Hq, Tq, D], dense
     queries, keys, width, value_width, heads, group, count,
     list_0, list_1,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
+    k_0, k_1, k_t, v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
     BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // queries).to(tl.int64)
-    i = (tl.program_id(0) % queries).to(tl.int64)
-    b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    at = ((b * list_0 + h * list_1) * queries + i) * count
+    z, i, at = _query(queries, heads, list_0, list_1, count)
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
     own = z * queries + i
     g = None
     if grad_output_ptr is not None:
