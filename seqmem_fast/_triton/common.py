@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.common import reference_vjp
+from ..ops.common import by_fields, reference_vjp
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
@@ -27,15 +27,16 @@ Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 def launcher(compute: Launcher) -> Launcher:
     """`compute` on its tensors' device, after the check that its op has everywhere.
 
-    The check is `seqmem::check_<name>`, with `compute`'s name and arguments.
+    The check is `seqmem::check_<name>`, with `compute`'s name; arguments come as to `by_fields`.
     """
     check = getattr(torch.ops.seqmem, f"check_{compute.__name__}").default
+    flat = by_fields(compute)
 
-    @wraps(compute)
+    @wraps(flat)
     def checked(*arguments: Any) -> Any:
         check(*arguments)
         with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
-            return compute(*arguments)
+            return flat(*arguments)
 
     return checked  # type: ignore[return-value]
 

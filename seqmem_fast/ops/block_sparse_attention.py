@@ -19,15 +19,15 @@ Papers: Child, Gray, Radford & Sutskever, Generating long sequences with sparse 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import block_sparse_attention as reference
 from .common import (
-    Normalizer,
     attend_to_some,
+    by_fields,
     differentiate_through,
     fall_back,
     plain_rule,
@@ -40,30 +40,36 @@ __all__ = ["block_list", "block_sparse_attention", "dense_weights"]
 _NAME = "seqmem::block_sparse_attention"
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_queries: int,
-    block_keys: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
-    alpha: Tensor | float | Normalizer,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """Of the op, and of its backward after the incoming gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: Tensor
+    block_queries: int
+    block_keys: int
+    is_causal: bool
+    key_end: Tensor | None
+    scale: float | None
+    alpha: Any  # a number; a tensor or what normalises, too, in plain PyTorch
+    dropout: float
+    seed: Tensor | None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.block_queries, self.block_keys
+
+
+@by_fields
+def _plain(given: Arguments) -> tuple[Tensor, Tensor]:
     return reference.block_sparse_attention(
-        q,
-        k,
-        v,
-        blocks,
-        (block_queries, block_keys),
-        is_causal=is_causal,
-        key_end=key_end,
-        scale=scale,
-        **plain_rule(alpha, dropout, seed),
+        *given[:4],
+        given.block,
+        is_causal=given.is_causal,
+        key_end=given.key_end,
+        scale=given.scale,
+        **plain_rule(given.alpha, given.dropout, given.seed),
     )
 
 

@@ -20,14 +20,14 @@ attention, arXiv 2106.06899, 2021.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..reference import indexed_attention as reference
 from .common import (
-    Normalizer,
     attend_to_some,
+    by_fields,
     differentiate_through,
     fall_back,
     plain_rule,
@@ -38,18 +38,23 @@ from .flops import Shape, count_products
 __all__ = ["indexed_attention", "top_k_attention"]
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    scale: float | None,
-    alpha: Tensor | float | Normalizer,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    rule = plain_rule(alpha, dropout, seed)
-    return reference.indexed_attention(q, k, v, index, scale=scale, **rule)
+class Arguments(NamedTuple):
+    """Of the op, and of its backward after the incoming gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
+    scale: float | None
+    alpha: Any  # a number; a tensor or what normalises, too, in plain PyTorch
+    dropout: float
+    seed: Tensor | None
+
+
+@by_fields
+def _plain(given: Arguments) -> tuple[Tensor, Tensor]:
+    rule = plain_rule(given.alpha, given.dropout, given.seed)
+    return reference.indexed_attention(*given[:4], scale=given.scale, **rule)
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -57,12 +62,7 @@ def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _plain_keys(
-    q: Tensor,
-    k: Tensor,
-    count: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
+    q: Tensor, k: Tensor, count: int, is_causal: bool, key_end: Tensor | None, scale: float | None
 ) -> Tensor:
     return reference.top_k_keys(q, k, count, is_causal=is_causal, key_end=key_end, scale=scale)
 

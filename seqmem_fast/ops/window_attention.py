@@ -20,14 +20,14 @@ Papers: Child, Gray, Radford & Sutskever, Generating long sequences with sparse 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..reference import window_attention as reference
 from .common import (
-    Normalizer,
     attend_to_some,
+    by_fields,
     differentiate_through,
     fall_back,
     plain_rule,
@@ -38,35 +38,36 @@ from .flops import Shape, count_products
 __all__ = ["window_attention"]
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    dilation: int,
-    offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    global_keys: int,
-    scale: float | None,
-    alpha: Tensor | float | Normalizer,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """Of the op, and of its backward after the incoming gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    left: int
+    right: int
+    dilation: int
+    offset: int
+    key_start: Tensor | None
+    key_end: Tensor | None
+    global_keys: int
+    scale: float | None
+    alpha: Any  # a number; a tensor or what normalises, too, in plain PyTorch
+    dropout: float
+    seed: Tensor | None
+
+
+@by_fields
+def _plain(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return reference.window_attention(
-        q,
-        k,
-        v,
-        left,
-        right,
-        dilation=dilation,
-        offset=offset,
-        key_start=key_start,
-        key_end=key_end,
-        global_keys=global_keys,
-        scale=scale,
-        **plain_rule(alpha, dropout, seed),
+        *given[:5],
+        dilation=given.dilation,
+        offset=given.offset,
+        key_start=given.key_start,
+        key_end=given.key_end,
+        global_keys=given.global_keys,
+        scale=given.scale,
+        **plain_rule(given.alpha, given.dropout, given.seed),
     )
 
 
