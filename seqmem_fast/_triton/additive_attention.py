@@ -149,10 +149,21 @@ def additive_backward(
         tl.store(to, tl.sum(grad_v, axis=0), mask=a < width)
 
 
+class Operands(NamedTuple):
+    """Of both ops."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    score_weight: Tensor
+    mask: Tensor | None
+
+
 class _Call:
     """One call's sizes, and its arguments as [Z0, Z1, rows, columns]."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, operands: Operands) -> None:
+        query, key, value, _, mask = operands
         mask_lead = () if mask is None else mask.shape[:-2]
         shapes = [t.shape[:-2] for t in (query, key, value)]
         self.lead = tuple(torch.broadcast_shapes(*shapes, mask_lead))
@@ -171,11 +182,10 @@ class _Call:
 
 
 @launcher
-def additive_attention(
-    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def additive_attention(operands: Operands) -> tuple[Tensor, Tensor]:
     """`seqmem::additive_attention` on GPU."""
-    call = _Call(query, key, value, mask)
+    call = _Call(operands)
+    query, _, value, score_weight, _ = operands
     scores = query.new_empty(*call.lead, call.queries, call.keys, dtype=wide(query.dtype))
     if scores.numel() == 0:
         output = query.new_zeros(*call.lead, call.queries, call.value_width)
@@ -210,18 +220,15 @@ def additive_attention(
 def additive_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_weight: Tensor,
-    mask: Tensor | None,
+    operands: Operands,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::additive_attention_backward` on GPU."""
+    query, key, value, score_weight, mask = operands
     of_query, of_key, of_value, of_score_weight, of_mask = output_mask
     of_mask = of_mask and mask is not None and mask.is_floating_point()
-    call = _Call(query, key, value, mask)
+    call = _Call(operands)
     dtype = query.dtype
     none = query.new_empty(0)
     w = weights.to(wide(dtype))

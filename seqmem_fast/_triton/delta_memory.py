@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.delta_memory import Arguments
 from ..reference.delta_memory import NORM_FLOOR
 from .common import accumulator, as_bytes, launcher, row_lengths, wide
 from .delta_memory_kernels import delta_memory_backward_kernel, delta_memory_forward_kernel
@@ -54,16 +55,9 @@ def _gradient(parts: Tensor, like: Tensor, unit: Tensor, inverse: Tensor | None)
     return grad.to(like.dtype)
 
 
-def _options(
-    q: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    scale: float | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[tuple[int, int], dict[str, Any]]:
+def _options(given: Arguments) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid, and what both kernels take."""
+    q, _, v, beta, log_decay, *_ = given
     batch, steps, key_heads, features = q.shape
     heads, values = v.shape[2:]
     computed = wide(q.dtype)
@@ -71,15 +65,15 @@ def _options(
     most = max(1, min(_WIDEST, _ELEMENTS // block))
     columns = min(most, triton.next_power_of_2(max(1, values)))
     limits = None
-    if lengths is not None:
-        limits = row_lengths("delta_memory", lengths, q.device, steps)
+    if given.lengths is not None:
+        limits = row_lengths("delta_memory", given.lengths, q.device, steps)
     options = {
         "v_ptr": v.contiguous(),
         "beta_ptr": beta.to(computed).contiguous(),
         "decay_ptr": None if log_decay is None else log_decay.to(computed).contiguous(),
         "lengths_ptr": limits,
-        "reset_ptr": None if reset is None else as_bytes(reset.contiguous()),
-        "SCALE": features**-0.5 if scale is None else float(scale),
+        "reset_ptr": None if given.reset is None else as_bytes(given.reset.contiguous()),
+        "SCALE": features**-0.5 if given.scale is None else float(given.scale),
         "T": steps,
         "Hk": key_heads,
         "H": heads,
@@ -96,21 +90,10 @@ def _options(
 
 
 @launcher
-def delta_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def delta_memory(given: Arguments, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::delta_memory` on GPU."""
-    grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
+    q, k, v, _, _, state, *_ = given
+    grid, options = _options(given)
     computed = wide(q.dtype)
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     output = v.new_zeros(v.shape)
@@ -120,8 +103,8 @@ def delta_memory(
     states = q.new_empty((*shape[:2], *kept) if save else 0, dtype=computed)
     if final.numel():
         delta_memory_forward_kernel[grid](
-            q_ptr=_unit(q, qk_l2norm)[0],
-            k_ptr=_unit(k, qk_l2norm)[0],
+            q_ptr=_unit(q, given.qk_l2norm)[0],
+            k_ptr=_unit(k, given.qk_l2norm)[0],
             state_ptr=None if state is None else state.to(dtype=computed).contiguous(),
             output_ptr=output,
             final_ptr=final,
@@ -135,21 +118,13 @@ def delta_memory(
 def delta_memory_backward(
     grad_output: Tensor | None,
     grad_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    given: Arguments,
     states: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`seqmem::delta_memory_backward` on GPU."""
-    grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
+    q, k, v, beta, log_decay, state, _, qk_l2norm, *_ = given
+    grid, options = _options(given)
     computed = wide(q.dtype)
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     (unit_q, norm_q), (unit_k, norm_k) = _unit(q, qk_l2norm), _unit(k, qk_l2norm)

@@ -21,40 +21,40 @@ linear transformers with the delta rule, arXiv 2406.06484, 2024.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..reference import delta_memory as reference
-from .common import differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back
 from .flops import Shape, count_products
 
 __all__ = ["delta_memory"]
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """Of the op, and of its backward after the incoming gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    state: Tensor | None
+    scale: float | None
+    qk_l2norm: bool
+    lengths: Tensor | None
+    reset: Tensor | None
+
+
+@by_fields
+def _plain(given: Arguments) -> tuple[Tensor, Tensor]:
     return reference.delta_memory(
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        state,
-        scale=scale,
-        qk_l2norm=qk_l2norm,
-        lengths=lengths,
-        reset=reset,
+        *given[:6],
+        scale=given.scale,
+        qk_l2norm=given.qk_l2norm,
+        lengths=given.lengths,
+        reset=given.reset,
     )
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lstm_regularized as reference
-from .common import differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back
 from .flops import Shape, count_products, of_weights
 from .lstm import State, _zeros
 
@@ -40,44 +40,46 @@ class LSTMNorms(NamedTuple):
     shift_c: Tensor
 
 
-def _plain(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    gain_c: Tensor | None,
-    shift_c: Tensor | None,
-    seed: Tensor | None,
-    zoneout_h: float,
-    zoneout_c: float,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (gain_ih, gain_hh, gain_c, shift_c)
+class Arguments(NamedTuple):
+    """Of the op, and of its backward after the incoming gradients."""
+
+    input: Tensor
+    hx: Tensor | None
+    cx: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    gain_ih: Tensor | None
+    gain_hh: Tensor | None
+    gain_c: Tensor | None
+    shift_c: Tensor | None
+    seed: Tensor | None
+    zoneout_h: float
+    zoneout_c: float
+    lengths: Tensor | None
+    reset: Tensor | None
+    batch_sizes: Tensor | None
+    batch_first: bool
+    reverse: bool
+
+
+@by_fields
+def _plain(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hx, cx, norms = given.hx, given.cx, given[7:11]
     output, (hy, cy), gates, cells = reference.lstm_regularized(
-        input,
+        given.input,
         None if hx is None or cx is None else (hx, cx),
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        None if gain_ih is None else given,  # type: ignore[arg-type]
-        zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c,
-        seed=seed,
-        lengths=lengths,
-        reset=reset,
-        batch_sizes=batch_sizes,
-        batch_first=batch_first,
-        reverse=reverse,
+        *given[3:7],
+        None if given.gain_ih is None else norms,  # type: ignore[arg-type]
+        zoneout_h=given.zoneout_h,
+        zoneout_c=given.zoneout_c,
+        seed=given.seed,
+        lengths=given.lengths,
+        reset=given.reset,
+        batch_sizes=given.batch_sizes,
+        batch_first=given.batch_first,
+        reverse=given.reverse,
         return_gates=True,
     )
     return output, hy, cy, gates, cells  # type: ignore[return-value]
