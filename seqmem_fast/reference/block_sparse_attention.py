@@ -17,13 +17,13 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
+from .common import Draw, Sample, by_query, dropped, samples, thinned, weights_of_seen
 
 
 def block_sparse_attention(
@@ -131,17 +131,11 @@ def block_list(block_mask: Tensor) -> Tensor:
     return torch.where(known[..., None], pairs, -1)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 2, 6, 7, 4, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`block_sparse_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D,
     Dv)."""
     batch, heads, queries, keys, *_ = sizes
-    draw = Draw(device, dtype, seed)
     block = max(1, queries // 3), max(1, keys // 3)
     rows, columns = -(-queries // block[0]), -(-keys // block[1])
 
@@ -150,11 +144,11 @@ def sample_inputs(
         mask[..., 0, 0] = True
         return block_list(mask), block
 
-    end = draw.whole(0, keys + 1, batch).to(device)
+    end = draw.whole(0, keys + 1, batch).to(draw.device)
     yield Sample("shared", (*draw.heads(sizes), *some()))
     yield Sample("by_head", (*draw.heads(sizes, 2), *some(2 * heads)), {"scale": 0.4})
     yield Sample("by_row", (*draw.heads(sizes), *some(batch, 1)), {"key_end": end})
-    each = draw.whole(0, keys + 1, batch, queries).to(device)
+    each = draw.whole(0, keys + 1, batch, queries).to(draw.device)
     options = {"is_causal": True, "key_end": each}
     yield Sample("causal", (*draw.heads(sizes, 2), *some(batch, 2 * heads)), options)
     yield Sample(

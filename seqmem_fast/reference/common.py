@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -214,7 +214,7 @@ class Draw:
     """Random tensors for a sample: the same seed gives the same, whatever device and dtype."""
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.first = device, dtype, seed
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -222,9 +222,7 @@ class Draw:
         value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return value.to(device=self.device, dtype=self.dtype)
 
-    def heads(
-        self, sizes: tuple[int, int, int, int, int, int], group: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, sizes: Sequence[int], group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, `group` heads of queries for each of keys; sizes = (B, Hk, Tq, Tk, D, Dv)."""
         batch, heads, queries, keys, width, values = sizes
         query = self(batch, group * heads, queries, width)
@@ -260,3 +258,26 @@ class Sample(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     function: str = ""  # the function's name in `ops/<op>.py`, where it is not the op's own
+
+
+def samples(
+    *usual: int,
+) -> Callable[[Callable[..., Iterator[Sample]]], Callable[..., Iterator[Sample]]]:
+    """Makes of ``drawn(draw, sizes, **options)`` a function of device, dtype, sizes (usual ones by
+    default) and a number that decides what is drawn."""
+
+    def decorate(drawn: Callable[..., Iterator[Sample]]) -> Callable[..., Iterator[Sample]]:
+        def sample_inputs(
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype = torch.float32,
+            *,
+            sizes: Sequence[int] = usual,
+            seed: int = 0,
+            **options: Any,
+        ) -> Iterator[Sample]:
+            return drawn(Draw(device, dtype, seed), sizes, **options)
+
+        sample_inputs.__doc__ = drawn.__doc__
+        return sample_inputs
+
+    return decorate

@@ -16,13 +16,13 @@ Arguments are not checked: the op does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
+from .common import Draw, Sample, by_query, dropped, samples, thinned, weights_of_seen
 
 
 def indexed_attention(
@@ -96,19 +96,13 @@ def top_k_keys(
     return F.pad(found, (0, count - found.size(-1)), value=-1)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 2, 6, 7, 4, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`indexed_attention` for every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
     batch, heads, queries, keys, *_ = sizes
-    draw = Draw(device, dtype, seed)
 
     def index(*lists: int, count: int = 5, none: int = -1) -> Tensor:
-        return draw.whole(none, keys, *lists, queries, count).to(device)
+        return draw.whole(none, keys, *lists, queries, count).to(draw.device)
 
     yield Sample("shared", (*draw.heads(sizes), index(1, 1)))
     yield Sample("by_head", (*draw.heads(sizes, 2), index(1, 2 * heads)), {"scale": 0.4})

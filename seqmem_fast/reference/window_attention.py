@@ -19,13 +19,13 @@ are not checked: the op does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
+from .common import Draw, Sample, by_query, dropped, samples, thinned, weights_of_seen
 
 
 def window_attention(
@@ -100,24 +100,18 @@ def bounds(
     return left, right
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 2, 6, 7, 4, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`window_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
     batch, _, queries, keys, *_ = sizes
-    draw = Draw(device, dtype, seed)
 
     wide = max(2, keys // 3)
     yield Sample("causal", (*draw.heads(sizes), wide, 0))
     yield Sample("both_sides", (*draw.heads(sizes, 2), wide, 1), {"scale": 0.4})
     yield Sample("dilated", (*draw.heads(sizes), 2, 1), {"dilation": 2, "offset": 1})
     yield Sample("global", (*draw.heads(sizes, 2), 1, 1), {"global_keys": min(2, keys)})
-    end = draw.whole(0, keys + 1, batch).to(device)
-    start = draw.whole(0, max(1, keys // 2), batch, queries).to(device)
+    end = draw.whole(0, keys + 1, batch).to(draw.device)
+    start = draw.whole(0, max(1, keys // 2), batch, queries).to(draw.device)
     start[:, -1] = keys  # a row without any key
     options = {"key_start": start, "key_end": end, "global_keys": min(2, keys)}
     yield Sample("ranges", (*draw.heads(sizes), 1, 2), options)
