@@ -18,7 +18,7 @@ State of proof: as in lstm.py, but that no GPU has run these kernels so far.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,6 +46,27 @@ _TILE = 2048  # of links, N columns wide, that are in registers at once
 _MOVED = [name for name in DNCState._fields if name not in ("hidden", "memory")]
 
 
+class Machine(NamedTuple):
+    """What a call is given between its state and its options."""
+
+    controller: Sequence[Tensor]
+    interface_weight: Tensor
+    interface_bias: Tensor
+    norm: Sequence[Tensor]
+    initial: Sequence[Tensor]
+    lengths: Tensor | None
+    reset: Tensor | None
+
+
+class Options(NamedTuple):
+    """The words among them, and the numbers."""
+
+    options: str
+    norm_floor: float
+    eps: float
+    mask_min: float
+
+
 class _Sizes(Sizes):
     """A call's sizes and options, and what the kernels take of them."""
 
@@ -53,15 +74,14 @@ class _Sizes(Sizes):
         self,
         input: Tensor,
         state: DNCState,
-        controller: Sequence[Tensor],
-        interface_weight: Tensor,
-        words: str,
-        floats: tuple[float, float, float],
+        given: Machine,
+        options: Options,
     ) -> None:
-        self.options = _options_of(words, *floats)
+        self.options = _options_of(*options)
         self.reads, self.writes = state.reads.shape[1], state.write_weights.shape[1]
-        lstm = "lstm" in words.split()
-        super().__init__(input, state.memory, interface_weight, controller, lstm, self.reads)
+        lstm = "lstm" in options.options.split()
+        weights = given.interface_weight, given.controller
+        super().__init__(input, state.memory, *weights, lstm, self.reads)
         if input.dtype != wide(input.dtype):  # room for what the CPU keeps there, unrounded
             self.record += (1 + self.writes + self.reads) * self.slots
         block = blocks(self.slots, self.width)
@@ -109,26 +129,15 @@ class _Sizes(Sizes):
 def dnc(
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    interface_weight: Tensor,
-    interface_bias: Tensor,
-    norm: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    options: str,
-    norm_floor: float,
-    eps: float,
-    mask_min: float,
+    given: Machine,
+    options: Options,
     trace: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::dnc` on GPU."""
-    arguments = controller, interface_weight, interface_bias, norm, initial
-    floats = norm_floor, eps, mask_min
-    rest = options, *floats, trace, save
+    controller, interface_weight, interface_bias, norm, initial, lengths, reset = given
     first = DNCState(*state)
-    size = _Sizes(input, first, controller, interface_weight, options, floats)
+    size = _Sizes(input, first, given, options)
     call = Call("dnc", input, first, controller, initial, lengths, reset)
     record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
     segments = size.segments if save else 0
@@ -163,7 +172,7 @@ def dnc(
         last = forward.last(memory_out)
     else:
         features, *found = plain_forward(
-            _plain, call, (input, state, *arguments, call.lengths, reset, *rest)
+            _plain, call, (input, state, *given[:5], call.lengths, reset, *options, trace, save)
         )
         last = found[: len(first)]
         traces = [a if trace or save else None for a in found[len(first) :]]
@@ -189,38 +198,25 @@ def dnc_backward(
     grad_read_trace: Tensor | None,
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    interface_weight: Tensor,
-    interface_bias: Tensor,
-    norm: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    given: Machine,
     features: Tensor,
     usage_trace: Tensor,
     write_trace: Tensor,
     read_trace: Tensor,
     saved: Tensor,
     checkpoints: Tensor,
-    options: str,
-    norm_floor: float,
-    eps: float,
-    mask_min: float,
+    options: Options,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::dnc_backward` on GPU."""
+    controller, interface_weight, _, norm, initial, lengths, reset = given
     of_traces = grad_usage_trace, grad_write_trace, grad_read_trace
     grads = (
         grad_hidden, grad_cell, grad_memory, grad_usage, grad_link, grad_precedence,
         grad_write_weights, grad_read_weights, grad_reads,
     )  # fmt: skip
-    given = grad_features, *grads, *of_traces, input, state
-    arguments = controller, interface_weight, interface_bias, norm, initial
-    floats = norm_floor, eps, mask_min
-    rest = features, usage_trace, write_trace, read_trace, saved, checkpoints
-    numbers = options, *floats, output_mask
     first = DNCState(*state)
-    size = _Sizes(input, first, controller, interface_weight, options, floats)
+    size = _Sizes(input, first, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
     counts = [(1, of_input), (len(first), of_state), (len(controller) + 2 + len(norm), of_weights)]
     wanted = [w for count, w in [*counts, (len(initial), of_initial)] for _ in range(count)]
@@ -261,9 +257,9 @@ def dnc_backward(
             of_norm = [(dq * plain).sum((0, 1)), dq.sum((0, 1))]
         found = [first_grad, *parts, *weights, *of_heads, *of_norm, *starts]
     else:
-        found = plain_backward(
-            _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
-        )
+        arguments = grad_features, *grads, *of_traces, input, state, *given[:5], call.lengths, reset
+        rest = features, usage_trace, write_trace, read_trace, saved, checkpoints
+        found = plain_backward(_vjp, call, (*arguments, *rest, *options, output_mask))
     return answer(found, wanted, input)
 
 

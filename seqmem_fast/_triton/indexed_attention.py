@@ -16,7 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.indexed_attention import Arguments, _plain
+from ..ops.common import Rule
+from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
 from .common import launcher, of_dropout, only, through_reference, wide
@@ -27,12 +28,13 @@ _PLACES = 32  # most places of a list at once
 _SCORES = 1 << 26  # most scores that the selection holds at once
 
 
-def _common(given: Arguments) -> dict[str, Any]:
+def _common(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, rule: Rule
+) -> dict[str, Any]:
     """What every kernel takes."""
-    q, k, v, index = given[:4]
     count = index.shape[3]
     return {
-        **of_heads(q, k, v, given.scale, given.dropout),
+        **of_heads(q, k, v, scale, rule.dropout),
         "count": count,
         **of_lists(index.shape[:2]),
         "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
@@ -40,25 +42,32 @@ def _common(given: Arguments) -> dict[str, Any]:
 
 
 @launcher
-def indexed_attention(given: Arguments, need_weights: bool) -> tuple[Tensor, Tensor]:
+def indexed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    scale: float | None,
+    rule: Rule,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
     """`seqmem::indexed_attention` on GPU."""
-    q, k, v, index = given[:4]
-    alpha = given.alpha
+    alpha = rule.alpha
     if alpha != 1 or not fits_heads(q, v):
-        found = _plain(*given)
+        found = _plain(q, k, v, index, scale, *rule)
         return found if need_weights else (found[0], q.new_empty(0))
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_empty((*shape, index.shape[3]) if need_weights else 0)
     if shape.numel():
-        common = _common(given)
+        common = _common(q, k, v, index, scale, rule)
         q, k, v = dense_rows(q, k, v)
         kernels.indexed_attention_forward[(shape.numel(),)](
             index_ptr=index.contiguous(),
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
             **placed(q=q, k=k, v=v),
-            **of_dropout(given.dropout, given.seed),
+            **of_dropout(rule.dropout, rule.seed),
             **of_normalizer(alpha, q),
             **{**common, "num_warps": common["num_warps"] if alpha == 1 else 4},  # spills nothing
         )
@@ -69,28 +78,39 @@ def indexed_attention(given: Arguments, need_weights: bool) -> tuple[Tensor, Ten
 def indexed_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
-    given: Arguments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    scale: float | None,
+    rule: Rule,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::indexed_attention_backward` on GPU: one kernel by queries, one by keys."""
-    q, k, v = operands = given[:3]
     seeds = (grad_output, grad_weights)
-    if given.alpha != 1 or not fits_heads(q, v):
+    if rule.alpha != 1 or not fits_heads(q, v):
         return through_reference(
-            lambda *operands: _plain(*operands, *given[3:]), operands, seeds, output_mask
+            lambda q, k, v: _plain(q, k, v, index, scale, *rule), (q, k, v), seeds, output_mask
         )
-    grads = [q.new_zeros(t.shape) for t in operands]
+    grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        _backward(given, seeds, weights.contiguous(), grads)
+        common = _common(q, k, v, index, scale, rule)
+        saved = index.contiguous(), weights.contiguous()
+        _backward(common, of_normalizer(rule.alpha, q), seeds, (q, k, v), saved, grads)
     return only(output_mask, grads)
 
 
 def _backward(
-    given: Arguments, seeds: Sequence[Tensor | None], weights: Tensor, grads: Sequence[Tensor]
+    common: dict[str, Any],
+    normalizer: dict[str, Any],
+    seeds: Sequence[Tensor | None],
+    operands: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
 ) -> None:
-    common, index = _common(given), given.index.contiguous()
-    q, k, v = dense_rows(*given[:3])
+    index, weights = saved
+    q, k, v = dense_rows(*operands)
     of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
     slopes = weights.new_empty(weights.shape, dtype=wide(q.dtype))
     kernels.indexed_attention_backward_rows[(q.shape[:3].numel(),)](
@@ -101,7 +121,7 @@ def _backward(
         slopes_ptr=slopes,
         grad_q_ptr=grads[0],
         **placed(k=k, v=v),
-        **of_normalizer(given.alpha, q),
+        **normalizer,
         **common,
     )
     keys = common["keys"]

@@ -16,8 +16,7 @@ State of proof: interpreted and compiled, not yet run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from .machine import (
     Backward,
     Call,
     Forward,
+    Machine,
     Sizes,
     answer,
     fits,
@@ -42,8 +42,7 @@ from .machine import (
 _LEARNS = [name for name in LRUAState._fields if name != "usage"]  # parts that have a gradient
 
 
-@dataclass(frozen=True)
-class _Options:
+class Options(NamedTuple):
     """What is no tensor."""
 
     lstm: bool
@@ -54,16 +53,10 @@ class _Options:
 
 
 class _Sizes(Sizes):
-    def __init__(
-        self,
-        input: Tensor,
-        state: LRUAState,
-        head_weight: Tensor,
-        controller: Sequence[Tensor],
-        options: _Options,
-    ) -> None:
+    def __init__(self, input: Tensor, state: LRUAState, given: Machine, options: Options) -> None:
         self.heads, self.options = state.read_weights.shape[1], options
-        super().__init__(input, state.memory, head_weight, controller, options.lstm, self.heads)
+        weights = given.head_weight, given.controller
+        super().__init__(input, state.memory, *weights, options.lstm, self.heads)
 
     @property
     def on_chip(self) -> bool:
@@ -85,25 +78,15 @@ class _Sizes(Sizes):
 def lrua(
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    lstm: bool,
-    own_add: bool,
-    strength: bool,
-    erase_all: bool,
-    gamma: float,
+    given: Machine,
+    options: Options,
     trace: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::lrua` on GPU."""
-    arguments = controller, head_weight, head_bias, initial
-    rest = lstm, own_add, strength, erase_all, gamma, trace, save
-    options, first = _Options(lstm, own_add, strength, erase_all, gamma), LRUAState(*state)
-    size = _Sizes(input, first, head_weight, controller, options)
+    controller, head_weight, head_bias, initial, lengths, reset = given
+    first = LRUAState(*state)
+    size = _Sizes(input, first, given, options)
     parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
     rows = size.steps if save else 1, size.batch
     call = Call("lrua", input, first, controller, initial, lengths, reset)
@@ -130,13 +113,14 @@ def lrua(
                 record_ptr=record,
                 checkpoints_ptr=checkpoints if save else None,
                 record_rows=size.batch if save else 0,
-                GAMMA=gamma,
+                GAMMA=options.gamma,
                 **size.arguments(input.dtype),
             )
         last = forward.last(memory[:, : size.slots, : size.width])
         traces = [usage_trace, write_trace, read_trace]
     else:
-        found = plain_forward(_plain, call, (input, state, *arguments, call.lengths, reset, *rest))
+        arguments = input, state, *given[:4], call.lengths, reset, *options, trace, save
+        found = plain_forward(_plain, call, arguments)
         features, last = found[0], found[1:-3]
         traces = [*(a if trace else None for a in found[-3:-1])]
         traces.append(found[-1] if trace or save else None)
@@ -158,32 +142,20 @@ def lrua_backward(
     grad_read_trace: Tensor | None,
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    given: Machine,
     features: Tensor,
     read_trace: Tensor,
     slots: Tensor,
     saved: Tensor,
     checkpoints: Tensor,
-    lstm: bool,
-    own_add: bool,
-    strength: bool,
-    erase_all: bool,
-    gamma: float,
+    options: Options,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::lrua_backward` on GPU."""
+    controller, head_weight, _, initial, lengths, reset = given
     grads = grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads
-    given = grad_features, *grads, grad_write_trace, grad_read_trace, input, state
-    arguments = controller, head_weight, head_bias, initial
-    rest = features, read_trace, slots, saved, checkpoints
-    numbers = lstm, own_add, strength, erase_all, gamma, output_mask
-    options, first = _Options(lstm, own_add, strength, erase_all, gamma), LRUAState(*state)
-    size = _Sizes(input, first, head_weight, controller, options)
+    first = LRUAState(*state)
+    size = _Sizes(input, first, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
     learns = [name in _LEARNS for name in LRUAState._fields]
     wanted = [of_input, *(of_state and part for part in learns), of_weights, of_weights]
@@ -208,7 +180,8 @@ def lrua_backward(
         first_grad, parts, starts, of_heads, weights = back.results(features, saved)
         found = [first_grad, *parts, *of_heads, *starts, *weights]
     else:
-        found = plain_backward(
-            _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
-        )
+        of_traces = grad_write_trace, grad_read_trace
+        arguments = grad_features, *grads, *of_traces, input, state, *given[:4], call.lengths, reset
+        rest = features, read_trace, slots, saved, checkpoints, *options, output_mask
+        found = plain_backward(_vjp, call, (*arguments, *rest))
     return answer(found, wanted, input)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..ops.lstm_regularized import Arguments
+from ..ops.lstm_regularized import Norms, Operands, Steps, Zoneout
 from ..reference.lstm import Layout
 from ..reference.lstm_regularized import EPSILON
 from .common import accumulator, dense, launcher, of_dropout, refuse_in_capture, wide
@@ -22,9 +22,9 @@ from .lstm_backward import Grads
 from .lstm_regularized_kernels import lstm_regularized_step, lstm_regularized_step_backward
 
 
-def _options(x: Tensor, width: int, given: Arguments) -> dict[str, Any]:
+def _options(x: Tensor, width: int, zoneout: Zoneout) -> dict[str, Any]:
     """What both kernels take."""
-    seed, zoneout_h, zoneout_c = given.seed, given.zoneout_h, given.zoneout_c
+    seed, zoneout_h, zoneout_c = zoneout
     block = triton.next_power_of_2(width)
     return {
         "seed_ptr": dense(seed),
@@ -40,23 +40,23 @@ def _options(x: Tensor, width: int, given: Arguments) -> dict[str, Any]:
     }
 
 
-def _layout(given: Arguments) -> tuple[Layout, Any]:
+def _layout(input: Tensor, steps: Steps) -> tuple[Layout, Any]:
     """And for each step the rows that have it, or None."""
-    if given.batch_sizes is not None:
-        device = given.input.device
+    if steps.batch_sizes is not None:
         refuse_in_capture(
-            device, "seqmem::lstm_regularized: expected no batch_sizes, got a packed input"
+            input.device, "seqmem::lstm_regularized: expected no batch_sizes, got a packed input"
         )
-    layout = Layout(given.input, *given[14:])
-    steps = len(layout.order)
+    layout = Layout(input, *steps)
     valid = None if layout.valid is None else layout.valid.to(torch.uint8).contiguous()
-    return layout, [None] * steps if valid is None else valid.unbind()
+    return layout, [None] * len(layout.order) if valid is None else valid.unbind()
 
 
 @launcher
-def lstm_regularized(given: Arguments, return_gates: bool) -> tuple[Tensor, ...]:
-    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, *norms = given[:11]
-    layout, valid = _layout(given)
+def lstm_regularized(
+    operands: Operands, norms: Norms, zoneout: Zoneout, layout_of: Steps, return_gates: bool
+) -> tuple[Tensor, ...]:
+    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = operands
+    layout, valid = _layout(input, layout_of)
     x = layout.to_padded(input)
     steps, batch, hidden = x.size(0), x.size(1), weight_hh.size(1)
     exact = wide(x.dtype)
@@ -64,8 +64,8 @@ def lstm_regularized(given: Arguments, return_gates: bool) -> tuple[Tensor, ...]
     c = x.new_zeros(batch, hidden, dtype=exact)
     if cx is not None:
         c.copy_(cx)
-    operands = dense(bias_ih), dense(bias_hh), *map(dense, norms)
-    saves = return_gates and given.gain_ih is not None
+    given = dense(bias_ih), dense(bias_hh), *map(dense, norms)
+    saves = return_gates and norms.gain_ih is not None
 
     products = F.linear(x, weight_ih).contiguous()
     v = x.new_empty(batch, 4 * hidden)
@@ -83,13 +83,13 @@ def lstm_regularized(given: Arguments, return_gates: bool) -> tuple[Tensor, ...]
         "scales_ptr": make(saves, 3, exact),
     }
     across = weight_hh.t()
-    options = _options(x, hidden, given)
+    options = _options(x, hidden, zoneout)
     for t in layout.order:
         if layout.cut is not None:
             h, c = layout.enter(t, h), layout.enter(t, c)
         torch.mm(h, across, out=v)
         lstm_regularized_step[(batch,)](
-            *(products[t], v, *operands),
+            *(products[t], v, *given),
             valid_ptr=valid[t],
             h_ptr=h,
             c_ptr=c,
@@ -106,7 +106,10 @@ def lstm_regularized(given: Arguments, return_gates: bool) -> tuple[Tensor, ...]
 @launcher
 def lstm_regularized_backward(
     grads: Grads,
-    given: Arguments,
+    operands: Operands,
+    norms: Norms,
+    zoneout: Zoneout,
+    steps: Steps,
     output: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -116,8 +119,8 @@ def lstm_regularized_backward(
     scales: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, *norms = given[:11]
-    layout, valid = _layout(given)
+    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = operands
+    layout, valid = _layout(input, steps)
     x, h_all, z_all, c_all = (
         layout.to_padded(a).contiguous() for a in (input, output, gates, cells)
     )
@@ -141,7 +144,7 @@ def lstm_regularized_backward(
     dz = torch.empty_like(z_all)
     dx, dv = (torch.empty_like(dz), torch.empty_like(dz)) if is_normalized else (dz, dz)
     dn = torch.empty_like(h_all) if is_normalized else None
-    options = _options(x, hidden, given)
+    options = _options(x, hidden, zoneout)
     for t in reversed(layout.order):
         of_step = [None if a is None else a[t] for a in (*arriving, z_all, entering_c, *saved)]
         results = [None if a is None else a[t] for a in (dz, dx, dv, dn)]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..reference import block_sparse_attention as reference
 from .common import (
+    Rule,
     attend_to_some,
     by_fields,
     differentiate_through,
@@ -40,8 +41,8 @@ __all__ = ["block_list", "block_sparse_attention", "dense_weights"]
 _NAME = "seqmem::block_sparse_attention"
 
 
-class Arguments(NamedTuple):
-    """Of the op, and of its backward after the incoming gradients."""
+class Operands(NamedTuple):
+    """Heads, and the blocks that are seen."""
 
     q: Tensor
     k: Tensor
@@ -49,28 +50,21 @@ class Arguments(NamedTuple):
     blocks: Tensor
     block_queries: int
     block_keys: int
+
+
+class Options(NamedTuple):
+    """Which keys of the blocks are seen."""
+
     is_causal: bool
     key_end: Tensor | None
     scale: float | None
-    alpha: Any  # a number; a tensor or what normalises, too, in plain PyTorch
-    dropout: float
-    seed: Tensor | None
-
-    @property
-    def block(self) -> tuple[int, int]:
-        return self.block_queries, self.block_keys
 
 
 @by_fields
-def _plain(given: Arguments) -> tuple[Tensor, Tensor]:
-    return reference.block_sparse_attention(
-        *given[:4],
-        given.block,
-        is_causal=given.is_causal,
-        key_end=given.key_end,
-        scale=given.scale,
-        **plain_rule(given.alpha, given.dropout, given.seed),
-    )
+def _plain(operands: Operands, options: Options, rule: Rule) -> tuple[Tensor, Tensor]:
+    q, k, v, blocks, *block = operands
+    more: Any = {**options._asdict(), **plain_rule(rule)}
+    return reference.block_sparse_attention(q, k, v, blocks, (block[0], block[1]), **more)
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -316,10 +316,17 @@ def _refusal(error: Exception) -> Exception:
 Normalizer = Callable[[Tensor], Tensor]
 
 
-def plain_rule(
-    alpha: Tensor | float | Normalizer, dropout: float, seed: Tensor | None
-) -> dict[str, Any]:
-    """How weights are made of scores, as a reference takes it that computes what the op does."""
+class Rule(NamedTuple):
+    """How weights are made of scores."""
+
+    alpha: Any  # as entmax, 1 for softmax; in plain PyTorch a tensor or a Normalizer, too
+    dropout: float
+    seed: Tensor | None
+
+
+def plain_rule(given: Rule) -> dict[str, Any]:
+    """The rule as a reference takes it that computes what the op does."""
+    alpha, dropout, seed = given
     rule: dict[str, Any] = {"dropout": dropout, "seed": seed, "signed": True}
     if callable(alpha):
         return {"normalizer": alpha, **rule}

@@ -32,8 +32,8 @@ from .flops import Shape, count_products
 __all__ = ["delta_memory"]
 
 
-class Arguments(NamedTuple):
-    """Of the op, and of its backward after the incoming gradients."""
+class Operands(NamedTuple):
+    """What is written where, and what is read."""
 
     q: Tensor
     k: Tensor
@@ -41,6 +41,11 @@ class Arguments(NamedTuple):
     beta: Tensor
     log_decay: Tensor | None
     state: Tensor | None
+
+
+class Options(NamedTuple):
+    """The others of the op and of its backward."""
+
     scale: float | None
     qk_l2norm: bool
     lengths: Tensor | None
@@ -48,14 +53,8 @@ class Arguments(NamedTuple):
 
 
 @by_fields
-def _plain(given: Arguments) -> tuple[Tensor, Tensor]:
-    return reference.delta_memory(
-        *given[:6],
-        scale=given.scale,
-        qk_l2norm=given.qk_l2norm,
-        lengths=given.lengths,
-        reset=given.reset,
-    )
+def _plain(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    return reference.delta_memory(*operands, **options._asdict())
 
 
 def _with_saved(*arguments: Any) -> tuple[Tensor, Tensor, None]:

@@ -20,12 +20,13 @@ attention, arXiv 2106.06899, 2021.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ..reference import indexed_attention as reference
 from .common import (
+    Rule,
     attend_to_some,
     by_fields,
     differentiate_through,
@@ -38,23 +39,11 @@ from .flops import Shape, count_products
 __all__ = ["indexed_attention", "top_k_attention"]
 
 
-class Arguments(NamedTuple):
-    """Of the op, and of its backward after the incoming gradients."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
-    scale: float | None
-    alpha: Any  # a number; a tensor or what normalises, too, in plain PyTorch
-    dropout: float
-    seed: Tensor | None
-
-
 @by_fields
-def _plain(given: Arguments) -> tuple[Tensor, Tensor]:
-    rule = plain_rule(given.alpha, given.dropout, given.seed)
-    return reference.indexed_attention(*given[:4], scale=given.scale, **rule)
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    return reference.indexed_attention(q, k, v, index, scale=scale, **plain_rule(rule))
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ class LSTMNorms(NamedTuple):
     shift_c: Tensor
 
 
-class Arguments(NamedTuple):
-    """Of the op, and of its backward after the incoming gradients."""
+class Operands(NamedTuple):
+    """The first of the op, and of its backward after the incoming gradients."""
 
     input: Tensor
     hx: Tensor | None
@@ -50,13 +50,26 @@ class Arguments(NamedTuple):
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
+
+
+class Norms(NamedTuple):
+    """As :class:`LSTMNorms`, or None all four."""
+
     gain_ih: Tensor | None
     gain_hh: Tensor | None
     gain_c: Tensor | None
     shift_c: Tensor | None
+
+
+class Zoneout(NamedTuple):
     seed: Tensor | None
     zoneout_h: float
     zoneout_c: float
+
+
+class Steps(NamedTuple):
+    """How a batch's steps are laid out."""
+
     lengths: Tensor | None
     reset: Tensor | None
     batch_sizes: Tensor | None
@@ -65,22 +78,16 @@ class Arguments(NamedTuple):
 
 
 @by_fields
-def _plain(given: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hx, cx, norms = given.hx, given.cx, given[7:11]
+def _plain(
+    operands: Operands, norms: Norms, zoneout: Zoneout, steps: Steps
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given: Any = operands
+    input, hx, cx, *weights = given
+    state = None if hx is None or cx is None else (hx, cx)
+    options: Any = {**zoneout._asdict(), **steps._asdict()}
+    options["norms"] = None if norms.gain_ih is None else norms
     output, (hy, cy), gates, cells = reference.lstm_regularized(
-        given.input,
-        None if hx is None or cx is None else (hx, cx),
-        *given[3:7],
-        None if given.gain_ih is None else norms,  # type: ignore[arg-type]
-        zoneout_h=given.zoneout_h,
-        zoneout_c=given.zoneout_c,
-        seed=given.seed,
-        lengths=given.lengths,
-        reset=given.reset,
-        batch_sizes=given.batch_sizes,
-        batch_first=given.batch_first,
-        reverse=given.reverse,
-        return_gates=True,
+        input, state, *weights, **options, return_gates=True
     )
     return output, hy, cy, gates, cells  # type: ignore[return-value]
 

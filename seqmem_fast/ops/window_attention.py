@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..reference import window_attention as reference
 from .common import (
+    Rule,
     attend_to_some,
     by_fields,
     differentiate_through,
@@ -38,37 +39,31 @@ from .flops import Shape, count_products
 __all__ = ["window_attention"]
 
 
-class Arguments(NamedTuple):
-    """Of the op, and of its backward after the incoming gradients."""
+class Operands(NamedTuple):
+    """Heads, and the columns on either side."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     left: int
     right: int
+
+
+class Options(NamedTuple):
+    """Which key a column is, and which of them are seen."""
+
     dilation: int
     offset: int
     key_start: Tensor | None
     key_end: Tensor | None
     global_keys: int
     scale: float | None
-    alpha: Any  # a number; a tensor or what normalises, too, in plain PyTorch
-    dropout: float
-    seed: Tensor | None
 
 
 @by_fields
-def _plain(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.window_attention(
-        *given[:5],
-        dilation=given.dilation,
-        offset=given.offset,
-        key_start=given.key_start,
-        key_end=given.key_end,
-        global_keys=given.global_keys,
-        scale=given.scale,
-        **plain_rule(given.alpha, given.dropout, given.seed),
-    )
+def _plain(operands: Operands, options: Options, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    more: Any = {**options._asdict(), **plain_rule(rule)}
+    return reference.window_attention(*operands, **more)
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
