@@ -175,8 +175,7 @@ def attention_backward_rows(
     scale, queries, keys, width, value_width, heads, blocks,
     g_0, g_1, g_i, g_j,  # of grad_weights
     k_0, k_1, k_t, v_0, v_1, v_t, m_0, m_1, m_i, m_j,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, i = place(blocks, BM)
     k_ptr = moved(k_ptr, z, heads, k_0, k_1)

@@ -218,6 +218,24 @@ def lstm_point_backward(i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o):
     return dz_i, dz_f, dz_g, dz_o, d_c * f
 
 
+# ---- storage of 16 bits, of which the interpreter knows no direct way to float64 -----------------
+
+
+@triton.jit
+def load_wide(ptr, n, mask, other: tl.constexpr, ACC: tl.constexpr):
+    value = tl.load(ptr + n, mask=mask, other=other)
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(ACC)
+
+
+@triton.jit
+def store_narrow(ptr, n, value, mask):
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    tl.store(ptr + n, value.to(ptr.dtype.element_ty), mask=mask)
+
+
 # ---- where a program stands in [Z0, Z1, rows, columns] -------------------------------------------
 
 

@@ -40,11 +40,11 @@ from .machine_kernels import (
     head_offset,
     hidden_of,
     keep,
-    padded,
     read_out,
     softmax_of,
     softplus,
     start_anew,
+    started,
     this_row,
     vector,
 )
@@ -136,6 +136,8 @@ def dnc_forward(
         allocation_gate_at, write_gate_at, mode_at, write_mask_at, read_mask_at, sharpness_at,
         strength_at,
     ) = head_parts(reads, writes, width, MASKS, SHARPEN, LINKS)  # fmt: skip
+    initial = (initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr)
+    state = (cell_ptr, reads_ptr)
 
     for t in tl.range(0, length, disable_licm=True):
         row = b + t * batch
@@ -143,15 +145,9 @@ def dnc_forward(
         kept_ptr = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
-            cut = tl.load(reset_ptr + row) != 0
-            memory = tl.load(
-                padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
-            )
+            memory, cut = started(memory, reset_ptr + row, initial_memory_ptr, there, BN, BW)
             if cut:
-                start_anew(
-                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
-                    reads_ptr, states, read_width, LSTM, BC,
-                )  # fmt: skip
+                start_anew(initial, state, old, states, read_width, LSTM, BC)
                 copy(initial_usage_ptr, usage_ptr, slots, BC)
                 if LINKS:
                     copy(initial_link_ptr, link_ptr, writes * slots * slots, 8 * BC)

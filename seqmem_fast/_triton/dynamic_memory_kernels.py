@@ -59,8 +59,7 @@ def dynamic_memory_forward(
     memory_b,  # stride of the memory's rows, 0 where shared
     weight_t,  # from a weight's row to the next
     width,
-    ACC: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
@@ -163,8 +162,7 @@ def dynamic_memory_backward(
     batch, slots, hops, memory_b, weight_t, width,
     a_0, a_1, a_2,  # strides of grad_attention
     f_0, f_1, f_2,  # strides of grad_final
-    ACC: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)

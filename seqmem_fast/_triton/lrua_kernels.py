@@ -107,6 +107,8 @@ def lrua_forward(
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
     size = head_size(width, OWN, STRENGTH)
+    initial = (initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr)
+    state = (cell_ptr, reads_ptr)
 
     for t in range(length):
         row = b + t * batch
@@ -119,10 +121,7 @@ def lrua_forward(
             usage = tl.load(initial_usage_ptr + n, mask=there & cut, other=usage)
             if cut:
                 copy(initial_memory_ptr, memory_ptr, BN * BW, BC)
-                start_anew(
-                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
-                    reads_ptr, states, read_width, LSTM, BC,
-                )  # fmt: skip
+                start_anew(initial, state, old, states, read_width, LSTM, BC)
                 copy(initial_read_weights_ptr, read_weights_ptr, heads * slots, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
@@ -237,6 +236,8 @@ def lrua_backward(
     memories_ptr += b * segment * BN * BW
     d_memory_ptr += b * BN * BW
 
+    grads = (d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr)
+    of_initial = (i_hidden_ptr, i_cell_ptr, i_memory_ptr, i_reads_ptr)
     segments = tl.cdiv(length, segment)
     for passed in range(segments):
         begin = (segments - 1 - passed) * segment
@@ -347,11 +348,7 @@ def lrua_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    hand_over(
-                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
-                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
-                        BC,
-                    )  # fmt: skip
+                    hand_over(grads, of_initial, b, states, read_width, LSTM, BN, BW, BC)
                     to = i_read_weights_ptr + b * heads * slots
                     move(d_read_weights_ptr, to, heads * slots, BC)
                 tl.debug_barrier()

@@ -26,6 +26,20 @@ from .lstm_step import VARYING, row_of
 
 
 @triton.jit
+def _rows(lengths_ptr, steps, batch, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A program's batch rows and their lengths, 0 beyond the batch; its units, which of them there
+    are [1, BLOCK_H], and the same of rows that there are [BLOCK_B, BLOCK_H]."""
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.arange(0, BLOCK_H)
+    if lengths_ptr is None:
+        length = tl.where(b < batch, steps, 0)
+    else:
+        length = tl.load(lengths_ptr + b, mask=b < batch, other=0).to(tl.int32)
+    unit = (n < H)[None, :]
+    return b, length, n, unit, (b < batch)[:, None] & unit
+
+
+@triton.jit
 def _load_units(ptr, row, n, mask, H, width: tl.constexpr, gate: tl.constexpr):
     """[BLOCK_B, BLOCK_H] of one gate out of rows of width * H elements."""
     return tl.load(ptr + row[:, None] * (width * H) + (gate * H + n)[None, :], mask=mask, other=0.0)
@@ -77,17 +91,9 @@ def lstm_forward_on_chip(
     gates_ptr,  # [rows, 4H] or None; may be z_ptr
     cells_ptr,  # [rows, H] or None
     steps, batch, t_stride, b_stride, reverse, H,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    if lengths_ptr is None:
-        length = tl.where(b < batch, steps, 0)
-    else:
-        length = tl.load(lengths_ptr + b, mask=b < batch, other=0).to(tl.int32)
-    unit = (n < H)[None, :]
-    known = (b < batch)[:, None] & unit
+    b, length, n, unit, known = _rows(lengths_ptr, steps, batch, H, BLOCK_B, BLOCK_H)
 
     if DOT:
         w_i = _weights(w_ptr, 0, H, BLOCK_H, True)
@@ -198,17 +204,9 @@ def lstm_backward_on_chip(
     grad_hx_ptr,  # [B, H] or None
     grad_cx_ptr,  # [B, H] or None
     steps, batch, t_stride, b_stride, reverse, H,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    if lengths_ptr is None:
-        length = tl.where(b < batch, steps, 0)
-    else:
-        length = tl.load(lengths_ptr + b, mask=b < batch, other=0).to(tl.int32)
-    unit = (n < H)[None, :]
-    known = (b < batch)[:, None] & unit
+    b, length, n, unit, known = _rows(lengths_ptr, steps, batch, H, BLOCK_B, BLOCK_H)
 
     if DOT:
         w_i = _weights(w_ptr, 0, H, BLOCK_H, False)

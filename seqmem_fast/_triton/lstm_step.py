@@ -48,12 +48,16 @@ def row_of(offsets_ptr, t, b, t_stride, b_stride):
 
 
 @triton.jit
-def _lengths(lengths_ptr, b, batch, steps):
-    """[BLOCK_B] lengths; 0 beyond the batch, so that no row there is ever active."""
+def _tile(lengths_ptr, block, steps, batch, width, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Rows b of a block of the batch and their lengths, 0 beyond the batch, so that none there is
+    ever active; units n [1, BLOCK_H] of the program, and which of both there are."""
+    b = block.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     if lengths_ptr is None:
-        return tl.where(b < batch, steps, 0).to(tl.int64)
+        length = tl.where(b < batch, steps, 0).to(tl.int64)
     else:
-        return tl.load(lengths_ptr + b, mask=b < batch, other=0)
+        length = tl.load(lengths_ptr + b, mask=b < batch, other=0)
+    return b, length, n, (b < batch)[:, None] & (n < width)
 
 
 @triton.jit
@@ -77,13 +81,11 @@ def lstm_forward_step(
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
     t, row0, steps, batch, t_stride, b_stride, reverse, width,
-    PROJECTED: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    PROJECTED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
     unit = row * width + n
@@ -149,10 +151,9 @@ def lstm_store_projected(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """What lstm_forward_step does with h where there is no projection."""
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
     state = b[:, None] * width + n
@@ -193,14 +194,12 @@ def lstm_gather_grad_projected(
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
     t, row0, steps, batch, t_stride, b_stride, reverse, width,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the projected h of one step."""
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
     d_p = _grad_h(grad_output_ptr, grad_hy_ptr, from_next_ptr, reset_ptr, row, b, n,
                   known & (t < length)[:, None], t, length, t_stride, b_stride, reverse, width,
@@ -224,13 +223,11 @@ def lstm_backward_step(
     reset_ptr,  # [rows] uint8 or None
     dz_ptr,  # [rows, 4H]
     t, row0, prev_row0, steps, batch, t_stride, b_stride, reverse, width,
-    PROJECTED: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    PROJECTED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     live = known & active
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
@@ -301,10 +298,9 @@ def lstm_entering_state(
 ):  # fmt: skip
     """h as it enters every step: what the gradient of weight_hh multiplies dz with."""
     t = tl.program_id(0) // blocks
-    b = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0) % blocks, steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     row = row_of(offsets_ptr, t, b, t_stride, b_stride)[:, None]
     t_prev = tl.minimum(tl.maximum(t + 2 * reverse - 1, 0), steps - 1)

@@ -133,20 +133,9 @@ def ntm_address(
 @triton.jit(do_not_specialize=VARYING)
 def ntm_address_backward(
     grad_ptr,  # [B, H, N]
-    memory_ptr,  # [B, N, M]
-    key_ptr,  # [B, H, M]
-    beta_ptr,  # [B, H]
-    gate_ptr,  # [B, H], or None and the rest too: content addressing
-    shift_ptr,  # [B, H, S]
-    gamma_ptr,  # [B, H]
-    prev_ptr,  # [B, H, N]
-    d_memory_ptr,  # the gradients, dense, as what they belong to
-    d_key_ptr,
-    d_beta_ptr,
-    d_gate_ptr,
-    d_shift_ptr,
-    d_gamma_ptr,
-    d_prev_ptr,
+    memory_ptr, key_ptr, beta_ptr, gate_ptr, shift_ptr, gamma_ptr, prev_ptr,
+    # The gradients, dense, as what they belong to.
+    d_memory_ptr, d_key_ptr, d_beta_ptr, d_gate_ptr, d_shift_ptr, d_gamma_ptr, d_prev_ptr,
     count, slots, width, taps,
     ACC: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,

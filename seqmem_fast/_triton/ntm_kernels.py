@@ -42,6 +42,7 @@ from .machine_kernels import (
     softmax_of,
     softplus,
     start_anew,
+    started,
     this_row,
     vector,
     with_trace,
@@ -137,6 +138,8 @@ def ntm_forward(
     cell_ptr += b * states
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
+    initial = (initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr)
+    state = (cell_ptr, reads_ptr)
 
     for t in range(length):
         row = b + t * batch
@@ -144,15 +147,9 @@ def ntm_forward(
         kept = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
-            cut = tl.load(reset_ptr + row) != 0
-            memory = tl.load(
-                padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
-            )
+            memory, cut = started(memory, reset_ptr + row, initial_memory_ptr, there, BN, BW)
             if cut:
-                start_anew(
-                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
-                    reads_ptr, states, read_width, LSTM, BC,
-                )  # fmt: skip
+                start_anew(initial, state, old, states, read_width, LSTM, BC)
                 copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
@@ -250,6 +247,8 @@ def ntm_backward(
     memories_ptr += b * segment * BN * BW
     d_memory_ptr += b * BN * BW
 
+    grads = (d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr)
+    of_initial = (i_hidden_ptr, i_cell_ptr, i_memory_ptr, i_reads_ptr)
     segments = tl.cdiv(length, segment)
     for passed in range(segments):
         begin = (segments - 1 - passed) * segment
@@ -359,11 +358,7 @@ def ntm_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    hand_over(
-                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
-                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
-                        BC,
-                    )  # fmt: skip
+                    hand_over(grads, of_initial, b, states, read_width, LSTM, BN, BW, BC)
                     to = i_weightings_ptr + b * heads * slots
                     move(d_weightings_ptr, to, heads * slots, BC)
                 tl.debug_barrier()
