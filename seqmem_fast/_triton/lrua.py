@@ -24,20 +24,8 @@ from torch import Tensor
 from ..ops.lrua import _plain, _vjp
 from ..reference.lrua import LRUAState
 from . import lrua_kernels as kernels
+from . import machine
 from .common import dense, launcher
-from .machine import (
-    SHORTEST_SEGMENT,
-    Backward,
-    Call,
-    Forward,
-    Machine,
-    Sizes,
-    answer,
-    fits,
-    padded,
-    plain_backward,
-    plain_forward,
-)
 
 _LEARNS = [name for name in LRUAState._fields if name != "usage"]  # parts that have a gradient
 
@@ -52,15 +40,17 @@ class Options(NamedTuple):
     gamma: float
 
 
-class _Sizes(Sizes):
-    def __init__(self, input: Tensor, state: LRUAState, given: Machine, options: Options) -> None:
+class _Sizes(machine.Sizes):
+    def __init__(
+        self, input: Tensor, state: LRUAState, given: machine.Machine, options: Options
+    ) -> None:
         self.heads, self.options = state.read_weights.shape[1], options
         weights = given.head_weight, given.controller
         super().__init__(input, state.memory, *weights, options.lstm, self.heads)
 
     @property
     def on_chip(self) -> bool:
-        return fits(self.slots, self.width)
+        return machine.fits(self.slots, self.width)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         found = super().arguments(dtype)
@@ -78,18 +68,17 @@ class _Sizes(Sizes):
 def lrua(
     input: Tensor,
     state: Sequence[Tensor],
-    given: Machine,
+    given: machine.Machine,
     options: Options,
     trace: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::lrua` on GPU."""
-    controller, head_weight, head_bias, initial, lengths, reset = given
     first = LRUAState(*state)
     size = _Sizes(input, first, given, options)
-    parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
+    parts = -(-size.steps // machine.SHORTEST_SEGMENT) if save else 0
     rows = size.steps if save else 1, size.batch
-    call = Call("lrua", input, first, controller, initial, lengths, reset)
+    call = machine.Call("lrua", input, first, given)
     record = call.make(*rows, size.record, dtype=call.dtype)
     chosen = call.make(*rows, size.heads, dtype=torch.int64)
     checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
@@ -99,11 +88,11 @@ def lrua(
         usage_trace = call.make(*weightings[:2], size.slots) if trace else None
         write_trace = call.make(*weightings) if trace else None
         read_trace = call.make(*weightings) if trace or save else None
-        forward = Forward(size, call, "cell", "usage", "read_weights", "reads")
-        memory = padded(first.memory.to(call.dtype))
+        forward = machine.Forward(size, call, "cell", "usage", "read_weights", "reads")
+        memory = machine.padded(first.memory.to(call.dtype))
         if size.batch:
             kernels.lrua_forward[(size.batch,)](
-                **forward.arguments(head_weight, head_bias),
+                **forward.arguments(given.head_weight, given.head_bias),
                 memory_ptr=memory,
                 features_ptr=features,
                 usage_trace_ptr=usage_trace,
@@ -119,8 +108,8 @@ def lrua(
         last = forward.last(memory[:, : size.slots, : size.width])
         traces = [usage_trace, write_trace, read_trace]
     else:
-        arguments = input, state, *given[:4], call.lengths, reset, *options, trace, save
-        found = plain_forward(_plain, call, arguments)
+        arguments = input, state, *given._replace(lengths=call.lengths), *options, trace, save
+        found = machine.plain_forward(_plain, call, arguments)
         features, last = found[0], found[1:-3]
         traces = [*(a if trace else None for a in found[-3:-1])]
         traces.append(found[-1] if trace or save else None)
@@ -142,7 +131,7 @@ def lrua_backward(
     grad_read_trace: Tensor | None,
     input: Tensor,
     state: Sequence[Tensor],
-    given: Machine,
+    given: machine.Machine,
     features: Tensor,
     read_trace: Tensor,
     slots: Tensor,
@@ -152,18 +141,17 @@ def lrua_backward(
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::lrua_backward` on GPU."""
-    controller, head_weight, _, initial, lengths, reset = given
     grads = grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads
     first = LRUAState(*state)
     size = _Sizes(input, first, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
     learns = [name in _LEARNS for name in LRUAState._fields]
     wanted = [of_input, *(of_state and part for part in learns), of_weights, of_weights]
-    wanted += [of_initial and part for part in learns[: len(initial)]]
-    wanted += [of_weights] * len(controller)
-    call = Call("lrua", input, first, controller, initial, lengths, reset)
+    wanted += [of_initial and part for part in learns[: len(given.initial)]]
+    wanted += [of_weights] * len(given.controller)
+    call = machine.Call("lrua", input, first, given)
     if size.on_chip:
-        back = Backward(size, call, head_weight, _LEARNS, grads)
+        back = machine.Backward(size, call, given.head_weight, _LEARNS, grads)
         if size.batch:
             kernels.lrua_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),
@@ -181,7 +169,8 @@ def lrua_backward(
         found = [first_grad, *parts, *of_heads, *starts, *weights]
     else:
         of_traces = grad_write_trace, grad_read_trace
-        arguments = grad_features, *grads, *of_traces, input, state, *given[:4], call.lengths, reset
+        clamped = given._replace(lengths=call.lengths)
+        arguments = grad_features, *grads, *of_traces, input, state, *clamped
         rest = features, read_trace, slots, saved, checkpoints, *options, output_mask
-        found = plain_backward(_vjp, call, (*arguments, *rest))
-    return answer(found, wanted, input)
+        found = machine.plain_backward(_vjp, call, (*arguments, *rest))
+    return machine.answer(found, wanted, input)

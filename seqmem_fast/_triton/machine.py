@@ -194,14 +194,12 @@ class Call:
         self,
         op: str,
         input: Tensor,
-        state: Any,  # the op's NamedTuple
-        controller: Sequence[Tensor],
-        initial: Sequence[Tensor],
-        lengths: Tensor | None,
-        reset: Tensor | None,
+        state: Any,  # the op's NamedTuple, as `given`: a Machine, or what has these of its fields
+        given: Any,
     ) -> None:
-        self.input, self.state, self.controller = input, state, controller
-        self.initial, self.reset, self.dtype = initial, reset, wide(input.dtype)
+        self.input, self.state, self.controller = input, state, given.controller
+        self.initial, self.reset, self.dtype = given.initial, given.reset, wide(input.dtype)
+        lengths = given.lengths
         if lengths is not None:
             lengths = row_lengths(op, lengths, input.device, input.shape[0])
         self.lengths = lengths

@@ -24,20 +24,9 @@ from torch import Tensor
 
 from ..ops.ntm import _plain, _vjp
 from ..reference.ntm_addressing import NTMState
+from . import machine
 from . import ntm_kernels as kernels
 from .common import dense, launcher
-from .machine import (
-    SHORTEST_SEGMENT,
-    Backward,
-    Call,
-    Forward,
-    Machine,
-    Sizes,
-    answer,
-    fits,
-    plain_backward,
-    plain_forward,
-)
 
 _MOST_HEADS = 31  # bits of an integer
 
@@ -55,8 +44,10 @@ class Options(NamedTuple):
         return sum(1 << k for k, head in enumerate(self.heads) if head == "w")
 
 
-class _Sizes(Sizes):
-    def __init__(self, input: Tensor, memory: Tensor, given: Machine, options: Options) -> None:
+class _Sizes(machine.Sizes):
+    def __init__(
+        self, input: Tensor, memory: Tensor, given: machine.Machine, options: Options
+    ) -> None:
         reads = options.heads.count("r")
         weights = given.head_weight, given.controller
         super().__init__(input, memory, *weights, options.lstm, reads)
@@ -65,7 +56,7 @@ class _Sizes(Sizes):
 
     @property
     def on_chip(self) -> bool:
-        return fits(self.slots, self.width) and self.heads <= _MOST_HEADS
+        return machine.fits(self.slots, self.width) and self.heads <= _MOST_HEADS
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -80,24 +71,28 @@ class _Sizes(Sizes):
 
 @launcher
 def ntm(
-    input: Tensor, state: NTMState, given: Machine, options: Options, trace: bool, save: bool
+    input: Tensor,
+    state: NTMState,
+    given: machine.Machine,
+    options: Options,
+    trace: bool,
+    save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm` on GPU."""
-    controller, head_weight, head_bias, initial, lengths, reset = given
     size = _Sizes(input, state.memory, given, options)
-    parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
-    call = Call("ntm", input, state, controller, initial, lengths, reset)
+    parts = -(-size.steps // machine.SHORTEST_SEGMENT) if save else 0
+    call = machine.Call("ntm", input, state, given)
     record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
     checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
     if size.on_chip:
         features = call.make(size.steps, size.batch, size.control + size.read_width)
         weightings_of = size.steps, size.batch, size.heads, size.slots
         every = call.make(*weightings_of) if trace or save else None
-        forward = Forward(size, call, "cell", "weightings", "reads")
+        forward = machine.Forward(size, call, "cell", "weightings", "reads")
         memory_out = torch.empty_like(state.memory, memory_format=torch.contiguous_format)
         if size.batch:
             kernels.ntm_forward[(size.batch,)](
-                **forward.arguments(head_weight, head_bias),
+                **forward.arguments(given.head_weight, given.head_bias),
                 memory_ptr=state.memory.contiguous(),
                 features_ptr=features,
                 memory_out_ptr=memory_out,
@@ -109,8 +104,10 @@ def ntm(
             )
         last = forward.last(memory_out)
     else:
-        features, *last, every = plain_forward(
-            _plain, call, (input, *state, *given[:4], call.lengths, reset, *options, trace, save)
+        features, *last, every = machine.plain_forward(
+            _plain,
+            call,
+            (input, *state, *given._replace(lengths=call.lengths), *options, trace, save),
         )
         every = every if trace or save else None
     none = input.new_empty(0)
@@ -129,7 +126,7 @@ def ntm_backward(
     grad_trace: Tensor | None,
     input: Tensor,
     state: NTMState,
-    given: Machine,
+    given: machine.Machine,
     features: Tensor,
     trace: Tensor,
     saved: Tensor,
@@ -138,15 +135,14 @@ def ntm_backward(
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::ntm_backward` on GPU."""
-    controller, head_weight, _, initial, lengths, reset = given
     grads = grad_hidden, grad_cell, grad_memory, grad_weightings, grad_reads
     size = _Sizes(input, state.memory, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
-    wanted = [of_input, *[of_state] * 5, *[of_weights] * 2, *[of_initial] * len(initial)]
-    wanted += [of_weights] * len(controller)
-    call = Call("ntm", input, state, controller, initial, lengths, reset)
+    wanted = [of_input, *[of_state] * 5, *[of_weights] * 2, *[of_initial] * len(given.initial)]
+    wanted += [of_weights] * len(given.controller)
+    call = machine.Call("ntm", input, state, given)
     if size.on_chip:
-        back = Backward(size, call, head_weight, NTMState._fields, grads)
+        back = machine.Backward(size, call, given.head_weight, NTMState._fields, grads)
         if size.batch:
             kernels.ntm_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),
@@ -161,7 +157,9 @@ def ntm_backward(
         first, parts, starts, of_heads, weights = back.results(features, saved)
         found = [first, *parts, *of_heads, *starts, *weights]
     else:
-        arguments = grad_features, *grads, grad_trace, input, *state, *given[:4]
+        arguments = grad_features, *grads, grad_trace, input, *state
         rest = features, trace, saved, checkpoints, *options, output_mask
-        found = plain_backward(_vjp, call, (*arguments, call.lengths, reset, *rest))
-    return answer(found, wanted, input)
+        found = machine.plain_backward(
+            _vjp, call, (*arguments, *given._replace(lengths=call.lengths), *rest)
+        )
+    return machine.answer(found, wanted, input)
