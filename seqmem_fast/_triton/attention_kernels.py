@@ -152,13 +152,13 @@ def _grad_weights(g, v_ptr, v_t, grad_weights_ptr, g_i, g_j, i, j, queries, keys
 @triton.jit
 def _weights_gradient(j, given, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       BV: tl.constexpr):  # fmt: skip
-    """The weights of keys j, and P."""
-    g, v_ptr, v_t, weights_ptr, grad_ptr, g_i, g_j, i, queries, keys, value_width = given
+    """The weights of keys j and P; where in the weights they are, and whether."""
+    g, v_ptr, v_t, weights_ptr, grad_ptr, g_i, g_j, z, i, queries, keys, value_width = given
     there = (i < queries)[:, None] & (j < keys)[None, :]
-    w = tl.load(weights_ptr + i[:, None] * keys + j[None, :], mask=there, other=0.0)
+    at = z * queries * keys + i[:, None] * keys + j[None, :]
     p = _grad_weights(g, v_ptr, v_t, grad_ptr, g_i, g_j, i, j, queries, keys, value_width,
                       PRECISION, BM, BN, BV)  # fmt: skip
-    return w.to(tl.float32), p
+    return tl.load(weights_ptr + at, mask=there, other=0.0).to(tl.float32), p, at, there
 
 
 @triton.jit(do_not_specialize=("scale", *VARYING))
@@ -188,25 +188,22 @@ def attention_backward_rows(
                      value_width, BV)  # fmt: skip
 
     given = (
-        g, v_ptr, v_t, weights_ptr + z * queries * keys, grad_weights_ptr, g_i, g_j, i, queries,
-        keys, value_width,
+        g, v_ptr, v_t, weights_ptr, grad_weights_ptr, g_i, g_j, z, i, queries, keys, value_width,
     )  # fmt: skip
     delta = tl.zeros([BM], tl.float32)
     for start in range(0, keys, BN):
         j = start + tl.arange(0, BN)
-        w, p = _weights_gradient(j, given, PRECISION, BM, BN, BV)
+        w, p, _, _ = _weights_gradient(j, given, PRECISION, BM, BN, BV)
         delta += tl.sum(w * p, axis=1)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
 
     grad_q = tl.zeros([BM, BD], tl.float32)
     for start in range(0, keys, BN):
         j = start + tl.arange(0, BN)
-        w, p = _weights_gradient(j, given, PRECISION, BM, BN, BV)
-        there = (i < queries)[:, None] & (j < keys)[None, :]
+        w, p, at, there = _weights_gradient(j, given, PRECISION, BM, BN, BV)
         ds = unmasked(w * (p - delta[:, None]), mask_ptr, i, j, m_i, m_j, there)
         if grad_scores_ptr is not None:
-            at = grad_scores_ptr + z * queries * keys + i[:, None] * keys + j[None, :]
-            tl.store(at, ds.to(grad_scores_ptr.dtype.element_ty), mask=there)
+            tl.store(grad_scores_ptr + at, ds.to(grad_scores_ptr.dtype.element_ty), mask=there)
         if grad_q_ptr is not None:
             k = _rows_of(k_ptr, j, keys, k_t, width, BD)
             grad_q += _product(ds.to(k.dtype), k, PRECISION)

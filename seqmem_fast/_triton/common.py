@@ -191,6 +191,24 @@ def tanh(x):
 
 
 @triton.jit
+def load_gates(ptr, at, width, mask, ACC: tl.constexpr):
+    """i, f, g and o, `width` apart."""
+    i = tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+    f = tl.load(ptr + at + width, mask=mask, other=0.0).to(ACC)
+    g = tl.load(ptr + at + 2 * width, mask=mask, other=0.0).to(ACC)
+    return i, f, g, tl.load(ptr + at + 3 * width, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_gates(ptr, i, f, g, o, at, width, mask):
+    out_type = ptr.dtype.element_ty
+    tl.store(ptr + at, i.to(out_type), mask=mask)
+    tl.store(ptr + at + width, f.to(out_type), mask=mask)
+    tl.store(ptr + at + 2 * width, g.to(out_type), mask=mask)
+    tl.store(ptr + at + 3 * width, o.to(out_type), mask=mask)
+
+
+@triton.jit
 def lstm_point(z_i, z_f, z_g, z_o, c_prev):
     """Pre-activations and c_{t-1} to (i, f, g, o, c, h): c = f c_{t-1} + i g, h = o tanh(c)."""
     i = sigmoid(z_i)

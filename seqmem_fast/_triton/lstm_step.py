@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import lstm_point, lstm_point_backward
+from .common import load_gates, lstm_point, lstm_point_backward, store_gates
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = (
@@ -61,24 +61,6 @@ def _tile(lengths_ptr, block, steps, batch, width, BLOCK_B: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _load_gates(ptr, at, width, mask, ACC: tl.constexpr):
-    """All four gates, `width` apart."""
-    i = tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
-    f = tl.load(ptr + at + width, mask=mask, other=0.0).to(ACC)
-    g = tl.load(ptr + at + 2 * width, mask=mask, other=0.0).to(ACC)
-    return i, f, g, tl.load(ptr + at + 3 * width, mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _store_gates(ptr, i, f, g, o, at, width, mask):
-    out_type = ptr.dtype.element_ty
-    tl.store(ptr + at, i.to(out_type), mask=mask)
-    tl.store(ptr + at + width, f.to(out_type), mask=mask)
-    tl.store(ptr + at + 2 * width, g.to(out_type), mask=mask)
-    tl.store(ptr + at + 3 * width, o.to(out_type), mask=mask)
-
-
-@triton.jit
 def _cut(reset_ptr, seam, b, length, t_stride, b_stride):
     """Whether reset cuts the state at `seam`, the boundary between steps seam - 1 and seam."""
     at = seam.to(tl.int64) * t_stride + b * b_stride
@@ -110,12 +92,12 @@ def lstm_forward_step(
     gate = row * (4 * width) + n
     state = b[:, None] * width + n
 
-    z_i, z_f, z_g, z_o = _load_gates(z_ptr, gate, width, known, ACC)
+    z_i, z_f, z_g, z_o = load_gates(z_ptr, gate, width, known, ACC)
     if bias_ih_ptr is not None:
-        b_i, b_f, b_g, b_o = _load_gates(bias_ih_ptr, n, width, n < width, ACC)
+        b_i, b_f, b_g, b_o = load_gates(bias_ih_ptr, n, width, n < width, ACC)
         z_i, z_f, z_g, z_o = z_i + b_i, z_f + b_f, z_g + b_g, z_o + b_o
     if bias_hh_ptr is not None:
-        b_i, b_f, b_g, b_o = _load_gates(bias_hh_ptr, n, width, n < width, ACC)
+        b_i, b_f, b_g, b_o = load_gates(bias_hh_ptr, n, width, n < width, ACC)
         z_i, z_f, z_g, z_o = z_i + b_i, z_f + b_f, z_g + b_g, z_o + b_o
     if c_in_ptr is None:
         c_prev = tl.zeros([BLOCK_B, BLOCK_H], ACC)
@@ -127,7 +109,7 @@ def lstm_forward_step(
     if gates_ptr is not None:
         i, f = tl.where(active, i, 0.0), tl.where(active, f, 0.0)
         g, o = tl.where(active, g, 0.0), tl.where(active, o, 0.0)
-        _store_gates(gates_ptr, i, f, g, o, gate, width, known)
+        store_gates(gates_ptr, i, f, g, o, gate, width, known)
     if cells_ptr is not None:
         value = tl.where(active, c, 0.0).to(cells_ptr.dtype.element_ty)
         tl.store(cells_ptr + unit, value, mask=known)
@@ -258,7 +240,7 @@ def lstm_backward_step(
     d_g = 0.0
     d_o = 0.0
     if grad_gates_ptr is not None:
-        d_i, d_f, d_g, d_o = _load_gates(grad_gates_ptr, gate, width, live, ACC)
+        d_i, d_f, d_g, d_o = load_gates(grad_gates_ptr, gate, width, live, ACC)
 
     first = (t == tl.where(reverse != 0, length - 1, 0))[:, None]
     prev_row = (prev_row0.to(tl.int64) + b * b_stride)[:, None]
@@ -268,14 +250,14 @@ def lstm_backward_step(
     if reset_ptr is not None:
         cut = _cut(reset_ptr, t + reverse, b, length, t_stride, b_stride)[:, None]
         c_prev = tl.where(cut, 0.0, c_prev)
-    i, f, g, o = _load_gates(gates_ptr, gate, width, live, ACC)
+    i, f, g, o = load_gates(gates_ptr, gate, width, live, ACC)
     c = tl.load(cells_ptr + row * width + n, mask=live, other=0.0).to(ACC)
 
     # All loads of rows that are not active gave 0, and so their dz is 0.
     dz_i, dz_f, dz_g, dz_o, d_c_prev = lstm_point_backward(
         i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o
     )
-    _store_gates(dz_ptr, dz_i, dz_f, dz_g, dz_o, gate, width, known)
+    store_gates(dz_ptr, dz_i, dz_f, dz_g, dz_o, gate, width, known)
     if d_c_out_ptr is not None:
         if reset_ptr is not None:
             d_c_prev = tl.where(cut, 0.0, d_c_prev)
