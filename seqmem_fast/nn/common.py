@@ -33,7 +33,7 @@ class MemoryNetwork(nn.Module, Generic[State]):
 
     def __init__(
         self,
-        sizes: tuple[int, int, int, int, int],  # of input, output, controller, memory and slots
+        sizes: tuple[int, int, int, int, int],  # of input, output, controller, N and M
         controller: str,
         num_layers: int,
         batch_first: bool,
