@@ -43,6 +43,7 @@ SHARED = {
     "machine_kernels",
     "normalizers",
     "sparse_attention",
+    "sparse_attention_gradients",
     "sparse_attention_kernels",
 }  # the files of a room that belong to no single op
 

@@ -26,7 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, as_bytes, launcher, masked_scores, strides, tanh, two_leading, wide
+from .common import (
+    accumulator,
+    as_bytes,
+    launcher,
+    masked_scores,
+    moved,
+    place,
+    strides,
+    tanh,
+    two_leading,
+    wide,
+)
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "own", "others", "heads", "blocks", "width_blocks")
@@ -62,27 +73,20 @@ def additive_scores(
     v_ptr,  # [A]
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     scores_ptr,  # [Z0 * Z1, Tq, Tk], dense, of the wide dtype
-    queries,
-    keys,
-    width,
+    queries, keys, width,
     heads,  # Z1
     blocks,  # of queries
     q_0, q_1, q_t,
     k_0, k_1, k_t,
     m_0, m_1, m_i, m_j,
     ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """Masked scores of BM queries and BN keys, BA features at a time, whose sums come last."""
-    z = (tl.program_id(0) // blocks).to(tl.int64)
-    z_0 = z // heads
-    z_1 = z % heads
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    z, i = place(blocks, BM)
     j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    q_at = q_ptr + z_0 * q_0 + z_1 * q_1 + i[:, None] * q_t
-    k_at = k_ptr + z_0 * k_0 + z_1 * k_1 + j[:, None] * k_t
+    q_at = moved(q_ptr, z, heads, q_0, q_1) + i[:, None] * q_t
+    k_at = moved(k_ptr, z, heads, k_0, k_1) + j[:, None] * k_t
     parts = tl.zeros([BM, BN, BA], ACC)
     for start in range(0, width, BA):
         a = start + tl.arange(0, BA)
@@ -92,8 +96,7 @@ def additive_scores(
         v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
         parts += v[None, None, :] * tanh(q[:, None, :] + k[None, :, :])
     s = tl.sum(parts, axis=2)
-    if mask_ptr is not None:
-        mask_ptr += z_0 * m_0 + z_1 * m_1
+    mask_ptr = moved(mask_ptr, z, heads, m_0, m_1)
     there = (i < queries)[:, None] & (j < keys)[None, :]
     s = masked_scores(s, mask_ptr, i, j, m_i, m_j, there, there)
     tl.store(scores_ptr + (z * queries + i[:, None]) * keys + j[None, :], s, mask=there)
@@ -107,30 +110,22 @@ def additive_backward(
     grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], of the wide dtype
     grad_own_ptr,  # [Z0 * Z1, own, A], dense, or None
     grad_v_ptr,  # [Z0 * Z1 * blocks, A] partial sums of the wide dtype, or None
-    own,
-    others,
-    width,
-    heads,
+    own, others, width, heads,
     blocks,  # of own
     own_0, own_1, own_t,
     other_0, other_1, other_t,
     s_own, s_other,  # strides of grad_scores
     ACC: tl.constexpr,
-    BM: tl.constexpr,
-    BO: tl.constexpr,
-    BA: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BA: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BM own rows and BA features over all others, BO at a time."""
-    z = (tl.program_id(0) // blocks).to(tl.int64)
-    z_0 = z // heads
-    z_1 = z % heads
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
+    z, i = place(blocks, BM)
     a = tl.program_id(1) * BA + tl.arange(0, BA)
     mine = (i < own)[:, None] & (a < width)[None, :]
-    at = own_ptr + z_0 * own_0 + z_1 * own_1 + i[:, None] * own_t + a[None, :]
+    at = moved(own_ptr, z, heads, own_0, own_1) + i[:, None] * own_t + a[None, :]
     x = tl.load(at, mask=mine, other=0.0).to(ACC)
     v = tl.load(v_ptr + a, mask=a < width, other=0.0).to(ACC)
-    other_ptr += z_0 * other_0 + z_1 * other_1
+    other_ptr = moved(other_ptr, z, heads, other_0, other_1)
     ds_at = grad_scores_ptr + z * own * others + i[:, None] * s_own
     grads = tl.zeros([BM, BO, BA], ACC)
     grads_v = tl.zeros([BM, BO, BA], ACC)
@@ -154,10 +149,21 @@ def additive_backward(
         tl.store(to, tl.sum(grad_v, axis=0), mask=a < width)
 
 
+class Operands(NamedTuple):
+    """Of both ops."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    score_weight: Tensor
+    mask: Tensor | None
+
+
 class _Call:
     """One call's sizes, and its arguments as [Z0, Z1, rows, columns]."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, operands: Operands) -> None:
+        query, key, value, _, mask = operands
         mask_lead = () if mask is None else mask.shape[:-2]
         shapes = [t.shape[:-2] for t in (query, key, value)]
         self.lead = tuple(torch.broadcast_shapes(*shapes, mask_lead))
@@ -176,11 +182,10 @@ class _Call:
 
 
 @launcher
-def additive_attention(
-    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def additive_attention(operands: Operands) -> tuple[Tensor, Tensor]:
     """`seqmem::additive_attention` on GPU."""
-    call = _Call(query, key, value, mask)
+    call = _Call(operands)
+    query, _, value, score_weight, _ = operands
     scores = query.new_empty(*call.lead, call.queries, call.keys, dtype=wide(query.dtype))
     if scores.numel() == 0:
         output = query.new_zeros(*call.lead, call.queries, call.value_width)
@@ -215,18 +220,15 @@ def additive_attention(
 def additive_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_weight: Tensor,
-    mask: Tensor | None,
+    operands: Operands,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::additive_attention_backward` on GPU."""
+    query, key, value, score_weight, mask = operands
     of_query, of_key, of_value, of_score_weight, of_mask = output_mask
     of_mask = of_mask and mask is not None and mask.is_floating_point()
-    call = _Call(query, key, value, mask)
+    call = _Call(operands)
     dtype = query.dtype
     none = query.new_empty(0)
     w = weights.to(wide(dtype))

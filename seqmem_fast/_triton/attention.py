@@ -58,17 +58,20 @@ def tiles(width: int, dtype: torch.dtype, scores: int) -> Tiles | None:
     return Tiles(32, 32, 8) if width <= 256 else None
 
 
+class Operands(NamedTuple):
+    """Of both ops."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
 class _Call:
     """One call's sizes, and its arguments as [Z0, Z1, rows, columns]."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> None:
+    def __init__(self, operands: Operands, scale: float | None) -> None:
+        query, key, value, mask = operands
         mask_lead = () if mask is None else mask.shape[:-2]
         shapes = [t.shape[:-2] for t in (query, key, value)]
         self.lead = tuple(torch.broadcast_shapes(*shapes, mask_lead))
@@ -116,23 +119,17 @@ class _Call:
 
 @launcher
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    is_causal: bool,
-    alpha: float,
+    operands: Operands, scale: float | None, is_causal: bool, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::attention` on GPU."""
-    call = _Call(query, key, value, mask, scale)
+    call = _Call(operands, scale)
     weights = call.empty(call.queries, call.keys)
     output = call.empty(call.queries, call.value_width)
     if weights.numel() == 0:
         return output.zero_(), weights
     if alpha != 1:
-        return _sparsely(call, mask, is_causal, alpha)
-    tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
+        return _sparsely(call, operands.mask, is_causal, alpha)
+    tile = tiles(max(call.width, call.value_width), weights.dtype, weights.numel())
     if tile is None:
         _by_products(call, is_causal, output, weights)
         return output, weights
@@ -159,10 +156,7 @@ def attention(
 def attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
+    operands: Operands,
     weights: Tensor,
     scale: float | None,
     is_causal: bool,
@@ -170,7 +164,7 @@ def attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::attention_backward` on GPU: one kernel by rows, one by columns."""
-    call = _Call(query, key, value, mask, scale)
+    call, mask = _Call(operands, scale), operands.mask
     of_mask = output_mask[3] and mask is not None and mask.is_floating_point()
     wanted = (*output_mask[:3], of_mask)
     sizes = (
@@ -179,7 +173,7 @@ def attention_backward(
         (call.keys, call.value_width),
         (call.queries, call.keys),
     )
-    tile = tiles(max(call.width, call.value_width), query.dtype, weights.numel())
+    tile = tiles(max(call.width, call.value_width), weights.dtype, weights.numel())
     grads: list[Tensor | None]
     if weights.numel() == 0:
         grads = [
@@ -195,8 +189,8 @@ def attention_backward(
         ]
         _backward(call, tile, grad_output, grad_weights, weights, is_causal, grads)
     return tuple(
-        query.new_empty(0) if grad is None or like is None else grad.sum_to_size(like.shape)
-        for grad, like in zip(grads, (query, key, value, mask), strict=True)
+        weights.new_empty(0) if grad is None or like is None else grad.sum_to_size(like.shape)
+        for grad, like in zip(grads, operands, strict=True)
     )
 
 

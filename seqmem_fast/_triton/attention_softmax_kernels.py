@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .attention_kernels import VARYING
-from .common import masked_scores, softmax_step, softmax_weights, unmasked
+from .common import masked_scores, moved, place, softmax_step, softmax_weights, unmasked
 
 
 @triton.jit
@@ -37,20 +37,16 @@ def attention_softmax(
     scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: scale Q K^T
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     weights_ptr,  # [Z0 * Z1, Tq, Tk], dense; may be scores_ptr
-    queries,
-    keys,
+    queries, keys,
     heads,  # Z1
     blocks,  # of queries
     m_0, m_1, m_i, m_j,
     CAUSAL: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # of keys
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    if mask_ptr is not None:
-        mask_ptr += (z // heads) * m_0 + (z % heads) * m_1
+    z, i = place(blocks, BM)
+    mask_ptr = moved(mask_ptr, z, heads, m_0, m_1)
     scores_ptr += z * queries * keys
     weights_ptr += z * queries * keys
     m = tl.full([BM], float("-inf"), scores_ptr.dtype.element_ty)
@@ -100,22 +96,15 @@ def attention_softmax_backward(
     grad_weights_ptr,  # [Z0, Z1, Tq, Tk], or None
     mask_ptr,  # as in the forward kernel
     grad_scores_ptr,  # [Z0 * Z1, Tq, Tk], dense: dS; may be p_ptr
-    queries,
-    keys,
-    heads,
-    blocks,
+    queries, keys, heads, blocks,
     g_0, g_1, g_i, g_j,
     m_0, m_1, m_i, m_j,
     ONE_BLOCK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    if mask_ptr is not None:
-        mask_ptr += (z // heads) * m_0 + (z % heads) * m_1
-    if grad_weights_ptr is not None:
-        grad_weights_ptr += (z // heads) * g_0 + (z % heads) * g_1
+    z, i = place(blocks, BM)
+    mask_ptr = moved(mask_ptr, z, heads, m_0, m_1)
+    grad_weights_ptr = moved(grad_weights_ptr, z, heads, g_0, g_1)
     p_ptr += z * queries * keys
     weights_ptr += z * queries * keys
     grad_scores_ptr += z * queries * keys

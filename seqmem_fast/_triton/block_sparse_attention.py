@@ -19,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.block_sparse_attention import _plain
+from ..ops.block_sparse_attention import Operands, Options, _plain
+from ..ops.common import Rule
 from . import block_sparse_attention_kernels as kernels
 from .common import launcher, of_dropout, only, product_precision, through_reference, wide
 from .normalizers import SOFTMAX, of_normalizer
@@ -41,25 +42,17 @@ def _part(size: int, q: Tensor) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
-def _common(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block: tuple[int, int],
-    scale: float | None,
-    alpha: float,
-    dropout: float,
-) -> dict[str, Any]:
+def _common(operands: Operands, options: Options, rule: Rule) -> dict[str, Any]:
     """What every kernel takes."""
+    q, k, v, blocks, *block = operands
     queries, keys = q.shape[2], k.shape[2]
     flat = blocks.contiguous().flatten(0, 1)
     rows = triton.cdiv(queries, block[0])
     row = flat[..., 0]
     row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
-        **of_heads(q, k, v, scale, dropout),
-        **of_normalizer(alpha, q),
+        **of_heads(q, k, v, options.scale, rule.dropout),
+        **of_normalizer(rule.alpha, q),
         "blocks_ptr": flat,
         "rows_ptr": begins_of(row, rows),
         "places": blocks.shape[2],
@@ -76,42 +69,29 @@ def _common(
 
 @launcher
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_queries: int,
-    block_keys: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_weights: bool,
+    operands: Operands, options: Options, rule: Rule, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::block_sparse_attention` on GPU."""
-    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
+    q, k, v, blocks, *block = operands
     if not fits_heads(q, v):
-        found = _plain(q, k, v, *pattern)
+        found = _plain(*operands, *options, *rule)
         return found if need_weights else (found[0], q.new_empty(0))
-    block = block_queries, block_keys
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_zeros((*shape[:2], blocks.shape[2], *block) if need_weights else 0)
     if shape.numel():
-        common = _common(q, k, v, blocks, block, scale, alpha, dropout)
-        if alpha != 1:
+        common = _common(operands, options, rule)
+        if rule.alpha != 1:
             common["BN"] = 16  # a threshold takes registers, too
         q, k, v = dense_rows(q, k, v)
-        programs = common["row_blocks"] * triton.cdiv(block_queries, common["BM"])
+        programs = common["row_blocks"] * triton.cdiv(operands.block_queries, common["BM"])
         kernels.block_sparse_attention_forward[(shape[0] * shape[1] * programs,)](
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
-            CAUSAL=is_causal,
-            **int_bound("end", key_end),
+            CAUSAL=options.is_causal,
+            **int_bound("end", options.key_end),
             **placed(q=q, k=k, v=v),
-            **of_dropout(dropout, seed),
+            **of_dropout(rule.dropout, rule.seed),
             **common,
         )
     return output, weights
@@ -121,32 +101,25 @@ def block_sparse_attention(
 def block_sparse_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_queries: int,
-    block_keys: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
+    operands: Operands,
+    options: Options,
+    rule: Rule,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::block_sparse_attention_backward` on GPU: one kernel by rows, one by columns."""
-    pattern = (blocks, block_queries, block_keys, is_causal, key_end, scale, alpha, dropout, seed)
+    q, k, v, *pattern = operands
     seeds = (grad_output, grad_weights)
     if not fits_heads(q, v):
         return through_reference(
-            lambda q, k, v: _plain(q, k, v, *pattern), (q, k, v), seeds, output_mask
+            lambda *heads: _plain(*heads, *pattern, *options, *rule),
+            (q, k, v),
+            seeds,
+            output_mask,
         )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        common = _common(q, k, v, blocks, (block_queries, block_keys), scale, alpha, dropout)
-        _backward(common, seeds, (q, k, v), weights, grads)
+        _backward(_common(operands, options, rule), seeds, (q, k, v), weights, grads)
     return only(output_mask, grads)
 
 

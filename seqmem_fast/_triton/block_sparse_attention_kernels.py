@@ -19,29 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .normalizers import (
-    SOFTMAX,
-    add_scores,
-    alpha_of,
-    any_row_climbs,
-    before_threshold,
-    delta_of,
-    last_threshold,
-    next_threshold,
-    weights_of,
-)
-from .sparse_attention_kernels import (
-    add_to_keys,
-    add_to_queries,
-    add_to_sums,
-    key_bound,
-    load_rows,
-    of_keys,
-    scores_of,
-    store_rows,
-    weigh,
-    weights_gradient,
-)
+from .normalizers import add_scores, alpha_of, delta_of, state_of, weights_of
+from .sparse_attention_gradients import add_to_keys, add_to_queries, add_to_sums, weights_gradient
+from .sparse_attention_kernels import key_bound, load_rows, of_head, scores_of, store_rows, weigh
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "places", "row_blocks", "column_blocks")
@@ -82,17 +62,25 @@ def _at(place, r, c, block_queries, block_keys):
 
 
 @triton.jit
-def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i, keys, end, block_keys,
-          column_blocks, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+def _scores(block, c, given, SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+            BD: tl.constexpr):  # fmt: skip
+    """Which keys columns c of a block are, whether each query sees them, and their scores."""
+    q, k_ptr, k_at, k_t, i, keys, end, block_keys, column_blocks, width = given
+    j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
+    return j, seen, scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+
+
+@triton.jit
+def _scan(a, b, top, tau, given, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
           PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
     """`add_scores` of all keys."""
+    blocks_ptr, first, last, block_keys, of_scores = given
     for n in range(first, last):
         block = tl.load(blocks_ptr + n * 2 + 1)
         for c_0 in range(0, block_keys, BN):
             c = c_0 + tl.arange(0, BN)
-            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
-            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+            _, _, s = _scores(block, c, of_scores, SCALE, ACC, PRECISION, BD)
             a, b = add_scores(s, a, b, top, tau, alpha, KIND)
     return a, b
 
@@ -109,76 +97,41 @@ def block_sparse_attention_forward(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, places, block_queries, block_keys], dense, zero; or None
-    queries,
-    keys,
-    width,
-    value_width,
+    queries, keys, width, value_width,
     heads,  # Hq
     group,  # Hq / Hk
-    places,
-    row_blocks,
-    column_blocks,
+    places, row_blocks, column_blocks,
     list_0, list_1,  # which list a row and a head have
-    block_queries,
-    block_keys,
-    q_0, q_1, q_t,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
-    CAUSAL: tl.constexpr,
-    EACH_END: tl.constexpr,
+    block_queries, block_keys,
+    q_0, q_1, q_t, k_0, k_1, k_t, v_0, v_1, v_t,
+    CAUSAL: tl.constexpr, EACH_END: tl.constexpr,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    BELOW: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
-    b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    own = b * list_0 + h * list_1
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
+    own = of_head(z, heads, list_0, list_1)
     first, last = _listed(rows_ptr, own, row_blocks, row_block)
-    end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
+    end = key_bound(end_ptr, z // heads, i, queries, keys, keys, EACH_END)
     if CAUSAL:
         end = tl.minimum(end, i + 1)
     end = tl.where(known, end, 0)
-    q = load_rows(q_ptr, b * q_0 + h * q_1, i, known, q_t, width, BD)
+    q = load_rows(q_ptr, of_head(z, heads, q_0, q_1), i, known, q_t, width, BD)
 
-    m = tl.full([BM], float("-inf"), ACC)
-    total = tl.zeros([BM], ACC)
-    out = tl.zeros([BM, BV], ACC)
     alpha = alpha_of(alpha_ptr, KIND)
     blocks_ptr += own * places * 2
-    m, total = _scan(
-        m, total, None, None, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i, keys, end,
-        block_keys, column_blocks, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
-    )  # fmt: skip
-    if KIND == SOFTMAX:
-        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
-    else:
-        top, tau, next = before_threshold(m, KIND)
-        while any_row_climbs(next, tau, BN):
-            tau = tl.maximum(tau, next)
-            above, slopes = _scan(
-                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, blocks_ptr, first, last, i,
-                keys, end, block_keys, column_blocks, width, alpha, SCALE, ACC, PRECISION, KIND,
-                BN, BD,
-            )  # fmt: skip
-            next = next_threshold(tau, above, slopes, total, alpha, KIND)
-        total = last_threshold(next, total)
-
+    of_scores = (q, k_ptr, k_at, k_t, i, keys, end, block_keys, column_blocks, width)
+    given = (blocks_ptr, first, last, block_keys, of_scores)
+    m, total = state_of(_scan, given, alpha, SCALE, ACC, PRECISION, KIND, BM, BN, BD)
+    out = tl.zeros([BM, BV], ACC)
     for n in range(first, last):
         block = tl.load(blocks_ptr + n * 2 + 1)
         for c_0 in range(0, block_keys, BN):
             c = c_0 + tl.arange(0, BN)
-            j, seen = _seen(block, c, i, keys, end, block_keys, column_blocks)
-            s = scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, PRECISION, BD)
+            j, seen, s = _scores(block, c, of_scores, SCALE, ACC, PRECISION, BD)
             w = weights_of(s, seen, m, total, alpha, KIND)
             row = (z * places + n) * block_queries + r
             at = _at(z * places + n, r, c, block_queries, block_keys)
@@ -187,6 +140,23 @@ def block_sparse_attention_forward(
                         v_at, v_t, j, value_width, ACC, PRECISION, BELOW, FACTOR,
                         BV)  # fmt: skip
     store_rows(output_ptr, z * queries * value_width, out, i, known, value_width, BV)
+
+
+@triton.jit
+def _gradient(block, n, c_0, given, ACC: tl.constexpr, PRECISION: tl.constexpr,
+              FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+              BV: tl.constexpr):  # fmt: skip
+    """Which keys columns c_0 and on of the block at place n are, their weights and P."""
+    (
+        g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, z, places, r, i, keys, end, block_queries,
+        block_keys, column_blocks, value_width,
+    ) = given  # fmt: skip
+    c = c_0 + tl.arange(0, BN)
+    j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
+    at = _at(z * places + n, r, c, block_queries, block_keys)
+    w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, at, there, j, value_width,
+                            ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+    return j, w, p
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -201,55 +171,34 @@ def block_sparse_attention_backward_rows(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    places,
-    row_blocks,
-    column_blocks,
-    list_0, list_1,
-    block_queries,
-    block_keys,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
-    SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    queries, keys, width, value_width, heads, group, places, row_blocks, column_blocks,
+    list_0, list_1, block_queries, block_keys,
+    k_0, k_1, k_t, v_0, v_1, v_t,
+    SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
+    FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, row_block, r, i, known = _queries(queries, row_blocks, block_queries, BM)
     end = tl.where(known, keys, 0)
-    b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    own = b * list_0 + h * list_1
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
+    own = of_head(z, heads, list_0, list_1)
     first, last = _listed(rows_ptr, own, row_blocks, row_block)
     g = None
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
                       value_width, BV)  # fmt: skip
 
+    given = (
+        g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, z, places, r, i, keys, end,
+        block_queries, block_keys, column_blocks, value_width,
+    )  # fmt: skip
     alpha = alpha_of(alpha_ptr, KIND)
     dot = tl.zeros([BM], ACC)
     total = tl.zeros([BM], ACC)
     for n in range(first, last):
         block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
         for c_0 in range(0, block_keys, BN):
-            c = c_0 + tl.arange(0, BN)
-            j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
-            at = _at(z * places + n, r, c, block_queries, block_keys)
-            w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                                    j, value_width, ACC, PRECISION, FACTOR, BM, BN,
-                                    BV)  # fmt: skip
+            _, w, p = _gradient(block, n, c_0, given, ACC, PRECISION, FACTOR, BM, BN, BV)
             dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=known)
@@ -258,12 +207,7 @@ def block_sparse_attention_backward_rows(
     for n in range(first, last):
         block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
         for c_0 in range(0, block_keys, BN):
-            c = c_0 + tl.arange(0, BN)
-            j, there = _seen(block, c, i, keys, end, block_keys, column_blocks)
-            at = _at(z * places + n, r, c, block_queries, block_keys)
-            w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there,
-                                    j, value_width, ACC, PRECISION, FACTOR, BM, BN,
-                                    BV)  # fmt: skip
+            j, w, p = _gradient(block, n, c_0, given, ACC, PRECISION, FACTOR, BM, BN, BV)
             grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha,
                                     ACC, PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, known, width, BD)
@@ -283,29 +227,11 @@ def block_sparse_attention_backward_columns(
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense
     grad_v_ptr,  # [B, Hk, Tk, DV], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    places,
-    row_blocks,
-    column_blocks,
-    list_0, list_1,
-    block_queries,
-    block_keys,
-    q_0, q_1, q_t,
-    v_0, v_1, v_t,
-    SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    queries, keys, width, value_width, heads, group, places, row_blocks, column_blocks,
+    list_0, list_1, block_queries, block_keys,
+    q_0, q_1, q_t, v_0, v_1, v_t,
+    SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
+    FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(block_keys, BN)
     y = (tl.program_id(0) // (column_blocks * parts)).to(tl.int64)  # row and head of keys
@@ -314,16 +240,13 @@ def block_sparse_attention_backward_columns(
     c = (rest % parts) * BN + tl.arange(0, BN)
     j = column_block * block_keys + c
     known = (c < block_keys) & (j < keys)
-    key_heads = heads // group
-    b = y // key_heads
-    v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    v = load_rows(v_ptr, of_head(y, heads // group, v_0, v_1), j, known, v_t, value_width, BV)
     alpha = alpha_of(alpha_ptr, KIND)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
     for member in range(group):
-        h = (y % key_heads) * group + member
-        z = b * heads + h
-        own = b * list_0 + h * list_1
+        z = y * group + member
+        own = of_head(z, heads, list_0, list_1)
         first, last = _listed(columns_ptr, own, column_blocks, column_block)
         for n in range(first, last):
             place = tl.load(by_key_ptr + own * places + n)
@@ -336,8 +259,8 @@ def block_sparse_attention_backward_columns(
                 inside = there[:, None] & known[None, :]
                 grad_k, grad_v = add_to_keys(
                     grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, at, inside,
-                    grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t, queries, width,
-                    value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
+                    grad_output_ptr, delta_ptr, q_ptr, of_head(z, heads, q_0, q_1), q_t, queries,
+                    width, value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
                 )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

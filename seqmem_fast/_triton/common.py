@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.common import reference_vjp
+from ..ops.common import by_fields, reference_vjp
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
@@ -27,15 +27,16 @@ Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 def launcher(compute: Launcher) -> Launcher:
     """`compute` on its tensors' device, after the check that its op has everywhere.
 
-    The check is `seqmem::check_<name>`, with `compute`'s name and arguments.
+    The check is `seqmem::check_<name>`, with `compute`'s name; arguments come as to `by_fields`.
     """
     check = getattr(torch.ops.seqmem, f"check_{compute.__name__}").default
+    flat = by_fields(compute)
 
-    @wraps(compute)
+    @wraps(flat)
     def checked(*arguments: Any) -> Any:
         check(*arguments)
         with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
-            return compute(*arguments)
+            return flat(*arguments)
 
     return checked  # type: ignore[return-value]
 
@@ -190,6 +191,24 @@ def tanh(x):
 
 
 @triton.jit
+def load_gates(ptr, at, width, mask, ACC: tl.constexpr):
+    """i, f, g and o, `width` apart."""
+    i = tl.load(ptr + at, mask=mask, other=0.0).to(ACC)
+    f = tl.load(ptr + at + width, mask=mask, other=0.0).to(ACC)
+    g = tl.load(ptr + at + 2 * width, mask=mask, other=0.0).to(ACC)
+    return i, f, g, tl.load(ptr + at + 3 * width, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_gates(ptr, i, f, g, o, at, width, mask):
+    out_type = ptr.dtype.element_ty
+    tl.store(ptr + at, i.to(out_type), mask=mask)
+    tl.store(ptr + at + width, f.to(out_type), mask=mask)
+    tl.store(ptr + at + 2 * width, g.to(out_type), mask=mask)
+    tl.store(ptr + at + 3 * width, o.to(out_type), mask=mask)
+
+
+@triton.jit
 def lstm_point(z_i, z_f, z_g, z_o, c_prev):
     """Pre-activations and c_{t-1} to (i, f, g, o, c, h): c = f c_{t-1} + i g, h = o tanh(c)."""
     i = sigmoid(z_i)
@@ -215,6 +234,42 @@ def lstm_point_backward(i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o):
     dz_g = (d_c * i + d_g) * (1.0 - g * g)
     dz_o = (d_h * tanh_c + d_o) * o * (1.0 - o)
     return dz_i, dz_f, dz_g, dz_o, d_c * f
+
+
+# ---- storage of 16 bits, of which the interpreter knows no direct way to float64 -----------------
+
+
+@triton.jit
+def load_wide(ptr, n, mask, other: tl.constexpr, ACC: tl.constexpr):
+    value = tl.load(ptr + n, mask=mask, other=other)
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(ACC)
+
+
+@triton.jit
+def store_narrow(ptr, n, value, mask):
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    tl.store(ptr + n, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+# ---- where a program stands in [Z0, Z1, rows, columns] -------------------------------------------
+
+
+@triton.jit
+def place(blocks, BLOCK: tl.constexpr):
+    """A program's place z in the leading dimensions, and the rows that it owns."""
+    z = (tl.program_id(0) // blocks).to(tl.int64)
+    return z, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def moved(ptr, z, heads, stride_0, stride_1):
+    """Where the matrix at place z begins; None stays None."""
+    if ptr is not None:
+        ptr += z // heads * stride_0 + z % heads * stride_1
+    return ptr
 
 
 # ---- scores of keys, their softmax over blocks of keys, and its gradient -------------------------

@@ -49,15 +49,10 @@ def controller_forward(
     cell_ptr,  # [L, C] in and out
     feature,  # [C]
     kept,  # the step's record
-    control,
-    values,
-    read_width,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    ACC: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    control, values, read_width,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One step: everything up to the head values, which are left in the record."""
     G: tl.constexpr = 4 if LSTM else 1
     head_at = head_offset(control, LAYERS, LSTM)
@@ -142,17 +137,10 @@ def controller_backward(
     first,  # the step follows on the first state,
     follows,  # on another step,
     cut,  # or on the initial state
-    b,
-    batch,
-    control,
-    values,
-    read_width,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    ACC: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    b, batch, control, values, read_width,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, ACC: tl.constexpr,
+    BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One step: from the gradients of head values and features to those of reads and state."""
     G: tl.constexpr = 4 if LSTM else 1
     head_at = head_offset(control, LAYERS, LSTM)

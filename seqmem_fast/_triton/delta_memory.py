@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.delta_memory import Operands, Options
 from ..reference.delta_memory import NORM_FLOOR
 from .common import accumulator, as_bytes, launcher, row_lengths, wide
 from .delta_memory_kernels import delta_memory_backward_kernel, delta_memory_forward_kernel
@@ -54,16 +55,10 @@ def _gradient(parts: Tensor, like: Tensor, unit: Tensor, inverse: Tensor | None)
     return grad.to(like.dtype)
 
 
-def _options(
-    q: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    scale: float | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[tuple[int, int], dict[str, Any]]:
+def _common(operands: Operands, options: Options) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid, and what both kernels take."""
+    q, _, v, beta, log_decay, _ = operands
+    scale, _, lengths, reset = options
     batch, steps, key_heads, features = q.shape
     heads, values = v.shape[2:]
     computed = wide(q.dtype)
@@ -73,7 +68,7 @@ def _options(
     limits = None
     if lengths is not None:
         limits = row_lengths("delta_memory", lengths, q.device, steps)
-    options = {
+    common = {
         "v_ptr": v.contiguous(),
         "beta_ptr": beta.to(computed).contiguous(),
         "decay_ptr": None if log_decay is None else log_decay.to(computed).contiguous(),
@@ -92,41 +87,30 @@ def _options(
         "BV": columns,
         "num_warps": max(1, min(8, block * columns // 512)),
     }
-    return (batch * heads, triton.cdiv(values, columns)), options
+    return (batch * heads, triton.cdiv(values, columns)), common
 
 
 @launcher
-def delta_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def delta_memory(operands: Operands, options: Options, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::delta_memory` on GPU."""
-    grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
+    q, k, v, _, _, state = operands
+    grid, common = _common(operands, options)
     computed = wide(q.dtype)
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     output = v.new_zeros(v.shape)
     final = q.new_empty(shape, dtype=computed)
-    segment = options["segment"]
+    segment = common["segment"]
     kept = triton.cdiv(q.shape[1], segment), shape[2] + segment, shape[3]
     states = q.new_empty((*shape[:2], *kept) if save else 0, dtype=computed)
     if final.numel():
         delta_memory_forward_kernel[grid](
-            q_ptr=_unit(q, qk_l2norm)[0],
-            k_ptr=_unit(k, qk_l2norm)[0],
+            q_ptr=_unit(q, options.qk_l2norm)[0],
+            k_ptr=_unit(k, options.qk_l2norm)[0],
             state_ptr=None if state is None else state.to(dtype=computed).contiguous(),
             output_ptr=output,
             final_ptr=final,
             states_ptr=states if save else None,
-            **options,
+            **common,
         )
     return output, final, states
 
@@ -135,24 +119,17 @@ def delta_memory(
 def delta_memory_backward(
     grad_output: Tensor | None,
     grad_final_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    operands: Operands,
+    options: Options,
     states: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`seqmem::delta_memory_backward` on GPU."""
-    grid, options = _options(q, v, beta, log_decay, scale, lengths, reset)
+    q, k, v, beta, log_decay, state = operands
+    grid, common = _common(operands, options)
     computed = wide(q.dtype)
     shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    (unit_q, norm_q), (unit_k, norm_k) = _unit(q, qk_l2norm), _unit(k, qk_l2norm)
+    (unit_q, norm_q), (unit_k, norm_k) = _unit(q, options.qk_l2norm), _unit(k, options.qk_l2norm)
     slices, by_key = grid[1], (*v.shape[:3], q.shape[3])
     of_q, of_k = (q.new_zeros((slices, *by_key), dtype=computed) for _ in range(2))
     of_v = v.new_zeros(v.shape)
@@ -168,7 +145,7 @@ def delta_memory_backward(
             q_ptr=unit_q,
             k_ptr=unit_k,
             states_ptr=states.contiguous(),
-            scratch_ptr=q.new_empty(*shape[:2], options["segment"], *shape[2:], dtype=computed),
+            scratch_ptr=q.new_empty(*shape[:2], common["segment"], *shape[2:], dtype=computed),
             grad_q_ptr=of_q,
             grad_k_ptr=of_k,
             grad_v_ptr=of_v,
@@ -176,7 +153,7 @@ def delta_memory_backward(
             grad_decay_ptr=of_decay,
             grad_state_ptr=of_state,
             rows=beta.numel(),
-            **options,
+            **common,
         )
     found = (
         _gradient(of_q, q, unit_q, norm_q),

@@ -21,35 +21,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load(ptr, n, mask, ACC: tl.constexpr):
-    value = tl.load(ptr + n, mask=mask, other=0.0)
-    if value.dtype.primitive_bitwidth == 16:
-        value = value.to(tl.float32)  # the interpreter knows no direct way to float64
-    return value.to(ACC)
-
-
-@triton.jit
-def _store(ptr, n, value, mask):
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    tl.store(ptr + n, value.to(ptr.dtype.element_ty), mask=mask)
+from .common import load_wide, store_narrow
 
 
 @triton.jit
 def _decay(decay_ptr, at, k, K, FEATURE: tl.constexpr, ACC: tl.constexpr):
     """exp(g) [BK], of the head's step number `at`."""
     if FEATURE:
-        factor = tl.exp(_load(decay_ptr + at * K, k, k < K, ACC))
+        factor = tl.exp(load_wide(decay_ptr + at * K, k, k < K, 0.0, ACC))
     else:
-        factor = tl.exp(_load(decay_ptr + at, k * 0, k < K, ACC))
+        factor = tl.exp(load_wide(decay_ptr + at, k * 0, k < K, 0.0, ACC))
     return factor
 
 
 @triton.jit
 def _is_reset(reset_ptr, at):
     return tl.load(reset_ptr + at) != 0
+
+
+@triton.jit
+def _slice(Hk, H, K, V, BK: tl.constexpr, BV: tl.constexpr):
+    """A program's head of all rows, its row and number there, the head of its keys, features k of
+    these and v of its values, where in a memory [K, V] both are, and whether."""
+    head = tl.program_id(0).to(tl.int64)
+    h = head % H
+    k = tl.arange(0, BK)
+    v = tl.program_id(1) * BV + tl.arange(0, BV)
+    at = k[:, None].to(tl.int64) * V + v[None, :]
+    return head, head // H, h, h // (H // Hk), k, v, at, (k < K)[:, None] & (v < V)[None, :]
+
+
+@triton.jit
+def _written(memory, key, value, beta_ptr, decay_ptr, at, K, FEATURE: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
+    """The memory after the head's step number `at`."""
+    if decay_ptr is not None:
+        k = tl.arange(0, memory.shape[0])
+        memory *= _decay(decay_ptr, at, k, K, FEATURE, ACC)[:, None]
+    held = tl.sum(memory * key[:, None], axis=0)
+    write = tl.load(beta_ptr + at).to(ACC) * (value - held)
+    return memory + key[:, None] * write[None, :]
 
 
 @triton.jit
@@ -65,29 +76,15 @@ def delta_memory_forward_kernel(
     output_ptr,  # [B, T, H, V]
     final_ptr,  # ACC [B, H, K, V]
     states_ptr,  # ACC [B, H, segments, K + segment, V], of which K rows are used; or None
-    T,
-    Hk,
-    H,
-    K,
-    V,
-    segment,
+    T, Hk, H, K, V, segment,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    FEATURE: tl.constexpr,
-    ACC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
-    b = head // H
-    h = head % H
-    key_head = h // (H // Hk)
-    k = tl.arange(0, BK)
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    at = k[:, None].to(tl.int64) * V + v[None, :]
-    there = (k < K)[:, None] & (v < V)[None, :]
+    FEATURE: tl.constexpr, ACC: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    head, b, h, key_head, k, v, at, there = _slice(Hk, H, K, V, BK, BV)
     memory = tl.zeros([BK, BV], ACC)
     if state_ptr is not None:
-        memory = _load(state_ptr + head * K * V, at, there, ACC)
+        memory = load_wide(state_ptr + head * K * V, at, there, 0.0, ACC)
     end = T
     if lengths_ptr is not None:
         end = tl.load(lengths_ptr + b).to(tl.int32)
@@ -101,16 +98,12 @@ def delta_memory_forward_kernel(
                 kept = head * segments + t // segment
                 tl.store(states_ptr + kept * (K + segment) * V + at, memory, mask=there)
         row = (step * Hk + key_head) * K
-        query = SCALE * _load(q_ptr + row, k, k < K, ACC)
-        key = _load(k_ptr + row, k, k < K, ACC)
-        value = _load(v_ptr + (step * H + h) * V, v, v < V, ACC)
-        if decay_ptr is not None:
-            memory *= _decay(decay_ptr, step * H + h, k, K, FEATURE, ACC)[:, None]
-        held = tl.sum(memory * key[:, None], axis=0)
-        write = tl.load(beta_ptr + step * H + h).to(ACC) * (value - held)
-        memory += key[:, None] * write[None, :]
+        query = SCALE * load_wide(q_ptr + row, k, k < K, 0.0, ACC)
+        key = load_wide(k_ptr + row, k, k < K, 0.0, ACC)
+        value = load_wide(v_ptr + (step * H + h) * V, v, v < V, 0.0, ACC)
+        memory = _written(memory, key, value, beta_ptr, decay_ptr, step * H + h, K, FEATURE, ACC)
         output = tl.sum(memory * query[:, None], axis=0)
-        _store(output_ptr + (step * H + h) * V, v, output, v < V)
+        store_narrow(output_ptr + (step * H + h) * V, v, output, v < V)
     tl.store(final_ptr + head * K * V + at, memory, mask=there)
 
 
@@ -133,31 +126,16 @@ def delta_memory_backward_kernel(
     grad_beta_ptr,  # ACC [slices, B, T, H]
     grad_decay_ptr,  # ACC [slices, B, T, H] or [slices, B, T, H, K], or None
     grad_state_ptr,  # ACC [B, H, K, V]
-    T,
-    Hk,
-    H,
-    K,
-    V,
-    segment,
+    T, Hk, H, K, V, segment,
     rows,  # B T H
-    SCALE: tl.constexpr,
-    FEATURE: tl.constexpr,
-    ACC: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    head = tl.program_id(0).to(tl.int64)
+    SCALE: tl.constexpr, FEATURE: tl.constexpr, ACC: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    head, b, h, key_head, k, v, at, there = _slice(Hk, H, K, V, BK, BV)
     slice_row = tl.program_id(1).to(tl.int64) * rows
-    b = head // H
-    h = head % H
-    key_head = h // (H // Hk)
-    k = tl.arange(0, BK)
-    v = tl.program_id(1) * BV + tl.arange(0, BV)
-    at = k[:, None].to(tl.int64) * V + v[None, :]
-    there = (k < K)[:, None] & (v < V)[None, :]
     grad = tl.zeros([BK, BV], ACC)  # of the memory
     if grad_final_ptr is not None:
-        grad = _load(grad_final_ptr + head * K * V, at, there, ACC)
+        grad = load_wide(grad_final_ptr + head * K * V, at, there, 0.0, ACC)
     end = T
     if lengths_ptr is not None:
         end = tl.load(lengths_ptr + b).to(tl.int32)
@@ -167,7 +145,7 @@ def delta_memory_backward_kernel(
         begin = (count - 1 - n) * segment
         stop = tl.minimum(end, begin + segment)
         kept = head * segments + count - 1 - n
-        memory = _load(states_ptr + kept * (K + segment) * V, at, there, ACC)
+        memory = load_wide(states_ptr + kept * (K + segment) * V, at, there, 0.0, ACC)
         tl.debug_barrier()
         for t in range(begin, stop):
             step = b * T + t
@@ -175,24 +153,24 @@ def delta_memory_backward_kernel(
                 memory = tl.where(_is_reset(reset_ptr, step), 0.0, memory)
             place = head * segment + t - begin
             tl.store(scratch_ptr + place * K * V + at, memory, mask=there)
-            key = _load(k_ptr + (step * Hk + key_head) * K, k, k < K, ACC)
-            value = _load(v_ptr + (step * H + h) * V, v, v < V, ACC)
-            if decay_ptr is not None:
-                memory *= _decay(decay_ptr, step * H + h, k, K, FEATURE, ACC)[:, None]
-            held = tl.sum(memory * key[:, None], axis=0)
-            write = tl.load(beta_ptr + step * H + h).to(ACC) * (value - held)
-            memory += key[:, None] * write[None, :]
+            key = load_wide(k_ptr + (step * Hk + key_head) * K, k, k < K, 0.0, ACC)
+            value = load_wide(v_ptr + (step * H + h) * V, v, v < V, 0.0, ACC)
+            memory = _written(
+                memory, key, value, beta_ptr, decay_ptr, step * H + h, K, FEATURE, ACC
+            )
         tl.debug_barrier()
         for m in range(stop - begin):
             t = stop - 1 - m
             step = b * T + t
             to = step * H + h
             row = (step * Hk + key_head) * K
-            query = SCALE * _load(q_ptr + row, k, k < K, ACC)
-            key = _load(k_ptr + row, k, k < K, ACC)
-            value = _load(v_ptr + to * V, v, v < V, ACC)
+            query = SCALE * load_wide(q_ptr + row, k, k < K, 0.0, ACC)
+            key = load_wide(k_ptr + row, k, k < K, 0.0, ACC)
+            value = load_wide(v_ptr + to * V, v, v < V, 0.0, ACC)
             beta = tl.load(beta_ptr + to).to(ACC)
-            before = _load(scratch_ptr + (head * segment + t - begin) * K * V, at, there, ACC)
+            before = load_wide(
+                scratch_ptr + (head * segment + t - begin) * K * V, at, there, 0.0, ACC
+            )
             decay = tl.zeros([BK], ACC) + 1.0
             if decay_ptr is not None:
                 decay = _decay(decay_ptr, to, k, K, FEATURE, ACC)
@@ -201,7 +179,7 @@ def delta_memory_backward_kernel(
             write = beta * error
             of_query = tl.zeros([BK], ACC)
             if grad_ptr is not None:
-                given = _load(grad_ptr + to * V, v, v < V, ACC)
+                given = load_wide(grad_ptr + to * V, v, v < V, 0.0, ACC)
                 grad += query[:, None] * given[None, :]
                 after = before + key[:, None] * write[None, :]
                 of_query = SCALE * tl.sum(after * given[None, :], axis=1)
@@ -212,7 +190,7 @@ def delta_memory_backward_kernel(
             part = slice_row + to
             tl.store(grad_q_ptr + part * K + k, of_query, mask=k < K)
             tl.store(grad_k_ptr + part * K + k, of_key, mask=k < K)
-            _store(grad_v_ptr + to * V, v, of_value, v < V)
+            store_narrow(grad_v_ptr + to * V, v, of_value, v < V)
             tl.store(grad_beta_ptr + part, tl.sum(of_write * error, axis=0))
             if grad_decay_ptr is not None:
                 of_decay = tl.sum(grad * before, axis=1)

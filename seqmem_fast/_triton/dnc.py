@@ -18,7 +18,7 @@ State of proof: as in lstm.py, but that no GPU has run these kernels so far.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,49 +28,59 @@ from ..ops.dnc import _options_of, _plain, _vjp
 from ..reference.dnc import NORM_EPSILON, DNCState
 from . import dnc_backward_kernels as backward_kernels
 from . import dnc_kernels as kernels
+from . import machine
 from .common import dense, launcher, wide
-from .machine import (
-    SHORTEST_SEGMENT,
-    Backward,
-    Call,
-    Forward,
-    Sizes,
-    answer,
-    blocks,
-    plain_backward,
-    plain_forward,
-)
 
 _ELEMENTS = 16384  # N * M, both padded to powers of two, that a program keeps
 _TILE = 2048  # of links, N columns wide, that are in registers at once
 _MOVED = [name for name in DNCState._fields if name not in ("hidden", "memory")]
 
 
-class _Sizes(Sizes):
+class Machine(NamedTuple):
+    """What a call is given between its state and its options."""
+
+    controller: Sequence[Tensor]
+    interface_weight: Tensor
+    interface_bias: Tensor
+    norm: Sequence[Tensor]
+    initial: Sequence[Tensor]
+    lengths: Tensor | None
+    reset: Tensor | None
+
+
+class Options(NamedTuple):
+    """The words among them, and the numbers."""
+
+    options: str
+    norm_floor: float
+    eps: float
+    mask_min: float
+
+
+class _Sizes(machine.Sizes):
     """A call's sizes and options, and what the kernels take of them."""
 
     def __init__(
         self,
         input: Tensor,
         state: DNCState,
-        controller: Sequence[Tensor],
-        interface_weight: Tensor,
-        words: str,
-        floats: tuple[float, float, float],
+        given: Machine,
+        options: Options,
     ) -> None:
-        self.options = _options_of(words, *floats)
+        self.options = _options_of(*options)
         self.reads, self.writes = state.reads.shape[1], state.write_weights.shape[1]
-        lstm = "lstm" in words.split()
-        super().__init__(input, state.memory, interface_weight, controller, lstm, self.reads)
+        lstm = "lstm" in options.options.split()
+        weights = given.interface_weight, given.controller
+        super().__init__(input, state.memory, *weights, lstm, self.reads)
         if input.dtype != wide(input.dtype):  # room for what the CPU keeps there, unrounded
             self.record += (1 + self.writes + self.reads) * self.slots
-        block = blocks(self.slots, self.width)
+        block = machine.blocks(self.slots, self.width)
         self.block_n, self.block_w = block["BN"], block["BW"]
         directions = 2 * self.writes * self.reads * self.slots
         self.scratch = 2 * self.block_n + directions
         vectors = 2 + 4 * self.writes + 3 * self.reads
         self.scratch_backward = 3 * self.block_n + 2 * directions + vectors * self.slots
-        self.segments = -(-self.steps // SHORTEST_SEGMENT)
+        self.segments = -(-self.steps // machine.SHORTEST_SEGMENT)
         linked = self.writes if self.options.links else 0
         self.checkpoint = self.slots * self.width + linked * (self.slots + 1) * self.slots
 
@@ -109,27 +119,15 @@ class _Sizes(Sizes):
 def dnc(
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    interface_weight: Tensor,
-    interface_bias: Tensor,
-    norm: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    options: str,
-    norm_floor: float,
-    eps: float,
-    mask_min: float,
+    given: Machine,
+    options: Options,
     trace: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::dnc` on GPU."""
-    arguments = controller, interface_weight, interface_bias, norm, initial
-    floats = norm_floor, eps, mask_min
-    rest = options, *floats, trace, save
     first = DNCState(*state)
-    size = _Sizes(input, first, controller, interface_weight, options, floats)
-    call = Call("dnc", input, first, controller, initial, lengths, reset)
+    size = _Sizes(input, first, given, options)
+    call = machine.Call("dnc", input, first, given)
     record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
     segments = size.segments if save else 0
     checkpoints = record.new_empty(segments, size.batch, size.checkpoint)
@@ -140,13 +138,13 @@ def dnc(
             call.make(size.steps, size.batch, *like.shape[1:]) if trace or save else None
             for like in likes
         ]
-        forward = Forward(size, call, *_MOVED)
+        forward = machine.Forward(size, call, *_MOVED)
         memory_out = torch.empty_like(first.memory, memory_format=torch.contiguous_format)
         if size.batch:
             usage, write, read = traces
             kernels.dnc_forward[(size.batch,)](
-                **forward.arguments(interface_weight, interface_bias),
-                **_norm(norm, record),
+                **forward.arguments(given.interface_weight, given.interface_bias),
+                **_norm(given.norm, record),
                 memory_ptr=first.memory.contiguous(),
                 features_ptr=features,
                 memory_out_ptr=memory_out,
@@ -155,15 +153,17 @@ def dnc(
                 read_trace_ptr=read,
                 record_ptr=record,
                 **_checkpoints(size, checkpoints if save else None),
-                normalised_ptr=record.new_empty(size.batch, size.values) if norm else None,
+                normalised_ptr=record.new_empty(size.batch, size.values) if given.norm else None,
                 scratch_ptr=record.new_empty(size.batch, size.scratch),
                 record_rows=size.batch if save else 0,
                 **size.of_kernel(input.dtype, size.scratch, _TILE, 32),
             )
         last = forward.last(memory_out)
     else:
-        features, *found = plain_forward(
-            _plain, call, (input, state, *arguments, call.lengths, reset, *rest)
+        features, *found = machine.plain_forward(
+            _plain,
+            call,
+            (input, state, *given._replace(lengths=call.lengths), *options, trace, save),
         )
         last = found[: len(first)]
         traces = [a if trace or save else None for a in found[len(first) :]]
@@ -189,23 +189,14 @@ def dnc_backward(
     grad_read_trace: Tensor | None,
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    interface_weight: Tensor,
-    interface_bias: Tensor,
-    norm: Sequence[Tensor],
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    given: Machine,
     features: Tensor,
     usage_trace: Tensor,
     write_trace: Tensor,
     read_trace: Tensor,
     saved: Tensor,
     checkpoints: Tensor,
-    options: str,
-    norm_floor: float,
-    eps: float,
-    mask_min: float,
+    options: Options,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::dnc_backward` on GPU."""
@@ -214,25 +205,24 @@ def dnc_backward(
         grad_hidden, grad_cell, grad_memory, grad_usage, grad_link, grad_precedence,
         grad_write_weights, grad_read_weights, grad_reads,
     )  # fmt: skip
-    given = grad_features, *grads, *of_traces, input, state
-    arguments = controller, interface_weight, interface_bias, norm, initial
-    floats = norm_floor, eps, mask_min
-    rest = features, usage_trace, write_trace, read_trace, saved, checkpoints
-    numbers = options, *floats, output_mask
     first = DNCState(*state)
-    size = _Sizes(input, first, controller, interface_weight, options, floats)
+    size = _Sizes(input, first, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
-    counts = [(1, of_input), (len(first), of_state), (len(controller) + 2 + len(norm), of_weights)]
-    wanted = [w for count, w in [*counts, (len(initial), of_initial)] for _ in range(count)]
-    call = Call("dnc", input, first, controller, initial, lengths, reset)
+    counts = [
+        (1, of_input),
+        (len(first), of_state),
+        (len(given.controller) + 2 + len(given.norm), of_weights),
+    ]
+    wanted = [w for count, w in [*counts, (len(given.initial), of_initial)] for _ in range(count)]
+    call = machine.Call("dnc", input, first, given)
     if size.on_chip and input.dtype == call.dtype:
-        back = Backward(size, call, interface_weight, DNCState._fields, grads)
-        dq = call.make(*back.dp.shape) if norm else None
+        back = machine.Backward(size, call, given.interface_weight, DNCState._fields, grads)
+        dq = call.make(*back.dp.shape) if given.norm else None
         if size.batch:
             rows, empty = (size.batch, size.segment), input.new_empty
             backward_kernels.dnc_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),
-                **_norm(norm, saved),
+                **_norm(given.norm, saved),
                 grad_usage_trace_ptr=dense(grad_usage_trace),
                 grad_write_trace_ptr=dense(grad_write_trace),
                 grad_read_trace_ptr=dense(grad_read_trace),
@@ -246,7 +236,7 @@ def dnc_backward(
                 segment_memories_ptr=back.memories(),
                 segment_links_ptr=empty(*rows, *first.link.shape[1:]),
                 segment_precedences_ptr=empty(*rows, *first.precedence.shape[1:]),
-                normalised_ptr=empty(*rows, size.values) if norm else None,
+                normalised_ptr=empty(*rows, size.values) if given.norm else None,
                 scratch_ptr=empty(size.batch, size.scratch_backward),
                 dq_ptr=dq,
                 **call.pointers("cell", "memory", *_MOVED[1:-1]),
@@ -261,10 +251,11 @@ def dnc_backward(
             of_norm = [(dq * plain).sum((0, 1)), dq.sum((0, 1))]
         found = [first_grad, *parts, *weights, *of_heads, *of_norm, *starts]
     else:
-        found = plain_backward(
-            _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
-        )
-    return answer(found, wanted, input)
+        clamped = given._replace(lengths=call.lengths)
+        arguments = grad_features, *grads, *of_traces, input, state, *clamped
+        rest = features, usage_trace, write_trace, read_trace, saved, checkpoints
+        found = machine.plain_backward(_vjp, call, (*arguments, *rest, *options, output_mask))
+    return machine.answer(found, wanted, input)
 
 
 def _norm(norm: Sequence[Tensor], like: Tensor) -> dict[str, Tensor | None]:

@@ -74,11 +74,8 @@ def dnc_backward(
     read_weights_ptr,  # [B, R, N]
     initial_cell_ptr,  # wide; what reset goes back to, or None all seven
     initial_memory_ptr,  # [BN, BW], zero outside [N, M]
-    initial_usage_ptr,
-    initial_link_ptr,
-    initial_precedence_ptr,
-    initial_write_weights_ptr,
-    initial_read_weights_ptr,
+    initial_usage_ptr, initial_link_ptr, initial_precedence_ptr,
+    initial_write_weights_ptr, initial_read_weights_ptr,
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [T, B] uint8 or None
     features_ptr,  # [T, B, C + R * M]
@@ -116,43 +113,16 @@ def dnc_backward(
     dz_ptr,  # [T, B, L, C * G] wide
     dp_ptr,  # [T, B, P] wide
     dq_ptr,  # [T, B, P] wide: of the norm's result, or None as the norm
-    steps,
-    batch,
-    record,
-    scratch,
-    checkpoint,
-    segment,
-    control,
-    slots,
-    width,
-    values,
+    steps, batch, record, scratch, checkpoint, segment, control, slots, width, values,
     read_width,  # R * M
-    reads,
-    writes,
-    f_t,
-    f_b,
-    f_c,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
-    STRENGTH: tl.constexpr,
-    NORM_FLOOR: tl.constexpr,
-    EPS: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASKS: tl.constexpr,
-    DEALLOCATE: tl.constexpr,
-    SHARPEN: tl.constexpr,
-    LINKS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    USAGE_GRADIENT: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BI: tl.constexpr,
-    BW: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
+    reads, writes, f_t, f_b, f_c,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr, STRENGTH: tl.constexpr,
+    NORM_FLOOR: tl.constexpr, EPS: tl.constexpr, MASK_MIN: tl.constexpr, MASKS: tl.constexpr,
+    DEALLOCATE: tl.constexpr, SHARPEN: tl.constexpr, LINKS: tl.constexpr, SOFTMAX: tl.constexpr,
+    USAGE_GRADIENT: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr,
-):
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     states = LAYERS * control
@@ -190,6 +160,8 @@ def dnc_backward(
     d_rows = d_written + writes * slots
     sorting = d_rows + slots  # [3, BN]
 
+    grads = (d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr)
+    of_initial = (i_hidden_ptr, i_cell_ptr, i_memory_ptr, i_reads_ptr)
     segments = tl.cdiv(length, segment)
     for passed in tl.range(0, segments, disable_licm=True):
         begin = (segments - 1 - passed) * segment
@@ -378,11 +350,7 @@ def dnc_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    hand_over(
-                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
-                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
-                        BC,
-                    )  # fmt: skip
+                    hand_over(grads, of_initial, b, states, read_width, LSTM, BN, BW, BC)
                     move(d_usage_ptr, i_usage_ptr + b * slots, slots, BC)
                     if LINKS:
                         move(d_link_ptr, i_link_ptr + b * squares, squares, 8 * BC)

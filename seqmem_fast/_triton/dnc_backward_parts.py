@@ -17,6 +17,7 @@ from .dnc_parts import (
     USAGE_FLOOR,
     links_after,
     masked_key,
+    mean_of,
     product,
 )
 from .machine_kernels import softmax_of, softplus, vector
@@ -253,11 +254,7 @@ def next_links(link_ptr, next_ptr, precedence_ptr, w_ptr, slots, BN: tl.constexp
 @triton.jit
 def normalised_backward(dq, dp, raw, weight_ptr, values, ACC: tl.constexpr, BC: tl.constexpr):
     """Layer norm: from the gradient dq [P] of its result to dp [P] of `raw`."""
-    total = tl.zeros([BC], ACC)
-    for start in tl.range(0, values, BC, disable_licm=True):
-        o = start + tl.arange(0, BC)
-        total += tl.load(raw + o, mask=o < values, other=0.0)
-    mean = tl.sum(total, axis=0) / values
+    mean = mean_of(raw, values, ACC, BC)
     squares = tl.zeros([BC], ACC)
     plain = tl.zeros([BC], ACC)
     along = tl.zeros([BC], ACC)

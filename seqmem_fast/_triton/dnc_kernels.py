@@ -40,11 +40,11 @@ from .machine_kernels import (
     head_offset,
     hidden_of,
     keep,
-    padded,
     read_out,
     softmax_of,
     softplus,
     start_anew,
+    started,
     this_row,
     vector,
 )
@@ -93,40 +93,25 @@ def dnc_forward(
     precedences_ptr,
     normalised_ptr,  # [B, P] wide scratch, or None as the norm
     scratch_ptr,  # [B, 2 * BN + W * R * 2 * N] wide: of allocation, and the directions
-    steps,
-    batch,
+    steps, batch,
     record_rows,  # from a step's record of this row to the next's: 0 without saving
     record,  # elements of one
     scratch,  # as record
     checkpoint,  # as record, of memories, links and precedences
     segment,
     control,  # C
-    slots,
-    width,
+    slots, width,
     values,  # P
     read_width,  # R * M
-    reads,
-    writes,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
+    reads, writes,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr,
     STRENGTH: tl.constexpr,  # the least
-    NORM_FLOOR: tl.constexpr,
-    EPS: tl.constexpr,
-    MASK_MIN: tl.constexpr,
-    MASKS: tl.constexpr,
-    DEALLOCATE: tl.constexpr,
-    SHARPEN: tl.constexpr,
-    LINKS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    NORM_FLOOR: tl.constexpr, EPS: tl.constexpr, MASK_MIN: tl.constexpr, MASKS: tl.constexpr,
+    DEALLOCATE: tl.constexpr, SHARPEN: tl.constexpr, LINKS: tl.constexpr, SOFTMAX: tl.constexpr,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BI: tl.constexpr,
-    BW: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr,
-):
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     d = tl.arange(0, BD)
@@ -151,6 +136,8 @@ def dnc_forward(
         allocation_gate_at, write_gate_at, mode_at, write_mask_at, read_mask_at, sharpness_at,
         strength_at,
     ) = head_parts(reads, writes, width, MASKS, SHARPEN, LINKS)  # fmt: skip
+    initial = (initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr)
+    state = (cell_ptr, reads_ptr)
 
     for t in tl.range(0, length, disable_licm=True):
         row = b + t * batch
@@ -158,15 +145,9 @@ def dnc_forward(
         kept_ptr = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
-            cut = tl.load(reset_ptr + row) != 0
-            memory = tl.load(
-                padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
-            )
+            memory, cut = started(memory, reset_ptr + row, initial_memory_ptr, there, BN, BW)
             if cut:
-                start_anew(
-                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
-                    reads_ptr, states, read_width, LSTM, BC,
-                )  # fmt: skip
+                start_anew(initial, state, old, states, read_width, LSTM, BC)
                 copy(initial_usage_ptr, usage_ptr, slots, BC)
                 if LINKS:
                     copy(initial_link_ptr, link_ptr, writes * slots * slots, 8 * BC)

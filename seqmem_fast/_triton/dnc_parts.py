@@ -24,13 +24,18 @@ def product(a, b):
 
 
 @triton.jit
-def normalised(p, to_ptr, weight_ptr, bias_ptr, values, ACC: tl.constexpr, BC: tl.constexpr):
-    """Layer norm of p [P] to `to_ptr`."""
+def mean_of(p, values, ACC: tl.constexpr, BC: tl.constexpr):
     total = tl.zeros([BC], ACC)
     for start in tl.range(0, values, BC, disable_licm=True):
         o = start + tl.arange(0, BC)
         total += tl.load(p + o, mask=o < values, other=0.0)
-    mean = tl.sum(total, axis=0) / values
+    return tl.sum(total, axis=0) / values
+
+
+@triton.jit
+def normalised(p, to_ptr, weight_ptr, bias_ptr, values, ACC: tl.constexpr, BC: tl.constexpr):
+    """Layer norm of p [P] to `to_ptr`."""
+    mean = mean_of(p, values, ACC, BC)
     total = tl.zeros([BC], ACC)
     for start in tl.range(0, values, BC, disable_licm=True):
         o = start + tl.arange(0, BC)

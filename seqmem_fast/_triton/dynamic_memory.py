@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.dynamic_memory import Operands
 from . import dynamic_memory_kernels as kernels
 from .common import accumulator, launcher, strides, wide
 
@@ -43,19 +44,10 @@ def _warps(block_d: int) -> int:
 
 @launcher
 def dynamic_memory(
-    query: Tensor,
-    memory: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    write_weight: Tensor,
-    write_bias: Tensor,
-    score_query: Tensor | None,
-    mask: Tensor | None,
-    num_hops: int,
-    return_memory: bool,
-    save: bool,
+    operands: Operands, num_hops: int, return_memory: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::dynamic_memory` on GPU."""
+    query, memory, gate_weight, gate_bias, write_weight, write_bias, score_query, mask = operands
     batch, (slots, width) = query.shape[0], memory.shape[-2:]
     dtype = wide(query.dtype)
     attention = query.new_empty(num_hops, batch, slots)
@@ -175,19 +167,13 @@ def _plain_hops(
 def dynamic_memory_backward(
     grad_final: Tensor | None,
     grad_attention: Tensor | None,
-    query: Tensor,
-    memory: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    write_weight: Tensor,
-    write_bias: Tensor,
-    score_query: Tensor | None,
-    mask: Tensor | None,
+    operands: Operands,
     attention: Tensor,
     saved: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::dynamic_memory_backward` on GPU."""
+    query, memory, gate_weight, _, write_weight, _, score_query, mask = operands
     hops, batch, slots = attention.shape
     width = memory.shape[-1]
     of_query, of_memory, of_weights, of_score = output_mask

@@ -55,16 +55,12 @@ def dynamic_memory_forward(
     scores_ptr,  # [B, N] wide, scratch
     saved_ptr,  # [K, B, 3, m] wide: gate, write, read of M_0; or None
     maps_ptr,  # [B, 2, m] wide: A and B after the last hop
-    batch,
-    slots,
-    hops,
+    batch, slots, hops,
     memory_b,  # stride of the memory's rows, 0 where shared
     weight_t,  # from a weight's row to the next
     width,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
+    ACC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     inside = d < width
@@ -130,13 +126,9 @@ def dynamic_memory_final(
     memory_ptr,  # [B, N, m]
     maps_ptr,  # [B, 2, m]
     final_ptr,  # [B, N, m]
-    slots,
-    blocks,
-    memory_b,
-    width,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
+    slots, blocks, memory_b, width,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """A * M_0 + B of one row and BN slots."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks).to(tl.int64) * BN + tl.arange(0, BN)
@@ -167,17 +159,10 @@ def dynamic_memory_backward(
     du_ptr,  # [K, B, m] wide
     de_ptr,  # [K, B, N] wide
     ds_ptr,  # [B, m] wide
-    batch,
-    slots,
-    hops,
-    memory_b,
-    weight_t,
-    width,
+    batch, slots, hops, memory_b, weight_t, width,
     a_0, a_1, a_2,  # strides of grad_attention
     f_0, f_1, f_2,  # strides of grad_final
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
+    ACC: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
@@ -260,12 +245,9 @@ def dynamic_memory_shared_grad(
     grad_final_ptr,  # [B, N, m]
     maps_ptr,  # [B, 2, m] wide: A and B after the last hop
     grad_ptr,  # [N, m] wide
-    batch,
-    slots,
-    width,
+    batch, slots, width,
     f_0, f_1, f_2,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """sum_b A_b * grad_final_b of BN slots: the final memory's part of a shared one's gradient."""
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)

@@ -20,46 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, launcher, wide
+from .common import accumulator, launcher, load_wide, store_narrow, wide
 from .normalizers import ANY, any_lane, kind_of, newton_step, powers, slopes_of
 
 _BLOCK = 4096
 
 
 @triton.jit
-def _load(ptr, n, count, other: tl.constexpr, ACC: tl.constexpr):
-    value = tl.load(ptr + n, mask=n < count, other=other)
-    if value.dtype.primitive_bitwidth == 16:
-        value = value.to(tl.float32)  # the interpreter knows no direct way to float64
-    return value.to(ACC)
-
-
-@triton.jit
-def _store(ptr, n, count, value):
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    tl.store(ptr + n, value.to(ptr.dtype.element_ty), mask=n < count)
-
-
-@triton.jit
 def _entries(ptr, n, count, ACC: tl.constexpr):
-    return _load(ptr, n, count, float("-inf"), ACC)
+    return load_wide(ptr, n, n < count, float("-inf"), ACC)
 
 
 @triton.jit
 def _sums(
-    ptr,
-    row,
-    top,
-    scale,
-    tau,
-    power,
-    count,
-    KIND: tl.constexpr,
-    ACC: tl.constexpr,
-    ONE: tl.constexpr,
+    ptr, row, top, scale, tau, power, count,
+    KIND: tl.constexpr, ACC: tl.constexpr, ONE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Of the powers and of their slopes, over the entries above tau."""
     total = tau * 0.0
     slope = total
@@ -80,11 +57,10 @@ def entmax_forward_kernel(
     alpha_ptr,  # [rows] float64, or None for the other kinds
     output_ptr,  # [rows, K]
     count,  # K
-    KIND: tl.constexpr,
-    ACC: tl.constexpr,
+    KIND: tl.constexpr, ACC: tl.constexpr,
     ONE: tl.constexpr,  # whether a block holds the row
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     input_ptr += row * count
     output_ptr += row * count
@@ -130,14 +106,14 @@ def entmax_forward_kernel(
         x = (z - shift) * scale
         p, _ = powers(x - tau, x > tau, power, KIND)
         p = tl.where(finite, p, tl.where(empty, 0.0, float("nan")))
-        _store(output_ptr, n, count, p)
+        store_narrow(output_ptr, n, p, n < count)
 
 
 @triton.jit
 def _parts(grad_ptr, output_ptr, n, count, alpha, KIND: tl.constexpr, ACC: tl.constexpr):
     """Of a block: p, s = p^(2 - alpha) and the gradient, both 0 outside the support."""
-    p = _load(output_ptr, n, count, 0.0, ACC)
-    g = _load(grad_ptr, n, count, 0.0, ACC)
+    p = load_wide(output_ptr, n, n < count, 0.0, ACC)
+    g = load_wide(grad_ptr, n, n < count, 0.0, ACC)
     return p, slopes_of(p, alpha, KIND), tl.where(p <= 0.0, 0.0, g)  # NaN spreads over its row
 
 
@@ -149,10 +125,9 @@ def entmax_backward_kernel(
     grad_input_ptr,  # [rows, K], or None
     grad_alpha_ptr,  # [rows] float64, or None
     count,
-    KIND: tl.constexpr,
-    ACC: tl.constexpr,
+    KIND: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     grad_ptr += row * count
     output_ptr += row * count
@@ -182,7 +157,7 @@ def entmax_backward_kernel(
         for start in range(0, count, BLOCK):
             n = start + tl.arange(0, BLOCK)
             _, s, g = _parts(grad_ptr, output_ptr, n, count, alpha, KIND, ACC)
-            _store(grad_input_ptr + row * count, n, count, s * (g - mean))
+            store_narrow(grad_input_ptr + row * count, n, s * (g - mean), n < count)
 
 
 def _rows(t: Tensor, dim: int) -> Tensor:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.hard_attention import LossArguments
 from .common import accumulator, launcher, wide
 
 _BLOCK = 1024
@@ -180,15 +181,9 @@ def _advantage(returns: Tensor, baseline: Tensor | None) -> Tensor:
 
 
 @launcher
-def reinforce_loss(
-    logits: Tensor,
-    action: Tensor,
-    returns: Tensor,
-    baseline: Tensor | None,
-    entropy_weight: float,
-    reduction: int,
-) -> Tensor:
+def reinforce_loss(given: LossArguments) -> Tensor:
     """`seqmem::reinforce_loss` on GPU."""
+    logits, action, returns, baseline, entropy_weight, reduction = given
     log_prob = logits.new_empty(logits.shape[:-1], dtype=wide(logits.dtype))
     entropy = torch.empty_like(log_prob)
     _forward(logits, None, action.contiguous(), log_prob, entropy)
@@ -203,16 +198,9 @@ def reinforce_loss(
 
 
 @launcher
-def reinforce_loss_backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    action: Tensor,
-    returns: Tensor,
-    baseline: Tensor | None,
-    entropy_weight: float,
-    reduction: int,
-) -> Tensor:
+def reinforce_loss_backward(grad_loss: Tensor, given: LossArguments) -> Tensor:
     """`seqmem::reinforce_loss_backward` on GPU."""
+    logits, action, returns, baseline, entropy_weight, reduction = given
     grad = grad_loss.to(wide(logits.dtype))
     if reduction == _MEAN:
         grad = grad / max(action.numel(), 1)

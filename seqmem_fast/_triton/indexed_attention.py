@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.common import Rule
 from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
@@ -28,12 +29,12 @@ _SCORES = 1 << 26  # most scores that the selection holds at once
 
 
 def _common(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, rule: Rule
 ) -> dict[str, Any]:
     """What every kernel takes."""
     count = index.shape[3]
     return {
-        **of_heads(q, k, v, scale, dropout),
+        **of_heads(q, k, v, scale, rule.dropout),
         "count": count,
         **of_lists(index.shape[:2]),
         "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
@@ -47,27 +48,26 @@ def indexed_attention(
     v: Tensor,
     index: Tensor,
     scale: float | None,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
+    rule: Rule,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::indexed_attention` on GPU."""
+    alpha = rule.alpha
     if alpha != 1 or not fits_heads(q, v):
-        found = _plain(q, k, v, index, scale, alpha, dropout, seed)
+        found = _plain(q, k, v, index, scale, *rule)
         return found if need_weights else (found[0], q.new_empty(0))
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     weights = q.new_empty((*shape, index.shape[3]) if need_weights else 0)
     if shape.numel():
-        common = _common(q, k, v, index, scale, dropout)
+        common = _common(q, k, v, index, scale, rule)
         q, k, v = dense_rows(q, k, v)
         kernels.indexed_attention_forward[(shape.numel(),)](
             index_ptr=index.contiguous(),
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
             **placed(q=q, k=k, v=v),
-            **of_dropout(dropout, seed),
+            **of_dropout(rule.dropout, rule.seed),
             **of_normalizer(alpha, q),
             **{**common, "num_warps": common["num_warps"] if alpha == 1 else 4},  # spills nothing
         )
@@ -83,33 +83,21 @@ def indexed_attention_backward(
     v: Tensor,
     index: Tensor,
     scale: float | None,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
+    rule: Rule,
     weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::indexed_attention_backward` on GPU: one kernel by queries, one by keys."""
     seeds = (grad_output, grad_weights)
-    if alpha != 1 or not fits_heads(q, v):
+    if rule.alpha != 1 or not fits_heads(q, v):
         return through_reference(
-            lambda q, k, v: _plain(q, k, v, index, scale, alpha, dropout, seed),
-            (q, k, v),
-            seeds,
-            output_mask,
+            lambda q, k, v: _plain(q, k, v, index, scale, *rule), (q, k, v), seeds, output_mask
         )
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if q.shape[:3].numel() and k.shape[2]:
-        common = _common(q, k, v, index, scale, dropout)
-        _backward(
-            common,
-            of_normalizer(alpha, q),
-            seeds,
-            (q, k, v),
-            index.contiguous(),
-            weights.contiguous(),
-            grads,
-        )
+        common = _common(q, k, v, index, scale, rule)
+        saved = index.contiguous(), weights.contiguous()
+        _backward(common, of_normalizer(rule.alpha, q), seeds, (q, k, v), saved, grads)
     return only(output_mask, grads)
 
 
@@ -118,10 +106,10 @@ def _backward(
     normalizer: dict[str, Any],
     seeds: Sequence[Tensor | None],
     operands: Sequence[Tensor],
-    index: Tensor,
-    weights: Tensor,
+    saved: Sequence[Tensor],
     grads: Sequence[Tensor],
 ) -> None:
+    index, weights = saved
     q, k, v = dense_rows(*operands)
     of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
     slopes = weights.new_empty(weights.shape, dtype=wide(q.dtype))
@@ -154,12 +142,7 @@ def _backward(
 
 @launcher
 def top_k_keys(
-    q: Tensor,
-    k: Tensor,
-    count: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
+    q: Tensor, k: Tensor, count: int, is_causal: bool, key_end: Tensor | None, scale: float | None
 ) -> Tensor:
     """`seqmem::top_k_keys` on GPU."""
     queries, keys = q.size(2), k.size(2)

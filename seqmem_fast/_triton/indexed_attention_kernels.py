@@ -17,19 +17,8 @@ import triton
 import triton.language as tl
 
 from .common import signed
-from .normalizers import (
-    SOFTMAX,
-    add_scores,
-    alpha_of,
-    any_row_climbs,
-    before_threshold,
-    delta_of,
-    last_threshold,
-    next_threshold,
-    weight_slopes,
-    weights_of,
-)
-from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_keys, with_sign
+from .normalizers import add_scores, alpha_of, delta_of, state_of, weight_slopes, weights_of
+from .sparse_attention_kernels import is_nothing, load_rows, meet_values, of_head, with_sign
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("queries", "keys", "count")
@@ -48,6 +37,14 @@ def _store_row(ptr, at, value, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _query(queries, heads, list_0, list_1, count):
+    """A program's row and head z, its query i, and where the query's list begins."""
+    z = (tl.program_id(0) // queries).to(tl.int64)
+    i = (tl.program_id(0) % queries).to(tl.int64)
+    return z, i, (of_head(z, heads, list_0, list_1) * queries + i) * count
+
+
+@triton.jit
 def _listed(index_ptr, at, c, count, keys):
     """The keys at places c of a list, and whether they exist."""
     j = tl.load(index_ptr + at + c, mask=c < count, other=-1)
@@ -62,12 +59,13 @@ def _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.co
 
 
 @triton.jit
-def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width, alpha,
-          SCALE: tl.constexpr, ACC: tl.constexpr, KIND: tl.constexpr, BC: tl.constexpr,
+def _scan(a, b, top, tau, given, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+          PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
     """`add_scores` of all keys."""
-    for c_0 in range(0, count, BC):
-        j, seen = _listed(index_ptr, at, c_0 + tl.arange(0, BC), count, keys)
+    q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width = given
+    for c_0 in range(0, count, BN):
+        j, seen = _listed(index_ptr, at, c_0 + tl.arange(0, BN), count, keys)
         s = _scores(q, k_ptr, k_at, k_t, j, seen, width, SCALE, ACC, BD)
         a, b = add_scores(s, a, b, top, tau, alpha, KIND)
     return a, b
@@ -83,53 +81,23 @@ def indexed_attention_forward(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, count], dense, or None
-    queries,
-    keys,
-    width,
-    value_width,
+    queries, keys, width, value_width,
     heads,  # Hq
     group,  # Hq / Hk
     count,
     list_0, list_1,  # which list a row and a head have
-    q_0, q_1, q_t,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
+    q_0, q_1, q_t, k_0, k_1, k_t, v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    KIND: tl.constexpr,
-    BELOW: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr, FACTOR: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // queries).to(tl.int64)
-    i = (tl.program_id(0) % queries).to(tl.int64)
-    b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    at = ((b * list_0 + h * list_1) * queries + i) * count
-    q = _row(q_ptr, b * q_0 + h * q_1 + i * q_t, width, BD, ACC)
-    m = tl.full([1], float("-inf"), ACC)
-    total = tl.zeros([1], ACC)
+    z, i, at = _query(queries, heads, list_0, list_1, count)
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
+    q = _row(q_ptr, of_head(z, heads, q_0, q_1) + i * q_t, width, BD, ACC)
     alpha = alpha_of(alpha_ptr, KIND)
-    m, total = _scan(
-        m, total, None, None, q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width, alpha, SCALE,
-        ACC, KIND, BC, BD,
-    )  # fmt: skip
-    if KIND == SOFTMAX:
-        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
-    else:
-        top, tau, next = before_threshold(m, KIND)
-        while any_row_climbs(next, tau, BC):
-            tau = tl.maximum(tau, next)
-            above, slopes = _scan(
-                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, index_ptr, at, count, keys,
-                width, alpha, SCALE, ACC, KIND, BC, BD,
-            )  # fmt: skip
-            next = next_threshold(tau, above, slopes, total, alpha, KIND)
-        total = last_threshold(next, total)
+    given = (q, k_ptr, k_at, k_t, index_ptr, at, count, keys, width)
+    m, total = state_of(_scan, given, alpha, SCALE, ACC, None, KIND, 1, BC, BD)
     out = tl.zeros([BV], ACC)
     for c_0 in range(0, count, BC):
         c = c_0 + tl.arange(0, BC)
@@ -173,31 +141,16 @@ def indexed_attention_backward_rows(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     slopes_ptr,  # as the weights, in float32 or float64
     grad_q_ptr,  # [B, Hq, Tq, D], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    count,
+    queries, keys, width, value_width, heads, group, count,
     list_0, list_1,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
+    k_0, k_1, k_t, v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    z = (tl.program_id(0) // queries).to(tl.int64)
-    i = (tl.program_id(0) % queries).to(tl.int64)
-    b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    at = ((b * list_0 + h * list_1) * queries + i) * count
+    z, i, at = _query(queries, heads, list_0, list_1, count)
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
     own = z * queries + i
     g = None
     if grad_output_ptr is not None:
@@ -237,21 +190,12 @@ def indexed_attention_backward_keys(
     slopes_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense
     grad_v_ptr,  # [B, Hk, Tk, DV], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    count,
+    queries, keys, width, value_width, heads, group, count,
     list_0, list_1,
     q_0, q_1, q_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, FACTOR: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     y = (tl.program_id(0) // keys).to(tl.int64)  # row and head of keys
     j = (tl.program_id(0) % keys).to(tl.int64)

@@ -16,8 +16,7 @@ State of proof: interpreted and compiled, not yet run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,25 +24,13 @@ from torch import Tensor
 from ..ops.lrua import _plain, _vjp
 from ..reference.lrua import LRUAState
 from . import lrua_kernels as kernels
+from . import machine
 from .common import dense, launcher
-from .machine import (
-    SHORTEST_SEGMENT,
-    Backward,
-    Call,
-    Forward,
-    Sizes,
-    answer,
-    fits,
-    padded,
-    plain_backward,
-    plain_forward,
-)
 
 _LEARNS = [name for name in LRUAState._fields if name != "usage"]  # parts that have a gradient
 
 
-@dataclass(frozen=True)
-class _Options:
+class Options(NamedTuple):
     """What is no tensor."""
 
     lstm: bool
@@ -53,21 +40,17 @@ class _Options:
     gamma: float
 
 
-class _Sizes(Sizes):
+class _Sizes(machine.Sizes):
     def __init__(
-        self,
-        input: Tensor,
-        state: LRUAState,
-        head_weight: Tensor,
-        controller: Sequence[Tensor],
-        options: _Options,
+        self, input: Tensor, state: LRUAState, given: machine.Machine, options: Options
     ) -> None:
         self.heads, self.options = state.read_weights.shape[1], options
-        super().__init__(input, state.memory, head_weight, controller, options.lstm, self.heads)
+        weights = given.head_weight, given.controller
+        super().__init__(input, state.memory, *weights, options.lstm, self.heads)
 
     @property
     def on_chip(self) -> bool:
-        return fits(self.slots, self.width)
+        return machine.fits(self.slots, self.width)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         found = super().arguments(dtype)
@@ -85,28 +68,17 @@ class _Sizes(Sizes):
 def lrua(
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    lstm: bool,
-    own_add: bool,
-    strength: bool,
-    erase_all: bool,
-    gamma: float,
+    given: machine.Machine,
+    options: Options,
     trace: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::lrua` on GPU."""
-    arguments = controller, head_weight, head_bias, initial
-    rest = lstm, own_add, strength, erase_all, gamma, trace, save
-    options, first = _Options(lstm, own_add, strength, erase_all, gamma), LRUAState(*state)
-    size = _Sizes(input, first, head_weight, controller, options)
-    parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
+    first = LRUAState(*state)
+    size = _Sizes(input, first, given, options)
+    parts = -(-size.steps // machine.SHORTEST_SEGMENT) if save else 0
     rows = size.steps if save else 1, size.batch
-    call = Call("lrua", input, first, controller, initial, lengths, reset)
+    call = machine.Call("lrua", input, first, given)
     record = call.make(*rows, size.record, dtype=call.dtype)
     chosen = call.make(*rows, size.heads, dtype=torch.int64)
     checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
@@ -116,11 +88,11 @@ def lrua(
         usage_trace = call.make(*weightings[:2], size.slots) if trace else None
         write_trace = call.make(*weightings) if trace else None
         read_trace = call.make(*weightings) if trace or save else None
-        forward = Forward(size, call, "cell", "usage", "read_weights", "reads")
-        memory = padded(first.memory.to(call.dtype))
+        forward = machine.Forward(size, call, "cell", "usage", "read_weights", "reads")
+        memory = machine.padded(first.memory.to(call.dtype))
         if size.batch:
             kernels.lrua_forward[(size.batch,)](
-                **forward.arguments(head_weight, head_bias),
+                **forward.arguments(given.head_weight, given.head_bias),
                 memory_ptr=memory,
                 features_ptr=features,
                 usage_trace_ptr=usage_trace,
@@ -130,13 +102,14 @@ def lrua(
                 record_ptr=record,
                 checkpoints_ptr=checkpoints if save else None,
                 record_rows=size.batch if save else 0,
-                GAMMA=gamma,
+                GAMMA=options.gamma,
                 **size.arguments(input.dtype),
             )
         last = forward.last(memory[:, : size.slots, : size.width])
         traces = [usage_trace, write_trace, read_trace]
     else:
-        found = plain_forward(_plain, call, (input, state, *arguments, call.lengths, reset, *rest))
+        arguments = input, state, *given._replace(lengths=call.lengths), *options, trace, save
+        found = machine.plain_forward(_plain, call, arguments)
         features, last = found[0], found[1:-3]
         traces = [*(a if trace else None for a in found[-3:-1])]
         traces.append(found[-1] if trace or save else None)
@@ -158,40 +131,27 @@ def lrua_backward(
     grad_read_trace: Tensor | None,
     input: Tensor,
     state: Sequence[Tensor],
-    controller: Sequence[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    given: machine.Machine,
     features: Tensor,
     read_trace: Tensor,
     slots: Tensor,
     saved: Tensor,
     checkpoints: Tensor,
-    lstm: bool,
-    own_add: bool,
-    strength: bool,
-    erase_all: bool,
-    gamma: float,
+    options: Options,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::lrua_backward` on GPU."""
     grads = grad_hidden, grad_cell, grad_memory, grad_read_weights, grad_reads
-    given = grad_features, *grads, grad_write_trace, grad_read_trace, input, state
-    arguments = controller, head_weight, head_bias, initial
-    rest = features, read_trace, slots, saved, checkpoints
-    numbers = lstm, own_add, strength, erase_all, gamma, output_mask
-    options, first = _Options(lstm, own_add, strength, erase_all, gamma), LRUAState(*state)
-    size = _Sizes(input, first, head_weight, controller, options)
+    first = LRUAState(*state)
+    size = _Sizes(input, first, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
     learns = [name in _LEARNS for name in LRUAState._fields]
     wanted = [of_input, *(of_state and part for part in learns), of_weights, of_weights]
-    wanted += [of_initial and part for part in learns[: len(initial)]]
-    wanted += [of_weights] * len(controller)
-    call = Call("lrua", input, first, controller, initial, lengths, reset)
+    wanted += [of_initial and part for part in learns[: len(given.initial)]]
+    wanted += [of_weights] * len(given.controller)
+    call = machine.Call("lrua", input, first, given)
     if size.on_chip:
-        back = Backward(size, call, head_weight, _LEARNS, grads)
+        back = machine.Backward(size, call, given.head_weight, _LEARNS, grads)
         if size.batch:
             kernels.lrua_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),
@@ -208,7 +168,9 @@ def lrua_backward(
         first_grad, parts, starts, of_heads, weights = back.results(features, saved)
         found = [first_grad, *parts, *of_heads, *starts, *weights]
     else:
-        found = plain_backward(
-            _vjp, call, (*given, *arguments, call.lengths, reset, *rest, *numbers)
-        )
-    return answer(found, wanted, input)
+        of_traces = grad_write_trace, grad_read_trace
+        clamped = given._replace(lengths=call.lengths)
+        arguments = grad_features, *grads, *of_traces, input, state, *clamped
+        rest = features, read_trace, slots, saved, checkpoints, *options, output_mask
+        found = machine.plain_backward(_vjp, call, (*arguments, *rest))
+    return machine.answer(found, wanted, input)

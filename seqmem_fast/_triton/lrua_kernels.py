@@ -80,30 +80,22 @@ def lrua_forward(
     slots_ptr,  # [T, B, R] int64, one step long where nothing is saved, as the next
     record_ptr,  # [T, B, record] wide
     checkpoints_ptr,  # [segments, B, checkpoint] wide, or None
-    steps,
-    batch,
+    steps, batch,
     record_rows,  # from a step's record of this row to the next's: 0 without saving
     record,  # elements of one
     checkpoint,  # as record
     segment,
     control,  # C
-    slots,
-    width,
+    slots, width,
     values,  # P
     heads,
     erased,  # how many of the chosen slots are set to zero
     read_width,  # R * M
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    OWN: tl.constexpr,
-    STRENGTH: tl.constexpr,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, OWN: tl.constexpr, STRENGTH: tl.constexpr,
     GAMMA: tl.constexpr,  # an argument would be rounded to float32
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, _m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     memory_ptr += b * BN * BW
@@ -115,6 +107,8 @@ def lrua_forward(
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
     size = head_size(width, OWN, STRENGTH)
+    initial = (initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr)
+    state = (cell_ptr, reads_ptr)
 
     for t in range(length):
         row = b + t * batch
@@ -127,10 +121,7 @@ def lrua_forward(
             usage = tl.load(initial_usage_ptr + n, mask=there & cut, other=usage)
             if cut:
                 copy(initial_memory_ptr, memory_ptr, BN * BW, BC)
-                start_anew(
-                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
-                    reads_ptr, states, read_width, LSTM, BC,
-                )  # fmt: skip
+                start_anew(initial, state, old, states, read_width, LSTM, BC)
                 copy(initial_read_weights_ptr, read_weights_ptr, heads * slots, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
@@ -224,31 +215,12 @@ def lrua_backward(
     i_reads_ptr,
     dz_ptr,  # [T, B, L, C * G] wide
     dp_ptr,  # [T, B, P] wide
-    steps,
-    batch,
-    record,
-    checkpoint,
-    segment,
-    control,
-    slots,
-    width,
-    values,
-    heads,
-    erased,
-    read_width,
-    f_t,
-    f_b,
-    f_c,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    OWN: tl.constexpr,
-    STRENGTH: tl.constexpr,
+    steps, batch, record, checkpoint, segment, control, slots, width, values, heads, erased,
+    read_width, f_t, f_b, f_c,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, OWN: tl.constexpr, STRENGTH: tl.constexpr,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     states = LAYERS * control
@@ -264,6 +236,8 @@ def lrua_backward(
     memories_ptr += b * segment * BN * BW
     d_memory_ptr += b * BN * BW
 
+    grads = (d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr)
+    of_initial = (i_hidden_ptr, i_cell_ptr, i_memory_ptr, i_reads_ptr)
     segments = tl.cdiv(length, segment)
     for passed in range(segments):
         begin = (segments - 1 - passed) * segment
@@ -374,11 +348,7 @@ def lrua_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    hand_over(
-                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
-                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
-                        BC,
-                    )  # fmt: skip
+                    hand_over(grads, of_initial, b, states, read_width, LSTM, BN, BW, BC)
                     to = i_read_weights_ptr + b * heads * slots
                     move(d_read_weights_ptr, to, heads * slots, BC)
                 tl.debug_barrier()

@@ -46,7 +46,7 @@ from .common import accumulator, dense, launcher
 from .lstm_backward import Backward, Grads
 from .lstm_forward import Forward
 from .lstm_routes import route
-from .lstm_rows import Rows, entering_states, launch_step
+from .lstm_rows import Ends, Layer, Rows, entering_states, launch_step
 
 # A cell is the only step of a sequence.
 _ONLY_STEP = {
@@ -63,16 +63,10 @@ _ONLY_STEP = {
 
 @launcher
 def lstm_cell(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    return_gates: bool,
+    layer: Layer, bias_ih: Tensor | None, bias_hh: Tensor | None, return_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::lstm_cell` on GPU: one or two GEMMs, then everything else in one kernel."""
+    input, hx, cx, weight_ih, weight_hh = layer
     batch, hidden = input.shape[0], weight_hh.shape[1]
     hy = input.new_empty(batch, hidden)
     cy = torch.empty_like(hy)
@@ -104,17 +98,14 @@ def lstm_cell_backward(
     grad_hy: Tensor | None,
     grad_cy: Tensor | None,
     grad_gates: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    layer: Layer,
     gates: Tensor,
     cy: Tensor,
     has_bias: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::lstm_cell_backward` on GPU: one kernel to dz, then a GEMM per gradient."""
+    input, hx, cx, weight_ih, weight_hh = layer
     batch, hidden = cy.shape
     of_input, of_state, of_weights = output_mask
     dz = torch.empty_like(gates, memory_format=torch.contiguous_format)
@@ -152,28 +143,23 @@ def lstm_cell_backward(
 
 @launcher
 def lstm(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    layer: Layer,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
+    ends: Ends,
     batch_first: bool,
     reverse: bool,
     return_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`seqmem::lstm` on GPU."""
+    input, hx, cx, weight_ih, weight_hh = layer
     lead, none = input.shape[:-1], input.new_empty(0)
     hidden, width = weight_hh.shape[0] // 4, weight_hh.shape[1]
     z = torch.mm(input.flatten(0, -2), weight_ih.t())  # [rows, 4H]; becomes the gates
     cells = z.new_empty(z.shape[0], hidden) if return_gates else None
     forward = Forward(
-        Rows.of(input, lengths, reset, batch_sizes, batch_first, reverse),
+        Rows.of(input, ends, batch_first, reverse),
         weight_hh,
         weight_hr,
         (dense(bias_ih), dense(bias_hh)),
@@ -198,20 +184,10 @@ def lstm(
 
 @launcher
 def lstm_backward(
-    grad_output: Tensor | None,
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    grad_gates: Tensor | None,
-    grad_cells: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    grads: Grads,
+    layer: Layer,
     weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
+    ends: Ends,
     output: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -221,15 +197,17 @@ def lstm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::lstm_backward` on GPU: dz of every step, then a GEMM per gradient."""
+    input, hx, cx, weight_ih, weight_hh = layer
     of_input, of_state, of_weights = output_mask
     none = input.new_empty(0)
-    rows = Rows.of(input, lengths, reset, batch_sizes, batch_first, reverse)
+    rows = Rows.of(input, ends, batch_first, reverse)
     gates = _flat(gates)
-    grads = _flat(grad_output), dense(grad_hy), dense(grad_cy), _flat(grad_gates), _flat(grad_cells)
+    of_output, of_hy, of_cy, of_gates, of_cells = grads
+    grads = Grads(_flat(of_output), dense(of_hy), dense(of_cy), _flat(of_gates), _flat(of_cells))
     dz = torch.empty_like(gates)
     backward = Backward(
         rows,
-        Grads(*grads),
+        grads,
         weight_hh,
         weight_hr,
         dense(cx),

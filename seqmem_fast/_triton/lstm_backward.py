@@ -20,13 +20,13 @@ StateGrads = tuple[Tensor | None, Tensor | None]
 
 
 class Grads(NamedTuple):
-    """Gradients of the sequence's outputs, as rows."""
+    """Gradients of the sequence's outputs."""
 
-    output: Tensor | None
-    hy: Tensor | None
-    cy: Tensor | None
-    gates: Tensor | None
-    cells: Tensor | None
+    grad_output: Tensor | None
+    grad_hy: Tensor | None
+    grad_cy: Tensor | None
+    grad_gates: Tensor | None
+    grad_cells: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Backward:
             self.rows,
             hidden,
             **self._pointers(),
-            grad_cy_ptr=self.grads.cy,
+            grad_cy_ptr=self.grads.grad_cy,
             w_ptr=w.contiguous(),
             offsets_ptr=self.rows.offsets(self.dz.device),
             grad_hx_ptr=grad_hx,
@@ -82,9 +82,9 @@ class Backward:
         """Resident on the GPU where that serves, else a GEMM and a kernel a step."""
         rows, grads, dz, weight_hh = self.rows, self.grads, self.dz, self.weight_hh
         d_c = dz.new_zeros(rows.batch, weight_hh.shape[0] // 4, dtype=wide(dz.dtype))
-        if grads.cy is not None:
-            d_c.copy_(grads.cy)
-        of_steps = dz, d_c, grads.output, grads.hy, grads.gates, grads.cells
+        if grads.grad_cy is not None:
+            d_c.copy_(grads.grad_cy)
+        of_steps = dz, d_c, grads.grad_output, grads.grad_hy, grads.grad_gates, grads.grad_cells
         saved = self.cx, self.gates, self.cells
         if stays_resident(rows, weight_hh, self.weight_hr):
             torch.ops.seqmem.lstm_backward_persistent_(
@@ -100,7 +100,7 @@ class Backward:
         if rows.reset is not None and not rows.reverse:
             grad_hx.masked_fill_(rows.at(rows.reset.view(-1, 1), 0) != 0, 0)
         if rows.lengths is not None:
-            kept = torch.zeros_like(grad_hx) if grads.hy is None else grads.hy
+            kept = torch.zeros_like(grad_hx) if grads.grad_hy is None else grads.grad_hy
             grad_hx = torch.where((rows.lengths == 0)[:, None], kept, grad_hx)
         return grad_hx, d_c.to(dz.dtype)
 
@@ -122,8 +122,8 @@ class Backward:
                     lstm_step.lstm_gather_grad_projected,
                     size,
                     width,
-                    grad_output_ptr=grads.output,
-                    grad_hy_ptr=grads.hy,
+                    grad_output_ptr=grads.grad_output,
+                    grad_hy_ptr=grads.grad_hy,
                     from_next_ptr=from_next,
                     dp_ptr=self.grad_p,
                     **common,
@@ -145,10 +145,10 @@ class Backward:
     def _pointers(self) -> dict[str, Any]:
         """What the kernel of all steps and that of one step have in common."""
         return {
-            "grad_output_ptr": self.grads.output,
-            "grad_hy_ptr": self.grads.hy,
-            "grad_gates_ptr": self.grads.gates,
-            "grad_cells_ptr": self.grads.cells,
+            "grad_output_ptr": self.grads.grad_output,
+            "grad_hy_ptr": self.grads.grad_hy,
+            "grad_gates_ptr": self.grads.grad_gates,
+            "grad_cells_ptr": self.grads.grad_cells,
             "cx_ptr": self.cx,
             "gates_ptr": self.gates,
             "cells_ptr": self.cells,

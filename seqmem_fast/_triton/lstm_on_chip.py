@@ -26,6 +26,20 @@ from .lstm_step import VARYING, row_of
 
 
 @triton.jit
+def _rows(lengths_ptr, steps, batch, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A program's batch rows and their lengths, 0 beyond the batch; its units, which of them there
+    are [1, BLOCK_H], and the same of rows that there are [BLOCK_B, BLOCK_H]."""
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.arange(0, BLOCK_H)
+    if lengths_ptr is None:
+        length = tl.where(b < batch, steps, 0)
+    else:
+        length = tl.load(lengths_ptr + b, mask=b < batch, other=0).to(tl.int32)
+    unit = (n < H)[None, :]
+    return b, length, n, unit, (b < batch)[:, None] & unit
+
+
+@triton.jit
 def _load_units(ptr, row, n, mask, H, width: tl.constexpr, gate: tl.constexpr):
     """[BLOCK_B, BLOCK_H] of one gate out of rows of width * H elements."""
     return tl.load(ptr + row[:, None] * (width * H) + (gate * H + n)[None, :], mask=mask, other=0.0)
@@ -35,6 +49,23 @@ def _load_units(ptr, row, n, mask, H, width: tl.constexpr, gate: tl.constexpr):
 def _store_units(ptr, value, row, n, mask, H, width: tl.constexpr, gate: tl.constexpr):
     offset = row[:, None] * (width * H) + (gate * H + n)[None, :]
     tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_gates(ptr, row, n, mask, H):
+    """All four gates out of rows of 4 * H elements."""
+    i = _load_units(ptr, row, n, mask, H, 4, 0)
+    f = _load_units(ptr, row, n, mask, H, 4, 1)
+    g = _load_units(ptr, row, n, mask, H, 4, 2)
+    return i, f, g, _load_units(ptr, row, n, mask, H, 4, 3)
+
+
+@triton.jit
+def _store_gates(ptr, i, f, g, o, row, n, mask, H):
+    _store_units(ptr, i, row, n, mask, H, 4, 0)
+    _store_units(ptr, f, row, n, mask, H, 4, 1)
+    _store_units(ptr, g, row, n, mask, H, 4, 2)
+    _store_units(ptr, o, row, n, mask, H, 4, 3)
 
 
 @triton.jit
@@ -60,6 +91,14 @@ def _weights(w_ptr, gate: tl.constexpr, H, BLOCK_H: tl.constexpr, TRANSPOSED: tl
         return tl.load(w_ptr + (gate * H + row) * H + col, mask=mask, other=0.0)
 
 
+@triton.jit
+def _all_weights(w_ptr, H, BLOCK_H: tl.constexpr, TRANSPOSED: tl.constexpr):
+    w_i = _weights(w_ptr, 0, H, BLOCK_H, TRANSPOSED)
+    w_f = _weights(w_ptr, 1, H, BLOCK_H, TRANSPOSED)
+    w_g = _weights(w_ptr, 2, H, BLOCK_H, TRANSPOSED)
+    return w_i, w_f, w_g, _weights(w_ptr, 3, H, BLOCK_H, TRANSPOSED)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def lstm_forward_on_chip(
     z_ptr,  # [rows, 4H] input's part of the pre-activations, without biases
@@ -76,31 +115,13 @@ def lstm_forward_on_chip(
     cy_ptr,  # [B, H]
     gates_ptr,  # [rows, 4H] or None; may be z_ptr
     cells_ptr,  # [rows, H] or None
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    H,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    if lengths_ptr is None:
-        length = tl.where(b < batch, steps, 0)
-    else:
-        length = tl.load(lengths_ptr + b, mask=b < batch, other=0).to(tl.int32)
-    unit = (n < H)[None, :]
-    known = (b < batch)[:, None] & unit
+    steps, batch, t_stride, b_stride, reverse, H,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, length, n, unit, known = _rows(lengths_ptr, steps, batch, H, BLOCK_B, BLOCK_H)
 
     if DOT:
-        w_i = _weights(w_ptr, 0, H, BLOCK_H, True)
-        w_f = _weights(w_ptr, 1, H, BLOCK_H, True)
-        w_g = _weights(w_ptr, 2, H, BLOCK_H, True)
-        w_o = _weights(w_ptr, 3, H, BLOCK_H, True)
+        w_i, w_f, w_g, w_o = _all_weights(w_ptr, H, BLOCK_H, True)
     else:
         k = tl.arange(0, BLOCK_H)[:, None]
         lane = tl.arange(0, 4 * BLOCK_H)[None, :]
@@ -121,20 +142,14 @@ def lstm_forward_on_chip(
     t = reverse * (steps - 1)
     row = row_of(offsets_ptr, t, b, t_stride, b_stride)
     live = (t < length)[:, None] & unit
-    z_i = _load_units(z_ptr, row, n, live, H, 4, 0)
-    z_f = _load_units(z_ptr, row, n, live, H, 4, 1)
-    z_g = _load_units(z_ptr, row, n, live, H, 4, 2)
-    z_o = _load_units(z_ptr, row, n, live, H, 4, 3)
+    z_i, z_f, z_g, z_o = _load_gates(z_ptr, row, n, live, H)
 
     for step in range(steps):
         # Ask for the next step's pre-activations now: they arrive while this step computes.
         t_next = tl.minimum(tl.maximum(t + 1 - 2 * reverse, 0), steps - 1)
         row_next = row_of(offsets_ptr, t_next, b, t_stride, b_stride)
         live_next = (t_next < length)[:, None] & unit & (step + 1 < steps)
-        next_i = _load_units(z_ptr, row_next, n, live_next, H, 4, 0)
-        next_f = _load_units(z_ptr, row_next, n, live_next, H, 4, 1)
-        next_g = _load_units(z_ptr, row_next, n, live_next, H, 4, 2)
-        next_o = _load_units(z_ptr, row_next, n, live_next, H, 4, 3)
+        next_i, next_f, next_g, next_o = _load_gates(z_ptr, row_next, n, live_next, H)
 
         active = (t < length)[:, None]
         if reset_ptr is not None:
@@ -167,10 +182,9 @@ def lstm_forward_on_chip(
             seen = active & unit
         _store_units(output_ptr, tl.where(active, h_new, 0.0), row, n, seen, H, 1, 0)
         if gates_ptr is not None:
-            _store_units(gates_ptr, tl.where(active, i, 0.0), row, n, seen, H, 4, 0)
-            _store_units(gates_ptr, tl.where(active, f, 0.0), row, n, seen, H, 4, 1)
-            _store_units(gates_ptr, tl.where(active, g, 0.0), row, n, seen, H, 4, 2)
-            _store_units(gates_ptr, tl.where(active, o, 0.0), row, n, seen, H, 4, 3)
+            i, f = tl.where(active, i, 0.0), tl.where(active, f, 0.0)
+            g, o = tl.where(active, g, 0.0), tl.where(active, o, 0.0)
+            _store_gates(gates_ptr, i, f, g, o, row, n, seen, H)
         if cells_ptr is not None:
             _store_units(cells_ptr, tl.where(active, c_new, 0.0), row, n, seen, H, 1, 0)
 
@@ -204,31 +218,13 @@ def lstm_backward_on_chip(
     dz_ptr,  # [rows, 4H]
     grad_hx_ptr,  # [B, H] or None
     grad_cx_ptr,  # [B, H] or None
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    H,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.arange(0, BLOCK_H)
-    if lengths_ptr is None:
-        length = tl.where(b < batch, steps, 0)
-    else:
-        length = tl.load(lengths_ptr + b, mask=b < batch, other=0).to(tl.int32)
-    unit = (n < H)[None, :]
-    known = (b < batch)[:, None] & unit
+    steps, batch, t_stride, b_stride, reverse, H,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, length, n, unit, known = _rows(lengths_ptr, steps, batch, H, BLOCK_B, BLOCK_H)
 
     if DOT:
-        w_i = _weights(w_ptr, 0, H, BLOCK_H, False)
-        w_f = _weights(w_ptr, 1, H, BLOCK_H, False)
-        w_g = _weights(w_ptr, 2, H, BLOCK_H, False)
-        w_o = _weights(w_ptr, 3, H, BLOCK_H, False)
+        w_i, w_f, w_g, w_o = _all_weights(w_ptr, H, BLOCK_H, False)
     else:
         lane = tl.arange(0, 4 * BLOCK_H)[:, None]
         w = tl.load(w_ptr + lane * H + n[None, :], mask=(lane < 4 * H) & unit, other=0.0)
@@ -268,20 +264,14 @@ def lstm_backward_on_chip(
             cut = tl.load(reset_ptr + at, mask=seam < length, other=0)[:, None] != 0
             c_prev = tl.where(cut, 0.0, c_prev)
 
-        i = _load_units(gates_ptr, row, n, live, H, 4, 0).to(tl.float32)
-        f = _load_units(gates_ptr, row, n, live, H, 4, 1).to(tl.float32)
-        g = _load_units(gates_ptr, row, n, live, H, 4, 2).to(tl.float32)
-        o = _load_units(gates_ptr, row, n, live, H, 4, 3).to(tl.float32)
+        i, f, g, o = _load_gates(gates_ptr, row, n, live, H)
         if grad_gates_ptr is None:
             d_i = 0.0
             d_f = 0.0
             d_g = 0.0
             d_o = 0.0
         else:
-            d_i = _load_units(grad_gates_ptr, row, n, live, H, 4, 0)
-            d_f = _load_units(grad_gates_ptr, row, n, live, H, 4, 1)
-            d_g = _load_units(grad_gates_ptr, row, n, live, H, 4, 2)
-            d_o = _load_units(grad_gates_ptr, row, n, live, H, 4, 3)
+            d_i, d_f, d_g, d_o = _load_gates(grad_gates_ptr, row, n, live, H)
         d_h_in = d_h
         if grad_output_ptr is not None:
             d_h_in += _load_units(grad_output_ptr, row, n, live, H, 1, 0)
@@ -290,7 +280,18 @@ def lstm_backward_on_chip(
             d_c_in += _load_units(grad_cells_ptr, row, n, live, H, 1, 0)
 
         dz_i, dz_f, dz_g, dz_o, d_c_prev = lstm_point_backward(
-            i, f, g, o, c.to(tl.float32), c_prev, d_h_in, d_c_in, d_i, d_f, d_g, d_o
+            i.to(tl.float32),
+            f.to(tl.float32),
+            g.to(tl.float32),
+            o.to(tl.float32),
+            c.to(tl.float32),
+            c_prev,
+            d_h_in,
+            d_c_in,
+            d_i,
+            d_f,
+            d_g,
+            d_o,
         )
         dz_i = tl.where(active, dz_i, 0.0).to(dz_ptr.dtype.element_ty)
         dz_f = tl.where(active, dz_f, 0.0).to(dz_ptr.dtype.element_ty)
@@ -300,10 +301,7 @@ def lstm_backward_on_chip(
             seen = known
         else:
             seen = live
-        _store_units(dz_ptr, dz_i, row, n, seen, H, 4, 0)
-        _store_units(dz_ptr, dz_f, row, n, seen, H, 4, 1)
-        _store_units(dz_ptr, dz_g, row, n, seen, H, 4, 2)
-        _store_units(dz_ptr, dz_o, row, n, seen, H, 4, 3)
+        _store_gates(dz_ptr, dz_i, dz_f, dz_g, dz_o, row, n, seen, H)
 
         if DOT:
             d_h_prev = tl.dot(dz_i, w_i, input_precision=PRECISION)

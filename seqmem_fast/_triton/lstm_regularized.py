@@ -14,16 +14,17 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..ops.lstm_regularized import Norms, Operands, Steps, Zoneout
 from ..reference.lstm import Layout
 from ..reference.lstm_regularized import EPSILON
 from .common import accumulator, dense, launcher, of_dropout, refuse_in_capture, wide
+from .lstm_backward import Grads
 from .lstm_regularized_kernels import lstm_regularized_step, lstm_regularized_step_backward
 
 
-def _options(
-    x: Tensor, width: int, seed: Tensor | None, zoneout_h: float, zoneout_c: float
-) -> dict[str, Any]:
+def _options(x: Tensor, width: int, zoneout: Zoneout) -> dict[str, Any]:
     """What both kernels take."""
+    seed, zoneout_h, zoneout_c = zoneout
     block = triton.next_power_of_2(width)
     return {
         "seed_ptr": dense(seed),
@@ -39,49 +40,23 @@ def _options(
     }
 
 
-def _layout(
-    input: Tensor,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    reverse: bool,
-) -> tuple[Layout, Any]:
+def _layout(input: Tensor, steps: Steps) -> tuple[Layout, Any]:
     """And for each step the rows that have it, or None."""
-    if batch_sizes is not None:
+    if steps.batch_sizes is not None:
         refuse_in_capture(
             input.device, "seqmem::lstm_regularized: expected no batch_sizes, got a packed input"
         )
-    layout = Layout(input, lengths, reset, batch_sizes, batch_first, reverse)
-    steps = len(layout.order)
+    layout = Layout(input, *steps)
     valid = None if layout.valid is None else layout.valid.to(torch.uint8).contiguous()
-    return layout, [None] * steps if valid is None else valid.unbind()
+    return layout, [None] * len(layout.order) if valid is None else valid.unbind()
 
 
 @launcher
 def lstm_regularized(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    gain_c: Tensor | None,
-    shift_c: Tensor | None,
-    seed: Tensor | None,
-    zoneout_h: float,
-    zoneout_c: float,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    reverse: bool,
-    return_gates: bool,
+    operands: Operands, norms: Norms, zoneout: Zoneout, layout_of: Steps, return_gates: bool
 ) -> tuple[Tensor, ...]:
-    layout, valid = _layout(input, lengths, reset, batch_sizes, batch_first, reverse)
+    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = operands
+    layout, valid = _layout(input, layout_of)
     x = layout.to_padded(input)
     steps, batch, hidden = x.size(0), x.size(1), weight_hh.size(1)
     exact = wide(x.dtype)
@@ -89,9 +64,8 @@ def lstm_regularized(
     c = x.new_zeros(batch, hidden, dtype=exact)
     if cx is not None:
         c.copy_(cx)
-    norms = map(dense, (gain_ih, gain_hh, gain_c, shift_c))
-    operands = dense(bias_ih), dense(bias_hh), *norms
-    saves = return_gates and gain_ih is not None
+    given = dense(bias_ih), dense(bias_hh), *map(dense, norms)
+    saves = return_gates and norms.gain_ih is not None
 
     products = F.linear(x, weight_ih).contiguous()
     v = x.new_empty(batch, 4 * hidden)
@@ -109,13 +83,13 @@ def lstm_regularized(
         "scales_ptr": make(saves, 3, exact),
     }
     across = weight_hh.t()
-    options = _options(x, hidden, seed, zoneout_h, zoneout_c)
+    options = _options(x, hidden, zoneout)
     for t in layout.order:
         if layout.cut is not None:
             h, c = layout.enter(t, h), layout.enter(t, c)
         torch.mm(h, across, out=v)
         lstm_regularized_step[(batch,)](
-            *(products[t], v, *operands),
+            *(products[t], v, *given),
             valid_ptr=valid[t],
             h_ptr=h,
             c_ptr=c,
@@ -131,30 +105,11 @@ def lstm_regularized(
 
 @launcher
 def lstm_regularized_backward(
-    grad_output: Tensor | None,
-    grad_hy: Tensor | None,
-    grad_cy: Tensor | None,
-    grad_gates: Tensor | None,
-    grad_cells: Tensor | None,
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    gain_c: Tensor | None,
-    shift_c: Tensor | None,
-    seed: Tensor | None,
-    zoneout_h: float,
-    zoneout_c: float,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    reverse: bool,
+    grads: Grads,
+    operands: Operands,
+    norms: Norms,
+    zoneout: Zoneout,
+    steps: Steps,
     output: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -164,31 +119,32 @@ def lstm_regularized_backward(
     scales: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    layout, valid = _layout(input, lengths, reset, batch_sizes, batch_first, reverse)
+    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = operands
+    layout, valid = _layout(input, steps)
     x, h_all, z_all, c_all = (
         layout.to_padded(a).contiguous() for a in (input, output, gates, cells)
     )
     arriving = [
         None if a is None else layout.to_padded(a).contiguous()
-        for a in (grad_output, grad_gates, grad_cells)
+        for a in (grads.grad_output, grads.grad_gates, grads.grad_cells)
     ]
     batch, hidden = h_all.shape[1:]
     exact = wide(x.dtype)
-    gains = [dense(t) for t in (gain_ih, gain_hh, gain_c, shift_c)]
+    gains = [dense(t) for t in norms]
     entering_c = _entering(layout, c_all, cx)
     saved = [
         None if a is None else layout.to_padded(a).contiguous()
         for a in (normalized_ih, normalized_hh, normalized_c, scales)
     ]
-    norms = scales is not None
+    is_normalized = scales is not None
     dh, dc = (x.new_zeros(batch, hidden, dtype=exact) for _ in range(2))
-    for total, grad in ((dh, grad_hy), (dc, grad_cy)):
+    for total, grad in ((dh, grads.grad_hy), (dc, grads.grad_cy)):
         if grad is not None:
             total.copy_(grad)
     dz = torch.empty_like(z_all)
-    dx, dv = (torch.empty_like(dz), torch.empty_like(dz)) if norms else (dz, dz)
-    dn = torch.empty_like(h_all) if norms else None
-    options = _options(x, hidden, seed, zoneout_h, zoneout_c)
+    dx, dv = (torch.empty_like(dz), torch.empty_like(dz)) if is_normalized else (dz, dz)
+    dn = torch.empty_like(h_all) if is_normalized else None
+    options = _options(x, hidden, zoneout)
     for t in reversed(layout.order):
         of_step = [None if a is None else a[t] for a in (*arriving, z_all, entering_c, *saved)]
         results = [None if a is None else a[t] for a in (dz, dx, dv, dn)]

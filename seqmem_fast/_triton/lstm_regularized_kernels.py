@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import lstm_point, signed, tanh
+from .common import load_gates, lstm_point, signed, store_gates, tanh
 
 VARYING = ("t", "batch")
 
@@ -53,15 +53,6 @@ def _load(ptr, at, known, ACC: tl.constexpr):
         return tl.zeros(at.shape, ACC)
     else:
         return tl.load(ptr + at, mask=known, other=0.0).to(ACC)
-
-
-@triton.jit
-def _store_gates(ptr, gate, known, width, i, f, g, o):
-    out_type = ptr.dtype.element_ty
-    tl.store(ptr + gate, i.to(out_type), mask=known)
-    tl.store(ptr + gate + width, f.to(out_type), mask=known)
-    tl.store(ptr + gate + 2 * width, g.to(out_type), mask=known)
-    tl.store(ptr + gate + 3 * width, o.to(out_type), mask=known)
 
 
 @triton.jit
@@ -109,29 +100,17 @@ def lstm_regularized_step(
     v_hat_ptr,  # [B, 4H], of W_hh h
     c_hat_ptr,  # [B, H], of the new c
     scales_ptr,  # [B, 3] of the compute type: 1 / deviation of the three
-    t,
-    batch,
-    width,
-    SHARE_H: tl.constexpr,
-    SHARE_C: tl.constexpr,
-    BELOW_H: tl.constexpr,
-    BELOW_C: tl.constexpr,
-    EPSILON: tl.constexpr,
-    ACC: tl.constexpr,
+    t, batch, width,
+    SHARE_H: tl.constexpr, SHARE_C: tl.constexpr, BELOW_H: tl.constexpr, BELOW_C: tl.constexpr,
+    EPSILON: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     known = n < width
     gate, unit = b * 4 * width + n, b * width + n
-    z_i = _load(recurrent_ptr, gate, known, ACC)
-    z_f = _load(recurrent_ptr, gate + width, known, ACC)
-    z_g = _load(recurrent_ptr, gate + 2 * width, known, ACC)
-    z_o = _load(recurrent_ptr, gate + 3 * width, known, ACC)
-    x_i = _load(products_ptr, gate, known, ACC)
-    x_f = _load(products_ptr, gate + width, known, ACC)
-    x_g = _load(products_ptr, gate + 2 * width, known, ACC)
-    x_o = _load(products_ptr, gate + 3 * width, known, ACC)
+    z_i, z_f, z_g, z_o = load_gates(recurrent_ptr, gate, width, known, ACC)
+    x_i, x_f, x_g, x_o = load_gates(products_ptr, gate, width, known, ACC)
     if gain_ih_ptr is not None:
         x_mean, x_scale = _moments(x_i, x_f, x_g, x_o, known, width, EPSILON)
         v_mean, v_scale = _moments(z_i, z_f, z_g, z_o, known, width, EPSILON)
@@ -140,16 +119,12 @@ def lstm_regularized_step(
         z_i, z_f = (z_i - v_mean) * v_scale, (z_f - v_mean) * v_scale
         z_g, z_o = (z_g - v_mean) * v_scale, (z_o - v_mean) * v_scale
         if x_hat_ptr is not None:
-            _store_gates(x_hat_ptr, gate, known, width, x_i, x_f, x_g, x_o)
-            _store_gates(v_hat_ptr, gate, known, width, z_i, z_f, z_g, z_o)
-        x_i *= _load(gain_ih_ptr, n, known, ACC)
-        x_f *= _load(gain_ih_ptr, n + width, known, ACC)
-        x_g *= _load(gain_ih_ptr, n + 2 * width, known, ACC)
-        x_o *= _load(gain_ih_ptr, n + 3 * width, known, ACC)
-        z_i *= _load(gain_hh_ptr, n, known, ACC)
-        z_f *= _load(gain_hh_ptr, n + width, known, ACC)
-        z_g *= _load(gain_hh_ptr, n + 2 * width, known, ACC)
-        z_o *= _load(gain_hh_ptr, n + 3 * width, known, ACC)
+            store_gates(x_hat_ptr, x_i, x_f, x_g, x_o, gate, width, known)
+            store_gates(v_hat_ptr, z_i, z_f, z_g, z_o, gate, width, known)
+        a_i, a_f, a_g, a_o = load_gates(gain_ih_ptr, n, width, known, ACC)
+        x_i, x_f, x_g, x_o = x_i * a_i, x_f * a_f, x_g * a_g, x_o * a_o
+        a_i, a_f, a_g, a_o = load_gates(gain_hh_ptr, n, width, known, ACC)
+        z_i, z_f, z_g, z_o = z_i * a_i, z_f * a_f, z_g * a_g, z_o * a_o
     z_i += x_i + _load(bias_ih_ptr, n, known, ACC) + _load(bias_hh_ptr, n, known, ACC)
     f_at = n + width
     z_f += x_f + _load(bias_ih_ptr, f_at, known, ACC) + _load(bias_hh_ptr, f_at, known, ACC)
@@ -186,7 +161,7 @@ def lstm_regularized_step(
     if gates_ptr is not None:
         i, f = tl.where(live, i, 0.0), tl.where(live, f, 0.0)
         g, o = tl.where(live, g, 0.0), tl.where(live, o, 0.0)
-        _store_gates(gates_ptr, gate, known, width, i, f, g, o)
+        store_gates(gates_ptr, i, f, g, o, gate, width, known)
         tl.store(cells_ptr + unit, tl.where(live, c, 0.0).to(out_type), mask=known)
 
 
@@ -197,17 +172,14 @@ def _through_norm(saved_ptr, out_ptr, gate, known, live, z_i, z_f, z_g, z_o, gai
     d_i, d_f = z_i * _load(gain_ptr, n, known, ACC), z_f * _load(gain_ptr, n + width, known, ACC)
     d_g = z_g * _load(gain_ptr, n + 2 * width, known, ACC)
     d_o = z_o * _load(gain_ptr, n + 3 * width, known, ACC)
-    x_i = _load(saved_ptr, gate, known, ACC)
-    x_f = _load(saved_ptr, gate + width, known, ACC)
-    x_g = _load(saved_ptr, gate + 2 * width, known, ACC)
-    x_o = _load(saved_ptr, gate + 3 * width, known, ACC)
+    x_i, x_f, x_g, x_o = load_gates(saved_ptr, gate, width, known, ACC)
     total = _sum4(d_i, d_f, d_g, d_o) / (4 * width)
     slope = _sum4(d_i * x_i, d_f * x_f, d_g * x_g, d_o * x_o) / (4 * width)
     d_i = tl.where(live, scale * (d_i - total - x_i * slope), 0.0)
     d_f = tl.where(live, scale * (d_f - total - x_f * slope), 0.0)
     d_g = tl.where(live, scale * (d_g - total - x_g * slope), 0.0)
     d_o = tl.where(live, scale * (d_o - total - x_o * slope), 0.0)
-    _store_gates(out_ptr, gate, known, width, d_i, d_f, d_g, d_o)
+    store_gates(out_ptr, d_i, d_f, d_g, d_o, gate, width, known)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -233,16 +205,11 @@ def lstm_regularized_step_backward(
     dx_ptr,  # [B, 4H], of W_ih x
     dv_ptr,  # [B, 4H], of W_hh h
     dn_ptr,  # [B, H], of the normalised c with gain and shift
-    t,
-    batch,
-    width,
-    SHARE_H: tl.constexpr,
-    SHARE_C: tl.constexpr,
-    BELOW_H: tl.constexpr,
-    BELOW_C: tl.constexpr,
+    t, batch, width,
+    SHARE_H: tl.constexpr, SHARE_C: tl.constexpr, BELOW_H: tl.constexpr, BELOW_C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     known = n < width
@@ -250,10 +217,7 @@ def lstm_regularized_step_backward(
     if valid_ptr is not None:
         live = known & (tl.load(valid_ptr + b) != 0)
     gate, unit = b * 4 * width + n, b * width + n
-    i = _load(gates_ptr, gate, known, ACC)
-    f = _load(gates_ptr, gate + width, known, ACC)
-    g = _load(gates_ptr, gate + 2 * width, known, ACC)
-    o = _load(gates_ptr, gate + 3 * width, known, ACC)
+    i, f, g, o = load_gates(gates_ptr, gate, width, known, ACC)
     c_in = _load(c_in_ptr, unit, known, ACC)
     if gain_ih_ptr is not None:
         gain, c_hat = _load(gain_c_ptr, n, known, ACC), _load(c_hat_ptr, unit, known, ACC)
@@ -283,7 +247,7 @@ def lstm_regularized_step_backward(
     z_o = (dh * y + _load(grad_gates_ptr, gate + 3 * width, known, ACC)) * o * (1.0 - o)
     z_i, z_f = tl.where(live, z_i, 0.0), tl.where(live, z_f, 0.0)
     z_g, z_o = tl.where(live, z_g, 0.0), tl.where(live, z_o, 0.0)
-    _store_gates(dz_ptr, gate, known, width, z_i, z_f, z_g, z_o)
+    store_gates(dz_ptr, z_i, z_f, z_g, z_o, gate, width, known)
     if gain_ih_ptr is not None:
         _through_norm(x_hat_ptr, dx_ptr, gate, known, live, z_i, z_f, z_g, z_o, gain_ih_ptr,
                       tl.load(scales_ptr + b * 3), n, width, ACC)  # fmt: skip

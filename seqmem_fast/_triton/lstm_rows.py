@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,24 @@ from .common import refuse_in_capture, row_lengths
 
 # One tile of the pointwise kernels: 4 elements for each of the 128 threads of a program.
 _TILE = 512
+
+
+class Layer(NamedTuple):
+    """What the ops of an LSTM and their backwards are given first."""
+
+    input: Tensor
+    hx: Tensor | None
+    cx: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+
+
+class Ends(NamedTuple):
+    """Where a batch's rows end, or start anew."""
+
+    lengths: Tensor | None
+    reset: Tensor | None
+    batch_sizes: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -32,21 +50,15 @@ class Rows:
     reset: Tensor | None  # [rows] uint8
 
     @staticmethod
-    def of(
-        input: Tensor,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        batch_sizes: Tensor | None,
-        batch_first: bool,
-        reverse: bool,
-    ) -> Rows:
+    def of(input: Tensor, ends: Ends, batch_first: bool, reverse: bool) -> Rows:
+        lengths, reset, batch_sizes = ends
         if batch_sizes is not None:
             refuse_in_capture(input.device, "seqmem::lstm: expected no packed input (batch_sizes)")
             sizes = batch_sizes.tolist()
             starts = (batch_sizes.cumsum(0) - batch_sizes).tolist()
-            ends = (batch_sizes[:, None] > torch.arange(sizes[0])).sum(0)
-            ends = ends.to(input.device, non_blocking=True)
-            return Rows(len(sizes), sizes[0], 0, 1, reverse, starts, sizes, ends, None)
+            lengths = (batch_sizes[:, None] > torch.arange(sizes[0])).sum(0)
+            lengths = lengths.to(input.device, non_blocking=True)
+            return Rows(len(sizes), sizes[0], 0, 1, reverse, starts, sizes, lengths, None)
         batch, steps = (0, 1) if batch_first else (1, 0)
         batch, steps = input.shape[batch], input.shape[steps]
         t_stride, b_stride = (1, steps) if batch_first else (batch, 1)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import lstm_point, lstm_point_backward
+from .common import load_gates, lstm_point, lstm_point_backward, store_gates
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = (
@@ -48,12 +48,16 @@ def row_of(offsets_ptr, t, b, t_stride, b_stride):
 
 
 @triton.jit
-def _lengths(lengths_ptr, b, batch, steps):
-    """[BLOCK_B] lengths; 0 beyond the batch, so that no row there is ever active."""
+def _tile(lengths_ptr, block, steps, batch, width, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Rows b of a block of the batch and their lengths, 0 beyond the batch, so that none there is
+    ever active; units n [1, BLOCK_H] of the program, and which of both there are."""
+    b = block.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     if lengths_ptr is None:
-        return tl.where(b < batch, steps, 0).to(tl.int64)
+        length = tl.where(b < batch, steps, 0).to(tl.int64)
     else:
-        return tl.load(lengths_ptr + b, mask=b < batch, other=0)
+        length = tl.load(lengths_ptr + b, mask=b < batch, other=0)
+    return b, length, n, (b < batch)[:, None] & (n < width)
 
 
 @triton.jit
@@ -76,43 +80,25 @@ def lstm_forward_step(
     cells_ptr,  # [rows, H] or None
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
-    t,
-    row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    PROJECTED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    t, row0, steps, batch, t_stride, b_stride, reverse, width,
+    PROJECTED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
     unit = row * width + n
     gate = row * (4 * width) + n
     state = b[:, None] * width + n
 
-    z_i = tl.load(z_ptr + gate, mask=known, other=0.0).to(ACC)
-    z_f = tl.load(z_ptr + gate + width, mask=known, other=0.0).to(ACC)
-    z_g = tl.load(z_ptr + gate + 2 * width, mask=known, other=0.0).to(ACC)
-    z_o = tl.load(z_ptr + gate + 3 * width, mask=known, other=0.0).to(ACC)
+    z_i, z_f, z_g, z_o = load_gates(z_ptr, gate, width, known, ACC)
     if bias_ih_ptr is not None:
-        z_i += tl.load(bias_ih_ptr + n, mask=n < width, other=0.0).to(ACC)
-        z_f += tl.load(bias_ih_ptr + n + width, mask=n < width, other=0.0).to(ACC)
-        z_g += tl.load(bias_ih_ptr + n + 2 * width, mask=n < width, other=0.0).to(ACC)
-        z_o += tl.load(bias_ih_ptr + n + 3 * width, mask=n < width, other=0.0).to(ACC)
+        b_i, b_f, b_g, b_o = load_gates(bias_ih_ptr, n, width, n < width, ACC)
+        z_i, z_f, z_g, z_o = z_i + b_i, z_f + b_f, z_g + b_g, z_o + b_o
     if bias_hh_ptr is not None:
-        z_i += tl.load(bias_hh_ptr + n, mask=n < width, other=0.0).to(ACC)
-        z_f += tl.load(bias_hh_ptr + n + width, mask=n < width, other=0.0).to(ACC)
-        z_g += tl.load(bias_hh_ptr + n + 2 * width, mask=n < width, other=0.0).to(ACC)
-        z_o += tl.load(bias_hh_ptr + n + 3 * width, mask=n < width, other=0.0).to(ACC)
+        b_i, b_f, b_g, b_o = load_gates(bias_hh_ptr, n, width, n < width, ACC)
+        z_i, z_f, z_g, z_o = z_i + b_i, z_f + b_f, z_g + b_g, z_o + b_o
     if c_in_ptr is None:
         c_prev = tl.zeros([BLOCK_B, BLOCK_H], ACC)
     else:
@@ -121,11 +107,9 @@ def lstm_forward_step(
     i, f, g, o, c, h = lstm_point(z_i, z_f, z_g, z_o, c_prev)
 
     if gates_ptr is not None:
-        out_type = gates_ptr.dtype.element_ty
-        tl.store(gates_ptr + gate, tl.where(active, i, 0.0).to(out_type), mask=known)
-        tl.store(gates_ptr + gate + width, tl.where(active, f, 0.0).to(out_type), mask=known)
-        tl.store(gates_ptr + gate + 2 * width, tl.where(active, g, 0.0).to(out_type), mask=known)
-        tl.store(gates_ptr + gate + 3 * width, tl.where(active, o, 0.0).to(out_type), mask=known)
+        i, f = tl.where(active, i, 0.0), tl.where(active, f, 0.0)
+        g, o = tl.where(active, g, 0.0), tl.where(active, o, 0.0)
+        store_gates(gates_ptr, i, f, g, o, gate, width, known)
     if cells_ptr is not None:
         value = tl.where(active, c, 0.0).to(cells_ptr.dtype.element_ty)
         tl.store(cells_ptr + unit, value, mask=known)
@@ -154,22 +138,13 @@ def lstm_store_projected(
     output_ptr,  # [rows, P]
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
-    t,
-    row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t, row0, steps, batch, t_stride, b_stride, reverse, width,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """What lstm_forward_step does with h where there is no projection."""
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
     state = b[:, None] * width + n
@@ -209,23 +184,13 @@ def lstm_gather_grad_projected(
     dp_ptr,  # [rows, P]
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
-    t,
-    row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t, row0, steps, batch, t_stride, b_stride, reverse, width,
+    ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Gradient of the projected h of one step."""
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
     d_p = _grad_h(grad_output_ptr, grad_hy_ptr, from_next_ptr, reset_ptr, row, b, n,
                   known & (t < length)[:, None], t, length, t_stride, b_stride, reverse, width,
@@ -248,24 +213,12 @@ def lstm_backward_step(
     lengths_ptr,  # [B] int64 or None
     reset_ptr,  # [rows] uint8 or None
     dz_ptr,  # [rows, 4H]
-    t,
-    row0,
-    prev_row0,
-    steps,
-    batch,
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    PROJECTED: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    t, row0, prev_row0, steps, batch, t_stride, b_stride, reverse, width,
+    PROJECTED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0), steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     live = known & active
     row = (row0.to(tl.int64) + b * b_stride)[:, None]
@@ -287,10 +240,7 @@ def lstm_backward_step(
     d_g = 0.0
     d_o = 0.0
     if grad_gates_ptr is not None:
-        d_i = tl.load(grad_gates_ptr + gate, mask=live, other=0.0).to(ACC)
-        d_f = tl.load(grad_gates_ptr + gate + width, mask=live, other=0.0).to(ACC)
-        d_g = tl.load(grad_gates_ptr + gate + 2 * width, mask=live, other=0.0).to(ACC)
-        d_o = tl.load(grad_gates_ptr + gate + 3 * width, mask=live, other=0.0).to(ACC)
+        d_i, d_f, d_g, d_o = load_gates(grad_gates_ptr, gate, width, live, ACC)
 
     first = (t == tl.where(reverse != 0, length - 1, 0))[:, None]
     prev_row = (prev_row0.to(tl.int64) + b * b_stride)[:, None]
@@ -300,21 +250,14 @@ def lstm_backward_step(
     if reset_ptr is not None:
         cut = _cut(reset_ptr, t + reverse, b, length, t_stride, b_stride)[:, None]
         c_prev = tl.where(cut, 0.0, c_prev)
-    i = tl.load(gates_ptr + gate, mask=live, other=0.0).to(ACC)
-    f = tl.load(gates_ptr + gate + width, mask=live, other=0.0).to(ACC)
-    g = tl.load(gates_ptr + gate + 2 * width, mask=live, other=0.0).to(ACC)
-    o = tl.load(gates_ptr + gate + 3 * width, mask=live, other=0.0).to(ACC)
+    i, f, g, o = load_gates(gates_ptr, gate, width, live, ACC)
     c = tl.load(cells_ptr + row * width + n, mask=live, other=0.0).to(ACC)
 
     # All loads of rows that are not active gave 0, and so their dz is 0.
     dz_i, dz_f, dz_g, dz_o, d_c_prev = lstm_point_backward(
         i, f, g, o, c, c_prev, d_h, d_c, d_i, d_f, d_g, d_o
     )
-    out_type = dz_ptr.dtype.element_ty
-    tl.store(dz_ptr + gate, dz_i.to(out_type), mask=known)
-    tl.store(dz_ptr + gate + width, dz_f.to(out_type), mask=known)
-    tl.store(dz_ptr + gate + 2 * width, dz_g.to(out_type), mask=known)
-    tl.store(dz_ptr + gate + 3 * width, dz_o.to(out_type), mask=known)
+    store_gates(dz_ptr, dz_i, dz_f, dz_g, dz_o, gate, width, known)
     if d_c_out_ptr is not None:
         if reset_ptr is not None:
             d_c_prev = tl.where(cut, 0.0, d_c_prev)
@@ -329,22 +272,16 @@ def lstm_entering_state(
     reset_ptr,  # [rows] uint8 or None
     offsets_ptr,  # [T] int64 for packed rows, or None
     entering_ptr,  # [rows, P]
-    steps,
-    batch,
+    steps, batch,
     blocks,  # programs that share one time step
-    t_stride,
-    b_stride,
-    reverse,
-    width,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    t_stride, b_stride, reverse, width,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """h as it enters every step: what the gradient of weight_hh multiplies dz with."""
     t = tl.program_id(0) // blocks
-    b = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
-    known = (b < batch)[:, None] & (n < width)
-    length = _lengths(lengths_ptr, b, batch, steps)
+    b, length, n, known = _tile(
+        lengths_ptr, tl.program_id(0) % blocks, steps, batch, width, BLOCK_B, BLOCK_H
+    )
     active = (t < length)[:, None]
     row = row_of(offsets_ptr, t, b, t_stride, b_stride)[:, None]
     t_prev = tl.minimum(tl.maximum(t + 2 * reverse - 1, 0), steps - 1)

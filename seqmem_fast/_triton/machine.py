@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,17 @@ def blocks(slots: int, width: int) -> dict[str, Any]:
     block_n, block_w = triton.next_power_of_2(slots), max(16, triton.next_power_of_2(width))
     warps = 8 if block_n * block_w > 4096 else 4
     return {"BN": max(16, block_n), "BW": block_w, "num_warps": warps, "num_stages": 1}
+
+
+class Machine(NamedTuple):
+    """What a call is given between its state and its options."""
+
+    controller: Sequence[Tensor]
+    head_weight: Tensor
+    head_bias: Tensor
+    initial: Sequence[Tensor]
+    lengths: Tensor | None
+    reset: Tensor | None
 
 
 class Sizes:
@@ -183,14 +194,12 @@ class Call:
         self,
         op: str,
         input: Tensor,
-        state: Any,  # the op's NamedTuple
-        controller: Sequence[Tensor],
-        initial: Sequence[Tensor],
-        lengths: Tensor | None,
-        reset: Tensor | None,
+        state: Any,  # the op's NamedTuple, as `given`: a Machine, or what has these of its fields
+        given: Any,
     ) -> None:
-        self.input, self.state, self.controller = input, state, controller
-        self.initial, self.reset, self.dtype = initial, reset, wide(input.dtype)
+        self.input, self.state, self.controller = input, state, given.controller
+        self.initial, self.reset, self.dtype = given.initial, given.reset, wide(input.dtype)
+        lengths = given.lengths
         if lengths is not None:
             lengths = row_lengths(op, lengths, input.device, input.shape[0])
         self.lengths = lengths

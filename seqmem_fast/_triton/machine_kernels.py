@@ -197,9 +197,20 @@ def of_step(grad_features_ptr, b, t, f_b, f_t):
 
 
 @triton.jit
-def start_anew(initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr, reads_ptr,
-               states, read_width, LSTM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """What the controller is fed goes back to the initial state."""
+def started(memory, reset_ptr, initial_ptr, there, BN: tl.constexpr, BW: tl.constexpr):
+    """The memory that enters a step, initial where its row starts anew, and whether it does."""
+    cut = tl.load(reset_ptr) != 0
+    initial = tl.load(padded(initial_ptr, BN, BW), mask=there[:, None] & cut, other=memory)
+    return initial, cut
+
+
+@triton.jit
+def start_anew(initial, state, old, states, read_width, LSTM: tl.constexpr,
+               BC: tl.constexpr):  # fmt: skip
+    """What the controller is fed, `old` and the state's cell and reads, goes back to the initial
+    hidden, cell and reads."""
+    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr = initial
+    cell_ptr, reads_ptr = state
     if LSTM:
         copy(initial_hidden_ptr, old, states, BC)
         copy(initial_cell_ptr, cell_ptr, states, BC)
@@ -207,11 +218,12 @@ def start_anew(initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cel
 
 
 @triton.jit
-def hand_over(d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr, i_cell_ptr,
-              i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM: tl.constexpr,
-              BN: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """Gradients of the controller's state, memory and reads to the row's part of those of initial,
-    where a step has started from it."""
+def hand_over(grads, of_initial, b, states, read_width, LSTM: tl.constexpr, BN: tl.constexpr,
+              BW: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """Gradients of the controller's hidden and cell, of memory and reads, to the row's part of
+    those of initial, where a step has started from it."""
+    d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr = grads
+    i_hidden_ptr, i_cell_ptr, i_memory_ptr, i_reads_ptr = of_initial
     move(d_memory_ptr, i_memory_ptr + b * BN * BW, BN * BW, BC)
     if LSTM:
         move(d_hidden_ptr, i_hidden_ptr + b * states, states, BC)

@@ -151,6 +151,29 @@ def last_threshold(tau, z):
 
 
 @triton.jit
+def state_of(SCAN: tl.constexpr, seen, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+             PRECISION: tl.constexpr, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             BD: tl.constexpr):  # fmt: skip
+    """The state of BM rows; SCAN is `add_scores` of all keys, which the tuple `seen` describes."""
+    top = tl.full([BM], float("-inf"), ACC)
+    z = tl.zeros([BM], ACC)
+    top, z = SCAN(top, z, None, None, seen, alpha, SCALE, ACC, PRECISION, KIND, BN, BD)
+    if KIND == SOFTMAX:
+        z = tl.where(z == 0.0, 1.0, z)  # of a query that sees no key
+    else:
+        highest, tau, next = before_threshold(top, KIND)
+        while any_row_climbs(next, tau, BN):
+            tau = tl.maximum(tau, next)
+            none = tau * 0.0
+            above, slopes = SCAN(
+                none, none, highest, tau, seen, alpha, SCALE, ACC, PRECISION, KIND, BN, BD
+            )
+            next = next_threshold(tau, above, slopes, z, alpha, KIND)
+        z = last_threshold(next, z)
+    return top, z
+
+
+@triton.jit
 def weights_of(s, seen, top, z, alpha, KIND: tl.constexpr):
     """From a row's state; zero where a query does not see a key."""
     if KIND == SOFTMAX:

@@ -16,8 +16,7 @@ State of proof: as in lstm.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,25 +24,14 @@ from torch import Tensor
 
 from ..ops.ntm import _plain, _vjp
 from ..reference.ntm_addressing import NTMState
+from . import machine
 from . import ntm_kernels as kernels
 from .common import dense, launcher
-from .machine import (
-    SHORTEST_SEGMENT,
-    Backward,
-    Call,
-    Forward,
-    Sizes,
-    answer,
-    fits,
-    plain_backward,
-    plain_forward,
-)
 
 _MOST_HEADS = 31  # bits of an integer
 
 
-@dataclass(frozen=True)
-class _Options:
+class Options(NamedTuple):
     """What is no tensor."""
 
     heads: str
@@ -56,23 +44,19 @@ class _Options:
         return sum(1 << k for k, head in enumerate(self.heads) if head == "w")
 
 
-class _Sizes(Sizes):
+class _Sizes(machine.Sizes):
     def __init__(
-        self,
-        input: Tensor,
-        memory: Tensor,
-        head_weight: Tensor,
-        controller: Sequence[Tensor],
-        options: _Options,
+        self, input: Tensor, memory: Tensor, given: machine.Machine, options: Options
     ) -> None:
         reads = options.heads.count("r")
-        super().__init__(input, memory, head_weight, controller, options.lstm, reads)
+        weights = given.head_weight, given.controller
+        super().__init__(input, memory, *weights, options.lstm, reads)
         self.options, self.heads = options, len(options.heads)
         self.taps = 2 * options.shift_range + 1
 
     @property
     def on_chip(self) -> bool:
-        return fits(self.slots, self.width) and self.heads <= _MOST_HEADS
+        return machine.fits(self.slots, self.width) and self.heads <= _MOST_HEADS
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -88,44 +72,28 @@ class _Sizes(Sizes):
 @launcher
 def ntm(
     input: Tensor,
-    hidden: Tensor,
-    cell: Tensor,
-    memory: Tensor,
-    weightings: Tensor,
-    reads: Tensor,
-    controller: Sequence[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    heads: str,
-    shift_range: int,
-    lstm: bool,
-    squash: bool,
+    state: NTMState,
+    given: machine.Machine,
+    options: Options,
     trace: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm` on GPU."""
-    state = NTMState(hidden, cell, memory, weightings, reads)
-    arguments = controller, head_weight, head_bias, initial
-    rest = heads, shift_range, lstm, squash, trace, save
-    options = _Options(heads, shift_range, lstm, squash)
-    size = _Sizes(input, memory, head_weight, controller, options)
-    parts = -(-size.steps // SHORTEST_SEGMENT) if save else 0
-    call = Call("ntm", input, state, controller, initial, lengths, reset)
+    size = _Sizes(input, state.memory, given, options)
+    parts = -(-size.steps // machine.SHORTEST_SEGMENT) if save else 0
+    call = machine.Call("ntm", input, state, given)
     record = call.make(size.steps if save else 1, size.batch, size.record, dtype=call.dtype)
     checkpoints = record.new_empty(parts, size.batch, size.width, size.stride)
     if size.on_chip:
         features = call.make(size.steps, size.batch, size.control + size.read_width)
         weightings_of = size.steps, size.batch, size.heads, size.slots
         every = call.make(*weightings_of) if trace or save else None
-        forward = Forward(size, call, "cell", "weightings", "reads")
-        memory_out = torch.empty_like(memory, memory_format=torch.contiguous_format)
+        forward = machine.Forward(size, call, "cell", "weightings", "reads")
+        memory_out = torch.empty_like(state.memory, memory_format=torch.contiguous_format)
         if size.batch:
             kernels.ntm_forward[(size.batch,)](
-                **forward.arguments(head_weight, head_bias),
-                memory_ptr=memory.contiguous(),
+                **forward.arguments(given.head_weight, given.head_bias),
+                memory_ptr=state.memory.contiguous(),
                 features_ptr=features,
                 memory_out_ptr=memory_out,
                 trace_ptr=every,
@@ -136,8 +104,10 @@ def ntm(
             )
         last = forward.last(memory_out)
     else:
-        features, *last, every = plain_forward(
-            _plain, call, (input, *state, *arguments, call.lengths, reset, *rest)
+        features, *last, every = machine.plain_forward(
+            _plain,
+            call,
+            (input, *state, *given._replace(lengths=call.lengths), *options, trace, save),
         )
         every = every if trace or save else None
     none = input.new_empty(0)
@@ -155,46 +125,29 @@ def ntm_backward(
     grad_reads: Tensor | None,
     grad_trace: Tensor | None,
     input: Tensor,
-    hidden: Tensor,
-    cell: Tensor,
-    memory: Tensor,
-    weightings: Tensor,
-    reads: Tensor,
-    controller: Sequence[Tensor],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    initial: Sequence[Tensor],
-    lengths: Tensor | None,
-    reset: Tensor | None,
+    state: NTMState,
+    given: machine.Machine,
     features: Tensor,
     trace: Tensor,
     saved: Tensor,
     checkpoints: Tensor,
-    heads: str,
-    shift_range: int,
-    lstm: bool,
-    squash: bool,
+    options: Options,
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """`seqmem::ntm_backward` on GPU."""
-    state = NTMState(hidden, cell, memory, weightings, reads)
     grads = grad_hidden, grad_cell, grad_memory, grad_weightings, grad_reads
-    given = grad_features, *grads, grad_trace, input, *state
-    arguments = controller, head_weight, head_bias, initial
-    rest = features, trace, saved, checkpoints, heads, shift_range, lstm, squash, output_mask
-    options = _Options(heads, shift_range, lstm, squash)
-    size = _Sizes(input, memory, head_weight, controller, options)
+    size = _Sizes(input, state.memory, given, options)
     of_input, of_state, of_weights, of_initial = output_mask
-    wanted = [of_input, *[of_state] * 5, *[of_weights] * 2, *[of_initial] * len(initial)]
-    wanted += [of_weights] * len(controller)
-    call = Call("ntm", input, state, controller, initial, lengths, reset)
+    wanted = [of_input, *[of_state] * 5, *[of_weights] * 2, *[of_initial] * len(given.initial)]
+    wanted += [of_weights] * len(given.controller)
+    call = machine.Call("ntm", input, state, given)
     if size.on_chip:
-        back = Backward(size, call, head_weight, NTMState._fields, grads)
+        back = machine.Backward(size, call, given.head_weight, NTMState._fields, grads)
         if size.batch:
             kernels.ntm_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),
                 grad_trace_ptr=dense(grad_trace),
-                weightings_ptr=weightings.contiguous(),
+                weightings_ptr=state.weightings.contiguous(),
                 trace_ptr=trace.contiguous(),
                 checkpoints_ptr=checkpoints.contiguous(),
                 memories_ptr=back.memories(),
@@ -204,5 +157,9 @@ def ntm_backward(
         first, parts, starts, of_heads, weights = back.results(features, saved)
         found = [first, *parts, *of_heads, *starts, *weights]
     else:
-        found = plain_backward(_vjp, call, (*given, *arguments, call.lengths, reset, *rest))
-    return answer(found, wanted, input)
+        arguments = grad_features, *grads, grad_trace, input, *state
+        rest = features, trace, saved, checkpoints, *options, output_mask
+        found = machine.plain_backward(
+            _vjp, call, (*arguments, *given._replace(lengths=call.lengths), *rest)
+        )
+    return machine.answer(found, wanted, input)

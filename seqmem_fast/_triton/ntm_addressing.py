@@ -13,7 +13,7 @@ State of proof: as in lstm.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,6 +38,18 @@ def _taps(shift: Tensor) -> dict[str, int]:
     return {"taps": shift.shape[-1], "BS": max(2, triton.next_power_of_2(shift.shape[-1]))}
 
 
+class Addressing(NamedTuple):
+    """What a head's weighting is made of."""
+
+    memory: Tensor
+    key: Tensor
+    beta: Tensor
+    gate: Tensor
+    shift: Tensor
+    gamma: Tensor
+    prev_weights: Tensor
+
+
 @launcher
 def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
     """`seqmem::ntm_content_addressing` on GPU."""
@@ -45,22 +57,13 @@ def ntm_content_addressing(memory: Tensor, key: Tensor, beta: Tensor) -> Tensor:
 
 
 @launcher
-def ntm_addressing(
-    memory: Tensor,
-    key: Tensor,
-    beta: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    gamma: Tensor,
-    prev_weights: Tensor,
-) -> Tensor:
+def ntm_addressing(given: Addressing) -> Tensor:
     """`seqmem::ntm_addressing` on GPU."""
-    return _address(memory, key, beta, (gate, shift, gamma, prev_weights))
+    memory, key, beta, *rest = given
+    return _address(memory, key, beta, rest)
 
 
-def _address(
-    memory: Tensor, key: Tensor, beta: Tensor, rest: tuple[Tensor, Tensor, Tensor, Tensor] | None
-) -> Tensor:
+def _address(memory: Tensor, key: Tensor, beta: Tensor, rest: Sequence[Tensor] | None) -> Tensor:
     slots, width = memory.shape[-2:]
     if not fits(slots, width):
         if rest is None:
@@ -98,19 +101,10 @@ def ntm_content_addressing_backward(
 
 @launcher
 def ntm_addressing_backward(
-    grad_weights: Tensor,
-    memory: Tensor,
-    key: Tensor,
-    beta: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    gamma: Tensor,
-    prev_weights: Tensor,
-    output_mask: Sequence[bool],
+    grad_weights: Tensor, given: Addressing, output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """`seqmem::ntm_addressing_backward` on GPU."""
-    inputs = (memory, key, beta, gate, shift, gamma, prev_weights)
-    return _address_backward(grad_weights, inputs, output_mask)
+    return _address_backward(grad_weights, given, output_mask)
 
 
 def _address_backward(

@@ -106,14 +106,10 @@ def ntm_address(
     prev_ptr,  # [B, H, N]
     weights_ptr,  # [B, H, N]
     count,  # H
-    slots,
-    width,
-    taps,
+    slots, width, taps,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """One head of one row."""
     at = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
@@ -137,29 +133,13 @@ def ntm_address(
 @triton.jit(do_not_specialize=VARYING)
 def ntm_address_backward(
     grad_ptr,  # [B, H, N]
-    memory_ptr,  # [B, N, M]
-    key_ptr,  # [B, H, M]
-    beta_ptr,  # [B, H]
-    gate_ptr,  # [B, H], or None and the rest too: content addressing
-    shift_ptr,  # [B, H, S]
-    gamma_ptr,  # [B, H]
-    prev_ptr,  # [B, H, N]
-    d_memory_ptr,  # the gradients, dense, as what they belong to
-    d_key_ptr,
-    d_beta_ptr,
-    d_gate_ptr,
-    d_shift_ptr,
-    d_gamma_ptr,
-    d_prev_ptr,
-    count,
-    slots,
-    width,
-    taps,
+    memory_ptr, key_ptr, beta_ptr, gate_ptr, shift_ptr, gamma_ptr, prev_ptr,
+    # The gradients, dense, as what they belong to.
+    d_memory_ptr, d_key_ptr, d_beta_ptr, d_gate_ptr, d_shift_ptr, d_gamma_ptr, d_prev_ptr,
+    count, slots, width, taps,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """All heads of one row, in order: the memory's gradient is their sum."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
@@ -218,13 +198,10 @@ def ntm_write_heads(
     erase_ptr,  # [B, H, M]
     add_ptr,  # [B, H, M]
     new_ptr,  # [B, N, M]
-    count,
-    slots,
-    width,
+    count, slots, width,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
     memory = tl.load(block, mask=inside, other=0.0).to(ACC)
@@ -248,13 +225,10 @@ def ntm_write_heads_backward(
     d_weights_ptr,
     d_erase_ptr,
     d_add_ptr,
-    count,
-    slots,
-    width,
+    count, slots, width,
     ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-):
+    BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     """Heads in reverse, each with the memory that it met, written anew from the first."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)

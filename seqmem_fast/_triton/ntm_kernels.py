@@ -42,6 +42,7 @@ from .machine_kernels import (
     softmax_of,
     softplus,
     start_anew,
+    started,
     this_row,
     vector,
     with_trace,
@@ -112,30 +113,21 @@ def ntm_forward(
     trace_ptr,  # [T, B, Hd, N] or None
     record_ptr,  # [T, B, record] wide; one step long where nothing is saved
     checkpoints_ptr,  # [segments, B, checkpoint_t] wide, or None
-    steps,
-    batch,
+    steps, batch,
     record_rows,  # from a step's record of this row to the next's: 0 without saving
     record,  # elements of one
     checkpoint,  # as record
     segment,
     control,  # C
-    slots,
-    width,
+    slots, width,
     values,  # P
     heads,
     writes,  # bit h: head h writes
     taps,
     read_width,  # R * M
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, _m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     block, inside = block_of(memory_ptr + b * slots * width, slots, width, BN, BW)
@@ -146,6 +138,8 @@ def ntm_forward(
     cell_ptr += b * states
     feature_width = control + read_width
     head_at = head_offset(control, LAYERS, LSTM)
+    initial = (initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr)
+    state = (cell_ptr, reads_ptr)
 
     for t in range(length):
         row = b + t * batch
@@ -153,15 +147,9 @@ def ntm_forward(
         kept = record_ptr + (b + t * record_rows) * record
         feature = features_ptr + row * feature_width
         if reset_ptr is not None:
-            cut = tl.load(reset_ptr + row) != 0
-            memory = tl.load(
-                padded(initial_memory_ptr, BN, BW), mask=there[:, None] & cut, other=memory
-            )
+            memory, cut = started(memory, reset_ptr + row, initial_memory_ptr, there, BN, BW)
             if cut:
-                start_anew(
-                    initial_hidden_ptr, initial_cell_ptr, initial_reads_ptr, old, cell_ptr,
-                    reads_ptr, states, read_width, LSTM, BC,
-                )  # fmt: skip
+                start_anew(initial, state, old, states, read_width, LSTM, BC)
                 copy(initial_weightings_ptr, weightings_ptr, heads * slots, BC)
             tl.debug_barrier()
         if checkpoints_ptr is not None:
@@ -239,32 +227,11 @@ def ntm_backward(
     i_reads_ptr,
     dz_ptr,  # [T, B, L, C * G] wide
     dp_ptr,  # [T, B, P] wide
-    steps,
-    batch,
-    record,
-    checkpoint,
-    segment,
-    control,
-    slots,
-    width,
-    values,
-    heads,
-    writes,
-    taps,
-    read_width,
-    f_t,
-    f_b,
-    f_c,
-    LAYERS: tl.constexpr,
-    LSTM: tl.constexpr,
-    SQUASH: tl.constexpr,
-    ACC: tl.constexpr,
-    BN: tl.constexpr,
-    BW: tl.constexpr,
-    BS: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-):
+    steps, batch, record, checkpoint, segment, control, slots, width, values, heads, writes, taps,
+    read_width, f_t, f_b, f_c,
+    LAYERS: tl.constexpr, LSTM: tl.constexpr, SQUASH: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     b, length, n, m, there = this_row(lengths_ptr, steps, slots, BN, BW)
     G: tl.constexpr = 4 if LSTM else 1
     s = tl.arange(0, BS)
@@ -280,6 +247,8 @@ def ntm_backward(
     memories_ptr += b * segment * BN * BW
     d_memory_ptr += b * BN * BW
 
+    grads = (d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr)
+    of_initial = (i_hidden_ptr, i_cell_ptr, i_memory_ptr, i_reads_ptr)
     segments = tl.cdiv(length, segment)
     for passed in range(segments):
         begin = (segments - 1 - passed) * segment
@@ -389,11 +358,7 @@ def ntm_backward(
 
             if reset_ptr is not None:
                 if cut:
-                    hand_over(
-                        d_hidden_ptr, d_cell_ptr, d_memory_ptr, d_reads_ptr, i_hidden_ptr,
-                        i_cell_ptr, i_memory_ptr, i_reads_ptr, b, states, read_width, LSTM, BN, BW,
-                        BC,
-                    )  # fmt: skip
+                    hand_over(grads, of_initial, b, states, read_width, LSTM, BN, BW, BC)
                     to = i_weightings_ptr + b * heads * slots
                     move(d_weightings_ptr, to, heads * slots, BC)
                 tl.debug_barrier()

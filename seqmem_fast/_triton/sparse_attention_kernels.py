@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .common import signed
-from .normalizers import SOFTMAX, weight_slopes
 
 
 @triton.jit
@@ -54,8 +53,8 @@ def key_bound(ptr, b, i, queries, keys, other, EACH: tl.constexpr):
 
 
 @triton.jit
-def of_keys(z, heads, group, stride_0, stride_1):
-    """Where the keys or values are that row and head z of the queries reads."""
+def of_head(z, heads, stride_0, stride_1, group=1):
+    """Where row and head z is, or the keys or values that it reads, a head for each group."""
     return (z // heads) * stride_0 + (z % heads // group) * stride_1
 
 
@@ -96,23 +95,6 @@ def scores_of(q, k_ptr, k_at, k_t, j, seen, width, SCALE: tl.constexpr, ACC: tl.
 
 
 @triton.jit
-def weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, at, there, j, value_width,
-              ACC: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, BM: tl.constexpr,
-              BN: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """Weights W, zero where a query does not see a key, and their gradient P, [BM, BN] each."""
-    sign = tl.load(weights_ptr + at, mask=there, other=0.0).to(ACC)
-    w = with_sign(sign, sign, FACTOR)
-    p = tl.zeros([BM, BN], ACC)
-    if g is not None:
-        v = load_rows(v_ptr, v_at, j, any_row(~is_nothing(w)), v_t, value_width, BV)
-        p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
-    if grad_ptr is not None:
-        given = tl.load(grad_ptr + at, mask=there, other=0.0).to(ACC)
-        p += with_sign(sign, given, FACTOR)
-    return w, tl.where(is_nothing(w), 0.0, p)
-
-
-@triton.jit
 def weigh(out, w, seen, seed_ptr, row, column, weights_ptr, at, there, v_ptr, v_at, v_t, j,
           value_width, ACC: tl.constexpr, PRECISION: tl.constexpr, BELOW: tl.constexpr,
           FACTOR: tl.constexpr, BV: tl.constexpr):  # fmt: skip
@@ -123,55 +105,3 @@ def weigh(out, w, seen, seed_ptr, row, column, weights_ptr, at, there, v_ptr, v_
         tl.store(weights_ptr + at, w.to(weights_ptr.dtype.element_ty), mask=there)
     v = load_rows(v_ptr, v_at, j, any_row(seen), v_t, value_width, BV)
     return out + product(meet_values(w, w, FACTOR).to(v.dtype), v, ACC, PRECISION)
-
-
-@triton.jit
-def add_to_sums(dot, total, w, p, alpha, KIND: tl.constexpr):
-    """What `delta_of` takes once a block of keys is added."""
-    s = weight_slopes(w, alpha, KIND)
-    dot += tl.sum(s * p, axis=1)
-    if KIND != SOFTMAX:
-        total += tl.sum(s, axis=1)
-    return dot, total
-
-
-@triton.jit
-def scores_gradient(w, p, delta, alpha, KIND: tl.constexpr):
-    return tl.where(is_nothing(w), 0.0, weight_slopes(w, alpha, KIND) * (p - delta[:, None]))
-
-
-@triton.jit
-def add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha, ACC: tl.constexpr,
-                   PRECISION: tl.constexpr, KIND: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """dQ / scale once keys j are added."""
-    ds = scores_gradient(w, p, delta, alpha, KIND)
-    k = load_rows(k_ptr, k_at, j, any_row(~is_nothing(w)), k_t, width, BD)
-    return grad_q + product(ds.to(k.dtype), k, ACC, PRECISION)
-
-
-@triton.jit
-def add_to_keys(grad_k, grad_v, v, z, i, there, weights_ptr, grad_weights_ptr, at, inside,
-                grad_output_ptr, delta_ptr, q_ptr, q_at, q_t, queries, width, value_width, alpha,
-                ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr,
-                FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-                BV: tl.constexpr):  # fmt: skip
-    """dK / scale and dV once queries i of row and head z are added; `there`: they exist, `inside`:
-    so do their weights."""
-    sign = tl.load(weights_ptr + at, mask=inside, other=0.0).to(ACC)
-    w = with_sign(sign, sign, FACTOR)
-    busy = there & (tl.max((~is_nothing(w)).to(tl.int32), axis=1) > 0)
-    p = tl.zeros([BM, BN], ACC)
-    if grad_output_ptr is not None:
-        g = load_rows(grad_output_ptr, z * queries * value_width, i, busy, value_width,
-                      value_width, BV)  # fmt: skip
-        met = meet_values(sign, w, FACTOR).to(g.dtype)
-        grad_v += product(tl.trans(met), g, ACC, PRECISION)
-        p += meet_values(sign, product(g, tl.trans(v), ACC, PRECISION), FACTOR)
-    if grad_weights_ptr is not None:
-        given = tl.load(grad_weights_ptr + at, mask=inside, other=0.0)
-        p += with_sign(sign, given.to(ACC), FACTOR)
-    delta = tl.load(delta_ptr + z * queries + i, mask=there, other=0.0)
-    ds = scores_gradient(w, p, delta, alpha, KIND)
-    q = load_rows(q_ptr, q_at, i, busy, q_t, width, BD)
-    grad_k += product(tl.trans(ds.to(q.dtype)), q, ACC, PRECISION)
-    return grad_k, grad_v

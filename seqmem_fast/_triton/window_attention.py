@@ -19,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.window_attention import _plain
+from ..ops.common import Rule
+from ..ops.window_attention import Operands, Options, _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
 from .common import launcher, of_dropout, only, product_precision, through_reference, wide
@@ -29,34 +30,24 @@ from .sparse_attention import dense_rows, fits_heads, int_bound, of_heads, place
 _BLOCK = 32  # queries, and keys, of a block
 
 
-def _common(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    dilation: int,
-    offset: int,
-    global_keys: int,
-    scale: float | None,
-    alpha: float,
-    dropout: float,
-) -> dict[str, Any]:
+def _common(operands: Operands, options: Options, rule: Rule) -> dict[str, Any]:
     """What every kernel takes."""
-    queries, keys = q.shape[2], k.shape[2]
-    left, right = reference.bounds(left, right, dilation, offset, queries, keys)
+    q, k, v, left, right = operands
+    dilation, offset = options.dilation, options.offset
+    left, right = reference.bounds(left, right, dilation, offset, q.shape[2], k.shape[2])
+    # Dropout's numbers take registers, too.
+    narrow = q.dtype == torch.float64 or (rule.dropout and q.element_size() == 4)
     return {
-        **of_heads(q, k, v, scale, dropout),
-        **of_normalizer(alpha, q),
+        **of_heads(q, k, v, options.scale, rule.dropout),
+        **of_normalizer(rule.alpha, q),
         "left": left,
         "right": right,
         "dilation": dilation,
         "offset": offset,
-        "count": global_keys,
+        "count": options.global_keys,
         "PRECISION": product_precision(q.dtype, q.device),
         "BM": 16 if q.dtype == torch.float64 else _BLOCK,
-        # Dropout's numbers take registers, too.
-        "BN": 16 if q.dtype == torch.float64 or (dropout and q.element_size() == 4) else _BLOCK,
+        "BN": 16 if narrow else _BLOCK,
     }
 
 
@@ -69,36 +60,21 @@ def _by_queries(common: dict[str, Any]) -> tuple[int, dict[str, int]]:
 
 @launcher
 def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    dilation: int,
-    offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    global_keys: int,
-    scale: float | None,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_weights: bool,
+    operands: Operands, options: Options, rule: Rule, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`seqmem::window_attention` on GPU."""
-    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
-    rule = alpha, dropout, seed
+    q, k, v, *_ = operands
     if not fits_heads(q, v):
-        found = _plain(q, k, v, *window, *rule)
+        found = _plain(*operands, *options, *rule)
         return found if need_weights else (found[0], q.new_empty(0), q.new_empty(0))
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, alpha, dropout)
-    if alpha != 1:
+    common = _common(operands, options, rule)
+    if rule.alpha != 1:
         common["BM"] = 16  # a threshold takes registers, too
     shape = q.shape[:3]
     output = q.new_empty(*shape, v.shape[3])
     columns = common["left"] + 1 + common["right"]
     weights = q.new_zeros((*shape, columns) if need_weights else 0)
-    of_global = q.new_empty((*shape, global_keys) if need_weights else 0)
+    of_global = q.new_empty((*shape, options.global_keys) if need_weights else 0)
     q, k, v = dense_rows(q, k, v)
     programs, counted = _by_queries(common)
     if shape.numel():
@@ -106,11 +82,11 @@ def window_attention(
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
             global_ptr=of_global if need_weights else None,
-            **int_bound("start", key_start),
-            **int_bound("end", key_end),
+            **int_bound("start", options.key_start),
+            **int_bound("end", options.key_end),
             **placed(q=q, k=k, v=v),
             **counted,
-            **of_dropout(dropout, seed),
+            **of_dropout(rule.dropout, rule.seed),
             **common,
         )
     return output, weights, of_global
@@ -121,44 +97,25 @@ def window_attention_backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
     grad_global_weights: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    dilation: int,
-    offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    global_keys: int,
-    scale: float | None,
-    alpha: float,
-    dropout: float,
-    seed: Tensor | None,
+    operands: Operands,
+    options: Options,
+    rule: Rule,
     weights: Tensor,
     global_weights: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::window_attention_backward` on GPU: one kernel by rows, one by columns."""
-    window = (left, right, dilation, offset, key_start, key_end, global_keys, scale)
-    rule = alpha, dropout, seed
+    q, k, v, *sides = operands
     seeds = (grad_output, grad_weights, grad_global_weights)
     if not fits_heads(q, v):
         return through_reference(
-            lambda q, k, v: _plain(q, k, v, *window, *rule), (q, k, v), seeds, output_mask
+            lambda *heads: _plain(*heads, *sides, *options, *rule), (q, k, v), seeds, output_mask
         )
-    common = _common(q, k, v, left, right, dilation, offset, global_keys, scale, alpha, dropout)
+    common = _common(operands, options, rule)
     rows, heads, queries = q.shape[:3]
     grads = [q.new_zeros(t.shape) for t in (q, k, v)]
     if rows * heads * queries and k.shape[2]:
-        _backward(
-            common,
-            seeds,
-            (q, k, v),
-            weights,
-            global_weights,
-            grads,
-        )
+        _backward(common, seeds, (q, k, v), (weights, global_weights), grads)
     return only(output_mask, grads)
 
 
@@ -166,13 +123,12 @@ def _backward(
     common: dict[str, Any],
     seeds: Sequence[Tensor | None],
     operands: Sequence[Tensor],
-    weights: Tensor,
-    global_weights: Tensor,
+    saved: Sequence[Tensor],
     grads: Sequence[Tensor],
 ) -> None:
     q, k, v = dense_rows(*operands)
     of_output, of_weights, of_global = (None if t is None else t.contiguous() for t in seeds)
-    weights, global_weights = weights.contiguous(), global_weights.contiguous()
+    weights, global_weights = (t.contiguous() for t in saved)
     delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
     programs, counted = _by_queries(common)
     kernels.window_attention_backward_rows[(q.shape[0] * q.shape[1] * programs,)](

@@ -20,29 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .normalizers import (
-    SOFTMAX,
-    add_scores,
-    alpha_of,
-    any_row_climbs,
-    before_threshold,
-    delta_of,
-    last_threshold,
-    next_threshold,
-    weights_of,
-)
-from .sparse_attention_kernels import (
-    add_to_keys,
-    add_to_queries,
-    add_to_sums,
-    key_bound,
-    load_rows,
-    of_keys,
-    scores_of,
-    store_rows,
-    weigh,
-    weights_gradient,
-)
+from .normalizers import add_scores, alpha_of, delta_of, state_of, weights_of
+from .sparse_attention_gradients import add_to_keys, add_to_queries, add_to_sums, weights_gradient
+from .sparse_attention_kernels import key_bound, load_rows, of_head, scores_of, store_rows, weigh
 
 # Sizes that change from call to call: specialising on them would only compile the same code twice.
 VARYING = ("offset", "queries", "keys", "blocks", "left", "right", "count")
@@ -91,11 +71,14 @@ def _places(i, own, x, z, queries, columns, left, GLOBAL: tl.constexpr):
 
 
 @triton.jit
-def _scan(a, b, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right,
-          keys, count, start, end, width, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
+def _scan(a, b, top, tau, given, alpha, SCALE: tl.constexpr, ACC: tl.constexpr,
           PRECISION: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr,
           BD: tl.constexpr):  # fmt: skip
     """`add_scores` of all keys."""
+    (
+        q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right, keys, count, start,
+        end, width,
+    ) = given  # fmt: skip
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
         j, seen = _seen(own, x, first_key, dilation, left, right, keys, count, start, end, True)
@@ -121,66 +104,36 @@ def window_attention_forward(
     output_ptr,  # [B, Hq, Tq, DV], dense
     weights_ptr,  # [B, Hq, Tq, left + 1 + right], dense, zero; or None
     global_ptr,  # [B, Hq, Tq, count], dense; or None
-    queries,
-    keys,
-    width,
-    value_width,
+    queries, keys, width, value_width,
     heads,  # Hq
     group,  # Hq / Hk
-    left,
-    right,
-    dilation,
-    offset,
+    left, right, dilation, offset,
     count,  # of global keys
     classes,
     blocks,  # of a class's queries
-    q_0, q_1, q_t,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
-    EACH_START: tl.constexpr,
-    EACH_END: tl.constexpr,
+    q_0, q_1, q_t, k_0, k_1, k_t, v_0, v_1, v_t,
+    EACH_START: tl.constexpr, EACH_END: tl.constexpr,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    BELOW: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, BELOW: tl.constexpr,
     FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
     b = z // heads
-    h = z % heads
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
     start = key_bound(start_ptr, b, i, queries, keys, 0, EACH_START)
     end = key_bound(end_ptr, b, i, queries, keys, keys, EACH_END)
-    q = load_rows(q_ptr, b * q_0 + h * q_1, i, i < queries, q_t, width, BD)
+    q = load_rows(q_ptr, of_head(z, heads, q_0, q_1), i, i < queries, q_t, width, BD)
     least, most = _reach(own, first_key, dilation, left, right, keys)
 
-    m = tl.full([BM], float("-inf"), ACC)
-    total = tl.zeros([BM], ACC)
-    out = tl.zeros([BM, BV], ACC)
     alpha = alpha_of(alpha_ptr, KIND)
-    m, total = _scan(
-        m, total, None, None, q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left,
-        right, keys, count, start, end, width, alpha, SCALE, ACC, PRECISION, KIND, BN, BD,
+    given = (
+        q, k_ptr, k_at, k_t, own, least, most, first_key, dilation, left, right, keys, count, start,
+        end, width,
     )  # fmt: skip
-    if KIND == SOFTMAX:
-        total = tl.where(total == 0.0, 1.0, total)  # of a query that sees no key
-    else:
-        top, tau, next = before_threshold(m, KIND)
-        while any_row_climbs(next, tau, BN):
-            tau = tl.maximum(tau, next)
-            above, slopes = _scan(
-                tau * 0.0, tau * 0.0, top, tau, q, k_ptr, k_at, k_t, own, least, most, first_key,
-                dilation, left, right, keys, count, start, end, width, alpha, SCALE, ACC,
-                PRECISION, KIND, BN, BD,
-            )  # fmt: skip
-            next = next_threshold(tau, above, slopes, total, alpha, KIND)
-        total = last_threshold(next, total)
+    m, total = state_of(_scan, given, alpha, SCALE, ACC, PRECISION, KIND, BM, BN, BD)
+    out = tl.zeros([BM, BV], ACC)
     row = z * queries + i
 
     for x_0 in range(0, count, BN):
@@ -204,6 +157,22 @@ def window_attention_forward(
     store_rows(output_ptr, z * queries * value_width, out, i, i < queries, value_width, BV)
 
 
+@triton.jit
+def _gradient(x, given, weights, GLOBAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+              FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+              BV: tl.constexpr):  # fmt: skip
+    """Which keys x of the class are, or the global ones, their weights and P."""
+    g, v_ptr, v_at, v_t, z, i, own, queries, first_key, dilation, left, value_width = given
+    weights_ptr, grad_ptr, columns = weights
+    at, there = _places(i, own, x, z, queries, columns, left, GLOBAL)
+    j = x
+    if not GLOBAL:
+        j = first_key + x * dilation
+    w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, at, there, j, value_width,
+                            ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+    return j, w, p
+
+
 @triton.jit(do_not_specialize=VARYING)
 def window_attention_backward_rows(
     grad_output_ptr,  # [B, Hq, Tq, DV], dense, or None
@@ -216,56 +185,35 @@ def window_attention_backward_rows(
     alpha_ptr,  # float64 [1] of KIND ANY, else None
     delta_ptr,  # [B, Hq, Tq] float32
     grad_q_ptr,  # [B, Hq, Tq, D], dense
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    left,
-    right,
-    dilation,
-    offset,
-    count,
-    classes,
+    queries, keys, width, value_width, heads, group, left, right, dilation, offset, count, classes,
     blocks,
-    k_0, k_1, k_t,
-    v_0, v_1, v_t,
+    k_0, k_1, k_t, v_0, v_1, v_t,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
-    k_at = of_keys(z, heads, group, k_0, k_1)
-    v_at = of_keys(z, heads, group, v_0, v_1)
-    columns = left + 1 + right
+    k_at = of_head(z, heads, k_0, k_1, group)
+    v_at = of_head(z, heads, v_0, v_1, group)
     g = None
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, i < queries, value_width,
                   value_width, BV)  # fmt: skip
     least, most = _reach(own, first_key, dilation, left, right, keys)
 
+    given = (g, v_ptr, v_at, v_t, z, i, own, queries, first_key, dilation, left, value_width)
+    of_global = (global_ptr, grad_global_ptr, count)
+    of_band = (weights_ptr, grad_weights_ptr, left + 1 + right)
     alpha = alpha_of(alpha_ptr, KIND)
     dot = tl.zeros([BM], ACC)
     total = tl.zeros([BM], ACC)
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
-        at, there = _places(i, own, x, z, queries, count, left, True)
-        w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
-                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        _, w, p = _gradient(x, given, of_global, True, ACC, PRECISION, FACTOR, BM, BN, BV)
         dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
-        at, there = _places(i, own, x, z, queries, columns, left, False)
-        j = first_key + x * dilation
-        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there, j,
-                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        j, w, p = _gradient(x, given, of_band, False, ACC, PRECISION, FACTOR, BM, BN, BV)
         dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
@@ -273,17 +221,12 @@ def window_attention_backward_rows(
     grad_q = tl.zeros([BM, BD], ACC)
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
-        at, there = _places(i, own, x, z, queries, count, left, True)
-        w, p = weights_gradient(g, v_ptr, v_at, v_t, global_ptr, grad_global_ptr, at, there, x,
-                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        _, w, p = _gradient(x, given, of_global, True, ACC, PRECISION, FACTOR, BM, BN, BV)
         grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, x, width, alpha, ACC,
                                 PRECISION, KIND, BD)  # fmt: skip
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
-        at, there = _places(i, own, x, z, queries, columns, left, False)
-        j = first_key + x * dilation
-        w, p = weights_gradient(g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, at, there, j,
-                                value_width, ACC, PRECISION, FACTOR, BM, BN, BV)  # fmt: skip
+        j, w, p = _gradient(x, given, of_band, False, ACC, PRECISION, FACTOR, BM, BN, BV)
         grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha, ACC,
                                 PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, i < queries, width, BD)
@@ -300,38 +243,19 @@ def window_attention_backward_columns(
     delta_ptr,
     grad_k_ptr,  # [B, Hk, Tk, D], dense, zero
     grad_v_ptr,  # [B, Hk, Tk, DV], dense, zero
-    queries,
-    keys,
-    width,
-    value_width,
-    heads,
-    group,
-    left,
-    right,
-    dilation,
-    offset,
-    count,
+    queries, keys, width, value_width, heads, group, left, right, dilation, offset, count,
     classes,  # of keys; 1 where GLOBAL
     blocks,  # of a class's keys
-    q_0, q_1, q_t,
-    v_0, v_1, v_t,
+    q_0, q_1, q_t, v_0, v_1, v_t,
     GLOBAL: tl.constexpr,
     SCALE: tl.constexpr,  # an argument would be rounded to float32
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    KIND: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     y = (tl.program_id(0) // (blocks * classes)).to(tl.int64)  # row and head of keys
     rest = tl.program_id(0) % (blocks * classes)
     first_key = (rest // blocks).to(tl.int64)
     x = (rest % blocks).to(tl.int64) * BN + tl.arange(0, BN)
-    key_heads = heads // group
-    b = y // key_heads
     first = (first_key + dilation - offset % dilation) % dilation  # the class's first query
     ahead = (offset + first) // dilation
     step = dilation
@@ -349,21 +273,20 @@ def window_attention_backward_columns(
         known = x < count
         least = least * 0
         most = most * 0 + queries
-    v = load_rows(v_ptr, b * v_0 + (y % key_heads) * v_1, j, known, v_t, value_width, BV)
+    v = load_rows(v_ptr, of_head(y, heads // group, v_0, v_1), j, known, v_t, value_width, BV)
     alpha = alpha_of(alpha_ptr, KIND)
     grad_k = tl.zeros([BN, BD], ACC)
     grad_v = tl.zeros([BN, BV], ACC)
-    for member in range(group):
-        h = (y % key_heads) * group + member
-        z = b * heads + h
+    for z in range(y * group, (y + 1) * group):
         for n_0 in range(least, most, BM):
             n = n_0 + tl.arange(0, BM)
             i = first + n * step
             at, there = _places(i, n + ahead, x, z, queries, columns, left, GLOBAL)
             grad_k, grad_v = add_to_keys(
                 grad_k, grad_v, v, z, i, i < queries, weights_ptr, grad_weights_ptr, at,
-                there & known[None, :], grad_output_ptr, delta_ptr, q_ptr, b * q_0 + h * q_1, q_t,
-                queries, width, value_width, alpha, ACC, PRECISION, KIND, FACTOR, BM, BN, BD, BV,
+                there & known[None, :], grad_output_ptr, delta_ptr, q_ptr,
+                of_head(z, heads, q_0, q_1), q_t, queries, width, value_width, alpha, ACC,
+                PRECISION, KIND, FACTOR, BM, BN, BD, BV,
             )  # fmt: skip
     store_rows(grad_k_ptr, y * keys * width, grad_k * SCALE, j, known, width, BD)
     store_rows(grad_v_ptr, y * keys * value_width, grad_v, j, known, value_width, BV)

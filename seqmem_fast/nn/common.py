@@ -33,20 +33,16 @@ class MemoryNetwork(nn.Module, Generic[State]):
 
     def __init__(
         self,
-        input_size: int,
-        output_size: int,
-        controller_size: int,
-        memory_size: int,
-        memory_dim: int,
+        sizes: tuple[int, int, int, int, int],  # of input, output, controller, N and M
         controller: str,
         num_layers: int,
         batch_first: bool,
         output_activation: str | None,
     ) -> None:
         super().__init__()
-        self.input_size, self.output_size = input_size, output_size
-        self.controller_size, self.num_layers = controller_size, num_layers
-        self.memory_size, self.memory_dim = memory_size, memory_dim
+        self.input_size, self.output_size, self.controller_size, *of_memory = sizes
+        self.memory_size, self.memory_dim = of_memory
+        self.num_layers = num_layers
         self.controller, self.batch_first = controller, batch_first
         self.output_activation = output_activation
         self._positive("input_size", "output_size", "controller_size", "memory_size")

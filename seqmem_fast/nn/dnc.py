@@ -121,7 +121,7 @@ class DNC(MemoryNetwork[DNCState]):
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = input_size, output_size, controller_size, memory_size, memory_dim
-        super().__init__(*sizes, controller, num_layers, batch_first, output_activation)
+        super().__init__(sizes, controller, num_layers, batch_first, output_activation)
         self.read_heads, self.write_heads = read_heads, write_heads
         self.squash, self.strength, self.norm_floor, self.eps = squash, strength, norm_floor, eps
         self.usage_gradient, self.masks, self.mask_min = usage_gradient, masks, mask_min

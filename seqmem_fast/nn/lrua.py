@@ -88,7 +88,7 @@ class MANN(MemoryNetwork[LRUAState]):
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = input_size, output_size, controller_size, memory_size, memory_dim
-        super().__init__(*sizes, controller, num_layers, batch_first, output_activation)
+        super().__init__(sizes, controller, num_layers, batch_first, output_activation)
         if not 1 <= read_heads <= memory_size:
             raise ValueError(
                 f"seqmem::lrua: expected read_heads in 1..{memory_size} for {memory_size} slots, "

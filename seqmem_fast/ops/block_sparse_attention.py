@@ -19,15 +19,16 @@ Papers: Child, Gray, Radford & Sutskever, Generating long sequences with sparse 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import block_sparse_attention as reference
 from .common import (
-    Normalizer,
+    Rule,
     attend_to_some,
+    by_fields,
     differentiate_through,
     fall_back,
     plain_rule,
@@ -40,31 +41,30 @@ __all__ = ["block_list", "block_sparse_attention", "dense_weights"]
 _NAME = "seqmem::block_sparse_attention"
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_queries: int,
-    block_keys: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
-    alpha: Tensor | float | Normalizer,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return reference.block_sparse_attention(
-        q,
-        k,
-        v,
-        blocks,
-        (block_queries, block_keys),
-        is_causal=is_causal,
-        key_end=key_end,
-        scale=scale,
-        **plain_rule(alpha, dropout, seed),
-    )
+class Operands(NamedTuple):
+    """Heads, and the blocks that are seen."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: Tensor
+    block_queries: int
+    block_keys: int
+
+
+class Options(NamedTuple):
+    """Which keys of the blocks are seen."""
+
+    is_causal: bool
+    key_end: Tensor | None
+    scale: float | None
+
+
+@by_fields
+def _plain(operands: Operands, options: Options, rule: Rule) -> tuple[Tensor, Tensor]:
+    q, k, v, blocks, *block = operands
+    more: Any = {**options._asdict(), **plain_rule(rule)}
+    return reference.block_sparse_attention(q, k, v, blocks, (block[0], block[1]), **more)
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,6 +35,31 @@ transform_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 # Every op, backward ops included -> the stem of its files, by which its GPU launcher is found.
 STEMS: dict[str, str] = {}
+
+
+def by_fields(function: Callable[..., Result]) -> Callable[..., Result]:
+    """``function``, called as an op is: a parameter that is a NamedTuple stands for as many
+    arguments, named as its fields."""
+    names: list[str] = []
+    parts: list[tuple[slice, Any]] = []
+    kinds = get_type_hints(function)
+    kinds.pop("return")
+    for name, kind in kinds.items():
+        begin = len(names)
+        names += getattr(kind, "_fields", (name,))
+        parts.append((slice(begin, len(names)), kind if hasattr(kind, "_fields") else None))
+    if len(parts) == len(names):
+        return function
+
+    @wraps(function)
+    def call(*arguments: Any) -> Result:
+        given = ((arguments[at], kind) for at, kind in parts)
+        return function(*(part[0] if kind is None else kind(*part) for part, kind in given))
+
+    only = inspect.Parameter.POSITIONAL_ONLY
+    signature = inspect.Signature([inspect.Parameter(name, only) for name in names])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
 
 
 def exports_onnx() -> bool:
@@ -290,10 +316,17 @@ def _refusal(error: Exception) -> Exception:
 Normalizer = Callable[[Tensor], Tensor]
 
 
-def plain_rule(
-    alpha: Tensor | float | Normalizer, dropout: float, seed: Tensor | None
-) -> dict[str, Any]:
-    """How weights are made of scores, as a reference takes it that computes what the op does."""
+class Rule(NamedTuple):
+    """How weights are made of scores."""
+
+    alpha: Any  # as entmax, 1 for softmax; in plain PyTorch a tensor or a Normalizer, too
+    dropout: float
+    seed: Tensor | None
+
+
+def plain_rule(given: Rule) -> dict[str, Any]:
+    """The rule as a reference takes it that computes what the op does."""
+    alpha, dropout, seed = given
     rule: dict[str, Any] = {"dropout": dropout, "seed": seed, "signed": True}
     if callable(alpha):
         return {"normalizer": alpha, **rule}

@@ -21,41 +21,40 @@ linear transformers with the delta rule, arXiv 2406.06484, 2024.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..reference import delta_memory as reference
-from .common import differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back
 from .flops import Shape, count_products
 
 __all__ = ["delta_memory"]
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return reference.delta_memory(
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        state,
-        scale=scale,
-        qk_l2norm=qk_l2norm,
-        lengths=lengths,
-        reset=reset,
-    )
+class Operands(NamedTuple):
+    """What is written where, and what is read."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    state: Tensor | None
+
+
+class Options(NamedTuple):
+    """The others of the op and of its backward."""
+
+    scale: float | None
+    qk_l2norm: bool
+    lengths: Tensor | None
+    reset: Tensor | None
+
+
+@by_fields
+def _plain(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    return reference.delta_memory(*operands, **options._asdict())
 
 
 def _with_saved(*arguments: Any) -> tuple[Tensor, Tensor, None]:

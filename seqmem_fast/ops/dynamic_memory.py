@@ -17,12 +17,12 @@ et al., End-To-End Memory Networks, arXiv 1503.08895, 2015.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from ..reference import dynamic_memory as reference
-from .common import differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back
 from .flops import Shape, count_products, of_weights
 
 __all__ = ["dynamic_memory"]
@@ -36,22 +36,23 @@ def _plain(*arguments: Any) -> tuple[Tensor | None, Tensor, None]:
     return final, attention, None
 
 
-def _of_saved(
-    query: Tensor,
-    memory: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    write_weight: Tensor,
-    write_bias: Tensor,
-    score_query: Tensor | None,
-    mask: Tensor | None,
-    attention: Tensor,
-) -> tuple[Tensor, Tensor]:
+class Operands(NamedTuple):
+    """Of the op, and of its backward after the incoming gradients."""
+
+    query: Tensor
+    memory: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor
+    write_weight: Tensor
+    write_bias: Tensor
+    score_query: Tensor | None
+    mask: Tensor | None
+
+
+@by_fields
+def _of_saved(operands: Operands, attention: Tensor) -> tuple[Tensor, Tensor]:
     """With as many hops as the attention that the backward op is given."""
-    weights = gate_weight, gate_bias, write_weight, write_bias
-    final, recomputed, _ = _plain(
-        query, memory, *weights, score_query, mask, attention.size(0), True
-    )
+    final, recomputed, _ = _plain(*operands, attention.size(0), True)
     return cast(Tensor, final), recomputed
 
 

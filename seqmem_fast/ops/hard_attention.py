@@ -24,11 +24,13 @@ Raises:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..reference import hard_attention as reference
-from .common import differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back
 from .flops import count_products
 
 __all__ = ["categorical_sample", "reinforce_loss"]
@@ -36,18 +38,21 @@ __all__ = ["categorical_sample", "reinforce_loss"]
 _REDUCTIONS = ("none", "mean", "sum")
 
 
-def _plain_loss(
-    logits: Tensor,
-    action: Tensor,
-    returns: Tensor,
-    baseline: Tensor | None,
-    entropy_weight: float,
-    reduction: int,
-) -> Tensor:
-    kind, weight = _REDUCTIONS[reduction], entropy_weight
-    return reference.reinforce_loss(
-        logits, action, returns, baseline, entropy_weight=weight, reduction=kind
-    )
+class LossArguments(NamedTuple):
+    """Of the op ``reinforce_loss``, and of its backward after the incoming gradient."""
+
+    logits: Tensor
+    action: Tensor
+    returns: Tensor
+    baseline: Tensor | None
+    entropy_weight: float
+    reduction: int
+
+
+@by_fields
+def _plain_loss(given: LossArguments) -> Tensor:
+    kind, weight = _REDUCTIONS[given.reduction], given.entropy_weight
+    return reference.reinforce_loss(*given[:4], entropy_weight=weight, reduction=kind)
 
 
 _categorical_sample = fall_back("categorical_sample", reference.sample_at)

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..reference import indexed_attention as reference
 from .common import (
-    Normalizer,
+    Rule,
     attend_to_some,
+    by_fields,
     differentiate_through,
     fall_back,
     plain_rule,
@@ -38,18 +39,11 @@ from .flops import Shape, count_products
 __all__ = ["indexed_attention", "top_k_attention"]
 
 
+@by_fields
 def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    scale: float | None,
-    alpha: Tensor | float | Normalizer,
-    dropout: float,
-    seed: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
-    rule = plain_rule(alpha, dropout, seed)
-    return reference.indexed_attention(q, k, v, index, scale=scale, **rule)
+    return reference.indexed_attention(q, k, v, index, scale=scale, **plain_rule(rule))
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -57,12 +51,7 @@ def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _plain_keys(
-    q: Tensor,
-    k: Tensor,
-    count: int,
-    is_causal: bool,
-    key_end: Tensor | None,
-    scale: float | None,
+    q: Tensor, k: Tensor, count: int, is_causal: bool, key_end: Tensor | None, scale: float | None
 ) -> Tensor:
     return reference.top_k_keys(q, k, count, is_causal=is_causal, key_end=key_end, scale=scale)
 

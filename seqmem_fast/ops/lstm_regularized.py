@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lstm_regularized as reference
-from .common import differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back
 from .flops import Shape, count_products, of_weights
 from .lstm import State, _zeros
 
@@ -40,45 +40,54 @@ class LSTMNorms(NamedTuple):
     shift_c: Tensor
 
 
+class Operands(NamedTuple):
+    """The first of the op, and of its backward after the incoming gradients."""
+
+    input: Tensor
+    hx: Tensor | None
+    cx: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+
+
+class Norms(NamedTuple):
+    """As :class:`LSTMNorms`, or None all four."""
+
+    gain_ih: Tensor | None
+    gain_hh: Tensor | None
+    gain_c: Tensor | None
+    shift_c: Tensor | None
+
+
+class Zoneout(NamedTuple):
+    seed: Tensor | None
+    zoneout_h: float
+    zoneout_c: float
+
+
+class Steps(NamedTuple):
+    """How a batch's steps are laid out."""
+
+    lengths: Tensor | None
+    reset: Tensor | None
+    batch_sizes: Tensor | None
+    batch_first: bool
+    reverse: bool
+
+
+@by_fields
 def _plain(
-    input: Tensor,
-    hx: Tensor | None,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    gain_ih: Tensor | None,
-    gain_hh: Tensor | None,
-    gain_c: Tensor | None,
-    shift_c: Tensor | None,
-    seed: Tensor | None,
-    zoneout_h: float,
-    zoneout_c: float,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch_first: bool,
-    reverse: bool,
+    operands: Operands, norms: Norms, zoneout: Zoneout, steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (gain_ih, gain_hh, gain_c, shift_c)
+    given: Any = operands
+    input, hx, cx, *weights = given
+    state = None if hx is None or cx is None else (hx, cx)
+    options: Any = {**zoneout._asdict(), **steps._asdict()}
+    options["norms"] = None if norms.gain_ih is None else norms
     output, (hy, cy), gates, cells = reference.lstm_regularized(
-        input,
-        None if hx is None or cx is None else (hx, cx),
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        None if gain_ih is None else given,  # type: ignore[arg-type]
-        zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c,
-        seed=seed,
-        lengths=lengths,
-        reset=reset,
-        batch_sizes=batch_sizes,
-        batch_first=batch_first,
-        reverse=reverse,
-        return_gates=True,
+        input, state, *weights, **options, return_gates=True
     )
     return output, hy, cy, gates, cells  # type: ignore[return-value]
 

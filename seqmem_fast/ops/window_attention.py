@@ -20,14 +20,15 @@ Papers: Child, Gray, Radford & Sutskever, Generating long sequences with sparse 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..reference import window_attention as reference
 from .common import (
-    Normalizer,
+    Rule,
     attend_to_some,
+    by_fields,
     differentiate_through,
     fall_back,
     plain_rule,
@@ -38,36 +39,31 @@ from .flops import Shape, count_products
 __all__ = ["window_attention"]
 
 
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    dilation: int,
-    offset: int,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    global_keys: int,
-    scale: float | None,
-    alpha: Tensor | float | Normalizer,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.window_attention(
-        q,
-        k,
-        v,
-        left,
-        right,
-        dilation=dilation,
-        offset=offset,
-        key_start=key_start,
-        key_end=key_end,
-        global_keys=global_keys,
-        scale=scale,
-        **plain_rule(alpha, dropout, seed),
-    )
+class Operands(NamedTuple):
+    """Heads, and the columns on either side."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    left: int
+    right: int
+
+
+class Options(NamedTuple):
+    """Which key a column is, and which of them are seen."""
+
+    dilation: int
+    offset: int
+    key_start: Tensor | None
+    key_end: Tensor | None
+    global_keys: int
+    scale: float | None
+
+
+@by_fields
+def _plain(operands: Operands, options: Options, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    more: Any = {**options._asdict(), **plain_rule(rule)}
+    return reference.window_attention(*operands, **more)
 
 
 def _with_flag(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,12 +14,12 @@ the [..., Tq, Tk, A] intermediates are all in memory. Arguments are not checked:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample, attend, masked
+from .common import Draw, Sample, attend, masked, samples
 
 
 def additive_attention(
@@ -36,16 +36,10 @@ def additive_attention(
     return attend(torch.softmax(masked(hidden @ score_weight, mask), -1), value)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int] = (3, 5, 7, 6, 4),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 5, 7, 6, 4)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls that reach every option of the op once; sizes = (B, Tq, Tk, A, Dv)."""
     batch, queries, keys, width, value_width = sizes
-    draw = Draw(device, dtype, seed)
     q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
     score_weight = draw(width)
     mask = draw.mask(batch, queries, keys)

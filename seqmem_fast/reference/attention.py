@@ -15,12 +15,12 @@ Arguments are not checked: the op does that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample, attend, masked, normalized
+from .common import Draw, Sample, attend, masked, normalized, samples
 
 
 def attention(
@@ -60,16 +60,10 @@ def _ahead(scores: Tensor) -> Tensor:
     return j > i[:, None]
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int] = (3, 5, 7, 4, 6),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 5, 7, 4, 6)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`attention` that reach every option once; sizes = (B, Tq, Tk, D, Dv)."""
     batch, queries, keys, width, value_width = sizes
-    draw = Draw(device, dtype, seed)
     q, k, v = draw(batch, queries, width), draw(batch, keys, width), draw(batch, keys, value_width)
     mask = draw.mask(batch, queries, keys)
     mask[:, -1] = False  # a row without any allowed key

@@ -17,13 +17,14 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
+from .common import Draw, Sample, Weighing, after_dropout, by_query, samples, weights_of_seen
 
 
 def block_sparse_attention(
@@ -35,21 +36,14 @@ def block_sparse_attention(
     *,
     is_causal: bool = False,
     key_end: Tensor | None = None,
-    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
-    alpha: Tensor | float = 1.5,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    signed: bool = False,
+    **weighing: Any,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], blocks int64 [1 or B, 1 or Hq, N, 2],
-    key_end [B] or [B, Tq], seed [1] -> output [B, Hq, Tq, Dv], weights [B, Hq, N, Bq, Bk].
-
-    signed: weights as they were before dropout, with a minus sign where they are dropped, as the op
-    has them."""
+    key_end [B] or [B, Tq] -> output [B, Hq, Tq, Dv], weights [B, Hq, N, Bq, Bk]. The others are
+    those of :class:`Weighing`."""
     queries, width = q.shape[2:]
     keys = k.size(2)
-    scale = width**-0.5 if scale is None else scale
+    how = Weighing(**weighing)
     rows, columns = (-(-n // size) for n, size in zip((queries, keys), block, strict=True))
     there, place = _places(blocks, rows, columns)
     listed = blocks.new_zeros((*blocks.shape[:2], rows * columns + 1), dtype=torch.bool)
@@ -68,15 +62,13 @@ def block_sparse_attention(
         seen = seen & (column < by_query(key_end).unsqueeze(1))
     group = q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = scale * (q @ k.transpose(-1, -2))
-    weights = weights_of_seen(scores, seen, normalizer, alpha)
-    met = weights
-    if dropout and seed is not None:
-        listed = dropped((*weights.shape[:2], blocks.size(2), *block), dropout, seed)
-        drop = to_dense(listed.to(weights.dtype), blocks, block, queries, keys) > 0
-        weights = torch.where(drop, -weights, weights)
-        met = thinned(weights, dropout)
-        weights = weights if signed else met
+    weights = weights_of_seen(q @ k.transpose(-1, -2), width, seen, how)
+
+    def dense(listed: Tensor) -> Tensor:
+        return to_dense(listed.to(q.dtype), blocks, block, queries, keys) > 0
+
+    shape = *weights.shape[:2], blocks.size(2), *block
+    weights, met = after_dropout(weights, how, shape, dense)
     output = torch.where(seen.any(-1, keepdim=True), met @ v, 0)
     return output, to_blocks(weights, blocks, block)
 
@@ -131,17 +123,11 @@ def block_list(block_mask: Tensor) -> Tensor:
     return torch.where(known[..., None], pairs, -1)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 2, 6, 7, 4, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`block_sparse_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D,
     Dv)."""
     batch, heads, queries, keys, *_ = sizes
-    draw = Draw(device, dtype, seed)
     block = max(1, queries // 3), max(1, keys // 3)
     rows, columns = -(-queries // block[0]), -(-keys // block[1])
 
@@ -150,11 +136,11 @@ def sample_inputs(
         mask[..., 0, 0] = True
         return block_list(mask), block
 
-    end = draw.whole(0, keys + 1, batch).to(device)
+    end = draw.whole(0, keys + 1, batch).to(draw.device)
     yield Sample("shared", (*draw.heads(sizes), *some()))
     yield Sample("by_head", (*draw.heads(sizes, 2), *some(2 * heads)), {"scale": 0.4})
     yield Sample("by_row", (*draw.heads(sizes), *some(batch, 1)), {"key_end": end})
-    each = draw.whole(0, keys + 1, batch, queries).to(device)
+    each = draw.whole(0, keys + 1, batch, queries).to(draw.device)
     options = {"is_causal": True, "key_end": each}
     yield Sample("causal", (*draw.heads(sizes, 2), *some(batch, 2 * heads)), options)
     yield Sample(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -111,23 +111,52 @@ def by_query(bound: Tensor) -> Tensor:
     return bound.reshape(bound.size(0), *(bound.shape[1:] or (1,)), 1)
 
 
-def weights_of_seen(
-    scores: Tensor,
-    seen: Tensor,
-    normalizer: str | Callable[[Tensor], Tensor],
-    alpha: Tensor | float,
-) -> Tensor:
+class Weighing(NamedTuple):
+    """How attention to some of the keys makes weights of scores. signed: weights as they were
+    before dropout, with a minus sign where they are dropped, as the op has them."""
+
+    normalizer: str | Callable[[Tensor], Tensor] = "softmax"
+    alpha: Tensor | float = 1.5
+    scale: float | None = None  # 1 / sqrt(D) where None
+    dropout: float = 0.0
+    seed: Tensor | None = None  # [1]
+    signed: bool = False
+
+
+def weights_of_seen(products: Tensor, width: int, seen: Tensor, how: Weighing) -> Tensor:
     """Weights of the keys that a query sees, zero elsewhere; all are where it sees none."""
+    scores = (width**-0.5 if how.scale is None else how.scale) * products
     if scores.size(-1) == 0:
         return scores
     some = seen.any(-1, keepdim=True)
     scores = torch.where(seen, scores, torch.where(some, -math.inf, 0.0).to(scores.dtype))
-    return torch.where(seen, normalized(scores, normalizer, alpha), 0)
+    return torch.where(seen, normalized(scores, how.normalizer, how.alpha), 0)
 
 
 def thinned(signed: Tensor, dropout: float) -> Tensor:
     """Zero where the sign is minus, as dropped weights have it; the others larger by as much."""
     return signed.clamp(min=0) * (1 / (1 - dropout) if dropout < 1 else 0)
+
+
+def after_dropout(
+    weights: Tensor,
+    how: Weighing,
+    shape: Sequence[int] | None = None,
+    placed: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weights to return and those that meet the values.
+
+    shape: in which it is drawn which ones are dropped, the weights' own if None; placed: brings
+    that into the weights' shape.
+    """
+    if not how.dropout or how.seed is None:
+        return weights, weights
+    drop = dropped(weights.shape if shape is None else shape, how.dropout, how.seed)
+    if placed is not None:
+        drop = placed(drop)
+    signed = torch.where(drop, -weights, weights)
+    met = thinned(signed, how.dropout)
+    return signed if how.signed else met, met
 
 
 def controller_layers(controller: Sequence[Tensor], width: int, kind: str) -> Layers:
@@ -214,7 +243,7 @@ class Draw:
     """Random tensors for a sample: the same seed gives the same, whatever device and dtype."""
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.first = device, dtype, seed
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -222,9 +251,7 @@ class Draw:
         value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return value.to(device=self.device, dtype=self.dtype)
 
-    def heads(
-        self, sizes: tuple[int, int, int, int, int, int], group: int = 1
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, sizes: Sequence[int], group: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, `group` heads of queries for each of keys; sizes = (B, Hk, Tq, Tk, D, Dv)."""
         batch, heads, queries, keys, width, values = sizes
         query = self(batch, group * heads, queries, width)
@@ -260,3 +287,26 @@ class Sample(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     function: str = ""  # the function's name in `ops/<op>.py`, where it is not the op's own
+
+
+def samples(
+    *usual: int,
+) -> Callable[[Callable[..., Iterator[Sample]]], Callable[..., Iterator[Sample]]]:
+    """Makes of ``drawn(draw, sizes, **options)`` a function of device, dtype, sizes (usual ones by
+    default) and a number that decides what is drawn."""
+
+    def decorate(drawn: Callable[..., Iterator[Sample]]) -> Callable[..., Iterator[Sample]]:
+        def sample_inputs(
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype = torch.float32,
+            *,
+            sizes: Sequence[int] = usual,
+            seed: int = 0,
+            **options: Any,
+        ) -> Iterator[Sample]:
+            return drawn(Draw(device, dtype, seed), sizes, **options)
+
+        sample_inputs.__doc__ = drawn.__doc__
+        return sample_inputs
+
+    return decorate

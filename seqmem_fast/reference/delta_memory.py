@@ -11,13 +11,13 @@ feature of the keys on its own (Kimi Team, arXiv 2510.26692, 2025).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, samples
 
 NORM_FLOOR = 1e-6  # added to the sum of squares that a query or key is divided by the root of
 
@@ -82,16 +82,10 @@ def delta_memory(
     return output.to(storage), memory
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int] = (3, 5, 2, 4, 3),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 5, 2, 4, 3)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls that cover every option; sizes = (B, T, Hk, K, V)."""
     batch, steps, heads, width, columns = sizes
-    draw = Draw(device, dtype, seed)
 
     def operands(group: int = 1) -> tuple[Tensor, ...]:
         """Keys of norm 1: with longer ones the memory grows without bound."""

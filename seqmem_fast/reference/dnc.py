@@ -44,6 +44,7 @@ from .common import (
     controller_layers,
     controller_step,
     projected_inputs,
+    samples,
     started,
     where_row,
     without_padding,
@@ -370,21 +371,14 @@ def _sharpened(direction: Tensor, sharpness: Tensor) -> Tensor:
     return torch.softmax(logits, -1)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (5, 3, 4, 6, 8, 5),
-    seed: int = 0,
-    reads: int = 2,
-) -> Iterator[Sample]:
+@samples(5, 3, 4, 6, 8, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int], reads: int = 2) -> Iterator[Sample]:
     """Calls of :func:`dnc_trace` that reach every option once; sizes = (T, B, I, C, N, M), `reads`
     read heads where a call does not say how many.
 
     Usages are distinct, so that equal slots in another order cannot be mistaken for an error.
     """
     time, batch, width, control, slots, slot = sizes
-    draw = Draw(device, dtype, seed)
 
     def sample(
         name: str,
@@ -415,7 +409,7 @@ def sample_inputs(
                 draw(kept, *rows, control),
                 draw(*rows, slots, slot),
                 draw(*rows, slots).sigmoid(),
-                link.to(dtype),
+                link.to(draw.dtype),
                 weightings(*rows, linked),
                 weightings(*rows, writes),
                 weightings(*rows, reads),

@@ -16,13 +16,13 @@ Arguments are not checked: the ops do that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, samples
 
 
 def dynamic_memory(
@@ -69,16 +69,10 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return weights.masked_fill(~mask, 0)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int] = (4, 9, 6, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(4, 9, 6, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`dynamic_memory` that reach every option once; sizes = (B, N, m, h)."""
     batch, slots, width, hidden = sizes
-    draw = Draw(device, dtype, seed)
 
     def networks(columns: int) -> tuple[Tensor, ...]:
         scale = (width + columns) ** -0.5

@@ -11,12 +11,12 @@ learned (Correia, Niculae & Martins, arXiv 1909.00015, 2019).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, samples
 from .common import entmax as entmax
 
 
@@ -30,16 +30,10 @@ def entmax15(input: Tensor, dim: int = -1) -> Tensor:
     return entmax(input, 1.5, dim)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int] = (4, 3, 7),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(4, 3, 7)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of all three functions; sizes = (B, H, K)."""
     batch, heads, count = sizes
-    draw = Draw(device, dtype, seed)
     learned = 1.1 + 0.8 * draw(heads, 1).sigmoid()
     yield Sample("entmax15", (draw(batch, heads, count),), function="entmax15")
     yield Sample("sparsemax", (draw(batch, heads, count),), function="sparsemax")

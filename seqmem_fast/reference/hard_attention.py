@@ -16,12 +16,12 @@ Arguments are not checked: the ops do that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, samples
 
 
 def categorical_sample(
@@ -86,24 +86,18 @@ def policy(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.gather(-1, action[..., None]).squeeze(-1), entropy
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int] = (4, 7),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(4, 7)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls that reach every option of :func:`reinforce_loss` and :func:`sample_at` once;
     sizes = (rows, K)."""
     rows, actions = sizes
-    draw = Draw(device, dtype, seed)
-    action = draw.whole(0, actions, rows).to(device)
+    action = draw.whole(0, actions, rows).to(draw.device)
     logits, returns, baseline = draw(rows, actions), draw(rows), draw(rows)
     uniform = torch.rand(rows, generator=draw.generator, dtype=torch.float64)
     mean, each = {"reduction": "mean"}, {"reduction": "none", "entropy_weight": 0.3}
     yield Sample("plain", (logits, action, returns), function="reinforce_loss")
     yield Sample("mean", (logits, action, returns, baseline), mean, "reinforce_loss")
     yield Sample("rows", (logits, action, returns, baseline[0]), each, "reinforce_loss")
-    if dtype != torch.float64:
+    if draw.dtype != torch.float64:
         uniform = uniform.float()
-    yield Sample("sample", (logits, uniform.to(device)), function="sample_at")
+    yield Sample("sample", (logits, uniform.to(draw.device)), function="sample_at")

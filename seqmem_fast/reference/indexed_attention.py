@@ -16,13 +16,14 @@ Arguments are not checked: the op does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
+from .common import Draw, Sample, Weighing, after_dropout, by_query, samples, weights_of_seen
 
 
 def indexed_attention(
@@ -30,20 +31,11 @@ def indexed_attention(
     k: Tensor,
     v: Tensor,
     index: Tensor,
-    *,
-    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
-    alpha: Tensor | float = 1.5,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    signed: bool = False,
+    **weighing: Any,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], index int64 [1 or B, 1 or Hq, Tq, C],
-    seed [1] -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, C].
-
-    signed: weights as they were before dropout, with a minus sign where they are dropped, as the op
-    has them."""
-    scale = q.size(3) ** -0.5 if scale is None else scale
+    -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, C]. The others are those of :class:`Weighing`."""
+    how = Weighing(**weighing)
     keys, group = k.size(2), q.size(1) // k.size(1)
     index = index.expand(*q.shape[:3], -1)
     seen = (index >= 0) & (index < keys)
@@ -57,14 +49,8 @@ def indexed_attention(
         return torch.where(seen.unsqueeze(-1), rows.unflatten(2, seen.shape[2:]), 0)
 
     k, v = listed(k), listed(v)
-    scores = scale * (k @ q.unsqueeze(-1)).squeeze(-1)
-    weights = weights_of_seen(scores, seen, normalizer, alpha)
-    met = weights
-    if dropout and seed is not None:
-        drop = dropped(weights.shape, dropout, seed)
-        weights = torch.where(drop, -weights, weights)
-        met = thinned(weights, dropout)
-        weights = weights if signed else met
+    weights = weights_of_seen((k @ q.unsqueeze(-1)).squeeze(-1), q.size(3), seen, how)
+    weights, met = after_dropout(weights, how)
     return (met.unsqueeze(-2) @ v).squeeze(-2), weights
 
 
@@ -96,19 +82,13 @@ def top_k_keys(
     return F.pad(found, (0, count - found.size(-1)), value=-1)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 2, 6, 7, 4, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`indexed_attention` for every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
     batch, heads, queries, keys, *_ = sizes
-    draw = Draw(device, dtype, seed)
 
     def index(*lists: int, count: int = 5, none: int = -1) -> Tensor:
-        return draw.whole(none, keys, *lists, queries, count).to(device)
+        return draw.whole(none, keys, *lists, queries, count).to(draw.device)
 
     yield Sample("shared", (*draw.heads(sizes), index(1, 1)))
     yield Sample("by_head", (*draw.heads(sizes, 2), index(1, 2 * heads)), {"scale": 0.4})

@@ -40,6 +40,7 @@ from .common import (
     controller_step,
     norm,
     projected_inputs,
+    samples,
     started,
     where_row,
     without_padding,
@@ -196,20 +197,13 @@ class _Heads:
         return memory, self.gamma * state.usage + used, write_weights, read_weights
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (5, 3, 4, 6, 8, 5),
-    heads: int = 2,
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(5, 3, 4, 6, 8, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int], heads: int = 2) -> Iterator[Sample]:
     """Calls of :func:`lrua_trace` that reach every option once; sizes = (T, B, I, C, N, M).
 
     Usages are distinct, so that equal slots in another order cannot be mistaken for an error.
     """
     time, batch, width, control, slots, slot = sizes
-    draw = Draw(device, dtype, seed)
 
     def sample(name: str, heads: int = heads, layers: int = 1, **kwargs: Any) -> Sample:
         heads, kind = min(heads, slots), kwargs.get("controller_type", "lstm")

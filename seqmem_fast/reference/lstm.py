@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample
+from .common import Draw, Sample, samples
 
 State = tuple[Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]
@@ -301,16 +301,10 @@ class Layout:
         return a[s] if self.valid is None else torch.where(self.valid[s][:, None], a[s], first)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int] = (5, 3, 4, 6),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(5, 3, 4, 6)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`lstm` that reach every option once; sizes = (T, B, I, H)."""
     time, batch, width, hidden = sizes
-    draw = Draw(device, dtype, seed)
 
     def weights(bias: bool = True, project: int = 0) -> tuple[Tensor | None, ...]:
         out, scale = project or hidden, hidden**-0.5
@@ -351,14 +345,10 @@ def sample_inputs(
     )
 
 
-def cell_sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int] = (3, 4, 6),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 4, 6)
+def cell_sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`lstm_cell` that reach every option once; sizes = (B, I, H)."""
-    for name, args, *_ in sample_inputs(device, dtype, sizes=(1, *sizes), seed=seed):
+    of_layer = sample_inputs(draw.device, draw.dtype, sizes=(1, *sizes), seed=draw.first)
+    for name, args, *_ in of_layer:
         if name in ("plain", "zero_state", "no_bias"):
             yield Sample(name, (args[0][0], *args[1:6]), function="lstm_cell")

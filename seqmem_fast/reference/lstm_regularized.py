@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, dropped
+from .common import Draw, Sample, dropped, samples
 from .lstm import Layout, State
 from .lstm import sample_inputs as lstm_samples
 
@@ -106,16 +106,12 @@ def mixed(zoneout: Tensor | float, t: int, old: Tensor, new: Tensor) -> Tensor:
     return new + zoneout * (old - new) if zoneout else new
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int] = (5, 3, 4, 6),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(5, 3, 4, 6)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`lstm_regularized`: those of the LSTM without projection, with norms, zoneout
     or both; sizes = (T, B, I, H)."""
-    draw = Draw(device, dtype, seed + 1)
+    of_lstm = lstm_samples(draw.device, draw.dtype, sizes=sizes, seed=draw.first)
+    draw = Draw(draw.device, draw.dtype, draw.first + 1)
     hidden = sizes[-1]
     shares = {"zoneout_h": 0.3, "zoneout_c": 0.2}
 
@@ -129,7 +125,7 @@ def sample_inputs(
             yield "expected", None, {"zoneout_h": 0.3}
 
     chosen = options()
-    for layout, args, kwargs, _ in lstm_samples(device, dtype, sizes=sizes, seed=seed):
+    for layout, args, kwargs, _ in of_lstm:
         input, hx, weight_ih, weight_hh, *biases, projection = args
         if projection is not None:
             hx = draw(sizes[1], hidden), draw(sizes[1], hidden)

@@ -37,6 +37,7 @@ from .common import (
     controller_layers,
     controller_step,
     projected_inputs,
+    samples,
     started,
     where_row,
     without_padding,
@@ -179,16 +180,10 @@ class _Heads:
         return memory, torch.cat(weightings, 1), torch.cat(reads, 1) if reads else state.reads
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (5, 3, 4, 6, 8, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(5, 3, 4, 6, 8, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`ntm` that reach every option once; sizes = (T, B, I, C, N, M)."""
     time, batch, width, control, slots, slot = sizes
-    draw = Draw(device, dtype, seed)
 
     def sample(
         name: str, heads: str = "wr", layers: int = 1, shift_range: int = 1, **kwargs: Any

@@ -21,13 +21,13 @@ the ops do that. The whole sequence stands in :mod:`.ntm`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .common import Draw, Sample, norm
+from .common import Draw, Sample, norm, samples
 
 EPSILON = 1e-8
 
@@ -113,20 +113,16 @@ def _sharpen(weights: Tensor, gamma: Tensor) -> Tensor:
     return torch.softmax(logits.masked_fill(empty, lowest), -1).masked_fill(empty, 0)
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int] = (3, 8, 5, 2, 3),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 8, 5, 2, 3)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of all four functions, with one head, several and unbatched; sizes = (B, N, M, H, S).
 
     Names are ``content``, ``addressing``, ``read`` and ``write``, each bare, with ``_heads`` and
     with ``_unbatched``.
     """
     batch, slots, width, heads, taps = sizes
-    draw = Draw("cpu", torch.float64, seed)
+    device, dtype = draw.device, draw.dtype
+    draw = Draw("cpu", torch.float64, draw.first)
     layouts = {"": ((batch,), ()), "_heads": ((batch,), (heads,)), "_unbatched": ((), ())}
     for suffix, (rows, head) in layouts.items():
         lead = (*rows, *head)

@@ -19,13 +19,14 @@ are not checked: the op does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Draw, Sample, by_query, dropped, thinned, weights_of_seen
+from .common import Draw, Sample, Weighing, after_dropout, by_query, samples, weights_of_seen
 
 
 def window_attention(
@@ -40,22 +41,16 @@ def window_attention(
     key_start: Tensor | None = None,
     key_end: Tensor | None = None,
     global_keys: int = 0,
-    normalizer: str | Callable[[Tensor], Tensor] = "softmax",
-    alpha: Tensor | float = 1.5,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    signed: bool = False,
+    **weighing: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], key_start and key_end [B] or [B, Tq],
-    seed [1] -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, W], global weights [B, Hq, Tq, G].
+    """q [B, Hq, Tq, D], k [B, Hk, Tk, D], v [B, Hk, Tk, Dv], key_start and key_end [B] or [B, Tq]
+    -> output [B, Hq, Tq, Dv], weights [B, Hq, Tq, W], global weights [B, Hq, Tq, G].
 
-    Global keys drop as columns after the band's. signed: weights as they were before dropout, with
-    a minus sign where they are dropped, as the op has them."""
+    The others are those of :class:`Weighing`; global keys drop as columns after the band's."""
     heads, queries, width = q.shape[1:]
     keys = k.size(2)
     left, right = bounds(left, right, dilation, offset, queries, keys)
-    scale = width**-0.5 if scale is None else scale
+    how = Weighing(**weighing)
     rows = torch.arange(queries, device=q.device)[:, None]
     columns = torch.arange(-left, right + 1, device=q.device)
     band = offset + rows + columns * dilation  # [Tq, W]: which key a column is
@@ -76,14 +71,8 @@ def window_attention(
         torch.where(seen.unsqueeze(-1), x[:, :, place], 0).repeat_interleave(group, 1)
         for x in (k, v)
     )
-    scores = scale * (k @ q.unsqueeze(-1)).squeeze(-1)
-    weights = weights_of_seen(scores, seen, normalizer, alpha)
-    met = weights
-    if dropout and seed is not None:
-        drop = dropped(weights.shape, dropout, seed).roll(global_keys, -1)
-        weights = torch.where(drop, -weights, weights)
-        met = thinned(weights, dropout)
-        weights = weights if signed else met
+    weights = weights_of_seen((k @ q.unsqueeze(-1)).squeeze(-1), width, seen, how)
+    weights, met = after_dropout(weights, how, placed=lambda drop: drop.roll(global_keys, -1))
     output = (met.unsqueeze(-2) @ v).squeeze(-2)
     global_weights, weights = weights.split([global_keys, left + 1 + right], -1)
     return output, weights, global_weights
@@ -100,24 +89,18 @@ def bounds(
     return left, right
 
 
-def sample_inputs(
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    sizes: tuple[int, int, int, int, int, int] = (3, 2, 6, 7, 4, 5),
-    seed: int = 0,
-) -> Iterator[Sample]:
+@samples(3, 2, 6, 7, 4, 5)
+def sample_inputs(draw: Draw, sizes: Sequence[int]) -> Iterator[Sample]:
     """Calls of :func:`window_attention` that reach every option; sizes = (B, Hk, Tq, Tk, D, Dv)."""
     batch, _, queries, keys, *_ = sizes
-    draw = Draw(device, dtype, seed)
 
     wide = max(2, keys // 3)
     yield Sample("causal", (*draw.heads(sizes), wide, 0))
     yield Sample("both_sides", (*draw.heads(sizes, 2), wide, 1), {"scale": 0.4})
     yield Sample("dilated", (*draw.heads(sizes), 2, 1), {"dilation": 2, "offset": 1})
     yield Sample("global", (*draw.heads(sizes, 2), 1, 1), {"global_keys": min(2, keys)})
-    end = draw.whole(0, keys + 1, batch).to(device)
-    start = draw.whole(0, max(1, keys // 2), batch, queries).to(device)
+    end = draw.whole(0, keys + 1, batch).to(draw.device)
+    start = draw.whole(0, max(1, keys // 2), batch, queries).to(draw.device)
     start[:, -1] = keys  # a row without any key
     options = {"key_start": start, "key_end": end, "global_keys": min(2, keys)}
     yield Sample("ranges", (*draw.heads(sizes), 1, 2), options)
