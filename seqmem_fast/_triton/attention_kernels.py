@@ -150,10 +150,10 @@ def _grad_weights(g, v_ptr, v_t, grad_weights_ptr, g_i, g_j, i, j, queries, keys
 
 
 @triton.jit
-def _weights_gradient(j, given, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      BV: tl.constexpr):  # fmt: skip
+def _weights_gradient(j, g, grad_ptr, given, PRECISION: tl.constexpr, BM: tl.constexpr,
+                      BN: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """The weights of keys j and P; where in the weights they are, and whether."""
-    g, v_ptr, v_t, weights_ptr, grad_ptr, g_i, g_j, z, i, queries, keys, value_width = given
+    v_ptr, v_t, weights_ptr, g_i, g_j, z, i, queries, keys, value_width = given
     there = (i < queries)[:, None] & (j < keys)[None, :]
     at = z * queries * keys + i[:, None] * keys + j[None, :]
     p = _grad_weights(g, v_ptr, v_t, grad_ptr, g_i, g_j, i, j, queries, keys, value_width,
@@ -182,25 +182,25 @@ def attention_backward_rows(
     v_ptr = moved(v_ptr, z, heads, v_0, v_1)
     mask_ptr = moved(mask_ptr, z, heads, m_0, m_1)
     grad_weights_ptr = moved(grad_weights_ptr, z, heads, g_0, g_1)
-    g = None
+    g = None  # which cannot stand in a tuple
     if grad_output_ptr is not None:
         g = _rows_of(grad_output_ptr + z * queries * value_width, i, queries, value_width,
                      value_width, BV)  # fmt: skip
 
     given = (
-        g, v_ptr, v_t, weights_ptr, grad_weights_ptr, g_i, g_j, z, i, queries, keys, value_width,
+        v_ptr, v_t, weights_ptr, g_i, g_j, z, i, queries, keys, value_width,
     )  # fmt: skip
     delta = tl.zeros([BM], tl.float32)
     for start in range(0, keys, BN):
         j = start + tl.arange(0, BN)
-        w, p, _, _ = _weights_gradient(j, given, PRECISION, BM, BN, BV)
+        w, p, _, _ = _weights_gradient(j, g, grad_weights_ptr, given, PRECISION, BM, BN, BV)
         delta += tl.sum(w * p, axis=1)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
 
     grad_q = tl.zeros([BM, BD], tl.float32)
     for start in range(0, keys, BN):
         j = start + tl.arange(0, BN)
-        w, p, at, there = _weights_gradient(j, given, PRECISION, BM, BN, BV)
+        w, p, at, there = _weights_gradient(j, g, grad_weights_ptr, given, PRECISION, BM, BN, BV)
         ds = unmasked(w * (p - delta[:, None]), mask_ptr, i, j, m_i, m_j, there)
         if grad_scores_ptr is not None:
             tl.store(grad_scores_ptr + at, ds.to(grad_scores_ptr.dtype.element_ty), mask=there)

@@ -143,12 +143,12 @@ def block_sparse_attention_forward(
 
 
 @triton.jit
-def _gradient(block, n, c_0, given, ACC: tl.constexpr, PRECISION: tl.constexpr,
+def _gradient(block, n, c_0, g, given, ACC: tl.constexpr, PRECISION: tl.constexpr,
               FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
               BV: tl.constexpr):  # fmt: skip
     """Which keys columns c_0 and on of the block at place n are, their weights and P."""
     (
-        g, v_ptr, v_at, v_t, weights_ptr, grad_ptr, z, places, r, i, keys, end, block_queries,
+        v_ptr, v_at, v_t, weights_ptr, grad_ptr, z, places, r, i, keys, end, block_queries,
         block_keys, column_blocks, value_width,
     ) = given  # fmt: skip
     c = c_0 + tl.arange(0, BN)
@@ -183,13 +183,13 @@ def block_sparse_attention_backward_rows(
     v_at = of_head(z, heads, v_0, v_1, group)
     own = of_head(z, heads, list_0, list_1)
     first, last = _listed(rows_ptr, own, row_blocks, row_block)
-    g = None
+    g = None  # which cannot stand in a tuple
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
                       value_width, BV)  # fmt: skip
 
     given = (
-        g, v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, z, places, r, i, keys, end,
+        v_ptr, v_at, v_t, weights_ptr, grad_weights_ptr, z, places, r, i, keys, end,
         block_queries, block_keys, column_blocks, value_width,
     )  # fmt: skip
     alpha = alpha_of(alpha_ptr, KIND)
@@ -198,7 +198,7 @@ def block_sparse_attention_backward_rows(
     for n in range(first, last):
         block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
         for c_0 in range(0, block_keys, BN):
-            _, w, p = _gradient(block, n, c_0, given, ACC, PRECISION, FACTOR, BM, BN, BV)
+            _, w, p = _gradient(block, n, c_0, g, given, ACC, PRECISION, FACTOR, BM, BN, BV)
             dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=known)
@@ -207,7 +207,7 @@ def block_sparse_attention_backward_rows(
     for n in range(first, last):
         block = tl.load(blocks_ptr + (own * places + n) * 2 + 1)
         for c_0 in range(0, block_keys, BN):
-            j, w, p = _gradient(block, n, c_0, given, ACC, PRECISION, FACTOR, BM, BN, BV)
+            j, w, p = _gradient(block, n, c_0, g, given, ACC, PRECISION, FACTOR, BM, BN, BV)
             grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha,
                                     ACC, PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, known, width, BD)

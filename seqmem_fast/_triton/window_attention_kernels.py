@@ -158,11 +158,11 @@ def window_attention_forward(
 
 
 @triton.jit
-def _gradient(x, given, weights, GLOBAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-              FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _gradient(x, g, given, weights, GLOBAL: tl.constexpr, ACC: tl.constexpr,
+              PRECISION: tl.constexpr, FACTOR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
               BV: tl.constexpr):  # fmt: skip
     """Which keys x of the class are, or the global ones, their weights and P."""
-    g, v_ptr, v_at, v_t, z, i, own, queries, first_key, dilation, left, value_width = given
+    v_ptr, v_at, v_t, z, i, own, queries, first_key, dilation, left, value_width = given
     weights_ptr, grad_ptr, columns = weights
     at, there = _places(i, own, x, z, queries, columns, left, GLOBAL)
     j = x
@@ -195,13 +195,13 @@ def window_attention_backward_rows(
     z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
     k_at = of_head(z, heads, k_0, k_1, group)
     v_at = of_head(z, heads, v_0, v_1, group)
-    g = None
+    g = None  # which cannot stand in a tuple
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, i < queries, value_width,
                   value_width, BV)  # fmt: skip
     least, most = _reach(own, first_key, dilation, left, right, keys)
 
-    given = (g, v_ptr, v_at, v_t, z, i, own, queries, first_key, dilation, left, value_width)
+    given = (v_ptr, v_at, v_t, z, i, own, queries, first_key, dilation, left, value_width)
     of_global = (global_ptr, grad_global_ptr, count)
     of_band = (weights_ptr, grad_weights_ptr, left + 1 + right)
     alpha = alpha_of(alpha_ptr, KIND)
@@ -209,11 +209,11 @@ def window_attention_backward_rows(
     total = tl.zeros([BM], ACC)
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
-        _, w, p = _gradient(x, given, of_global, True, ACC, PRECISION, FACTOR, BM, BN, BV)
+        _, w, p = _gradient(x, g, given, of_global, True, ACC, PRECISION, FACTOR, BM, BN, BV)
         dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
-        j, w, p = _gradient(x, given, of_band, False, ACC, PRECISION, FACTOR, BM, BN, BV)
+        j, w, p = _gradient(x, g, given, of_band, False, ACC, PRECISION, FACTOR, BM, BN, BV)
         dot, total = add_to_sums(dot, total, w, p, alpha, KIND)
     delta = delta_of(dot, total, KIND)
     tl.store(delta_ptr + z * queries + i, delta, mask=i < queries)
@@ -221,12 +221,12 @@ def window_attention_backward_rows(
     grad_q = tl.zeros([BM, BD], ACC)
     for x_0 in range(0, count, BN):
         x = x_0 + tl.arange(0, BN).to(tl.int64)
-        _, w, p = _gradient(x, given, of_global, True, ACC, PRECISION, FACTOR, BM, BN, BV)
+        _, w, p = _gradient(x, g, given, of_global, True, ACC, PRECISION, FACTOR, BM, BN, BV)
         grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, x, width, alpha, ACC,
                                 PRECISION, KIND, BD)  # fmt: skip
     for x_0 in range(least, most, BN):
         x = x_0 + tl.arange(0, BN)
-        j, w, p = _gradient(x, given, of_band, False, ACC, PRECISION, FACTOR, BM, BN, BV)
+        j, w, p = _gradient(x, g, given, of_band, False, ACC, PRECISION, FACTOR, BM, BN, BV)
         grad_q = add_to_queries(grad_q, w, p, delta, k_ptr, k_at, k_t, j, width, alpha, ACC,
                                 PRECISION, KIND, BD)  # fmt: skip
     store_rows(grad_q_ptr, z * queries * width, grad_q * SCALE, i, i < queries, width, BD)
