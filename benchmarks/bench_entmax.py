@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def sorted_entmax15(z: Tensor) -> Tensor:
     return (x - taus.gather(-1, support - 1)).clamp(min=0) ** 2
 
 
-@cache
+@lru_cache(maxsize=2)  # of a shape, in its own dtype and in float64
 def random_gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same for all sides: N(0, 1)."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -121,11 +121,12 @@ class BackwardRun : KernelRun<Backward, Walk> {
     }
   }
 
-  // 32 rows of a weight, those that a block of dz's columns meets, by pairs.
+  // 32 rows of a weight, those that a block of dz's columns meets, by pairs. Each pair of rows is
+  // read to its end while the next pair is prefetched into L2.
   void pack(const Panels& panels, const S* weight, int64_t k, int64_t N, int64_t count) {
     for (int i = 0; i < kBlock; ++i) {
       const int64_t gate = k % 2 * 2 + i / 8, unit = k / 2 * kBlock + i % 8 * 2;
-      const S* row = weight + (gate * s.H + unit) * N;  // to its end, the next two asked for
+      const S* row = weight + (gate * s.H + unit) * N;
       for (int64_t v = 0; v < count * 4; ++v) {
         __builtin_prefetch(row + 2 * N + v * kBlock, 0, 2);
         __builtin_prefetch(row + 3 * N + v * kBlock, 0, 2);

@@ -182,7 +182,7 @@ def attention_backward_rows(
     v_ptr = moved(v_ptr, z, heads, v_0, v_1)
     mask_ptr = moved(mask_ptr, z, heads, m_0, m_1)
     grad_weights_ptr = moved(grad_weights_ptr, z, heads, g_0, g_1)
-    g = None  # which cannot stand in a tuple
+    g = None  # passed beside `given`: a compiled kernel takes no None in a tuple
     if grad_output_ptr is not None:
         g = _rows_of(grad_output_ptr + z * queries * value_width, i, queries, value_width,
                      value_width, BV)  # fmt: skip

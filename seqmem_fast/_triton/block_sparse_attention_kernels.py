@@ -183,7 +183,7 @@ def block_sparse_attention_backward_rows(
     v_at = of_head(z, heads, v_0, v_1, group)
     own = of_head(z, heads, list_0, list_1)
     first, last = _listed(rows_ptr, own, row_blocks, row_block)
-    g = None  # which cannot stand in a tuple
+    g = None  # passed beside `given`: a compiled kernel takes no None in a tuple
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, known, value_width,
                       value_width, BV)  # fmt: skip

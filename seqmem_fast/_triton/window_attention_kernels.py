@@ -195,7 +195,7 @@ def window_attention_backward_rows(
     z, i, own, first_key = _queries(blocks, classes, dilation, offset, BM)
     k_at = of_head(z, heads, k_0, k_1, group)
     v_at = of_head(z, heads, v_0, v_1, group)
-    g = None  # which cannot stand in a tuple
+    g = None  # passed beside `given`: a compiled kernel takes no None in a tuple
     if grad_output_ptr is not None:
         g = load_rows(grad_output_ptr, z * queries * value_width, i, i < queries, value_width,
                   value_width, BV)  # fmt: skip
