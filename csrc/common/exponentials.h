@@ -10,37 +10,47 @@ namespace {
 template <class C>
 constexpr C kInfinity = C(__builtin_huge_val());
 
-// scores -> e^(score - highest) in place; returns the row's sum. What is too small for a normal
-// number becomes zero: denormals would cost several times the arithmetic. As exp_parts, but with
-// ln 2 in one piece, whose error is small beside a weight's, and in fewer registers.
+// scores -> e^(score - highest). What is too small for a normal number becomes zero: denormals
+// would cost several times the arithmetic. As exp_parts, but with ln 2 in one piece, whose error is
+// small beside a weight's, and in fewer registers.
+template <class C, int V>
+SEQMEM_INLINE void to_exponentials(Vec<C> (&p)[V], C highest) {
+  using K = ExpConstants<C>;
+  // Adding it rounds to an integer and leaves that, with the exponent's bias, in the low bits.
+  constexpr C magic = K::magic + K::bias, ln2 = C(0x1.62e42fefa39efp-1), lowest = -K::bias * ln2;
+  Vec<C> shifted[V], r[V];
+  SEQMEM_UNROLL
+  for (int v = 0; v < V; ++v) {
+    Vec<C> x = p[v] - highest;
+    x = x < lowest ? splat(lowest) : x;  // whose power is zero; NaN passes
+    shifted[v] = x * K::log2e + magic;
+    r[v] = x - (shifted[v] - magic) * ln2;
+    p[v] = splat(inverse_factorial<C>(K::degree));
+  }
+  SEQMEM_UNROLL
+  for (int k = K::degree - 1; k >= 0; --k) {
+    SEQMEM_UNROLL
+    for (int v = 0; v < V; ++v) p[v] = p[v] * r[v] + inverse_factorial<C>(k);
+  }
+  SEQMEM_UNROLL
+  for (int v = 0; v < V; ++v) p[v] *= (Vec<C>)((IntVec<C>)shifted[v] << K::mantissa);
+}
+
+// The same of a row's n scores, in place; returns their sum.
 template <class C>
 C exponentials(C* row, int64_t n, C highest) {
   constexpr int L = kLanes<C>;
   constexpr int W = 4;
-  using K = ExpConstants<C>;
-  // Adding it rounds to an integer and leaves that, with the exponent's bias, in the low bits.
-  constexpr C magic = K::magic + K::bias, ln2 = C(0x1.62e42fefa39efp-1), lowest = -K::bias * ln2;
   Vec<C> total[W] = {};
   int64_t i = 0;
   auto next = [&](auto count) {
     constexpr int V = decltype(count)::value;
-    Vec<C> shifted[V], r[V], p[V];
+    Vec<C> p[V];
+    SEQMEM_UNROLL
+    for (int v = 0; v < V; ++v) p[v] = load(row + i + v * L);
+    to_exponentials<C>(p, highest);
     SEQMEM_UNROLL
     for (int v = 0; v < V; ++v) {
-      Vec<C> x = load(row + i + v * L) - highest;
-      x = x < lowest ? splat(lowest) : x;  // whose power is zero; NaN passes
-      shifted[v] = x * K::log2e + magic;
-      r[v] = x - (shifted[v] - magic) * ln2;
-      p[v] = splat(inverse_factorial<C>(K::degree));
-    }
-    SEQMEM_UNROLL
-    for (int k = K::degree - 1; k >= 0; --k) {
-      SEQMEM_UNROLL
-      for (int v = 0; v < V; ++v) p[v] = p[v] * r[v] + inverse_factorial<C>(k);
-    }
-    SEQMEM_UNROLL
-    for (int v = 0; v < V; ++v) {
-      p[v] *= (Vec<C>)((IntVec<C>)shifted[v] << K::mantissa);
       total[v] += p[v];
       store(row + i + v * L, p[v]);
     }

@@ -23,6 +23,21 @@ C highest(const C* row, Span span) {
   return largest_lane<C>(top[0]);
 }
 
+// softmax of n > 0 scores, in place; zero from there on to whole vectors.
+template <class C>
+void softmax_row(C* row, int64_t n) {
+  constexpr int64_t L = kLanes<C>;
+  if (n <= L) {  // in registers: such a row's time is in its loads and stores
+    Vec<C> x[1] = {lane_numbers<C>() < static_cast<int>(n) ? load(row) : splat(-kInfinity<C>)};
+    to_exponentials<C>(x, largest_lane<C>(entmax::larger<C>(x[0], splat(-kInfinity<C>))));
+    store(row, x[0] * (C(1) / lane_sum<C>(x[0])));
+    return;
+  }
+  const Span all = close_range(row, 0, n, -kInfinity<C>);
+  const C inverse = C(1) / exponentials<C>(row, all.end, highest(row, all));
+  for (int64_t x = 0; x < n; x += L) store(row + x, inverse * load(row + x));
+}
+
 // Columns of a line for entmax_row, whole vectors of any type, and the bytes of its buffer.
 SEQMEM_INLINE int64_t longest_line(int64_t columns) { return ceil_div(columns, 64) * 64; }
 SEQMEM_INLINE int64_t line_bytes(int64_t columns) {

@@ -2,7 +2,7 @@
 // (entmax: S = P^(2 - alpha) for P and the mean of dP by S for the sum, in dS alone):
 //   dquery = scale sum of dS key,  dkey = scale sum of dS query,  dvalue = sum of P dO.
 //   pass 1  by lists: the places of each list in the order of their keys, by counting
-//   pass 2  by queries: dP, dS, which is kept, dquery
+//   pass 2  by queries, a few at once: dP, dS, which is kept, dquery
 //   pass 3  by keys: dkey and dvalue, in the order of heads, queries and places; so that no sum
 //           depends on the threads
 #include "indexed_attention_rows.h"
@@ -15,12 +15,14 @@ constexpr int64_t kGathered = 64;  // rows of a sum whose addresses are found at
 template <class S>
 class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   using C = compute_t<S>;
-  static constexpr int L = kLanes<C>;
 
   const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
   const bool has_output = a.grad_output.data != nullptr;  // whether dO is there
 
-  Named<S> keys, values;
+  const int64_t line = padded<C>(s.C) + kAtOnce;  // weights of a query
+  const int64_t batch = batch_of(s);
+
+  Named<S> named[kMost];
   C *grad, *weights, *slopes, *out, *dvalue;
 
  public:
@@ -29,11 +31,10 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   int64_t place(char* base) {
     Carver take(base);
     take.per_thread(thread, threads, [&] {
-      keys.place(take, s.C);
-      values.place(take, s.C);
+      for (int64_t r = 0; r < batch; ++r) named[r].place(take, s.C);
       grad = take.array<C>(Dv_pad);
-      weights = take.array<C>(padded<C>(s.C) + kAtOnce);
-      slopes = take.array<C>(padded<C>(s.C) + kAtOnce);
+      weights = take.array<C>(batch * line);
+      slopes = take.array<C>(batch * line);
       out = take.array<C>(D_pad);
       dvalue = take.array<C>(Dv_pad);
     });
@@ -49,7 +50,8 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
     Task task;
     if (a.grad_q != nullptr || a.grad_k != nullptr)
       while (take_task(s, plan.next[0], s.Hq, s.Tq, task))
-        for (int64_t i = task.first; i < task.first + task.rows; ++i) run_row(task.b, task.h, i);
+        for (int64_t r = 0; r < task.rows; r += batch)
+          run_batch(task.b, task.h, task.first + r, min(batch, task.rows - r));
     if (!by_keys) return;
     barrier.wait();
     while (take_task(s, plan.next[2], s.Hk, s.Tk, task))
@@ -71,44 +73,59 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
     begins[0] = 0;
   }
 
-  void run_row(int64_t b, int64_t h, int64_t i) {
-    const int64_t head = h / (s.Hq / s.Hk), row = (b * s.Hq + h) * s.Tq + i;
-    const int64_t* list = a.index + (list_of(s, b, h) * s.Tq + i) * s.C;
-    keys.set(s, list, a.k, b, head);
-    values.set(s, list, a.v, b, head);
+  void run_batch(int64_t b, int64_t h, int64_t first, int64_t rows) {
+    const int64_t head = h / (s.Hq / s.Hk), row = (b * s.Hq + h) * s.Tq + first;
+    const int64_t* list = a.index + (list_of(s, b, h) * s.Tq + first) * s.C;
+    for (int64_t r = 0; r < rows; ++r) {
+      named[r].set(s, list + r * s.C, a, b, head);
+      const int64_t n = named[r].count;
+      read_places(weights + r * line, a.weights, row + r, named[r]);
+      if (has_output && n > 0) {
+        copy_row<S>(grad, row_at<S>(a.grad_output, b, h, first + r), 1, s.Dv, C(1));
+        dots<S>(slopes + r * line, n, grad, named[r].values, s.Dv);
+      } else {
+        clear_outside(slopes + r * line, 0, 0, n);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      find_slopes(row + r, named[r], slopes + r * line, weights + r * line);
+    if (a.grad_q == nullptr) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      clear_outside(out, 0, 0, D_pad);
+      add_rows<S>(out, named[r].count, slopes + r * line, named[r].keys, s.D);
+      store_scaled(static_cast<S*>(a.grad_q) + (row + r) * s.D, out, s.D, C(s.scale));
+    }
+  }
+
+  // Of a row of [.., C], what belongs to its keys.
+  void read_places(C* to, const void* from, int64_t row, const Named<S>& keys) {
+    const S* all = static_cast<const S*>(from) + row * s.C;
+    for (int64_t x = 0; x < keys.count; ++x) to[x] = widen_one(all[keys.places[x]]);
+  }
+
+  // slope: dO . value -> dS
+  void find_slopes(int64_t row, const Named<S>& keys, C* slope, C* weight) {
     const int64_t n = keys.count;
     const S* given = static_cast<const S*>(a.grad_weights);
-    for (int64_t x = 0; x < n; ++x)
-      weights[x] = widen_one(static_cast<const S*>(a.weights)[row * s.C + keys.places[x]]);
-    if (has_output && n > 0) {
-      copy_row<S>(grad, row_at<S>(a.grad_output, b, h, i), 1, s.Dv, C(1));
-      dots<S>(slopes, n, grad, values.rows, s.Dv);
-    } else {
-      clear_outside(slopes, 0, 0, n);
-    }
-    if (s.dropout.p > 0) meet_gradients(slopes, weights, 0, n, s.dropout);
+    if (s.dropout.p > 0) meet_gradients(slope, weight, 0, n, s.dropout);
     if (given != nullptr)
-      for (int64_t x = 0; x < n; ++x) slopes[x] += widen_one(given[row * s.C + keys.places[x]]);
-    if (s.dropout.p > 0) take_signs(slopes, weights, 0, n);
-    close_range(slopes, 0, n, C(0));
-    close_range(weights, 0, n, C(0));
-    const C total = s.alpha == 1 ? C(1) : to_slopes(weights, 0, n, s.alpha);
-    const C mean = total == 0 ? C(0) : dot_of(slopes, weights, 0, n) / total;
-    scale_slopes(slopes, weights, 0, n, mean, n);
+      for (int64_t x = 0; x < n; ++x) slope[x] += widen_one(given[row * s.C + keys.places[x]]);
+    if (s.dropout.p > 0) take_signs(slope, weight, 0, n);
+    close_range(slope, 0, n, C(0));
+    close_range(weight, 0, n, C(0));
+    const C total = s.alpha == 1 ? C(1) : to_slopes(weight, 0, n, s.alpha);
+    const C mean = total == 0 ? C(0) : dot_of(slope, weight, 0, n) / total;
+    scale_slopes(slope, weight, 0, n, mean, n);
     if (a.grad_k != nullptr)
       for (int64_t x = 0; x < n; ++x)
-        static_cast<C*>(a.slopes)[row * s.C + keys.places[x]] = slopes[x];
-    if (a.grad_q == nullptr) return;
-    __builtin_memset(out, 0, D_pad * sizeof(C));
-    add_rows<S>(out, n, slopes, keys.rows, s.D);
-    store_scaled(static_cast<S*>(a.grad_q) + row * s.D, out, s.D, C(s.scale));
+        static_cast<C*>(a.slopes)[row * s.C + keys.places[x]] = slope[x];
   }
 
   void run_key(int64_t b, int64_t head, int64_t j) {
     const int64_t group = s.Hq / s.Hk, row = (b * s.Hk + head) * s.Tk + j;
     const double inverse = 1.0 / double(s.C);
-    __builtin_memset(out, 0, D_pad * sizeof(C));
-    __builtin_memset(dvalue, 0, Dv_pad * sizeof(C));
+    clear_outside(out, 0, 0, D_pad);
+    clear_outside(dvalue, 0, 0, Dv_pad);
     for (int64_t h = head * group; h < (head + 1) * group; ++h) {
       const int64_t list = list_of(s, b, h), base = (b * s.Hq + h) * s.Tq * s.C;
       const int64_t* begins = a.begins + list * (s.Tk + 1) + j;

@@ -11,7 +11,13 @@ namespace seqmem::indexed_attention {
 namespace {
 
 constexpr int64_t kQueriesOfTask = 64;
-constexpr int kAtOnce = 8;  // rows whose products with one row do not wait for each other
+constexpr int kAtOnce = 4;        // rows whose products with one row are summed side by side
+constexpr int kMost = 16;         // queries of a batch
+constexpr int64_t kPlaces = 512;  // of their lists: scores and addresses of 14 KB stay in L1
+
+SEQMEM_INLINE int64_t batch_of(const Shape& s) {
+  return max<int64_t>(1, min<int64_t>(kMost, kPlaces / max<int64_t>(s.C, 1)));
+}
 
 template <class S>
 const S* row_at(const Heads& t, int64_t b, int64_t h, int64_t i) {
@@ -22,14 +28,17 @@ const S* row_at(const Heads& t, int64_t b, int64_t h, int64_t i) {
 template <class S, class C = compute_t<S>>
 void dots(C* out, int64_t count, const C* a, const S** rows, int64_t width) {
   for (int64_t n = count; n % kAtOnce != 0; ++n) rows[n] = rows[count - 1];
-  for (int64_t n = 0; n < count; n += kAtOnce) {
-    Vec<C> sums[1][kAtOnce];
+  auto next = [&](int64_t n, auto groups) {
+    constexpr int G = decltype(groups)::value;
+    Vec<C> sums[1][G * kAtOnce];
     start_sums(sums);
-    tile_dot<1, kAtOnce, C>(width, &a, rows + n, sums);
-    const Vec<C>(&half)[2][4] = reinterpret_cast<const Vec<C>(&)[2][4]>(sums);
-    store_sums4<C>(out + n, half[0]);
-    store_sums4<C>(out + n + 4, half[1]);
-  }
+    tile_dot<1, G * kAtOnce, C>(width, &a, rows + n, sums);
+    for (int g = 0; g < G; ++g)
+      store_sums4<C>(out + n + g * kAtOnce, reinterpret_cast<const Vec<C>(&)[G][kAtOnce]>(sums)[g]);
+  };
+  int64_t n = 0;
+  for (; n + kAtOnce < count; n += 2 * kAtOnce) next(n, std::integral_constant<int, 2>{});
+  if (n < count) next(n, std::integral_constant<int, 1>{});
 }
 
 // out[0..padded(width)-1] += sum_n factors[n] rows[n], n in this order.
@@ -76,23 +85,26 @@ SEQMEM_INLINE bool take_task(const Shape& s, int64_t& next, int64_t heads, int64
   return true;
 }
 
-// The keys that a list names, and their places in it.
+// The keys that a list names, their values, and their places in it.
 template <class S>
 struct Named {
   int64_t count;
-  const S** rows;
+  const S **keys, **values;
   int64_t* places;
 
   void place(Carver& take, int64_t C) {
-    rows = take.array<const S*>(C + kAtOnce);
+    keys = take.array<const S*>(C + kAtOnce);
+    values = take.array<const S*>(C + kAtOnce);
     places = take.array<int64_t>(C);
   }
   // Of row b and head h of keys.
-  void set(const Shape& s, const int64_t* list, const Heads& from, int64_t b, int64_t h) {
+  template <class Arguments>
+  void set(const Shape& s, const int64_t* list, const Arguments& a, int64_t b, int64_t h) {
     count = 0;
     for (int64_t c = 0; c < s.C; ++c)
       if (list[c] >= 0) {
-        rows[count] = row_at<S>(from, b, h, list[c]);
+        keys[count] = row_at<S>(a.k, b, h, list[c]);
+        values[count] = row_at<S>(a.v, b, h, list[c]);
         places[count++] = c;
       }
   }
