@@ -33,29 +33,20 @@ class BoundOperand {
   at::Tensor tensor_;
 };
 
-template <class Int>
-at::Tensor large_result(const at::Tensor& like, std::initializer_list<Int> sizes) {
-  if constexpr (std::is_same_v<Int, int64_t>) {
-    return KeptBlocks::result(sizes, like.options());
-  } else {
-    return empty_like_of<Int>(like, sizes);
-  }
-}
-
 // The output, and weights where they are needed.
 template <class Int, class Inputs>
 Tensors<2> large_results(const Inputs& in, const HeadSizes<Int>& s,
                          std::initializer_list<Int> weights) {
-  return {large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv}),
-          in.need_weights ? large_result<Int>(in.q, weights) : at::empty({0}, in.q.options())};
+  return {
+      result_of<Int>(in.q.options(), {s.B, s.Hq, s.Tq, s.Dv}),
+      in.need_weights ? result_of<Int>(in.q.options(), weights) : at::empty({0}, in.q.options())};
 }
 
 // Gradients of q, k and v; empty where not wanted, zero those of keys that no query sees.
 template <class Inputs>
 Tensors<3> large_gradients(const Inputs& in, bool unseen) {
   auto make = [&](int n, In like) {
-    return in.output_mask[n] ? large_result<int64_t>(
-                                   in.q, {like.size(0), like.size(1), like.size(2), like.size(3)})
+    return in.output_mask[n] ? KeptBlocks::result(like.sizes(), in.q.options())
                              : at::empty({0}, in.q.options());
   };
   Tensors<3> out = {make(0, in.q), make(1, in.k), make(2, in.v)};

@@ -1,6 +1,6 @@
-// Memory for what a forward leaves to its backward: large tensors, let go once a training step.
-// The allocator gives such memory back to the system, and each step would fault it in anew; blocks
-// kept here are used again by the next step.
+// Memory for large results and for what a forward leaves to its backward: let go once a training
+// step. The allocator gives such memory back to the system, and each step would fault it in anew,
+// which can take longer than the arithmetic; blocks kept here are used again by the next step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,6 +8,7 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -42,7 +43,8 @@ class KeptBlocks {
   }
 
  private:
-  static constexpr int64_t kKept = 64 << 20;
+  // Free blocks are kept up to what was in use at once, which is what a training step takes.
+  static constexpr int64_t kLeast = 64 << 20, kMost = 512 << 20;
 
   // Never destroyed: tensors may outlive whatever is.
   static KeptBlocks& pool() {
@@ -63,10 +65,19 @@ class KeptBlocks {
         const Pages block = *best;
         free_.erase(best);
         kept_ -= block.bytes;
+        lend(block);
         return block;
       }
     }
-    return take_pages(bytes, "");
+    const Pages block = take_pages(bytes, "");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lend(block);
+    return block;
+  }
+
+  void lend(const Pages& block) {
+    lent_ += block.bytes;
+    most_ = std::clamp(lent_, most_, kMost);
   }
 
   // The oldest blocks make room.
@@ -74,7 +85,8 @@ class KeptBlocks {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     kept_ += block.bytes;
-    while (kept_ > kKept) {
+    lent_ -= block.bytes;
+    while (kept_ > most_) {
       std::free(free_.front().data);
       kept_ -= free_.front().bytes;
       free_.erase(free_.begin());
@@ -83,8 +95,22 @@ class KeptBlocks {
 
   std::mutex mutex_;
   std::vector<Pages> free_;
-  int64_t kept_ = 0;
+  int64_t kept_ = 0, lent_ = 0, most_ = kLeast;  // bytes
 };
+
+// A result, on the CPU in a kept block if it is large.
+template <class Int>
+at::Tensor result_of(const at::TensorOptions& options, c10::ArrayRef<Int> sizes) {
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    return KeptBlocks::result(sizes, options);
+  } else {
+    return at::empty_symint(sizes, options);
+  }
+}
+template <class Int>
+at::Tensor result_of(const at::TensorOptions& options, std::initializer_list<Int> sizes) {
+  return result_of<Int>(options, c10::ArrayRef<Int>(sizes));
+}
 
 // What a forward saves, on the CPU in a kept block; empty where no backward follows.
 template <class Int>

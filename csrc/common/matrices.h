@@ -45,11 +45,7 @@ class Leading {
 
   // A result; a large one gets memory that the next call finds again.
   at::Tensor empty(const at::Tensor& like, const Int& rows, const Int& columns) const {
-    if constexpr (std::is_same_v<Int, int64_t>) {
-      return KeptBlocks::result(with(rows, columns), like.options());
-    } else {
-      return at::empty_symint(with(rows, columns), like.options());
-    }
+    return result_of<Int>(like.options(), with(rows, columns));
   }
 
   int64_t total() const {

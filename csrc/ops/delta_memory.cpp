@@ -9,7 +9,6 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/huge_pages.h"
 #include "../common/kept_blocks.h"
 #include "../common/op.h"
 #include "../common/operand.h"
@@ -200,7 +199,7 @@ struct Call {
 template <class Int>
 Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
   const auto computed = in.q.options().dtype(wide(in.q));
-  return {empty_like_of<Int>(in.v, {s.B, s.T, s.H, s.V}),
+  return {result_of<Int>(in.v.options(), {s.B, s.T, s.H, s.V}),
           saved_of<Int>(true, computed, {s.B, s.H, s.K, s.V}),
           saved_of<Int>(in.save, computed, {s.B, s.H, s.segments(), s.K + s.segment, s.V})};
 }
@@ -209,7 +208,6 @@ Tensors<3> forward_cpu(const ForwardInputs& in) {
   const auto s = check<int64_t>(in);
   Tensors<3> out = allocate(in, s);
   const auto& [output, final_state, states] = out;
-  ask_for_huge_pages(output);
   Call call(in, s);
   const Forward arguments = {.q = call.rows(in.q),
                              .k = call.rows(in.k),
@@ -236,10 +234,9 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
   const auto computed = in.q.options().dtype(wide(in.q));
   const bool by_feature = call.shape.decay == Decay::Feature;
   const int64_t slices = call.shape.slices, parts = slices * (s.H / s.Hk);
-  const Tensor grad_q = at::empty(in.q.sizes(), in.q.options());
-  const Tensor grad_k = at::empty(in.q.sizes(), in.q.options());
-  const Tensor grad_v = at::empty(in.v.sizes(), in.q.options());
-  for (const Tensor& large : {grad_q, grad_k, grad_v}) ask_for_huge_pages(large);
+  const Tensor grad_q = KeptBlocks::result(in.q.sizes(), in.q.options());
+  const Tensor grad_k = KeptBlocks::result(in.q.sizes(), in.q.options());
+  const Tensor grad_v = KeptBlocks::result(in.v.sizes(), in.q.options());
   const Tensor grad_beta = at::zeros({slices, s.B, s.T, s.H}, computed);
   const Tensor grad_state = at::empty({s.B, s.H, s.K, s.V}, computed);
   Tensor grad_decay, parts_q, parts_k;
@@ -248,8 +245,8 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
                             : at::zeros({slices, s.B, s.T, s.H}, computed);
   }
   if (parts > 1) {
-    parts_q = at::empty({s.B, s.H, slices, s.T, s.K}, computed);
-    parts_k = at::empty({s.B, s.H, slices, s.T, s.K}, computed);
+    parts_q = KeptBlocks::empty({s.B, s.H, slices, s.T, s.K}, computed);
+    parts_k = KeptBlocks::empty({s.B, s.H, slices, s.T, s.K}, computed);
   }
   const Backward arguments = {
       .grad_output = in.grad_output.has_value() ? call.rows(*in.grad_output) : Rows{},

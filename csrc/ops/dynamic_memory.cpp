@@ -7,7 +7,7 @@
 
 #include "../common/check.h"
 #include "../common/dispatch.h"
-#include "../common/huge_pages.h"
+#include "../common/kept_blocks.h"
 #include "../common/op.h"
 #include "../common/operand.h"
 #include "../common/team.h"
@@ -138,7 +138,7 @@ Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
   const auto computed = like.options().dtype(at::toOpMathType(like.scalar_type()));
   const Int hops(in.num_hops);
   auto none = [&] { return empty_like_of<Int>(like, {Int(0)}); };
-  return {in.return_memory ? empty_like_of<Int>(like, {s.B, s.N, s.m}) : none(),
+  return {in.return_memory ? result_of<Int>(like.options(), {s.B, s.N, s.m}) : none(),
           empty_like_of<Int>(like, {hops, s.B, s.N}),
           in.save ? empty_of<Int>(computed, {hops, s.B, Int(3), s.m}) : none()};
 }
@@ -151,7 +151,6 @@ Tensors<3> forward_cpu(const ForwardInputs& in) {
       gate_bias(in.gate_bias), write_weight(in.write_weight), write_bias(in.write_bias),
       score_query(in.score_query), mask(in.mask);
   const Shape shape = shape_of(s, in, in.num_hops);
-  if (in.return_memory) ask_for_huge_pages(final_memory);
   const Forward arguments = {.query = query.data(),
                              .memory = memory.data(),
                              .gate_weight = gate_weight.data(),
@@ -183,13 +182,14 @@ Tensors<7> allocate_gradients(const BackwardInputs& in) {
 Tensors<7> backward_cpu(const BackwardInputs& in) {
   const auto s = check_backward<int64_t>(in);
   Tensors<7> out = allocate_gradients(in);
+  if (in.output_mask[1])
+    std::get<1>(out) = KeptBlocks::result(in.memory.sizes(), in.memory.options());
   const auto& [grad_query, grad_memory, grad_gate_weight, grad_gate_bias, grad_write_weight,
                grad_write_bias, grad_score_query] = out;
   const Operand query(in.query), memory(in.memory), gate_weight(in.gate_weight),
       write_weight(in.write_weight), score_query(in.score_query), mask(in.mask),
       attention(in.attention), saved(in.saved);
   const Shape shape = shape_of(s, in, in.attention.size(0));
-  if (in.output_mask[1]) ask_for_huge_pages(grad_memory);
   Backward arguments = {.grad_final = nullptr,
                         .grad_attention = nullptr,
                         .final_strides = {},

@@ -45,11 +45,11 @@ int64_t groups_for(const Shape& s, int64_t tasks) {
 
 template <class Int>
 Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
-  const Tensor output = large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.Dv});
+  const Tensor output = result_of<Int>(in.q.options(), {s.B, s.Hq, s.Tq, s.Dv});
   if (!in.need_weights)
     return {output, at::empty({0}, in.q.options()), at::empty({0}, in.q.options())};
-  return {output, large_result<Int>(in.q, {s.B, s.Hq, s.Tq, s.W()}),
-          large_result<Int>(in.q, {s.B, s.Hq, s.Tq, Int(in.global_keys)})};
+  return {output, result_of<Int>(in.q.options(), {s.B, s.Hq, s.Tq, s.W()}),
+          result_of<Int>(in.q.options(), {s.B, s.Hq, s.Tq, Int(in.global_keys)})};
 }
 
 Tensors<3> forward_cpu(const ForwardInputs& in) {
