@@ -73,7 +73,7 @@ template <class Int>
 Tensors<5> allocate_sequence(const Results<Int>& make, bool return_gates) {
   const Sizes<Int>& s = make.s;
   return {make.sequence(s.P), make({s.B, s.P}), make({s.B, s.H}),
-          make.saved_sequence(s.H * 4, return_gates), make.sequence(s.H, return_gates)};
+          make.saved_sequence(s.H * 4, return_gates), make.saved_sequence(s.H, return_gates)};
 }
 
 Tensors<5> sequence_cpu(const SequenceInputs& in) {

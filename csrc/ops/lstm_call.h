@@ -221,7 +221,7 @@ struct Results {
   bool padded;  // whether some rows end before others: what lies beyond them is zero
 
   Tensor operator()(std::initializer_list<Int> sizes) const {
-    return empty_like_of<Int>(input, sizes);
+    return result_of<Int>(input.options(), sizes);
   }
   // [rows, width], laid out as the input; empty where not wanted.
   Tensor sequence(const Int& width, bool wanted = true) const {

@@ -47,7 +47,7 @@ Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s, bool padded) {
           make({s.B, s.H}),
           make({s.B, s.H}),
           make.saved_sequence(s.H * 4, in.return_gates),
-          make.sequence(s.H, in.return_gates),
+          make.saved_sequence(s.H, in.return_gates),
           make.saved_sequence(s.H * 4, saves),
           make.saved_sequence(s.H * 4, saves),
           make.saved_sequence(s.H, saves),
