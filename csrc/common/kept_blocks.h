@@ -111,6 +111,15 @@ template <class Int>
 at::Tensor result_of(const at::TensorOptions& options, std::initializer_list<Int> sizes) {
   return result_of<Int>(options, c10::ArrayRef<Int>(sizes));
 }
+// Of the sizes of another tensor.
+template <class Int>
+at::Tensor result_like(const at::Tensor& like, const at::TensorOptions& options) {
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    return KeptBlocks::result(like.sizes(), options);
+  } else {
+    return at::empty_symint(like.sym_sizes(), options);
+  }
+}
 
 // What a forward saves, on the CPU in a kept block; empty where no backward follows.
 template <class Int>

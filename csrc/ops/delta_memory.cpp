@@ -241,8 +241,9 @@ Tensors<6> backward_cpu(const BackwardInputs& in) {
   const Tensor grad_state = at::empty({s.B, s.H, s.K, s.V}, computed);
   Tensor grad_decay, parts_q, parts_k;
   if (in.log_decay.has_value()) {
-    grad_decay = by_feature ? at::zeros({slices, s.B, s.T, s.H, s.K}, computed)
-                            : at::zeros({slices, s.B, s.T, s.H}, computed);
+    grad_decay = by_feature ? KeptBlocks::result({slices, s.B, s.T, s.H, s.K}, computed)
+                            : at::empty({slices, s.B, s.T, s.H}, computed);
+    if (in.lengths.has_value()) grad_decay.zero_();  // beyond a row's end
   }
   if (parts > 1) {
     parts_q = KeptBlocks::empty({s.B, s.H, slices, s.T, s.K}, computed);

@@ -123,12 +123,7 @@ Tensor rows_of(const Tensor& t, int64_t dim) { return t.movedim(dim, -1).contigu
 // Laid out by rows, seen in input's order of dimensions.
 template <class Int>
 Tensor allocate(const Tensor& input, int64_t dim) {
-  const Tensor like = input.movedim(dim, -1);
-  if constexpr (std::is_same_v<Int, int64_t>) {
-    return KeptBlocks::result(like.sizes(), input.options()).movedim(-1, dim);
-  } else {
-    return at::empty_symint(like.sym_sizes(), input.options()).movedim(-1, dim);
-  }
+  return result_like<Int>(input.movedim(dim, -1), input.options()).movedim(-1, dim);
 }
 
 // The call's alphas by row, in the kernels' arithmetic.

@@ -204,8 +204,8 @@ template <class Int>
 Tensors<5> allocate_gradients(In input, const Sizes<Int>& s, bool padded,
                               std::array<bool, 3> wanted) {
   const auto [of_input, of_state, of_weights] = wanted;
-  const Tensor grad_input = of_input ? at::empty_symint(input.sym_sizes(), input.options())
-                                     : empty_if<Int>(false, input, {});
+  const Tensor grad_input =
+      of_input ? result_like<Int>(input, input.options()) : empty_if<Int>(false, input, {});
   return {padded ? grad_input.zero_() : grad_input, empty_if<Int>(of_state, input, {s.B, s.P}),
           empty_if<Int>(of_state, input, {s.B, s.H}),
           empty_if<Int>(of_weights, input, {s.H * 4, s.I}),
