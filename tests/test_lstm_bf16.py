@@ -92,13 +92,17 @@ def test_as_exact_as_nn_lstm(
 
 @in_bf16
 @pytest.mark.sanitize
-@pytest.mark.parametrize("batch", [4, 16, 37, 200])
-def test_cell_as_exact_as_nn_lstm_cell(batch: int) -> None:
-    ours = sf.LSTMCell(40, 50, dtype=BF16)
-    tensors = [torch.randn(batch, n).to(BF16) for n in (40, 50, 50)]
+@pytest.mark.parametrize(
+    ("batch", "width", "hidden"),
+    # Few rows and many, one pass over the weights and several in both of their dimensions.
+    [(4, 40, 50), (16, 40, 50), (37, 40, 50), (200, 40, 50), (37, 600, 150), (5, 33, 300)],
+)
+def test_cell_as_exact_as_nn_lstm_cell(batch: int, width: int, hidden: int) -> None:
+    ours = sf.LSTMCell(width, hidden, dtype=BF16)
+    tensors = [torch.randn(batch, n).to(BF16) for n in (width, hidden, hidden)]
     results = []
     for dtype in (torch.float64, BF16, BF16):
-        cell = nn.LSTMCell(40, 50, dtype=dtype) if len(results) < 2 else ours
+        cell = nn.LSTMCell(width, hidden, dtype=dtype) if len(results) < 2 else ours
         cell.load_state_dict(ours.state_dict())
         x, h, c = (t.to(dtype).requires_grad_() for t in tensors)
         outputs = cell(x, (h, c))
@@ -112,7 +116,9 @@ def test_cell_as_exact_as_nn_lstm_cell(batch: int) -> None:
 
 @in_bf16
 @pytest.mark.parametrize(
-    "sizes", [(6, 37, 40, 80), (9, 20, 70, 128), (20, 1, 256, 256), (8, 3, 300, 260)], ids=str
+    "sizes",
+    [(6, 37, 40, 80), (9, 20, 70, 128), (20, 1, 256, 256), (8, 3, 300, 260), (1, 40, 530, 140)],
+    ids=str,
 )
 @pytest.mark.parametrize("reverse", [False, True])
 def test_same_bits_however_the_work_is_shared(

@@ -41,6 +41,9 @@ struct Term {
   int64_t panel;
   const bf16* left;
   int64_t stride, blocks;
+  int64_t zeros = 0;  // pairs of k at the end that are zero, and need not be multiplied
+
+  int64_t pairs() const { return blocks * kDepth / 2 - zeros; }
 };
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace {
 
 // Rows are not bound to a tile's 16, so that a panel of 64 columns always serves.
 SEQMEM_INLINE bool is_wide(int64_t) { return true; }
+SEQMEM_INLINE int64_t whole_blocks(int64_t rows) { return rows; }
 SEQMEM_INLINE void tiles_configure(int) {}
 SEQMEM_INLINE void tiles_release() {}
 SEQMEM_INLINE void tiles_fence() {}
@@ -41,8 +42,11 @@ void sum_rows(int64_t rows, int64_t begin, const RowGroup& g, const Term (&terms
     for (const Term& term : terms) {
       const bf16* a = term.left + (g.block[0] + begin) * term.stride;
       const bf16* b = term.panels.tile(term.panel, 0, 0) + 2 * part;
-      for (int64_t k = 0; k < term.blocks; ++k, a += kDepth, b += columns * kTile)
-        multiply_pairs(kDepth / 2, a, term.stride, b, kTile, kDepth, acc);
+      for (int64_t pairs = term.pairs(); pairs > 0; pairs -= kDepth / 2) {
+        const int some = static_cast<int>(min<int64_t>(pairs, kDepth / 2));
+        multiply_pairs(some, a, term.stride, b, kTile, kDepth, acc);
+        a += kDepth, b += columns * kTile;
+      }
     }
     SEQMEM_UNROLL
     for (int r = 0; r < R; ++r) SEQMEM_UNROLL

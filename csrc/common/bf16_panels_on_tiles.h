@@ -15,6 +15,9 @@ namespace {
 // Whether a call with at most so many rows a thread is wide.
 SEQMEM_INLINE bool is_wide(int64_t rows) { return rows <= kBlock; }
 
+// Rows of sums that are added to again: no group's last block may reach back into another one.
+SEQMEM_INLINE int64_t whole_blocks(int64_t rows) { return ceil_div(rows, kBlock) * kBlock; }
+
 // Up to 32 rows: one or two blocks of 16. The last block is moved back rather than cut, so that it
 // reads no foreign row; where there are fewer than 16 rows in all, tiles read beyond the last.
 SEQMEM_INLINE RowGroup row_group(int64_t first, int64_t rows, bool wide) {

@@ -12,7 +12,9 @@
 //               columns shared out; after the last chunk transposed into the weights' gradients
 //     input     grad_input = dz W_ih, rows shared out
 //   finish      dh, dc are the gradients of hx, cx
-#include "lstm_bf16.h"
+//
+// A single step: lstm_backward_bf16_step.h.
+#include "lstm_backward_bf16_step.h"
 #include "lstm_kernel.h"
 
 namespace seqmem::lstm {
@@ -32,7 +34,7 @@ class BackwardRun : KernelRun<Backward, Walk> {
   const int64_t dz_stride = gate_blocks * kDepth, c_stride = panels_h * kPanel;  // of a row
   // Steps and rows of a chunk, the latter in whole blocks
   const int64_t chunk = min(plan.chunk, s.T), capacity = ceil_div(chunk * s.B, kDepth) * kDepth;
-  const bool wide = is_wide(most_rows);
+  const bool wide = is_wide(most_rows), once = s.T == 1;
   const int64_t my_rows = ceil_div(s.B - row_begin, row_step);
   const Share my_panels = units_of(panels_h);  // of the hidden state
   const Share my_units{min(my_panels.begin * 4, units), min(my_panels.end * 4, units)};
@@ -46,6 +48,7 @@ class BackwardRun : KernelRun<Backward, Walk> {
   // This thread's own.
   Panels dz_pairs{nullptr, 0, false, 1};  // of 32 columns
   float* staging;                         // two of [32 rows][64]
+  SingleStep<S> step{s, thread, threads};
 
  public:
   using KernelRun<Backward, Walk>::KernelRun;
@@ -53,18 +56,21 @@ class BackwardRun : KernelRun<Backward, Walk> {
   int64_t place(char* base) {
     Carver take(base);
     dz = take.array<S>((capacity + kBlock) * dz_stride);
-    transposed = take.array<S>(a.grad_weight_ih == nullptr ? 0 : columns * capacity);
+    const bool summed = a.grad_weight_ih != nullptr && !once;
+    transposed = take.array<S>(summed ? columns * capacity : 0);
     dh = take.array<float>(s.B * c_stride);
     dc = take.array<float>(s.B * c_stride);
-    dw = take.array<float>(a.grad_weight_ih == nullptr ? 0 : gate_blocks * columns * 2 * kBlock);
+    dw = take.array<float>(summed ? gate_blocks * columns * 2 * kBlock : 0);
     bias = take.array<float>(gate_blocks * 2 * kBlock);
     x_row = take.array<const S*>(capacity);
     h_row = take.array<const S*>(capacity);
     chunk_index = take.array<int64_t>(capacity);
     const int64_t panel = gate_blocks * 4 * kTile;
-    input_panels.data = take.array<S>(a.grad_input == nullptr ? 0 : panels_x * panel);
-    hidden_panels.data = take.array<S>(panels_h * panel);
+    input_panels.data = take.array<S>(once || a.grad_input == nullptr ? 0 : panels_x * panel);
+    hidden_panels.data = take.array<S>(once ? 0 : panels_h * panel);
+    if (once) step.place_shared(take);
     take.per_thread(thread, threads, [&] {
+      if (once) step.place_own(take);
       dz_pairs.data = take.array<S>(capacity * 2 * kBlock);
       staging = take.array<float>(2 * 2 * kBlock * kPanel);
     });
@@ -74,8 +80,9 @@ class BackwardRun : KernelRun<Backward, Walk> {
   void run() {
     prepare();
     barrier.wait();
+    if (once) run_once();
     bool fresh = true;
-    for (int64_t last = s.T; last > 0; last -= chunk) {
+    for (int64_t last = once ? 0 : s.T; last > 0; last -= chunk) {
       const int64_t first = max<int64_t>(last - chunk, 0);
       configure(my_rows);
       differentiate_rows(time_of(last - 1), 0, 0, active(time_of(last - 1)));
@@ -105,10 +112,12 @@ class BackwardRun : KernelRun<Backward, Walk> {
  private:
   void prepare() {
     const Share some = share(gate_blocks, thread, threads);
-    for (int64_t k = some.begin; k < some.end; ++k) {
+    for (int64_t k = some.begin; k < some.end && !once; ++k) {
+      const auto *weight_ih = static_cast<const S*>(a.weight_ih),
+                 *weight_hh = static_cast<const S*>(a.weight_hh);
       if (a.grad_input != nullptr)
-        pack(input_panels, static_cast<const S*>(a.weight_ih), k, s.I, panels_x);
-      pack(hidden_panels, static_cast<const S*>(a.weight_hh), k, s.H, panels_h);
+        pack_gate_rows(input_panels, k, weight_ih, s.H, k, s.I, 0, panels_x);
+      pack_gate_rows(hidden_panels, k, weight_hh, s.H, k, s.H, 0, panels_h);
     }
     for (int64_t r = thread; r < s.B; r += threads) {
       const S* grad_hy = optional_row<S>(a.grad_hy, s.order[r], s.H);
@@ -121,20 +130,30 @@ class BackwardRun : KernelRun<Backward, Walk> {
     }
   }
 
-  // 32 rows of a weight, those that a block of dz's columns meets, by pairs. Each pair of rows is
-  // read to its end while the next pair is prefetched into L2.
-  void pack(const Panels& panels, const S* weight, int64_t k, int64_t N, int64_t count) {
-    for (int i = 0; i < kBlock; ++i) {
-      const int64_t gate = k % 2 * 2 + i / 8, unit = k / 2 * kBlock + i % 8 * 2;
-      const S* row = weight + (gate * s.H + unit) * N;
-      for (int64_t v = 0; v < count * 4; ++v) {
-        __builtin_prefetch(row + 2 * N + v * kBlock, 0, 2);
-        __builtin_prefetch(row + 3 * N + v * kBlock, 0, 2);
-        store_pairs(panels.tile(v / 4, k, v % 4) + i * kDepth,
-                    unit < s.H ? row + v * kBlock : nullptr,
-                    unit + 1 < s.H ? row + N + v * kBlock : nullptr, N - v * kBlock);
-      }
+  // A single step.
+  void run_once() {
+    const int64_t t = time_of(0), n = s.active[t];
+    note_rows(t, 0);
+    differentiate_rows(t, 0, 0, active(t));
+    barrier.wait();
+    configure(kBlock);
+    if (a.grad_hx != nullptr)
+      step.multiply(dz, n, a.weight_hh, s.H, [&](int64_t r, Share columns, const float* sums) {
+        for (int64_t i = 0; i < columns.end - columns.begin; i += L)
+          store(dh + r * c_stride + columns.begin + i,
+                is_cut(s, t, r) ? Vec<float>{} : load(sums + i));
+      });
+    if (a.grad_input != nullptr)
+      step.multiply(dz, n, a.weight_ih, s.I, [&](int64_t r, Share columns, const float* sums) {
+        store_row(static_cast<S*>(a.grad_input) + chunk_index[r] * s.I + columns.begin, sums,
+                  min(columns.end, s.I) - columns.begin);
+      });
+    if (a.grad_weight_ih != nullptr) {
+      step.lay_out(dz, n, x_row, h_row);
+      barrier.wait();
+      step.weight_gradients(dz, n, a, staging);
     }
+    barrier.wait();
   }
 
   // n: where this step's rows begin among the chunk's. Leaves dh and dc of the step before, and of
@@ -246,8 +265,7 @@ class BackwardRun : KernelRun<Backward, Walk> {
       };
       for (int64_t from = 0; from < n; from += kDepth) {
         alignas(64) float square[kBlock][kBlock];
-        for (int i = 0; i < kBlock; ++i)
-          store_pairs(square[i], at(from + 2 * i), at(from + 2 * i + 1), width - column);
+        pair_tile(square, from, width - column, at);
         transpose_tile(square, reinterpret_cast<float*>(transposed + b * kBlock * capacity + from),
                        capacity / 2);
       }
