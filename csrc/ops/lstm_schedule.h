@@ -83,12 +83,12 @@ inline Schedule schedule_backward(const Sizes64& s, int64_t element, bool projec
 // ---- in bf16, on tiles or dot products: thresholds as measured on two cores of a Sapphire Rapids
 // and of a Zen 4
 
-// Weights are packed anew in every call, which takes about as long as the products of a row or two
-// by the float32 kernels, which need no packing for so few.
+// The weights of several steps are packed anew in every call, which takes about as long as the
+// products of a row or two by the float32 kernels, which need no packing for so few.
 constexpr int64_t kRowsWorthBf16 = 4;
 
 inline bool runs_in_bf16(const Sizes64& s, at::ScalarType type, bool projected) {
-  return type == at::kBFloat16 && !projected && s.T * s.B >= kRowsWorthBf16 &&
+  return type == at::kBFloat16 && !projected && s.T * s.B >= (s.T == 1 ? 1 : kRowsWorthBf16) &&
          bf16_in_use() != Bf16::Float32;
 }
 
