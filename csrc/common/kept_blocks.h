@@ -104,7 +104,7 @@ at::Tensor result_of(const at::TensorOptions& options, c10::ArrayRef<Int> sizes)
   if constexpr (std::is_same_v<Int, int64_t>) {
     return KeptBlocks::result(sizes, options);
   } else {
-    return at::empty_symint(sizes, options);
+    return empty_of<Int>(options, sizes);
   }
 }
 template <class Int>
@@ -115,9 +115,9 @@ at::Tensor result_of(const at::TensorOptions& options, std::initializer_list<Int
 template <class Int>
 at::Tensor result_like(const at::Tensor& like, const at::TensorOptions& options) {
   if constexpr (std::is_same_v<Int, int64_t>) {
-    return KeptBlocks::result(like.sizes(), options);
+    return result_of<Int>(options, like.sizes());
   } else {
-    return at::empty_symint(like.sym_sizes(), options);
+    return result_of<Int>(options, like.sym_sizes());
   }
 }
 

@@ -48,7 +48,7 @@ class BackwardRun : KernelRun<Backward, Walk> {
   // This thread's own.
   Panels dz_pairs{nullptr, 0, false, 1};  // of 32 columns
   float* staging;                         // two of [32 rows][64]
-  SingleStep<S> step{s, thread, threads};
+  SingleStep<S> single{s, thread, threads};
 
  public:
   using KernelRun<Backward, Walk>::KernelRun;
@@ -56,7 +56,7 @@ class BackwardRun : KernelRun<Backward, Walk> {
   int64_t place(char* base) {
     Carver take(base);
     dz = take.array<S>((capacity + kBlock) * dz_stride);
-    const bool summed = a.grad_weight_ih != nullptr && !once;
+    const bool of_weights = a.grad_weight_ih != nullptr, summed = of_weights && !once;
     transposed = take.array<S>(summed ? columns * capacity : 0);
     dh = take.array<float>(s.B * c_stride);
     dc = take.array<float>(s.B * c_stride);
@@ -68,9 +68,9 @@ class BackwardRun : KernelRun<Backward, Walk> {
     const int64_t panel = gate_blocks * 4 * kTile;
     input_panels.data = take.array<S>(once || a.grad_input == nullptr ? 0 : panels_x * panel);
     hidden_panels.data = take.array<S>(once ? 0 : panels_h * panel);
-    if (once) step.place_shared(take);
+    if (once) single.place_shared(take, of_weights);
     take.per_thread(thread, threads, [&] {
-      if (once) step.place_own(take);
+      if (once) single.place_own(take);
       dz_pairs.data = take.array<S>(capacity * 2 * kBlock);
       staging = take.array<float>(2 * 2 * kBlock * kPanel);
     });
@@ -80,9 +80,48 @@ class BackwardRun : KernelRun<Backward, Walk> {
   void run() {
     prepare();
     barrier.wait();
-    if (once) run_once();
+    if (once) {
+      run_once();
+    } else {
+      run_chunks();
+    }
+    tiles_release();
+    for (int64_t r = thread; r < s.B; r += threads) {
+      if (a.grad_hx != nullptr)
+        store_row(static_cast<S*>(a.grad_hx) + s.order[r] * s.H, dh + r * c_stride, s.H);
+      if (a.grad_cx != nullptr)
+        store_row(static_cast<S*>(a.grad_cx) + s.order[r] * s.H, dc + r * c_stride, s.H);
+    }
+  }
+
+ private:
+  void prepare() {
+    if (!once) pack_weights();
+    for (int64_t r = thread; r < s.B; r += threads) {
+      const S* grad_hy = optional_row<S>(a.grad_hy, s.order[r], s.H);
+      const S* grad_cy = optional_row<S>(a.grad_cy, s.order[r], s.H);
+      for (int64_t i = 0; i < c_stride; i += L) {
+        const int n = static_cast<int>(s.H - i);
+        store(dh + r * c_stride + i, grad_hy == nullptr ? Vec<float>{} : load_n(grad_hy + i, n));
+        store(dc + r * c_stride + i, grad_cy == nullptr ? Vec<float>{} : load_n(grad_cy + i, n));
+      }
+    }
+  }
+
+  void pack_weights() {
+    const Share some = share(gate_blocks, thread, threads);
+    for (int64_t k = some.begin; k < some.end; ++k) {
+      const auto *weight_ih = static_cast<const S*>(a.weight_ih),
+                 *weight_hh = static_cast<const S*>(a.weight_hh);
+      if (a.grad_input != nullptr)
+        pack_gate_rows(input_panels, k, weight_ih, s.H, k, s.I, 0, panels_x);
+      pack_gate_rows(hidden_panels, k, weight_hh, s.H, k, s.H, 0, panels_h);
+    }
+  }
+
+  void run_chunks() {
     bool fresh = true;
-    for (int64_t last = once ? 0 : s.T; last > 0; last -= chunk) {
+    for (int64_t last = s.T; last > 0; last -= chunk) {
       const int64_t first = max<int64_t>(last - chunk, 0);
       configure(my_rows);
       differentiate_rows(time_of(last - 1), 0, 0, active(time_of(last - 1)));
@@ -100,34 +139,6 @@ class BackwardRun : KernelRun<Backward, Walk> {
       fresh = false;
       barrier.wait();
     }
-    tiles_release();
-    for (int64_t r = thread; r < s.B; r += threads) {
-      if (a.grad_hx != nullptr)
-        store_row(static_cast<S*>(a.grad_hx) + s.order[r] * s.H, dh + r * c_stride, s.H);
-      if (a.grad_cx != nullptr)
-        store_row(static_cast<S*>(a.grad_cx) + s.order[r] * s.H, dc + r * c_stride, s.H);
-    }
-  }
-
- private:
-  void prepare() {
-    const Share some = share(gate_blocks, thread, threads);
-    for (int64_t k = some.begin; k < some.end && !once; ++k) {
-      const auto *weight_ih = static_cast<const S*>(a.weight_ih),
-                 *weight_hh = static_cast<const S*>(a.weight_hh);
-      if (a.grad_input != nullptr)
-        pack_gate_rows(input_panels, k, weight_ih, s.H, k, s.I, 0, panels_x);
-      pack_gate_rows(hidden_panels, k, weight_hh, s.H, k, s.H, 0, panels_h);
-    }
-    for (int64_t r = thread; r < s.B; r += threads) {
-      const S* grad_hy = optional_row<S>(a.grad_hy, s.order[r], s.H);
-      const S* grad_cy = optional_row<S>(a.grad_cy, s.order[r], s.H);
-      for (int64_t i = 0; i < c_stride; i += L) {
-        const int n = static_cast<int>(s.H - i);
-        store(dh + r * c_stride + i, grad_hy == nullptr ? Vec<float>{} : load_n(grad_hy + i, n));
-        store(dc + r * c_stride + i, grad_cy == nullptr ? Vec<float>{} : load_n(grad_cy + i, n));
-      }
-    }
   }
 
   // A single step.
@@ -138,20 +149,20 @@ class BackwardRun : KernelRun<Backward, Walk> {
     barrier.wait();
     configure(kBlock);
     if (a.grad_hx != nullptr)
-      step.multiply(dz, n, a.weight_hh, s.H, [&](int64_t r, Share columns, const float* sums) {
+      single.multiply(dz, n, a.weight_hh, s.H, [&](int64_t r, Share columns, const float* sums) {
         for (int64_t i = 0; i < columns.end - columns.begin; i += L)
           store(dh + r * c_stride + columns.begin + i,
                 is_cut(s, t, r) ? Vec<float>{} : load(sums + i));
       });
     if (a.grad_input != nullptr)
-      step.multiply(dz, n, a.weight_ih, s.I, [&](int64_t r, Share columns, const float* sums) {
+      single.multiply(dz, n, a.weight_ih, s.I, [&](int64_t r, Share columns, const float* sums) {
         store_row(static_cast<S*>(a.grad_input) + chunk_index[r] * s.I + columns.begin, sums,
                   min(columns.end, s.I) - columns.begin);
       });
     if (a.grad_weight_ih != nullptr) {
-      step.lay_out(dz, n, x_row, h_row);
+      single.lay_out(dz, n, x_row, h_row);
       barrier.wait();
-      step.weight_gradients(dz, n, a, staging);
+      single.weight_gradients(dz, n, a, staging);
     }
     barrier.wait();
   }
@@ -263,12 +274,7 @@ class BackwardRun : KernelRun<Backward, Walk> {
       const auto at = [&](int64_t i) {
         return i < n && rows[i] != nullptr ? rows[i] + column : nullptr;
       };
-      for (int64_t from = 0; from < n; from += kDepth) {
-        alignas(64) float square[kBlock][kBlock];
-        pair_tile(square, from, width - column, at);
-        transpose_tile(square, reinterpret_cast<float*>(transposed + b * kBlock * capacity + from),
-                       capacity / 2);
-      }
+      transpose_rows(transposed + b * kBlock * capacity, capacity, n, width - column, at);
     }
   }
 

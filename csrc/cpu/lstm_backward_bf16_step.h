@@ -1,12 +1,11 @@
 // A single step backwards in bf16, whose weights meet few rows once, and whose every product with
 // dz is as deep as there are rows:
 //
-//   dz W        weights are packed a few blocks of dz's columns by a few panels at a time, right
-//               before their product: they stay in L2 and are not written to memory. Panels are
-//               shared out
-//   dz^T [x, h] rows of the weights' gradients, in their own order, so that no sum is transposed:
-//   dz
-//               is, before. Units are shared out
+//   dz W         weights are packed a few blocks of dz's columns by a few panels at a time, right
+//                before their product: they stay in L2 and are not written to memory. Panels are
+//                shared out
+//   dz^T [x, h]  gives the rows of the weights' gradients as they are stored: dz is transposed
+//                beforehand, no sum is. Units are shared out
 #pragma once
 
 #include "lstm_bf16.h"
@@ -32,13 +31,24 @@ void pack_gate_rows(const Panels& panels, int64_t to, const S* weight, int64_t H
   }
 }
 
-// n rows, which `at` gives or null for zeros, by pairs: to[16 pairs][16 columns][2] of pairs from
-// row `from` on.
+// to[16 pairs][16 columns][2] of the rows from `from` on: at(row) is where one begins, null if it
+// is zero; `columns` of its 16 columns exist.
 template <class At>
 SEQMEM_INLINE void pair_tile(void* to, int64_t from, int64_t columns, const At& at) {
   for (int i = 0; i < kBlock; ++i)
     store_pairs(static_cast<float*>(to) + i * kBlock, at(from + 2 * i), at(from + 2 * i + 1),
                 columns);
+}
+
+// to[column * stride + row] = 16 columns of `count` rows, whole blocks of 32, given as to
+// pair_tile.
+template <class S, class At>
+void transpose_rows(S* to, int64_t stride, int64_t count, int64_t columns, const At& at) {
+  for (int64_t from = 0; from < count; from += kDepth) {
+    alignas(64) float square[kBlock][kBlock];
+    pair_tile(square, from, columns, at);
+    transpose_tile(square, reinterpret_cast<float*>(to + from), stride / 2);
+  }
 }
 
 template <class S>
@@ -66,9 +76,10 @@ class SingleStep {
   SingleStep(const Shape& shape, int thread_, int threads_)
       : s(shape), thread(thread_), threads(threads_) {}
 
-  void place_shared(Carver& take) {
-    left = take.array<S>(dz_stride * rows);
-    right.data = take.array<S>((panels_x + panels_h) * depth * 4 * kTile);
+  // of_weights: whether lay_out() and weight_gradients() will be called.
+  void place_shared(Carver& take, bool of_weights) {
+    left = take.array<S>(of_weights ? dz_stride * rows : 0);
+    right.data = take.array<S>(of_weights ? (panels_x + panels_h) * depth * 4 * kTile : 0);
   }
   void place_own(Carver& take) {
     packed = take.array<S>(kPanels * kBlocks * 4 * kTile);
@@ -106,12 +117,8 @@ class SingleStep {
   void lay_out(const S* dz, int64_t n, const S* const* x_row, const S* const* h_row) {
     const Share columns = share(2 * gate_blocks, thread, threads);
     for (int64_t b = columns.begin; b < columns.end; ++b)
-      for (int64_t from = 0; from < rows; from += kDepth) {
-        alignas(64) float square[kBlock][kBlock];
-        pair_tile(square, from, kBlock,
-                  [&](int64_t r) { return r < n ? dz + r * dz_stride + b * kBlock : nullptr; });
-        transpose_tile(square, reinterpret_cast<float*>(left + b * kBlock * rows + from), rows / 2);
-      }
+      transpose_rows(left + b * kBlock * rows, rows, rows, kBlock,
+                     [&](int64_t r) { return r < n ? dz + r * dz_stride + b * kBlock : nullptr; });
     const Share panels = share(panels_x + panels_h, thread, threads);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const bool of_x = p < panels_x;
