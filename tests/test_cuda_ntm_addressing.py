@@ -33,8 +33,9 @@ SIZES = {  # (B, N, M, H, taps)
 }
 
 
-# 8 kernels, 4 types, vectors and single elements
-test_compiles_without_spills = spills("ntm_addressing", 64)
+# 4 kernels in each file, 4 types, vectors and single elements
+test_addressing_compiles_without_spills = spills("ntm_addressing", 32)
+test_reads_and_writes_compile_without_spills = spills("ntm_addressing_memory", 32)
 ops = sources_on_cpu("ntm_addressing")
 
 

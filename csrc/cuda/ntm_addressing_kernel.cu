@@ -1,293 +1,32 @@
-// The NTM functionals on a GPU; see the header. Sums are taken in an order that depends on the
-// sizes alone, so that a call gives the same bits every time.
+// The NTM's addressing on a GPU, forward and backward, by slots or by columns as
+// ntm_addressing_common.h says. The block of a batch row and head has arrays of N slots in shared
+// memory (ntm_addressing_slots.h); memory [N, M] passes through registers.
+//   address, a block for each batch row and head
+//     pass 1  by slots: dots[n] = memory_n . key, norms[n] = |memory_n|
+//     pass 2  content = softmax(beta dots / (norms |key| + eps)); the result where taps = 0
+//     pass 3  gated = prev_weights + gate (content - prev_weights)
+//     pass 4  v[n] = sum_j shift_j gated[n - (j - r)]; weights = v^gamma / sum
+//   address_backward, the same blocks: passes 1 to 4 anew, then
+//     pass 5  by_v = gamma weights (grad - weights . grad) / v; the gradients of gamma and shift
+//     pass 6  by_gated[n] = sum_j shift_j by_v[n + (j - r)]; those of gate and prev_weights
+//     pass 7  by_logit = content (by_content - content . by_content); that of beta; and in global
+//             memory the slopes of dots, norms and |key|
+//   spread, over the memory once more
+//     by slots    grad_memory_n = sum_h by_dot_hn key_h + by_norm_hn memory_n
+//     by columns  in blocks of their own: grad_key = sum_n by_dot_n memory_n + by_key_norm key
+//   similarity, where memory or arrays are large for one block: pass 1 in a launch of its own, with
+//   many blocks a head, and the arrays in global memory
 //
-// Blocks are 256 threads in groups of neighbouring lanes. Two ways to share out a memory [N, M]:
-//   by slots    a group takes a slot, its lanes the slot's vectors; sums over M are shuffles
-//   by columns  a group takes a slot, and the block a tile of the slot's vectors for all N slots;
-//               sums over N are shuffles, then shared memory
-// Addressing takes one block per batch row and head: dot products by slots, then arrays of N slots
-// in shared memory, each thread with its own slots and six reductions over the block. Where the
-// memory is large for one block, the dot products are a launch of their own and the arrays lie in
-// global memory.
-//
-// Floor: each memory and each gradient of one is read or written once (write's backward and
-// addressing's backward read it twice, the second time from the L2 cache), so that B N M = 64 x 128
-// x 20 float32 takes about 1 us where DRAM sets the speed. Below that the launch does: predicted 2
-// to 3 us for read, write and their backwards, 4 to 5 us for addressing, 7 to 8 us for its backward
-// (two launches) on an H100, and 3 to 6 us of host time a call.
-#include "ntm_addressing_kernel.h"
-
-#include "block.cuh"
+// Predicted 4 to 5 us, and 7 to 8 us backward (two launches), on an H100 where launches set the
+// speed.
+#include "ntm_addressing_common.h"
+#include "ntm_addressing_slots.h"
 
 namespace seqmem::cuda {
 namespace {
 
-constexpr int64_t kBlocksWanted = 264;      // twice the multiprocessors of an H100
-constexpr int kSharedBytes = 24576;         // for addressing's arrays of slots
 constexpr int64_t kOneBlockMemory = 65536;  // values of a memory that one block reads quickly
 constexpr double kEpsilon = 1e-8;           // beside the product of norms, as in the reference
-
-// ---- how a call is shared out
-
-struct Plan {
-  int lanes;         // of a group that takes a slot
-  int column_lanes;  // the same where the block takes a tile of columns
-  int64_t tiles;     // of columns
-  int64_t slot_blocks, column_blocks;
-};
-
-template <class T, int Width>
-Plan plan(const Shape& s) {
-  const int64_t vectors = s.M / Width;
-  Plan p = {1};
-  while (p.lanes < 32 && p.lanes < vectors) p.lanes *= 2;
-  auto blocks = [&](int lanes) { return s.B * s.H * ((vectors + lanes - 1) / lanes); };
-  p.column_lanes = p.lanes;
-  // Narrower tiles make more blocks, down to the 32 bytes that are loaded at once.
-  while (p.column_lanes > 1 && p.column_lanes * Width * int(sizeof(T)) > 32 &&
-         blocks(p.column_lanes) < kBlocksWanted && kThreads / p.column_lanes < s.N)
-    p.column_lanes /= 2;
-  p.tiles = (vectors + p.column_lanes - 1) / p.column_lanes;
-  p.slot_blocks = (s.B * s.N * p.lanes + kThreads - 1) / kThreads;
-  p.column_blocks = s.B * s.H * p.tiles;
-  return p;
-}
-
-// This group's slot of all B N.
-struct Slot {
-  int lane, lanes;
-  int64_t b, n;
-  bool inside;
-
-  __device__ Slot(const Shape& s, int lanes) : lane(threadIdx.x % lanes), lanes(lanes) {
-    const int64_t slot = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
-    inside = slot < s.B * s.N;
-    b = inside ? slot / s.N : 0;
-    n = inside ? slot % s.N : 0;
-  }
-  __device__ int64_t memory(const Shape& s) const { return (b * s.N + n) * s.M; }
-  __device__ int64_t of_head(const Shape& s, int64_t h) const { return (b * s.H + h) * s.N + n; }
-};
-
-// This thread's vector of a tile of columns, for one batch row and head.
-struct Columns {
-  int group, groups;
-  int64_t b, h, m;  // m: the vector's first value
-  bool inside;
-
-  template <int Width>
-  __device__ static Columns make(const Shape& s, const Plan& p, int64_t block) {
-    Columns c;
-    const int64_t head = block / p.tiles, tile = block % p.tiles;
-    c.group = threadIdx.x / p.column_lanes;
-    c.groups = kThreads / p.column_lanes;
-    c.b = head / s.H;
-    c.h = head % s.H;
-    c.m = (tile * p.column_lanes + threadIdx.x % p.column_lanes) * Width;
-    c.inside = c.m < s.M;
-    return c;
-  }
-  __device__ int64_t memory(const Shape& s, int64_t n) const { return (b * s.N + n) * s.M + m; }
-  __device__ bool writes() const { return group == 0 && inside; }
-};
-
-// ---- reading
-
-template <class T, int Width>
-__global__ void __launch_bounds__(kThreads, 2)
-    read_kernel(Shape s, Plan p, const void* memory, const void* weights, void* reads) {
-  using A = arithmetic_t<T>;
-  const auto c = Columns::make<Width>(s, p, blockIdx.x);
-  const int64_t head = c.b * s.H + c.h;
-  A sum[Width] = {};
-  if (c.inside) {
-#pragma unroll 4
-    for (int64_t n = c.group; n < s.N; n += c.groups) {
-      A x[Width];
-      read<Width, T>(x, memory, c.memory(s, n));
-      const A w = one<T>(weights, head * s.N + n);
-#pragma unroll
-      for (int k = 0; k < Width; ++k) sum[k] += w * x[k];
-    }
-  }
-  sum_of_groups<32>(sum, p.column_lanes);
-  if (c.writes()) write<Width, T>(reads, head * s.M + c.m, sum, false);
-}
-
-template <class T, int Width>
-__global__ void __launch_bounds__(kThreads, 2)
-    read_backward_kernel(Shape s, Plan p, const void* memory, const void* weights, const void* grad,
-                         void* grad_memory, void* grad_weights) {
-  using A = arithmetic_t<T>;
-  const Slot slot(s, p.lanes);
-  if (grad_weights != nullptr)
-    for (int64_t h = 0; h < s.H; ++h) {
-      A sum = 0;
-      for (int64_t m = slot.lane * Width; slot.inside && m < s.M; m += slot.lanes * Width) {
-        A x[Width], g[Width];
-        read<Width, T>(x, memory, slot.memory(s) + m);
-        read<Width, T>(g, grad, (slot.b * s.H + h) * s.M + m);
-#pragma unroll
-        for (int k = 0; k < Width; ++k) sum += x[k] * g[k];
-      }
-      sum = sum_of_lanes(sum, slot.lanes);
-      if (slot.inside && slot.lane == 0) set_one<T>(grad_weights, slot.of_head(s, h), sum);
-    }
-  if (grad_memory == nullptr || !slot.inside) return;
-  for (int64_t m = slot.lane * Width; m < s.M; m += slot.lanes * Width) {
-    A sum[Width] = {};
-    for (int64_t h = 0; h < s.H; ++h) {
-      A g[Width];
-      read<Width, T>(g, grad, (slot.b * s.H + h) * s.M + m);
-      const A w = one<T>(weights, slot.of_head(s, h));
-#pragma unroll
-      for (int k = 0; k < Width; ++k) sum[k] += w * g[k];
-    }
-    write<Width, T>(grad_memory, slot.memory(s) + m, sum, false);
-  }
-}
-
-// ---- writing
-
-// The vector that one slot's memory holds at m, as the heads first..last - 1 leave it.
-template <class T, int Width, class A>
-__device__ void written(A (&x)[Width], const Shape& s, const Write& a, int64_t b, int64_t n,
-                        int64_t m, int64_t heads) {
-  for (int64_t h = 0; h < heads; ++h) {
-    A erase[Width], add[Width];
-    read<Width, T>(erase, a.erase, (b * s.H + h) * s.M + m);
-    read<Width, T>(add, a.add, (b * s.H + h) * s.M + m);
-    const A w = one<T>(a.weights, (b * s.H + h) * s.N + n);
-#pragma unroll
-    for (int k = 0; k < Width; ++k) x[k] = x[k] * (A(1) - w * erase[k]) + w * add[k];
-  }
-}
-
-// The gradient by what head h made, from that by what the last head made.
-template <class T, int Width, class A>
-__device__ void back_to_head(A (&g)[Width], const Shape& s, const Write& a, int64_t b, int64_t n,
-                             int64_t m, int64_t h) {
-  for (int64_t later = s.H - 1; later > h; --later) {
-    A erase[Width];
-    read<Width, T>(erase, a.erase, (b * s.H + later) * s.M + m);
-    const A w = one<T>(a.weights, (b * s.H + later) * s.N + n);
-#pragma unroll
-    for (int k = 0; k < Width; ++k) g[k] *= A(1) - w * erase[k];
-  }
-}
-
-template <class T, int Width>
-__global__ void __launch_bounds__(kThreads, 2) write_kernel(Shape s, Plan p, Write a, void* out) {
-  const Slot slot(s, p.lanes);
-  if (!slot.inside) return;
-  for (int64_t m = slot.lane * Width; m < s.M; m += slot.lanes * Width) {
-    arithmetic_t<T> x[Width];
-    read<Width, T>(x, a.memory, slot.memory(s) + m);
-    written<T>(x, s, a, slot.b, slot.n, m, s.H);
-    write<Width, T>(out, slot.memory(s) + m, x, false);
-  }
-}
-
-// The first blocks take the gradients of memory and weights by slots, the rest those of erase and
-// add by columns. Each computes anew what a head found and its gradient: 4 operations a head.
-template <class T, int Width>
-__global__ void __launch_bounds__(kThreads, 2)
-    write_backward_kernel(Shape s, Plan p, Write a, const void* grad, WriteGradients out) {
-  using A = arithmetic_t<T>;
-  if (blockIdx.x < p.slot_blocks) {
-    const Slot slot(s, p.lanes);
-    for (int64_t h = out.weights != nullptr ? s.H - 1 : 0; h >= 0; --h) {
-      A sum = 0;
-      for (int64_t m = slot.lane * Width; slot.inside && m < s.M; m += slot.lanes * Width) {
-        A x[Width], g[Width], erase[Width], add[Width];
-        read<Width, T>(x, a.memory, slot.memory(s) + m);
-        read<Width, T>(g, grad, slot.memory(s) + m);
-        read<Width, T>(erase, a.erase, (slot.b * s.H + h) * s.M + m);
-        read<Width, T>(add, a.add, (slot.b * s.H + h) * s.M + m);
-        written<T>(x, s, a, slot.b, slot.n, m, h);
-        back_to_head<T>(g, s, a, slot.b, slot.n, m, h);
-        const A w = one<T>(a.weights, slot.of_head(s, h));
-#pragma unroll
-        for (int k = 0; k < Width; ++k) {
-          sum += g[k] * (add[k] - x[k] * erase[k]);
-          g[k] *= A(1) - w * erase[k];
-        }
-        if (h == 0) write<Width, T>(out.memory, slot.memory(s) + m, g, false);
-      }
-      sum = sum_of_lanes(sum, slot.lanes);
-      if (slot.inside && slot.lane == 0) set_one<T>(out.weights, slot.of_head(s, h), sum);
-    }
-    return;
-  }
-  const auto c = Columns::make<Width>(s, p, blockIdx.x - p.slot_blocks);
-  const int64_t head = c.b * s.H + c.h;
-  A by_erase[Width] = {}, by_add[Width] = {};
-  if (c.inside) {
-#pragma unroll 2
-    for (int64_t n = c.group; n < s.N; n += c.groups) {
-      A x[Width], g[Width];
-      read<Width, T>(x, a.memory, c.memory(s, n));
-      read<Width, T>(g, grad, c.memory(s, n));
-      written<T>(x, s, a, c.b, n, c.m, c.h);
-      back_to_head<T>(g, s, a, c.b, n, c.m, c.h);
-      const A w = one<T>(a.weights, head * s.N + n);
-#pragma unroll
-      for (int k = 0; k < Width; ++k) {
-        by_add[k] += w * g[k];
-        by_erase[k] -= w * g[k] * x[k];
-      }
-    }
-  }
-  sum_of_groups<32>(by_erase, p.column_lanes);
-  sum_of_groups<32>(by_add, p.column_lanes);
-  if (!c.writes()) return;
-  write<Width, T>(out.erase, head * s.M + c.m, by_erase, false);
-  write<Width, T>(out.add, head * s.M + c.m, by_add, false);
-}
-
-// ---- addressing
-
-// Arrays of N numbers of one batch row and head.
-enum ForwardArray { kDot, kNorm, kForwardArrays };  // then K, content, u at kDot; v at kNorm
-enum BackwardArray { kContent = kForwardArrays, kGated, kShifted, kPower, kByShifted, kArrays };
-
-// dots[n] = M_n . key and norms[n] = |M_n|, for the slots first, first + step, ... below N. All
-// threads of the block take part.
-template <class T, int Width, class A>
-__device__ void similarity(const Shape& s, const void* memory, const void* key, int64_t b,
-                           int64_t head, int lanes, int64_t start, int64_t step, A* dots,
-                           A* norms) {
-  const int lane = threadIdx.x % lanes;
-  for (int64_t first = start; first < s.N; first += step) {
-    const int64_t n = first + threadIdx.x / lanes;
-    A dot = 0, squares = 0;
-#pragma unroll 4
-    for (int64_t m = lane * Width; n < s.N && m < s.M; m += lanes * Width) {
-      A x[Width], y[Width];
-      read<Width, T>(x, memory, (b * s.N + n) * s.M + m);
-      read<Width, T>(y, key, head * s.M + m);
-#pragma unroll
-      for (int k = 0; k < Width; ++k) {
-        dot += x[k] * y[k];
-        squares += x[k] * x[k];
-      }
-    }
-    dot = sum_of_lanes(dot, lanes);
-    squares = sum_of_lanes(squares, lanes);
-    if (lane == 0 && n < s.N) {
-      dots[n] = dot;
-      norms[n] = root(squares);
-    }
-  }
-}
-
-// Where a block's arrays are; one of `count` numbers per slot.
-template <class A>
-__device__ A* arrays_of(const Shape& s, A* workspace, int count) {
-  __shared__ double shared[kSharedBytes / sizeof(double)];
-  return workspace != nullptr ? workspace + int64_t(blockIdx.x) * count * s.N
-                              : reinterpret_cast<A*>(shared);
-}
 
 // The dot products alone, where one block a head would take long: block x, y has the slots of tile
 // y of head x.
@@ -298,62 +37,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t slots = kThreads / lanes;
   similarity<T, Width>(s, a.memory, a.key, blockIdx.x / s.H, blockIdx.x, lanes, blockIdx.y * slots,
                        gridDim.y * slots, found + kDot * s.N, found + kNorm * s.N);
-}
-
-template <class T, class A>
-__device__ A norm_of_key(const Shape& s, const void* key, int64_t head) {
-  A squares = 0;
-  for (int64_t m = threadIdx.x; m < s.M; m += kThreads) {
-    const A x = one<T>(key, head * s.M + m);
-    squares += x * x;
-  }
-  return root(sum_of_block(squares));
-}
-
-// Slot n - by around N slots, |by| <= N.
-inline __device__ int64_t around(int64_t n, int64_t by, int64_t N) {
-  const int64_t i = n - by;
-  return i < 0 ? i + N : i >= N ? i - N : i;
-}
-
-// v_n = sum_j shift_j u_(n - (j - r)), or with `backwards` u_(n + (j - r)).
-template <class T, class A>
-__device__ A shifted(const Shape& s, const void* shift, int64_t head, const A* u, int64_t n,
-                     bool backwards) {
-  A sum = 0;
-  for (int64_t j = 0; j < s.taps; ++j) {
-    const int64_t by = j - s.taps / 2;
-    sum += one<T>(shift, head * s.taps + j) * u[around(n, backwards ? -by : by, s.N)];
-  }
-  return sum;
-}
-
-template <class A>
-__device__ A minus_infinity() {
-  return -A(INFINITY);
-}
-
-// gamma log v, which sharpening takes the softmax of; slots at zero or below stay at zero.
-template <class A>
-__device__ A power(A v, A gamma) {
-  return v <= A(0) ? minus_infinity<A>() : gamma * logarithm(v);
-}
-
-// The softmax over slots of what `z(n)` gives, without the division: powers[n] and their sum.
-template <class A, class F>
-__device__ A exponentials(const Shape& s, A* powers, const F& z) {
-  A top = minus_infinity<A>(), sum = 0;
-  for (int64_t n = threadIdx.x; n < s.N; n += kThreads) {
-    powers[n] = z(n);
-    top = larger(powers[n], top);
-  }
-  top = largest_of_block(top);
-  if (top == minus_infinity<A>()) top = 0;
-  for (int64_t n = threadIdx.x; n < s.N; n += kThreads) {
-    powers[n] = exponential(powers[n] - top);
-    sum += powers[n];
-  }
-  return sum_of_block(sum);
 }
 
 template <class T, int Width>
@@ -544,17 +227,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- launches
 
-// Calls f with a value of the storage type and the width of vectors that the call allows.
-template <class F>
-cudaError_t with_vectors(Storage storage, const Shape& s,
-                         std::initializer_list<const void*> pointers, const F& f) {
-  return with_type(storage, [&](auto tag) {
-    constexpr int kWidth = 16 / sizeof(tag);
-    return s.M % kWidth == 0 && aligned(pointers) ? f(tag, Constant<kWidth>{})
-                                                  : f(tag, Constant<1>{});
-  });
-}
-
 int64_t size_of_number(Storage storage) { return storage == Storage::Double ? 8 : 4; }
 
 // Whether addressing has its arrays in global memory, and its dot products in a launch before.
@@ -584,50 +256,6 @@ cudaError_t launch_similarity(const Shape& s, const Addressing& a, arithmetic_t<
 }
 
 }  // namespace
-
-cudaError_t ntm_read(Storage storage, const Shape& s, const void* memory, const void* weights,
-                     void* reads, cudaStream_t stream) {
-  return with_vectors(storage, s, {memory, reads}, [&](auto tag, auto width) {
-    using T = decltype(tag);
-    const Plan p = plan<T, width.value>(s);
-    return launch(read_kernel<T, width.value>, p.column_blocks, 1, stream, s, p, memory, weights,
-                  reads);
-  });
-}
-
-cudaError_t ntm_read_backward(Storage storage, const Shape& s, const void* memory,
-                              const void* weights, const void* grad, void* grad_memory,
-                              void* grad_weights, cudaStream_t stream) {
-  return with_vectors(storage, s, {memory, grad, grad_memory}, [&](auto tag, auto width) {
-    using T = decltype(tag);
-    const Plan p = plan<T, width.value>(s);
-    return launch(read_backward_kernel<T, width.value>, p.slot_blocks, 1, stream, s, p, memory,
-                  weights, grad, grad_memory, grad_weights);
-  });
-}
-
-cudaError_t ntm_write(Storage storage, const Shape& s, const Write& a, void* out,
-                      cudaStream_t stream) {
-  return with_vectors(storage, s, {a.memory, a.erase, a.add, out}, [&](auto tag, auto width) {
-    using T = decltype(tag);
-    const Plan p = plan<T, width.value>(s);
-    return launch(write_kernel<T, width.value>, p.slot_blocks, 1, stream, s, p, a, out);
-  });
-}
-
-cudaError_t ntm_write_backward(Storage storage, const Shape& s, const Write& a, const void* grad,
-                               const WriteGradients& out, cudaStream_t stream) {
-  return with_vectors(storage, s, {a.memory, a.erase, a.add, grad, out.memory, out.erase, out.add},
-                      [&](auto tag, auto width) {
-                        using T = decltype(tag);
-                        Plan p = plan<T, width.value>(s);
-                        if (out.memory == nullptr && out.weights == nullptr) p.slot_blocks = 0;
-                        if (out.erase == nullptr && out.add == nullptr) p.column_blocks = 0;
-                        return launch(write_backward_kernel<T, width.value>,
-                                      p.slot_blocks + p.column_blocks, 1, stream, s, p, a, grad,
-                                      out);
-                      });
-}
 
 int64_t ntm_address_workspace(Storage storage, const Shape& s) {
   return numbers_of_arrays(storage, s, kForwardArrays);

@@ -4,6 +4,8 @@
 #include "../../csrc/cuda/ntm_addressing.cpp"
 //
 #include "../../csrc/cuda/ntm_addressing_kernel.cu"
+//
+#include "../../csrc/cuda/ntm_addressing_memory_kernel.cu"
 
 namespace seqmem::ntm_addressing {
 template <class Ops>

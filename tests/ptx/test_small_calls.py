@@ -85,7 +85,7 @@ class Shape(NamedTuple):
         return min(32, 1 << (self.M // storage.width - 1).bit_length())
 
     def plan(self, storage: Storage, slots: bool, columns: bool) -> tuple[Struct, tuple[int]]:
-        """As `plan` in ntm_addressing_kernel.cu, and the grid of the parts that are wanted."""
+        """As `plan` in ntm_addressing_common.h, and the grid of the parts that are wanted."""
         lanes = column_lanes = self.lanes(storage)
         vectors = self.M // storage.width
         while (
@@ -108,7 +108,9 @@ def ntm_sample(name: str, shape: Shape, storage: Storage) -> tuple[Tensor, ...]:
 
 def ntm(kernel: str, storage: Storage, grid: tuple[int, ...], *arguments: Any, seed: int) -> None:
     name = f"{kernel}_kernel<{storage.name}, {storage.width}>"
-    run("ntm_addressing", name, grid, list(arguments), seed)
+    of_memory = kernel.startswith(("read", "write"))
+    stem = "ntm_addressing_memory" if of_memory else "ntm_addressing"
+    run(stem, name, grid, list(arguments), seed)
 
 
 @each_storage
