@@ -23,11 +23,15 @@ def compiled(source: str) -> Module:
     return Module(ptx(source))
 
 
-def plant(patch: pytest.MonkeyPatch, source: str, pattern: str, replacement: str) -> None:
-    """A fault in all kernels of the file, for whoever asks for what is compiled."""
-    text, count = re.subn(pattern, replacement, ptx(source))
-    assert count > 0
-    patch.setattr(sys.modules[__name__], "compiled", lambda _: Module(text))
+def plant(patch: pytest.MonkeyPatch, pattern: str, replacement: str) -> None:
+    """A fault in all kernels of every file, for whoever asks for what is compiled."""
+
+    def faulty(source: str) -> Module:
+        text, count = re.subn(pattern, replacement, ptx(source))
+        assert count > 0
+        return Module(text)
+
+    patch.setattr(sys.modules[__name__], "compiled", faulty)
 
 
 @cache

@@ -113,6 +113,6 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, replacement, expected = PLANTED[fault]
-    nvcc.plant(monkeypatch, "lstm_persistent_kernel.cu", pattern, replacement)
+    nvcc.plant(monkeypatch, pattern, replacement)
     with pytest.raises(Faults, match=expected):
         check(torch.bfloat16, 24, 3, 3, 1, "plain")

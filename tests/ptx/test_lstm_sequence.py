@@ -121,7 +121,7 @@ def test_sizes_of_blocks(hidden: int, dtype: torch.dtype) -> None:
     check(hidden, 3, 4, None, "lengths and reset, reverse", dtype, seed=10)
 
 
-# In every kernel of the file: a pattern, what it becomes, and what is then reported.
+# In every kernel: a pattern, what it becomes, and what is then reported.
 PLANTED = {
     "an exchange is not waited for": (
         r"mbarrier\.try_wait\S* (\w+), \[.*\], .*;", r"setp.eq.u32 \1, 0, 0;",
@@ -139,7 +139,7 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern, replacement, expected = PLANTED[fault]
-    nvcc.plant(monkeypatch, "lstm_cluster_kernel.cu", pattern, replacement)
+    nvcc.plant(monkeypatch, pattern, replacement)
     monkeypatch.setattr(Kernel, "launch", partialmethod(Kernel.launch, most_instructions=1 << 20))
     with pytest.raises(Faults, match=expected):
         check(70, 3, 4, 4, "plain")
