@@ -1,4 +1,5 @@
-// Runs lstm_persistent_kernel.cu, for lstm_sequence.cpp and, as ops, for `_triton/lstm.py`.
+// Runs the kernels of lstm_persistent_kernel.h, for lstm_sequence.cpp and, as ops, for
+// `_triton/lstm.py`.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 

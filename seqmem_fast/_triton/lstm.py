@@ -15,7 +15,7 @@ end with one GEMM per weight over all steps. Backward recomputes nothing: it rea
   capability 9.0 and newer: float32 up to H = 384 (lstm_cluster_kernel.cu), 16-bit storage up to
   H = 512 (lstm_cluster_16_kernel.cu).
 * Resident, in a CUDA build: weight_hh is shared out over all multiprocessors
-  (lstm_persistent_kernel.cu), up to H = 1024 where 8 divides it, for up to two launches' rows.
+  (lstm_persistent_*_kernel.cu), up to H = 1024 where 8 divides it, for up to two launches' rows.
 * Step by step (lstm_step.py): one GEMM with weight_hh and one pointwise kernel per step. All the
   rest: larger H, float64, projections. A CUDA build runs this loop in C++.
 

@@ -76,7 +76,7 @@ def cluster_tile(weight_hh: Tensor, batch: int, backward: bool) -> int:
 
 
 def stays_resident(rows: Rows, weight_hh: Tensor, weight_hr: Tensor | None) -> bool:
-    """Whether lstm_persistent_kernel.cu serves: no projection, not packed."""
+    """Whether the kernels of lstm_persistent_kernel.h serve: no projection, not packed."""
     if not (_PERSISTENT and weight_hh.is_cuda and weight_hr is None and rows.starts is None):
         return False
     return bool(torch.ops.seqmem.lstm_persistent_serves(weight_hh, rows.batch, weight_hh.shape[1]))

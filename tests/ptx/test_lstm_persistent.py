@@ -1,4 +1,4 @@
-"""The LSTM's persistent kernels, whose blocks wait for each other: lstm_persistent_kernel.cu."""
+"""The LSTM's persistent kernels, whose blocks wait for each other: lstm_persistent_*_kernel.cu."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def launch(
     blocks = max(4, 2 * quarters) if dtype == torch.float32 else quarters
     blocks *= 1 if name == "forward" else 4
     columns = 4 if name == "forward" else 1
-    module = nvcc.compiled("lstm_persistent_kernel.cu")
+    module = nvcc.compiled(f"lstm_persistent_{name}_kernel.cu")
     kernel = module[f"{name}_kernel<{TYPES[dtype]}, {blocks}, {tiles}>"]
     kernel.launch(
         (c.hidden // 8, -(-c.batch // (16 * tiles))),
