@@ -50,9 +50,14 @@ def test_the_small_cell_compiles_without_spills(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "stem, number",
-    # 2 directions: 4 hidden sizes, 3 tiles; 2 types, 4 hidden sizes; 3 types, 2 hidden
+    # 4 hidden sizes, 3 tiles; then, in 2 directions: 2 types, 4 hidden sizes; 3 types, 2 hidden
     # sizes, plain steps or not
-    [("lstm_cluster", 24), ("lstm_cluster_16", 16), ("lstm_block", 24)],
+    [
+        ("lstm_cluster_forward", 12),
+        ("lstm_cluster_backward", 12),
+        ("lstm_cluster_16", 16),
+        ("lstm_block", 24),
+    ],
 )
 def test_clusters_compile_without_spills(
     stem: str, number: int, arch: str, capsys: pytest.CaptureFixture[str]

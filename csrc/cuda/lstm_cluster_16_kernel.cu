@@ -1,4 +1,4 @@
-// The cluster kernels for 16-bit storage; lstm_cluster_kernel.cu describes the exchanges between
+// The cluster kernels for 16-bit storage; lstm_cluster_common.h describes the exchanges between
 // blocks, which are the same. Products go to tensor cores with sums in float32: weights are the
 // left factor, in registers as mma.m16n8k16 takes them, the 8 batch rows of a tile the right one.
 //

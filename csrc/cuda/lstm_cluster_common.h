@@ -1,5 +1,18 @@
 // What the LSTM's cluster kernels share: exchanges between the blocks of a cluster, the bookkeeping
 // of batch rows, the gates, and launches.
+//
+// A cluster of 8 or 16 blocks takes some batch rows through all steps. Each block owns some of the
+// hidden units: their rows of weight_hh stay in its registers, and c of its units too. What a step
+// needs from the other blocks travels through distributed shared memory by st.async, whose bytes
+// the receiver's mbarrier counts: a step costs one such trip, no launch, and no barrier of the
+// whole cluster.
+//
+// Forward: each block sends h of its units to all blocks. Backward: each block multiplies dz of its
+// own units by its weights and sends every block the part of dh for that block's units; the
+// receiver adds the parts in the order of the blocks, so that results are the same every time.
+//
+// Two buffers suffice. A block's part of step s + 2 leaves after it has received all parts of step
+// s + 1, and those leave after their senders have read step s.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -265,9 +278,9 @@ class BackwardCell {
   float d_gates_[4] = {}, d_cell_ = 0.0f, tanh_c_ = 0.0f;
 };
 
-// ---- launches -----------------------------------------------------------------------------------
-
 }  // namespace
+
+// ---- launches -----------------------------------------------------------------------------------
 
 // H up to 64, one row a block: lstm_block_kernel.cu.
 cudaError_t lstm_forward_block(Storage storage, const Sequence& sequence, const ClusterForward& a,
@@ -286,6 +299,8 @@ cudaError_t lstm_backward_cluster_16(Storage storage, const Sequence& sequence,
 struct ClusterCount {
   int active = 0, blocks = 1, threads = 1;
 };
+ClusterCount lstm_count_clusters_forward(int tile, int64_t hidden);  // float32
+ClusterCount lstm_count_clusters_backward(int tile, int64_t hidden);
 ClusterCount lstm_count_clusters_16(Storage storage, int64_t hidden, bool backward);
 
 namespace {

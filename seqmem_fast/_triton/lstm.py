@@ -12,8 +12,8 @@ end with one GEMM per weight over all steps. Backward recomputes nothing: it rea
 * In clusters, in a CUDA build: the same in CUDA C++, first of all where its estimate is best
   (`lstm_cluster_tile`). Up to H = 64 one block takes a batch row (csrc/cuda/lstm_block_kernel.cu).
   Above, weight_hh is shared out over the blocks of a thread block cluster, on GPUs of compute
-  capability 9.0 and newer: float32 up to H = 384 (lstm_cluster_kernel.cu), 16-bit storage up to
-  H = 512 (lstm_cluster_16_kernel.cu).
+  capability 9.0 and newer: float32 up to H = 384 (lstm_cluster_forward_kernel.cu,
+  lstm_cluster_backward_kernel.cu), 16-bit storage up to H = 512 (lstm_cluster_16_kernel.cu).
 * Resident, in a CUDA build: weight_hh is shared out over all multiprocessors
   (lstm_persistent_*_kernel.cu), up to H = 1024 where 8 divides it, for up to two launches' rows.
 * Step by step (lstm_step.py): one GEMM with weight_hh and one pointwise kernel per step. All the

@@ -34,7 +34,7 @@ def launch(name: str, c: Case, tile: int | None, arguments: Struct, seed: int) -
         template = f"{TYPES[dtype]}, {width}, {str(plain).lower()}"
     elif dtype == torch.float32:
         lanes = next(n for n in (8, 12, 16, 24) if c.hidden <= 16 * n)
-        width, threads_of_unit, file = 16 * lanes, 16, "lstm_cluster_kernel.cu"
+        width, threads_of_unit, file = 16 * lanes, 16, f"lstm_cluster_{name}_kernel.cu"
         template = f"{lanes}, {tile}"
     else:
         width, threads_of_unit = -(-c.hidden // 128) * 128, 8
