@@ -47,6 +47,9 @@ SHARED = {
     "sparse_attention_kernels",
 }  # the files of a room that belong to no single op
 
+MOST_LINES = 400  # of a file of kernels
+SOURCE = {".py", ".h", ".cuh", ".cpp", ".cu"}
+
 # Who may import which room of the package ("" is its top); a room's own op is meant unless the
 # target stands in ANY_OP. _triton falls back on the reference where no kernel fits. The top
 # (__init__, cli, accelerate, ...) may import what it likes.
@@ -137,6 +140,15 @@ def test_every_file_in_a_room_belongs_to_an_op() -> None:
         if path.stem not in SHARED and stem_of(path.stem) is None
     ]
     assert not strangers
+
+
+@pytest.mark.parametrize("room", ["csrc/cpu", "csrc/cuda", "csrc/common", "seqmem_fast/_triton"])
+def test_kernel_files_are_short(room: str) -> None:
+    """What is longer is not explained by a head comment."""
+    files = [path for path in (ROOT / room).rglob("*") if path.suffix in SOURCE]
+    assert files
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
 
 
 def modules() -> list[Path]:
