@@ -35,18 +35,28 @@ def _seed(rng: torch.Generator) -> int:
     return int(torch.randint(2**31, (), generator=rng))
 
 
-def sequence_work(time: int, batch: int, slots: int, width: int, control: int) -> rows.Work:
-    """The heads "wr" and one LSTM layer, weights drawn anew for each sample."""
+def sequence_work(
+    time: int,
+    batch: int,
+    slots: int,
+    width: int,
+    control: int,
+    dtype: torch.dtype = torch.float32,
+) -> rows.Work:
+    """The heads "wr" and one LSTM layer, weights drawn anew for each sample; JAX in float32."""
 
     def sample(rng: torch.Generator) -> tuple[Any, ...]:
         sizes = (time, batch, INPUT, control, slots, width)
-        return next(sequence.sample_inputs(sizes=sizes, seed=_seed(rng))).args
+        return next(sequence.sample_inputs(dtype=dtype, sizes=sizes, seed=_seed(rng))).args
 
+    ours, eager = ops.ntm, {"eager": sequence.ntm}
+    if dtype != torch.float32:
+        return rows.Work(sample, ours, eager)
     missing = rows.uninstalled("JAX", "jax")
     return rows.Work(
         sample,
-        ops.ntm,
-        {"eager": sequence.ntm},
+        ours,
+        eager,
         others={} if missing else {JAX: partial(jax_scan, peers.run)},
         missing=[missing] if missing else [],
     )
@@ -126,11 +136,14 @@ def _weighed(outputs: Any) -> torch.Tensor:
 
 
 def sequence_rows(
-    *sizes: int, goals: Goals = (None, None), jax: Goals = (None, None)
+    *sizes: int,
+    goals: Goals = (None, None),
+    jax: Goals = (None, None),
+    dtype: torch.dtype = torch.float32,
 ) -> list[rows.Row]:
-    shape = ", ".join(map(str, sizes))
-    asked = {"eager": goals, JAX: jax}
-    return rows.pair("ntm", shape, partial(sequence_work, *sizes), goals=asked)
+    shape, work = ", ".join(map(str, sizes)), partial(sequence_work, *sizes, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    return rows.pair("ntm", shape, work, goals={"eager": goals, JAX: jax}, dtype=name)
 
 
 def step_rows(
@@ -160,6 +173,7 @@ ROWS = [
     *sequence_rows(41, 1, 128, 20, 100, goals=(60, 60), jax=(4, 6)),
     *sequence_rows(41, 16, 128, 20, 100, goals=(22, 27), jax=(8, 14)),
     *sequence_rows(41, 64, 128, 64, 256, goals=(6.5, 7), jax=(4, 6.5)),
+    *sequence_rows(41, 64, 128, 64, 256, dtype=torch.bfloat16),
     *sequence_rows(400, 4, 128, 20, 100, goals=(35, 35)),
     *layer_rows(41, 1, 128, 20, 100, goals=(90, 100)),
     *step_rows("ntm_addressing", 16, 128, 20, goals=(8, 6)),

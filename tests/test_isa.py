@@ -1,6 +1,6 @@
 """The tests marked ``isa`` once more under each ATEN_CPU_CAPABILITY below the one in use, and those
-of bf16 LSTMs on emulated tiles and dot products. Those of the baseline run in an installed wheel:
-test_build.py."""
+of bf16 LSTMs, attention and NTMs on emulated tiles and dot products. Those of the baseline run in
+an installed wheel: test_build.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_emulated(option: str, isa: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     emulates = f"from seqmem_fast import _C; assert _C.bf16_in_use() == '{isa}', _C.__file__"
     run_python(tmp_path, "-c", emulates)
-    names = ("lstm", "lstm_module", "lstm_bf16", "attention", "attention_bf16")
+    names = ("lstm", "lstm_module", "lstm_bf16", "attention", "attention_bf16", "ntm_bf16")
     files = [f"tests/test_{name}.py" for name in names]
     run_python(tmp_path, "-m", "pytest", "-k", "bfloat16 or _bf16", *QUIET, *files)
 

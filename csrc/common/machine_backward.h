@@ -1,15 +1,15 @@
 // A machine backward over a whole sequence. Every thread takes its own batch rows back through
 // time, a few of them at once, in chunks of segments:
-//   once     weights packed into panels [outputs][4 L inputs], so that dx = dz W runs over panels
+//   once     weights packed into panels (machine_backward_weights.h, or in bf16
+//            machine_backward_weights_bf16.h)
 //   for each chunk of steps, for each of its segments, last first:
 //     pass 1  what the heads need of the segment's steps is recomputed from its checkpoint
 //     for each step, last first:
 //       pass 2  the heads in reverse: from the gradients of reads and of what a row carries to
-//       those
-//               of the heads' values dp[P]
+//               those of the heads' values dp[P]
 //       pass 3  doutput[C] = dp head_weight + grad_features
 //       pass 4  the controller's layers in reverse: doutput -> dz (gates) -> gradients of the
-//       operand
+//               operand
 //   then  pass 5  dz and operands of the chunk -> weights' gradients, by all threads at once
 //                 (machine_weight_gradients.h)
 //
@@ -22,6 +22,7 @@
 //   back(t, b, j, carry, dreads, dp)
 #pragma once
 
+#include "machine_backward_weights.h"
 #include "machine_carry.h"
 #include "machine_saved.h"
 #include "machine_weight_gradients.h"
@@ -46,10 +47,11 @@ void add_grad_features(const Backward& a, int64_t t, int64_t b, int64_t first, i
   }
 }
 
-template <class C, class Heads>
+template <class C, class Heads,
+          template <class C_, class Shape, class Arguments> class Weights = BackwardWeights,
+          template <class C_> class Outer = OuterProducts>
 class BackwardRun {
   static constexpr int L = kLanes<C>;
-  static constexpr int W = 4 * L;
   using Shape = typename Heads::Shape;
   using Arguments = typename Heads::Arguments;
   using Carries = typename Heads::Carries;
@@ -61,15 +63,15 @@ class BackwardRun {
   const Layout<C, Shape> layout;
   const int64_t rows;  // that go through time together
   const Saved<C, Shape, Arguments> saved;
-  WeightGradients<C, Shape, Arguments> weights;
+  Weights<C, Shape, Arguments> packed;
+  WeightGradients<C, Shape, Arguments, Outer<C>> weights;
 
   // Shared by all threads.
-  C *panels, *panels_head;
   typename Carries::Carry *carry, *to_initial;  // [B]
   // This thread's own.
   Heads heads;
   const Carries carries;
-  C *dtop, *dx, *line, *dreads;
+  C *dtop, *dx, *dreads;
   int64_t* row;
   const C** operand;
   C** result;
@@ -84,6 +86,7 @@ class BackwardRun {
         layout(s),
         rows(group(s, ceil_div(s.B, threads))),
         saved(s, a, layout),
+        packed(s, a, layout, rows),
         weights(s, a, layout, thread, threads),
         heads(s, a, layout, saved, rows),
         carries(heads.carries()) {}
@@ -91,15 +94,15 @@ class BackwardRun {
   // Places all buffers; returns the bytes used. Called with a null base to size them.
   int64_t place(char* base) {
     Carver take(base);
-    panels = take.array<C>(panel_offset(s.layers));
-    panels_head = take.array<C>(ceil_div(s.C, W) * W * s.P);
-    weights.place(take);
+    packed.place_shared(take);
+    weights.place_shared(take);
     heads.place_shared(take);
     carry = carries.place(take, s.B);
     to_initial = carries.place(take, initial_wanted() ? s.B : 0);
     take.per_thread(thread, threads, [&] {
+      packed.place_own(take);
+      weights.place_own(take);
       heads.place_own(take);
-      line = take.array<C>(max(layout.C_pad, max(layout.operand(0), layout.operand(1))));
       dtop = take.array<C>(rows * layout.C_pad);
       dx = take.array<C>(rows * max(layout.operand(0), layout.operand(1)));
       dreads = take.array<C>(Layout<C, Shape>::padded_width(layout.R));
@@ -111,7 +114,8 @@ class BackwardRun {
   }
 
   void run() {
-    pack();
+    packed.pack(thread, threads);
+    if (weights.wanted) weights.clear();
     heads.prepare(thread);
     const Share mine = share(s.B, thread, threads);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
@@ -150,41 +154,6 @@ class BackwardRun {
 
   bool initial_wanted() const { return s.reset != nullptr && a.grad_initial.memory != nullptr; }
 
-  int64_t panel_size(int64_t l) const { return ceil_div(layout.K(l), W) * W * layout.gates(); }
-  int64_t panel_offset(int64_t l) const { return layout.layer(l, panel_size(0), panel_size(1)); }
-
-  // ---- before the last step
-
-  void pack() {
-    for (int64_t l = 0; l < s.layers; ++l) {
-      const Share mine = share(layout.gates(), thread, threads);
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        zero(line, layout.operand(l));
-        copy(given(a.controller[layout.weight_ih(l)], j * layout.below(l)),
-             line + layout.below_offset(l), layout.below(l));
-        if (s.lstm)
-          copy(given(a.controller[layout.weight_hh(l)], j * s.C), line + layout.hidden_offset(l),
-               s.C);
-        pack_line(panels + panel_offset(l), layout.gates(), j, layout.K(l));
-      }
-    }
-    const Share mine = share(s.P, thread, threads);
-    for (int64_t j = mine.begin; j < mine.end; ++j) {
-      zero(line, layout.C_pad);
-      copy(given(a.head_weight, j * s.C), line, s.C);
-      pack_line(panels_head, s.P, j, s.C);
-    }
-    if (weights.wanted) weights.clear();
-  }
-  static const C* given(const void* p, int64_t offset) { return static_cast<const C*>(p) + offset; }
-
-  // panels[p][j][4 vectors] = line
-  void pack_line(C* to, int64_t depth, int64_t j, int64_t width) {
-    for (int64_t p = 0; p * W < width; ++p)
-      for (int64_t i = 0; i < W && p * W + i < width; i += L)
-        store(to + (p * depth + j) * W + i, load(line + p * W + i));
-  }
-
   // ---- steps end - 1 down to first of rows begin..stop - 1
 
   void run_rows(int64_t first, int64_t end, int64_t begin, int64_t stop) {
@@ -215,7 +184,7 @@ class BackwardRun {
       operand[j] = dp;
       result[j] = dtop + j * layout.C_pad;
     }
-    multiply<C>(n, operand, s.P, panels_head, layout.units, nullptr, result);
+    packed.heads(n, operand, result);
     for (int64_t j = 0; j < n; ++j) {
       add_grad_features(a, t, row[j], 0, s.C, dtop + j * layout.C_pad);
       if (weights.wanted) weights.keep_top(t, row[j], saved.features(t, row[j]));
@@ -245,8 +214,7 @@ class BackwardRun {
                              l > 0 ? saved.output(l - 1, t, b) : saved.input(t, b),
                              saved.reads_before(t, b));
     }
-    multiply<C>(n, operand, layout.gates(), panels + panel_offset(l), ceil_div(layout.K(l), L),
-                nullptr, result);
+    packed.layer(l, n, operand, result);
     for (int64_t j = 0; j < n; ++j) {
       const int64_t b = row[j];
       const C* from = dx + j * layout.operand(l);

@@ -1,11 +1,9 @@
 // A machine forward over a whole sequence. The threads pack the weights together; then each runs
 // its own batch rows through time, a few of them at once:
-//   once     controller weights packed into panels [K][4 L]: 4 gates of L units, or 4 L outputs;
-//   the
-//            heads' weight likewise [C][4 L]
+//   once     the weights of controller and heads packed into panels (machine_forward_weights.h, or
+//            in bf16 machine_forward_weights_bf16.h)
 //   for each step, for the rows that are active:
-//     pass 1  controller: z = W operand + bias, gates, new cell and hidden state, layer by layer; a
-//             panel is read once for all the rows, from L1 or L2
+//     pass 1  controller: z = W operand + bias, gates, new cell and hidden state, layer by layer
 //     pass 2  p[P] = head_weight output + head_bias, then the activations of all heads' values
 //     pass 3  the heads act on the memory of each row
 //     pass 4  outputs to features; where a backward follows, the gates and p are saved, and what it
@@ -22,16 +20,16 @@
 //   act(t, b, values, reads)
 #pragma once
 
-#include "machine_layout.h"
+#include "machine_forward_weights.h"
 #include "products.h"
 
 namespace seqmem::machine {
 namespace {
 
-template <class C, class Heads>
+template <class C, class Heads,
+          template <class C_, class Shape, class Arguments> class Weights = ForwardWeights>
 class ForwardRun {
   static constexpr int L = kLanes<C>;
-  static constexpr int W = 4 * L;
   using Shape = typename Heads::Shape;
   using Arguments = typename Heads::Arguments;
 
@@ -40,10 +38,10 @@ class ForwardRun {
   const int thread, threads;
   SpinBarrier& barrier;
   const Layout<C, Shape> layout;
-  const int64_t head_panels, dense_panels;
+  const int64_t at_once;  // rows that go through time together
+  Weights<C, Shape, Arguments> weights;
 
   // Shared by all threads.
-  C *panels, *bias, *panels_head, *bias_head;
   C *x, *cell, *top, *p;
   int64_t* buffer_index;  // [B]: which of a row's two operands is read in this step
   // This thread's own.
@@ -60,17 +58,14 @@ class ForwardRun {
         threads(threads),
         barrier(barrier),
         layout(s),
-        head_panels(ceil_div(s.P, W)),
-        dense_panels(ceil_div(s.C, W)),
+        at_once(rows_at_once<C>(s, ceil_div(s.B, threads))),
+        weights(s, a, layout, at_once),
         heads(s, a) {}
 
   // Places all buffers; returns the bytes used. Called with a null base to size them.
   int64_t place(char* base) {
     Carver take(base);
-    panels = take.array<C>(panel_offset(s.layers));
-    bias = take.array<C>(s.layers * bias_size());
-    panels_head = take.array<C>(head_panels * s.C * W);
-    bias_head = take.array<C>(head_panels * W);
+    weights.place_shared(take);
     x = take.array<C>(operand_offset(s.layers));
     cell = take.array<C>(s.lstm ? s.layers * s.B * layout.C_pad : 0);
     top = take.array<C>(s.B * layout.C_pad);
@@ -78,6 +73,7 @@ class ForwardRun {
     buffer_index = take.array<int64_t>(s.B);
     heads.place_shared(take);
     take.per_thread(thread, threads, [&] {
+      weights.place_own(take);
       heads.place_own(take);
       row = take.array<int64_t>(s.B);
       operand = take.array<const C*>(s.B);
@@ -87,12 +83,11 @@ class ForwardRun {
   }
 
   void run() {
-    pack();
+    weights.pack(thread, threads);
     heads.prepare(thread);
     const Share mine = share(s.B, thread, threads);
     for (int64_t b = mine.begin; b < mine.end; ++b) load_state(b, a.state, b, s.B);
     barrier.wait();
-    const int64_t at_once = rows_at_once<C>(s, mine.end - mine.begin);
     for (int64_t b = mine.begin; b < mine.end; b += at_once) {
       const int64_t end = min(b + at_once, mine.end);
       for (int64_t t = 0; t < s.T; ++t) step(t, b, end);
@@ -101,12 +96,6 @@ class ForwardRun {
   }
 
  private:
-  int64_t bias_size() const { return max(layout.units, dense_panels) * W; }
-  int64_t panel_count() const { return s.lstm ? layout.units : dense_panels; }
-  int64_t panel_offset(int64_t l) const {
-    return layout.layer(l, panel_count() * layout.K(0) * W,
-                        s.layers > 1 ? panel_count() * layout.K(1) * W : 0);
-  }
   int64_t operand_offset(int64_t l) const {
     return layout.layer(l, 2 * s.B * layout.operand(0),
                         s.layers > 1 ? 2 * s.B * layout.operand(1) : 0);
@@ -121,44 +110,8 @@ class ForwardRun {
   C* features_of(int64_t t, int64_t b) const {
     return static_cast<C*>(a.features) + (t * s.B + b) * (s.C + layout.R);
   }
-  const C* given(int64_t i) const { return static_cast<const C*>(a.controller[i]); }
 
   // ---- before the first step
-
-  void pack() {
-    for (int64_t l = 0; l < s.layers; ++l) {
-      const Share mine = share(panel_count(), thread, threads);
-      for (int64_t u = mine.begin; u < mine.end; ++u) s.lstm ? pack_gates(l, u) : pack_dense(l, u);
-    }
-    const C* given_bias = static_cast<const C*>(a.head_bias);
-    const Share mine = share(head_panels, thread, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      pack_panel(static_cast<const C*>(a.head_weight), s.C, s.P, i, panels_head);
-      for (int64_t j = i * W; j < (i + 1) * W; ++j) bias_head[j] = j < s.P ? given_bias[j] : C(0);
-    }
-  }
-
-  // One vector of units x 4 gates, so that a tile's accumulators hold i, f, g, o of the same units.
-  void pack_gates(int64_t l, int64_t u) {
-    C* panel = panels + panel_offset(l) + u * layout.K(l) * W;
-    const int64_t lanes = min<int64_t>(L, s.C - u * L), below = layout.below(l);
-    for (int g = 0; g < 4; ++g) {
-      const int64_t from = g * s.C + u * L;
-      const C* ih = given(layout.weight_ih(l)) + from * below;
-      const C* hh = given(layout.weight_hh(l)) + from * s.C;
-      pack_transposed(panel + layout.below_offset(l) * W + g * L, W, ih, below, lanes, below);
-      pack_transposed(panel + layout.hidden_offset(l) * W + g * L, W, hh, s.C, lanes, s.C);
-      const int n = static_cast<int>(lanes);
-      store(bias + l * bias_size() + u * W + g * L,
-            load_n(given(layout.bias(l)) + from, n) + load_n(given(layout.bias(l) + 1) + from, n));
-    }
-  }
-
-  void pack_dense(int64_t l, int64_t u) {
-    pack_panel(given(layout.weight_ih(l)), layout.K(l), s.C, u, panels + panel_offset(l));
-    for (int64_t j = u * W; j < (u + 1) * W; ++j)
-      bias[l * bias_size() + j] = j < s.C ? given(layout.bias(l))[j] : C(0);
-  }
 
   // Row b's state becomes row `from` of a state of `rows` rows.
   template <class State>
@@ -213,40 +166,16 @@ class ForwardRun {
       operand[j] = top + row[j] * layout.C_pad;
       result[j] = p + row[j] * layout.P_pad;
     }
-    multiply<C>(n, operand, s.C, panels_head, ceil_div(s.P, L), bias_head, result);
+    weights.heads(n, operand, result);
     heads.activate(n, result);
     for (int64_t j = 0; j < n; ++j) act(t, row[j]);
   }
 
   void run_lstm(int64_t t, int64_t l, int64_t n) {
-    const int64_t K = layout.K(l);
-    const C *panel = panels + panel_offset(l), *start = bias + l * bias_size();
     for (int64_t j = 0; j < n; ++j) operand[j] = operand_of(l, row[j], buffer_index[row[j]]);
-    int64_t u = 0;
-    if (n == 1) {
-      for (; u + 2 <= layout.units; u += 2) {
-        Vec<C> acc[1][2][4];
-        SEQMEM_UNROLL
-        for (int i = 0; i < 8; ++i) acc[0][i / 4][i % 4] = load(start + u * W + i * L);
-        panels_multiply(K, operand, panel + u * K * W, K * W, W, acc);
-        for (int i = 0; i < 2; ++i) {
-          const Vec<C>(&sum)[4] = acc[0][i];
-          const Vec<C> z[1][4] = {{sum[0], sum[1], sum[2], sum[3]}};
-          finish_units<1>(t, l, 0, u + i, z);
-        }
-      }
-    }
-    for (; u < layout.units; ++u) {
-      for_row_blocks<C>(n, [&](auto block, int64_t first) {
-        constexpr int R = decltype(block)::value;
-        Vec<C> acc[R][4];
-        SEQMEM_UNROLL
-        for (int r = 0; r < R; ++r) SEQMEM_UNROLL
-        for (int g = 0; g < 4; ++g) acc[r][g] = load(start + u * W + g * L);
-        tile_multiply<R, 4, C>(K, operand + first, 1, panel + u * K * W, L, W, acc);
-        finish_units<R>(t, l, first, u, acc);
-      });
-    }
+    weights.gates(l, n, operand, [&](auto block, int64_t first, int64_t u, const auto& z) {
+      finish_units<decltype(block)::value>(t, l, first, u, z);
+    });
   }
 
   // Activations, the new cell and the new hidden state of one vector of units, for R rows.
@@ -304,8 +233,7 @@ class ForwardRun {
       operand[j] = operand_of(l, row[j], buffer_index[row[j]]);
       result[j] = top + row[j] * layout.C_pad;
     }
-    multiply<C>(n, operand, layout.K(l), panels + panel_offset(l), layout.units,
-                bias + l * bias_size(), result);
+    weights.dense(l, n, operand, result);
     for (int64_t j = 0; j < n; ++j)
       for (int64_t u = 0; u < layout.units; ++u)
         emit(t, l, row[j], u, tanh<C>(load(result[j] + u * L)),

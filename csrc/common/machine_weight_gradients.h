@@ -1,8 +1,8 @@
 // The parameters' gradients of a machine. For a chunk of steps, the gradients of
 // pre-activations dz and the operands are kept, [steps B, width]; then
 //   dW[outputs, K] += dz^T operands
-// by all threads at once, each its own rows of every weight: 128 rows of the chunk at a time, a
-// panel of operands in the L1 cache. A one behind each operand gives the bias' gradient.
+// by all threads at once, each its own rows of every weight (OuterProducts). A one behind each
+// operand gives the bias' gradient.
 #pragma once
 
 #include "machine_layout.h"
@@ -10,15 +10,16 @@
 namespace seqmem::machine {
 namespace {
 
-template <class C, class Shape, class Backward>
+template <class C, class Shape, class Backward, class Outer>
 class WeightGradients {
   static constexpr int L = kLanes<C>;
-  static constexpr int64_t kChunkBytes = 8 << 20, kDepth = 128;
+  static constexpr int64_t kChunkBytes = 8 << 20;
 
   const Shape& s;
   const Backward& a;
   const Layout<C, Shape>& layout;
   const int thread, threads;
+  Outer outer;
 
  public:
   const int64_t chunk;  // steps
@@ -31,10 +32,11 @@ class WeightGradients {
         layout(layout),
         thread(thread),
         threads(threads),
+        outer(max(s.C, max(layout.K(0), layout.K(1))) + 1),
         chunk(steps_at_once()),
         wanted(a.grad_controller != nullptr) {}
 
-  void place(Carver& take) {
+  void place_shared(Carver& take) {
     sums = take.array<C>(sums_offset(s.layers));
     sums_head = take.array<C>(s.P * layout.C_pad);
     dz = take.array<C>(s.layers * chunk * s.B * layout.gates_stride());
@@ -42,6 +44,7 @@ class WeightGradients {
     dp = take.array<C>(chunk * s.B * layout.P_pad);
     tops = take.array<C>(chunk * s.B * layout.C_pad);
   }
+  void place_own(Carver& take) { outer.place(take); }
 
   // Rows of a chunk's buffers: what step t of row b leaves there.
   C* dz_of(int64_t l, int64_t t, int64_t b) const {
@@ -90,11 +93,13 @@ class WeightGradients {
 
   // The first n rows of the chunk's buffers.
   void add(int64_t n) const {
+    const Share gates = share(layout.gates(), thread, threads);
     for (int64_t l = 0; l < s.layers; ++l)
-      add_outer(n, dz + l * chunk * s.B * layout.gates_stride(), layout.gates_stride(),
-                layout.gates(), operands + operands_offset(l), layout.operand(l),
-                ceil_div(layout.K(l) + 1, L), sums + sums_offset(l));
-    add_outer(n, dp, layout.P_pad, s.P, tops, layout.C_pad, ceil_div(s.C + 1, L), sums_head);
+      outer.add(n, dz + l * chunk * s.B * layout.gates_stride(), layout.gates_stride(), gates,
+                operands + operands_offset(l), layout.operand(l), ceil_div(layout.K(l) + 1, L),
+                sums + sums_offset(l));
+    outer.add(n, dp, layout.P_pad, share(s.P, thread, threads), tops, layout.C_pad,
+              ceil_div(s.C + 1, L), sums_head);
   }
 
   void store() const {
@@ -145,28 +150,6 @@ class WeightGradients {
   static void close(C* operand, int64_t n) {
     operand[n] = 1;
     for (int64_t i = n + 1; i % L != 0; ++i) operand[i] = 0;
-  }
-
-  // total[j][.] += sum over n rows of from[.][j] b[.], with rows of total as wide as those of b.
-  void add_outer(int64_t n, const C* from, int64_t from_step, int64_t outputs, const C* b,
-                 int64_t step, int64_t vectors, C* total) const {
-    const Share mine = share(outputs, thread, threads);
-    for (int64_t k = 0; k < n; k += kDepth) {
-      const int64_t depth = min(kDepth, n - k);
-      // Panels are the outer loop: one of b stays in the L1 cache for all rows of total.
-      for_panels(0, vectors, [&](auto columns, int64_t v) {
-        constexpr int NV = decltype(columns)::value;
-        for_row_blocks<C, kTileRowsBy<C, NV>>(
-            mine.end - mine.begin, [&](auto block, int64_t start) {
-              constexpr int R = decltype(block)::value;
-              const C* column[R];
-              SEQMEM_UNROLL
-              for (int r = 0; r < R; ++r) column[r] = from + k * from_step + mine.begin + start + r;
-              tile_multiply_into<R, NV, C>(true, depth, column, from_step, b + k * step + v * L, L,
-                                           step, total + (mine.begin + start) * step + v * L, step);
-            });
-      });
-    }
   }
 };
 

@@ -77,4 +77,8 @@ struct Backward {
 SEQMEM_FOR_EACH_ISA(extern const Kernel<Forward, Shape> forward_kernel;
                     extern const Kernel<Backward, Shape> backward_kernel;)
 
+// Tensors are float here as well, from bf16.
+SEQMEM_FOR_BF16(SEQMEM_IF_BUILT extern const Kernel<Forward, Shape> forward_kernel;
+                SEQMEM_IF_BUILT extern const Kernel<Backward, Shape> backward_kernel;)
+
 }  // namespace seqmem::ntm

@@ -2,7 +2,7 @@
 // seqmem_fast/ops/ntm.py.
 #include <vector>
 
-#include "../common/dispatch.h"
+#include "../common/bf16_in_use.h"
 #include "../common/kept_blocks.h"
 #include "../common/machine_op.h"
 #include "ntm_check.h"
@@ -55,6 +55,12 @@ int threads_for(const Shape& s, double passes) {
   return machine::threads_for(s, s.heads * s.N * (3.0 * s.M + kFlopsPerSlot), passes);
 }
 
+// Tiles and dot products pay where the controller is wide and rows share its packed weights.
+bool runs_in_bf16(const Shape& s, at::ScalarType type) {
+  constexpr int64_t kRows = 8, kUnits = 100;
+  return type == at::kBFloat16 && s.B >= kRows && s.C >= kUnits && bf16_in_use() != Bf16::Float32;
+}
+
 // ---- forward
 
 // Outputs of `type`.
@@ -97,8 +103,9 @@ Tensors<9> forward_cpu(const ForwardInputs& in) {
       .saved = data(saved),
       .checkpoints = data(checkpoints),
       .workspace = nullptr};
-  launch(SEQMEM_CHOOSE(forward_kernel), threads_for(call.shape, 1), arguments, storage_of(features),
-         call.shape);
+  const bool in_bf16 = runs_in_bf16(call.shape, in.input.scalar_type());
+  launch(in_bf16 ? SEQMEM_CHOOSE_BF16(forward_kernel) : SEQMEM_CHOOSE(forward_kernel),
+         threads_for(call.shape, 1), arguments, storage_of(features), call.shape);
   machine::to_type_of(in.input, {&features, &hidden, &cell, &memory, &weightings, &reads, &trace});
   return out;
 }
@@ -155,8 +162,9 @@ std::vector<Tensor> backward_cpu(const BackwardInputs& in) {
       .grad_head_bias = pointers[7],
       .workspace = nullptr};
   const Tensor grad_features = machine::set_grad_features(arguments, in.grad_features, type);
-  launch(SEQMEM_CHOOSE(backward_kernel), threads_for(call.shape, 3), arguments, storage_of(out[0]),
-         call.shape);
+  const bool in_bf16 = runs_in_bf16(call.shape, in.input.scalar_type());
+  launch(in_bf16 ? SEQMEM_CHOOSE_BF16(backward_kernel) : SEQMEM_CHOOSE(backward_kernel),
+         threads_for(call.shape, 3), arguments, storage_of(out[0]), call.shape);
   for (Tensor& t : out) machine::to_type_of(in.input, {&t});
   return out;
 }
