@@ -212,7 +212,8 @@ def use_cuda() -> bool:
     if nvcc is None or missing is not None:
         import torch
 
-        if nvcc is not None and torch.version.cuda is not None:
+        expected = nvcc is not None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        if expected and torch.version.cuda is not None:
             print(f"seqmem_fast: built without CUDA C++, which needs {missing}", file=sys.stderr)
         return False
     choose_archs(nvcc)

@@ -121,7 +121,12 @@ DECISIONS = {
         "",
         "seqmem_fast: built without CUDA C++, which needs nvcc of CUDA 13.0, as torch has, and ",
     ),
-    "no nvcc": ({"CUDA_HOME": "/nonexistent"}, False, "", ""),
+    "no nvcc where CUDA_HOME points": (
+        {"CUDA_HOME": "/nonexistent"},
+        False,
+        "",
+        "seqmem_fast: built without CUDA C++, which needs nvcc: install the CUDA toolkit 13.0 and ",
+    ),
 }
 
 

@@ -151,6 +151,32 @@ def test_kernel_files_are_short(room: str) -> None:
     assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
 
 
+def test_triton_functions_return_no_argument_that_may_be_none() -> None:
+    """Triton 3.6 does not compile it; a local variable of the same value will do."""
+    for path in sorted((PACKAGE / "_triton").glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            if not any("jit" in ast.unparse(mark) for mark in function.decorator_list):
+                continue
+            nodes = list(ast.walk(function))
+            optional = {
+                node.left.id
+                for node in nodes
+                if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name)
+                if isinstance(node.ops[0], ast.Is | ast.IsNot)
+            }
+            arguments = {argument.arg for argument in function.args.args} & optional
+            returned = {
+                name.id
+                for node in nodes
+                if isinstance(node, ast.Return) and node.value is not None
+                for name in getattr(node.value, "elts", [node.value])
+                if isinstance(name, ast.Name)
+            }
+            assert not arguments & returned, f"{path.name}: {function.name}"
+
+
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 

@@ -267,9 +267,10 @@ def place(blocks, BLOCK: tl.constexpr):
 @triton.jit
 def moved(ptr, z, heads, stride_0, stride_1):
     """Where the matrix at place z begins; None stays None."""
+    begin = ptr  # Triton 3.6 returns no argument that is None
     if ptr is not None:
-        ptr += z // heads * stride_0 + z % heads * stride_1
-    return ptr
+        begin = ptr + (z // heads * stride_0 + z % heads * stride_1)
+    return begin
 
 
 # ---- scores of keys, their softmax over blocks of keys, and its gradient -------------------------

@@ -32,10 +32,10 @@ def _share(seed_ptr, row, n, SHARE: tl.constexpr, BELOW: tl.constexpr, ACC: tl.c
 @triton.jit
 def _second(seed_ptr):
     """The seed of c's masks follows that of h's."""
-    if seed_ptr is None:
-        return seed_ptr
-    else:
-        return seed_ptr + 1
+    second = seed_ptr  # Triton 3.6 returns no argument that is None
+    if seed_ptr is not None:
+        second = seed_ptr + 1
+    return second
 
 
 @triton.jit
