@@ -307,6 +307,7 @@ def test_parameters_and_their_bounds() -> None:
     assert repr(attention).startswith("AdditiveAttention(\n  16, 25, 100\n")
 
 
+@pytest.mark.slow
 def test_compiled_exported_copied_pickled_and_loaded() -> None:
     attention, given = module(), inputs(2)
     expected = attention(*given)

@@ -289,6 +289,7 @@ def object_files(isa: str) -> list[Path]:
     return sorted((ROOT / "build" / f"temp.{tag}" / isa).rglob("*.o"))
 
 
+@pytest.mark.slow
 def test_no_function_is_shared_between_isas() -> None:
     """The linker keeps one copy of each external name: that must never be an AVX-512 one."""
     if shutil.which("nm") is None or not object_files("baseline"):

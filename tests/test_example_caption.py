@@ -54,6 +54,7 @@ def test_scenes_show_the_digits_that_their_captions_name(example: ModuleType) ->
         assert (words[1 : length - 1 : 2] >= example.ABOVE).all()
 
 
+@pytest.mark.slow
 def test_a_few_steps_train_write_and_draw(
     example: ModuleType,
     tmp_path: Path,

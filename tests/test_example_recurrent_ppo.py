@@ -9,6 +9,7 @@ import torch
 from example_modules import load_example
 
 
+@pytest.mark.slow
 def test_both_ways_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = load_example("recurrent_ppo", "rich", "matplotlib", "sb3_contrib")
     monkeypatch.setattr(example, "HIDDEN", 8)

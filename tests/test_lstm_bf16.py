@@ -234,6 +234,7 @@ def python(*arguments: str, **env: str) -> str:
 
 
 @in_bf16
+@pytest.mark.slow
 def test_autocast_and_modules_in_bf16_arrive_there() -> None:
     """Both give their bits, which differ from those of the float32 kernels."""
     if "baseline" not in _C.build_info()["isas"] or _C.cpu_capability() == "baseline":

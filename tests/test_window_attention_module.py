@@ -115,6 +115,7 @@ def test_other_normalizers() -> None:
     assert (weights.band == 0).float().mean() > 0.3 and (weights.global_queries == 0).any()
 
 
+@pytest.mark.slow
 def test_compiled_trained_and_loaded() -> None:
     attention = module(3, 1, global_tokens=1)
     x = steps(7, 2)
