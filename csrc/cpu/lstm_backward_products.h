@@ -6,8 +6,8 @@
 //   multiply  one panel, row blocks by tiles, the sum in slices of kSlice gates whose weights stay
 //             in L2 while the rows pass; between slices it waits in the result
 //
-// Weights that are in the type of the products and whole vectors wide are used unpacked where few
-// rows would share a packed one.
+// Weights that are in the type of the products are used unpacked where few rows would share a
+// packed one.
 #pragma once
 
 #include "../common/gemm.h"
@@ -124,9 +124,19 @@ class WeightProduct {
   SEQMEM_INLINE void multiply_unpacked(const C* (&from)[R], int64_t u, int64_t v,
                                        Vec<C> (&acc)[R][NV]) const {
     const int64_t lanes = min<int64_t>(L, H - u * L);
+    const int width = static_cast<int>(min<int64_t>(NV * L, N - v * L));
     for (int g = 0; g < 4; ++g) {
       const C* b = reinterpret_cast<const C*>(weight) + (g * H + u * L) * N + v * L;
-      tile_multiply<R, NV, C>(lanes, from, 1, b, L, N, acc);
+      if (width == NV * L) {
+        tile_multiply<R, NV, C>(lanes, from, 1, b, L, N, acc);
+      } else {
+        for (int64_t k = 0; k < lanes; ++k) SEQMEM_UNROLL
+        for (int i = 0; i < NV; ++i) {
+          const Vec<C> w = load_n(b + k * N + i * L, width - i * L);
+          SEQMEM_UNROLL
+          for (int r = 0; r < R; ++r) acc[r][i] += from[r][k] * w;
+        }
+      }
       SEQMEM_UNROLL
       for (int r = 0; r < R; ++r) from[r] += L;
     }

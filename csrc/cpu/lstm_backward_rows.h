@@ -24,8 +24,8 @@ class BackwardRows {
   const Shape& s = walk.s;
   const Backward& a;
   const bool separate;
-  // Weights are copied; they must be where lanes or types differ.
-  const bool packs = walk.plan.pack || !std::is_same_v<S, C> || s.I % L != 0 || s.P % L != 0;
+  // Weights are copied; they must be where types differ.
+  const bool packs = walk.plan.pack || !std::is_same_v<S, C>;
   C* input_rows;
   WeightProduct<S> input_product{a.weight_ih, s.H, s.I, packs};
   WeightProduct<S> hidden_product{a.weight_hh, s.H, s.P, packs};

@@ -19,7 +19,7 @@ class WeightSums {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int W = 4 * L;
-  static constexpr int64_t kDepth = 128;
+  static constexpr int64_t kDepth = 128, kFew = 2;
   static constexpr bool converts = !std::is_same_v<S, C>;
 
   const Shape& s;
@@ -124,6 +124,13 @@ class WeightSums {
   void add_outer(const GateGradients<C>& dz, int64_t n, int64_t u, const C* operand, int64_t stride,
                  C* total, int64_t N, bool first_chunk) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
+    if (first_chunk && n <= kFew) {
+      for (int64_t g = 0; g < 4; ++g)
+        for (int64_t l = 0; l < lanes; ++l)
+          write_row(dz.of(u, 0) + g * L + l, dz.stride, n, operand, stride,
+                    total + (g * s.H + u * L + l) * N, N);
+      return;
+    }
     const C* from[W];
     C* to[W];
     for (int64_t i = 0; i < 4 * lanes; ++i) {
@@ -144,6 +151,17 @@ class WeightSums {
                           stride, to + start, v * L, width, first_chunk && k == 0);
         });
       });
+    }
+  }
+
+  // A row of a gradient of few rows, which takes as long as its stores: in one piece.
+  SEQMEM_INLINE void write_row(const C* factor, int64_t factor_stride, int64_t n, const C* operand,
+                               int64_t stride, C* to, int64_t N) {
+    for (int64_t i = 0; i < N; i += L) {
+      Vec<C> sum{};
+      for (int64_t k = 0; k < n; ++k)
+        sum += factor[k * factor_stride] * load(operand + k * stride + i);
+      store_n(to + i, sum, static_cast<int>(min<int64_t>(L, N - i)));
     }
   }
 
