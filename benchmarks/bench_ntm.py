@@ -41,6 +41,7 @@ def sequence_work(
     slots: int,
     width: int,
     control: int,
+    *,
     dtype: torch.dtype = torch.float32,
 ) -> rows.Work:
     """The heads "wr" and one LSTM layer, weights drawn anew for each sample; JAX in float32."""
