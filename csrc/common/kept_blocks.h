@@ -1,6 +1,7 @@
-// Memory for large results and for what a forward leaves to its backward: let go once a training
-// step. The allocator gives such memory back to the system, and each step would fault it in anew,
-// which can take longer than the arithmetic; blocks kept here are used again by the next step.
+// Memory for large results, for what a forward leaves to its backward, and for gradients of
+// weights: let go once a training step. The allocator gives such memory back to the system, and
+// each step would fault it in anew, which can take longer than the arithmetic; blocks kept here are
+// used again by the next step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -121,10 +122,11 @@ at::Tensor result_like(const at::Tensor& like, const at::TensorOptions& options)
   }
 }
 
-// What a forward saves, on the CPU in a kept block; empty where no backward follows.
+// What lives for about a training step, on the CPU in a kept block; empty where it is not wanted.
 template <class Int>
-at::Tensor saved_of(bool save, const at::TensorOptions& options, std::initializer_list<Int> sizes) {
-  if (!save) return empty_of<Int>(options, {Int(0)});
+at::Tensor kept_of(bool wanted, const at::TensorOptions& options,
+                   std::initializer_list<Int> sizes) {
+  if (!wanted) return empty_of<Int>(options, {Int(0)});
   if constexpr (std::is_same_v<Int, int64_t>) {
     return KeptBlocks::empty(sizes, options);
   } else {

@@ -82,7 +82,7 @@ class BackwardWeights {
   }
 };
 
-// 128 rows at a time, a panel of operands in the L1 cache.
+// Adds outer products, 128 rows at a time, so that a panel of operands stays in L1.
 template <class C>
 class OuterProducts {
   static constexpr int64_t kDepth = 128;

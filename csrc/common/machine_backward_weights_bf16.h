@@ -93,7 +93,7 @@ class BackwardWeightsInBf16 {
   }
 };
 
-// Of 32 outputs by a panel at once, 256 rows at a time: the operands' panels in L2.
+// Adds outer products in bf16: 32 outputs by a panel, 256 rows at a time, whose panels stay in L2.
 template <class C>
 class OuterProductsInBf16 {
   static constexpr int L = kLanes<C>;

@@ -8,7 +8,7 @@
 namespace seqmem::machine {
 namespace {
 
-// to[0..whole - 1] = from[0..n - 1], then zeros; `from` ends with a whole vector.
+// to[0..whole - 1] = from[0..n - 1], then zeros; `from` may be read up to a whole vector.
 SEQMEM_INLINE void round_row(bf16* to, const float* from, int64_t n, int64_t whole) {
   constexpr int L = kLanes<float>;
   int64_t i = 0;
@@ -32,8 +32,8 @@ class RowsInBf16 {
     staging = take.array<float>(kMostRows * kPanel);
   }
 
-  // leave(panel, first row, count, sums [count][64]) takes start + a[r] panels, of `count` panels;
-  // `start` [64 a panel], or null for zero.
+  // Calls leave(panel, first row, rows, sums [rows][64]) for each of `count` panels, with
+  // sums = start + a[r] panel; `start` [64 a panel], or null for zero.
   template <class Leave>
   void multiply(int64_t n, const float* const* a, int64_t K, const Panels& panels, int64_t count,
                 const float* start, const Leave& leave) {
@@ -61,7 +61,8 @@ class RowsInBf16 {
              });
   }
 
-  // Block `column` of a panel: 16 outputs' weights, which line(i, to) writes, whole blocks of 32.
+  // Fills block `column`, 16 outputs, of a panel: line(i, to) writes output i's weights, zeros up
+  // to whole blocks of 32.
   template <class Line>
   void pack_columns(const Panels& to, int64_t panel, int column, const Line& line) {
     for (int i = 0; i < kBlock; ++i) line(i, left + i * stride);

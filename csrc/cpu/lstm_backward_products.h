@@ -6,8 +6,8 @@
 //   multiply  one panel, row blocks by tiles, the sum in slices of kSlice gates whose weights stay
 //             in L2 while the rows pass; between slices it waits in the result
 //
-// Weights that are in the type of the products are used unpacked where few rows would share a
-// packed one.
+// Weights whose type is that of the products are multiplied where they lie if only few rows would
+// use a packed copy.
 #pragma once
 
 #include "../common/gemm.h"

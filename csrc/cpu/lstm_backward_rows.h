@@ -24,7 +24,7 @@ class BackwardRows {
   const Shape& s = walk.s;
   const Backward& a;
   const bool separate;
-  // Weights are copied; they must be where types differ.
+  // Whether weights are packed: where it pays, and always where they are of another type.
   const bool packs = walk.plan.pack || !std::is_same_v<S, C>;
   C* input_rows;
   WeightProduct<S> input_product{a.weight_ih, s.H, s.I, packs};

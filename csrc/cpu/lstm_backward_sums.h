@@ -19,7 +19,8 @@ class WeightSums {
   using C = compute_t<S>;
   static constexpr int L = kLanes<C>;
   static constexpr int W = 4 * L;
-  static constexpr int64_t kDepth = 128, kFew = 2;
+  static constexpr int64_t kDepth = 128;
+  static constexpr int64_t kFew = 2;  // members of a sum that write_row() takes
   static constexpr bool converts = !std::is_same_v<S, C>;
 
   const Shape& s;
@@ -154,7 +155,8 @@ class WeightSums {
     }
   }
 
-  // A row of a gradient of few rows, which takes as long as its stores: in one piece.
+  // One row of a weight's gradient where a sum has at most kFew members: its time is that of its
+  // stores, so it is written once, from left to right.
   SEQMEM_INLINE void write_row(const C* factor, int64_t factor_stride, int64_t n, const C* operand,
                                int64_t stride, C* to, int64_t N) {
     for (int64_t i = 0; i < N; i += L) {

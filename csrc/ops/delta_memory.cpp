@@ -200,8 +200,8 @@ template <class Int>
 Tensors<3> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
   const auto computed = in.q.options().dtype(wide(in.q));
   return {result_of<Int>(in.v.options(), {s.B, s.T, s.H, s.V}),
-          saved_of<Int>(true, computed, {s.B, s.H, s.K, s.V}),
-          saved_of<Int>(in.save, computed, {s.B, s.H, s.segments(), s.K + s.segment, s.V})};
+          kept_of<Int>(true, computed, {s.B, s.H, s.K, s.V}),
+          kept_of<Int>(in.save, computed, {s.B, s.H, s.segments(), s.K + s.segment, s.V})};
 }
 
 Tensors<3> forward_cpu(const ForwardInputs& in) {

@@ -87,7 +87,7 @@ Tensors<15> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarTyp
     return in.trace || in.save ? make(sizes) : make({Int(0)});
   };
   auto keep = [&](std::initializer_list<Int> sizes) {
-    return saved_of<Int>(in.save, saved, sizes);
+    return kept_of<Int>(in.save, saved, sizes);
   };
   return {make({s.T, s.B, s.C + s.R}),
           part(kHidden),

@@ -208,8 +208,8 @@ Tensors<5> allocate_gradients(In input, const Sizes<Int>& s, bool padded,
       of_input ? result_like<Int>(input, input.options()) : empty_if<Int>(false, input, {});
   return {padded ? grad_input.zero_() : grad_input, empty_if<Int>(of_state, input, {s.B, s.P}),
           empty_if<Int>(of_state, input, {s.B, s.H}),
-          saved_of<Int>(of_weights, input.options(), {s.H * 4, s.I}),
-          saved_of<Int>(of_weights, input.options(), {s.H * 4, s.P})};
+          kept_of<Int>(of_weights, input.options(), {s.H * 4, s.I}),
+          kept_of<Int>(of_weights, input.options(), {s.H * 4, s.P})};
 }
 
 // Makes a forward's results.

@@ -63,8 +63,14 @@ inline Schedule share_out(const Sizes64& s, int64_t element, bool projected,
 // matter, measured.
 inline bool worth_packing(const Sizes64& s) { return s.T > 1 ? s.T * (s.B + 8) > 60 : s.B >= 100; }
 
-// In the backward packing is a plain copy, but the products run slower without it.
+// In the backward packing is a plain copy, but the products run slower without it: for many rows,
+// and for many steps, each of which reads W_hh anew.
 constexpr int64_t kRowsWorthPacking = 48;
+
+inline bool worth_packing_backward(const Sizes64& s, int64_t element) {
+  const int64_t steps = 4 * s.H * s.P * element > 4 * second_cache() ? 8 : 24;
+  return s.T * s.B > kRowsWorthPacking || s.T > steps;
+}
 
 inline Schedule schedule_forward(const Sizes64& s, int64_t element, bool projected) {
   Schedule schedule = share_out(s, element, projected, s.P);
@@ -75,7 +81,7 @@ inline Schedule schedule_forward(const Sizes64& s, int64_t element, bool project
 
 inline Schedule schedule_backward(const Sizes64& s, int64_t element, bool projected) {
   Schedule schedule = share_out(s, element, projected, s.P);
-  schedule.plan.pack = s.T * s.B > kRowsWorthPacking;
+  schedule.plan.pack = worth_packing_backward(s, element);
   schedule.plan.chunk = std::max<int64_t>(1, 256 / std::max<int64_t>(s.B, 1));
   return schedule;
 }
