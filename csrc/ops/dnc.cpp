@@ -86,9 +86,7 @@ Tensors<15> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarTyp
   auto trace = [&](std::initializer_list<Int> sizes) {
     return in.trace || in.save ? make(sizes) : make({Int(0)});
   };
-  auto keep = [&](std::initializer_list<Int> sizes) {
-    return kept_of<Int>(in.save, saved, sizes);
-  };
+  auto keep = [&](std::initializer_list<Int> sizes) { return kept_of<Int>(in.save, saved, sizes); };
   return {make({s.T, s.B, s.C + s.R}),
           part(kHidden),
           part(kCell),

@@ -67,9 +67,7 @@ Tensors<13> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarTyp
   auto when = [&](bool wanted, const at::TensorOptions& like, std::initializer_list<Int> sizes) {
     return wanted ? empty_of<Int>(like, sizes) : empty_of<Int>(like, {Int(0)});
   };
-  auto keep = [&](std::initializer_list<Int> sizes) {
-    return kept_of<Int>(in.save, saved, sizes);
-  };
+  auto keep = [&](std::initializer_list<Int> sizes) { return kept_of<Int>(in.save, saved, sizes); };
   const Int kept = s.kept, heads = s.heads;
   return {make({s.T, s.B, s.C + s.R}),
           make({kept, s.B, s.C}),

@@ -69,9 +69,7 @@ Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s, at::ScalarType
   const auto options = in.input.options().dtype(type);
   const auto saved = options.dtype(at::toOpMathType(in.input.scalar_type()));
   auto make = [&](std::initializer_list<Int> sizes) { return empty_of<Int>(options, sizes); };
-  auto keep = [&](std::initializer_list<Int> sizes) {
-    return kept_of<Int>(in.save, saved, sizes);
-  };
+  auto keep = [&](std::initializer_list<Int> sizes) { return kept_of<Int>(in.save, saved, sizes); };
   const Int kept = s.kept, heads = s.heads, reads = s.reads;
   return {make({s.T, s.B, s.C + s.R}),
           make({kept, s.B, s.C}),
