@@ -125,19 +125,17 @@ class WeightSums {
   void add_outer(const GateGradients<C>& dz, int64_t n, int64_t u, const C* operand, int64_t stride,
                  C* total, int64_t N, bool first_chunk) {
     const int64_t lanes = min<int64_t>(L, s.H - u * L);
-    if (first_chunk && n <= kFew) {
-      for (int64_t g = 0; g < 4; ++g)
-        for (int64_t l = 0; l < lanes; ++l)
-          write_row(dz.of(u, 0) + g * L + l, dz.stride, n, operand, stride,
-                    total + (g * s.H + u * L + l) * N, N);
-      return;
-    }
     const C* from[W];
     C* to[W];
     for (int64_t i = 0; i < 4 * lanes; ++i) {
       const int64_t g = i / lanes, l = i % lanes;
       from[i] = dz.of(u, 0) + g * L + l;
       to[i] = total + (g * s.H + u * L + l) * N;
+    }
+    if (first_chunk && n <= kFew) {
+      for (int64_t i = 0; i < 4 * lanes; ++i)
+        write_row(from[i], dz.stride, n, operand, stride, to[i], N);
+      return;
     }
     for (int64_t k = 0; k == 0 || k < n; k += kDepth) {
       for_panels(0, ceil_div(N, L), [&](auto columns, int64_t v) {
