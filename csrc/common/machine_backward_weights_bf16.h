@@ -84,11 +84,8 @@ class BackwardWeightsInBf16 {
         const int64_t j = k * kDepth + 2 * i + odd;
         if (j < outputs) fill(j, lines[odd]);
       }
-      for (int64_t c = 0; c < columns; c += L) {
-        bf16* tile = to.tile(c / kPanel, k, static_cast<int>(c % kPanel / kBlock));
-        const UintVec pairs = pairs_of(load(lines[0] + c), load(lines[1] + c));
-        __builtin_memcpy(tile + i * kDepth + c % kBlock * 2, &pairs, sizeof pairs);
-      }
+      for (int64_t c = 0; c < columns; c += L)
+        store_pair(to, k * kBlock + i, c, load(lines[0] + c), load(lines[1] + c));
     }
   }
 };
@@ -149,10 +146,7 @@ class OuterProductsInBf16 {
           return r < rows && v < vectors ? rounded_to<bf16>(load(b + r * step + v * L))
                                          : Vec<float>{};
         };
-        const UintVec pairs = pairs_of(row(2 * i), row(2 * i + 1));
-        const int64_t c = v * L;
-        bf16* tile = to.tile(c / kPanel, i / kBlock, static_cast<int>(c % kPanel / kBlock));
-        __builtin_memcpy(tile + i % kBlock * kDepth + c % kBlock * 2, &pairs, sizeof pairs);
+        store_pair(to, i, v * L, row(2 * i), row(2 * i + 1));
       }
   }
 

@@ -16,6 +16,14 @@ SEQMEM_INLINE void round_row(bf16* to, const float* from, int64_t n, int64_t who
   for (; i < whole; i += L) store(to + i, Vec<float>{});
 }
 
+// Of the k-th pair of rows of a right operand, a vector of columns from column c on.
+SEQMEM_INLINE void store_pair(const Panels& to, int64_t k, int64_t c, Vec<float> even,
+                              Vec<float> odd) {
+  bf16* tile = to.tile(c / kPanel, k / kBlock, static_cast<int>(c % kPanel / kBlock));
+  const UintVec pairs = pairs_of(even, odd);
+  __builtin_memcpy(tile + k % kBlock * kDepth + c % kBlock * 2, &pairs, sizeof pairs);
+}
+
 class RowsInBf16 {
   static constexpr int L = kLanes<float>;
   const int64_t rows, stride;
