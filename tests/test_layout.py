@@ -36,6 +36,7 @@ SHARED = {
     "__init__",
     "common",
     "isa_bf16",
+    "controller",
     "controller_kernels",
     "flops",
     "launcher",

@@ -29,9 +29,11 @@ from torch import Tensor
 from .common import (
     accumulator,
     as_bytes,
+    cdiv,
     launcher,
     masked_scores,
     moved,
+    next_power_of_2,
     place,
     strides,
     tanh,
@@ -56,13 +58,13 @@ class Block(NamedTuple):
 
 def forward_block(queries: int) -> Block:
     """Few queries, as of a decoder's step, leave more programs and more features to each."""
-    rows = min(_ROWS, triton.next_power_of_2(max(1, queries)))
+    rows = min(_ROWS, next_power_of_2(max(1, queries)))
     return Block(rows, 64, 4) if rows == _ROWS else Block(rows, 16, max(4, 64 // rows))
 
 
 def backward_block(own: int) -> Block:
     """Two sums of this size are kept."""
-    rows = min(_ROWS, triton.next_power_of_2(max(1, own)))
+    rows = min(_ROWS, next_power_of_2(max(1, own)))
     return Block(rows, min(32, 64 // rows), _FEATURES)
 
 
@@ -191,8 +193,8 @@ def additive_attention(operands: Operands) -> tuple[Tensor, Tensor]:
         output = query.new_zeros(*call.lead, call.queries, call.value_width)
         return output, scores.to(query.dtype)
     block = forward_block(call.queries)
-    blocks = triton.cdiv(call.queries, block.rows)
-    additive_scores[(call.batch * blocks, triton.cdiv(call.keys, block.others))](
+    blocks = cdiv(call.queries, block.rows)
+    additive_scores[(call.batch * blocks, cdiv(call.keys, block.others))](
         q_ptr=call.query,
         k_ptr=call.key,
         v_ptr=score_weight.contiguous(),
@@ -270,11 +272,11 @@ def _sums(
     """Gradients of `own` and of the score weight; scores [..., own, others] are dense or a .mT."""
     rows, others = own.shape[2], other.shape[2]
     block = backward_block(rows)
-    blocks = triton.cdiv(rows, block.rows)
+    blocks = cdiv(rows, block.rows)
     grad_own = score_weight.new_empty(*call.lead, rows, call.width)
     grad_v = scores.new_empty(call.batch * blocks, call.width)
     if grad_v.numel() > 0:
-        additive_backward[(call.batch * blocks, triton.cdiv(call.width, block.features))](
+        additive_backward[(call.batch * blocks, cdiv(call.width, block.features))](
             own_ptr=own,
             other_ptr=other,
             v_ptr=score_weight.contiguous(),

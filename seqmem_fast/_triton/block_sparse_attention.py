@@ -16,13 +16,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.block_sparse_attention import Operands, Options, _plain
 from ..ops.common import Rule
 from . import block_sparse_attention_kernels as kernels
-from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .common import (
+    cdiv,
+    launcher,
+    next_power_of_2,
+    of_dropout,
+    only,
+    product_precision,
+    through_reference,
+    wide,
+)
 from .normalizers import SOFTMAX, of_normalizer
 from .sparse_attention import (
     begins_of,
@@ -39,7 +47,7 @@ _BLOCK = 32  # most queries, and keys, of a part of a block
 
 def _part(size: int, q: Tensor) -> int:
     most = 16 if q.dtype == torch.float64 else _BLOCK
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, next_power_of_2(size)))
 
 
 def _common(operands: Operands, options: Options, rule: Rule) -> dict[str, Any]:
@@ -47,7 +55,7 @@ def _common(operands: Operands, options: Options, rule: Rule) -> dict[str, Any]:
     q, k, v, blocks, *block = operands
     queries, keys = q.shape[2], k.shape[2]
     flat = blocks.contiguous().flatten(0, 1)
-    rows = triton.cdiv(queries, block[0])
+    rows = cdiv(queries, block[0])
     row = flat[..., 0]
     row = torch.where((row >= 0) & (row < rows), row, rows)
     return {
@@ -57,7 +65,7 @@ def _common(operands: Operands, options: Options, rule: Rule) -> dict[str, Any]:
         "rows_ptr": begins_of(row, rows),
         "places": blocks.shape[2],
         "row_blocks": rows,
-        "column_blocks": triton.cdiv(keys, block[1]),
+        "column_blocks": cdiv(keys, block[1]),
         **of_lists(blocks.shape[:2]),
         "block_queries": block[0],
         "block_keys": block[1],
@@ -84,7 +92,7 @@ def block_sparse_attention(
         if rule.alpha != 1:
             common["BN"] = 16  # a threshold takes registers, too
         q, k, v = dense_rows(q, k, v)
-        programs = common["row_blocks"] * triton.cdiv(operands.block_queries, common["BM"])
+        programs = common["row_blocks"] * cdiv(operands.block_queries, common["BM"])
         kernels.block_sparse_attention_forward[(shape[0] * shape[1] * programs,)](
             output_ptr=output,
             weights_ptr=weights if need_weights else None,
@@ -134,7 +142,7 @@ def _backward(
     of_output, of_weights = (None if t is None else t.contiguous() for t in seeds)
     weights = weights.contiguous()
     delta = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-    programs = common["row_blocks"] * triton.cdiv(common["block_queries"], common["BM"])
+    programs = common["row_blocks"] * cdiv(common["block_queries"], common["BM"])
     kernels.block_sparse_attention_backward_rows[(q.shape[0] * q.shape[1] * programs,)](
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,
@@ -149,7 +157,7 @@ def _backward(
     column = common["blocks_ptr"][..., 1]
     column = torch.where((column >= 0) & (column < columns), column, columns)
     column, by_key = column.sort(dim=-1, stable=True)
-    programs = columns * triton.cdiv(common["block_keys"], common["BN"])
+    programs = columns * cdiv(common["block_keys"], common["BN"])
     kernels.block_sparse_attention_backward_columns[(k.shape[0] * k.shape[1] * programs,)](
         grad_output_ptr=of_output,
         grad_weights_ptr=of_weights,

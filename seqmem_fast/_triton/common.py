@@ -41,6 +41,17 @@ def launcher(compute: Launcher) -> Launcher:
     return checked  # type: ignore[return-value]
 
 
+# Triton's own serve kernels as well and take 3 us a call.
+def cdiv(n: int, block: int) -> int:
+    """How many blocks hold n."""
+    return -(-n // block)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def tf32_allowed() -> bool:
     """Whether torch may round float32 products to TF32.
 
@@ -66,6 +77,14 @@ def product_precision(dtype: torch.dtype, device: torch.device) -> str:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over this storage."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """[Z, M, K] by [Z, K, N], summed in the wide dtype and left in it."""
+    dtype = wide(a.dtype)
+    if a.dtype != dtype and a.is_cuda and torch.version.hip is None:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype))
 
 
 def accumulator(dtype: torch.dtype) -> Any:

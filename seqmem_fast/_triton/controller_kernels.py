@@ -5,7 +5,7 @@
     backward: per layer, the last one first: dh from head values, features, the layer above, the
               step after; dz; the gradients of below, or of the reads, and of h
 
-Its weights are read from L2 at every step. Packed by `machine.py`, in the wide dtype: the LSTM's
+Its weights are read from L2 at every step. Packed by `controller.py`, in the wide dtype: the LSTM's
 gates of a unit side by side, so that one reduction leaves each thread all four; per layer the
 weights of [below, h] as [K, C * G] for the forward and [C * G, K] for the backward, one layer after
 the other.

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.delta_memory import Operands, Options
 from ..reference.delta_memory import NORM_FLOOR
-from .common import accumulator, as_bytes, launcher, row_lengths, wide
+from .common import accumulator, as_bytes, cdiv, launcher, next_power_of_2, row_lengths, wide
 from .delta_memory_kernels import delta_memory_backward_kernel, delta_memory_forward_kernel
 
 _ELEMENTS = 4096  # of a memory's slice
@@ -62,9 +61,9 @@ def _common(operands: Operands, options: Options) -> tuple[tuple[int, int], dict
     batch, steps, key_heads, features = q.shape
     heads, values = v.shape[2:]
     computed = wide(q.dtype)
-    block = triton.next_power_of_2(features)
+    block = next_power_of_2(features)
     most = max(1, min(_WIDEST, _ELEMENTS // block))
-    columns = min(most, triton.next_power_of_2(max(1, values)))
+    columns = min(most, next_power_of_2(max(1, values)))
     limits = None
     if lengths is not None:
         limits = row_lengths("delta_memory", lengths, q.device, steps)
@@ -87,7 +86,7 @@ def _common(operands: Operands, options: Options) -> tuple[tuple[int, int], dict
         "BV": columns,
         "num_warps": max(1, min(8, block * columns // 512)),
     }
-    return (batch * heads, triton.cdiv(values, columns)), common
+    return (batch * heads, cdiv(values, columns)), common
 
 
 @launcher
@@ -100,7 +99,7 @@ def delta_memory(operands: Operands, options: Options, save: bool) -> tuple[Tens
     output = v.new_zeros(v.shape)
     final = q.new_empty(shape, dtype=computed)
     segment = common["segment"]
-    kept = triton.cdiv(q.shape[1], segment), shape[2] + segment, shape[3]
+    kept = cdiv(q.shape[1], segment), shape[2] + segment, shape[3]
     states = q.new_empty((*shape[:2], *kept) if save else 0, dtype=computed)
     if final.numel():
         delta_memory_forward_kernel[grid](

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.dnc import _options_of, _plain, _vjp
@@ -29,7 +28,7 @@ from ..reference.dnc import NORM_EPSILON, DNCState
 from . import dnc_backward_kernels as backward_kernels
 from . import dnc_kernels as kernels
 from . import machine
-from .common import dense, launcher, wide
+from .common import dense, launcher, next_power_of_2, wide
 
 _ELEMENTS = 16384  # N * M, both padded to powers of two, that a program keeps
 _TILE = 2048  # of links, N columns wide, that are in registers at once
@@ -109,8 +108,8 @@ class _Sizes(machine.Sizes):
             "LINKS": options.links,
             "SOFTMAX": options.allocation == "softmax",
             "BI": min(self.block_n, tile // self.block_n),
-            "BD": max(2, triton.next_power_of_2(1 + 2 * self.writes)),
-            "BC": min(32, max(16, triton.next_power_of_2(self.control))),
+            "BD": max(2, next_power_of_2(1 + 2 * self.writes)),
+            "BC": min(32, max(16, next_power_of_2(self.control))),
             "BK": block_k,
         }
 
@@ -143,7 +142,7 @@ def dnc(
         if size.batch:
             usage, write, read = traces
             kernels.dnc_forward[(size.batch,)](
-                **forward.arguments(given.interface_weight, given.interface_bias),
+                **forward.arguments(),
                 **_norm(given.norm, record),
                 memory_ptr=first.memory.contiguous(),
                 features_ptr=features,
@@ -216,7 +215,7 @@ def dnc_backward(
     wanted = [w for count, w in [*counts, (len(given.initial), of_initial)] for _ in range(count)]
     call = machine.Call("dnc", input, first, given)
     if size.on_chip and input.dtype == call.dtype:
-        back = machine.Backward(size, call, given.interface_weight, DNCState._fields, grads)
+        back = machine.Backward(size, call, DNCState._fields, grads)
         dq = call.make(*back.dp.shape) if given.norm else None
         if size.batch:
             rows, empty = (size.batch, size.segment), input.new_empty

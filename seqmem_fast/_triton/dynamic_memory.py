@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.dynamic_memory import Operands
 from . import dynamic_memory_kernels as kernels
-from .common import accumulator, launcher, strides, wide
+from .common import accumulator, cdiv, launcher, next_power_of_2, strides, wide
 
 _WIDEST = 128
 _ELEMENTS = 4096  # of a block of slots
@@ -33,9 +32,9 @@ def _blocks(slots: int, width: int) -> tuple[int, int]:
     At least an element for every thread: of a smaller block, warps hold copies that may differ in
     the last bit, and which of them a sum takes is not defined.
     """
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, next_power_of_2(width))
     least = 32 * _warps(block_d) // block_d
-    return max(least, min(triton.next_power_of_2(slots), _ELEMENTS // block_d)), block_d
+    return max(least, min(next_power_of_2(slots), _ELEMENTS // block_d)), block_d
 
 
 def _warps(block_d: int) -> int:
@@ -90,7 +89,7 @@ def dynamic_memory(
         )
     if return_memory:
         block_n, block_d = _blocks(slots, width)
-        blocks = triton.cdiv(slots, block_n)
+        blocks = cdiv(slots, block_n)
         kernels.dynamic_memory_final[(batch * blocks,)](
             maps_ptr=maps,
             final_ptr=final,
@@ -107,7 +106,7 @@ def _aligned(weight: Tensor, width: int) -> Tensor:
     """
     if width <= 64 or weight.shape[1] % 16 == 0:
         return weight.contiguous()
-    padded = weight.new_empty(len(weight), triton.cdiv(width, 16) * 16)
+    padded = weight.new_empty(len(weight), cdiv(width, 16) * 16)
     padded[:, :width] = weight[:, :width]
     return padded
 
@@ -336,7 +335,7 @@ def _grad_memory(
         slots, width = memory.shape
         block_n, block_d = _blocks(slots, width)
         part = torch.empty_like(grad)
-        kernels.dynamic_memory_shared_grad[(triton.cdiv(slots, block_n),)](
+        kernels.dynamic_memory_shared_grad[(cdiv(slots, block_n),)](
             grad_final_ptr=grad_final,
             maps_ptr=maps,
             grad_ptr=part,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accumulator, launcher, load_wide, store_narrow, wide
+from .common import accumulator, launcher, load_wide, next_power_of_2, store_narrow, wide
 from .normalizers import ANY, any_lane, kind_of, newton_step, powers, slopes_of
 
 _BLOCK = 4096
@@ -177,7 +177,7 @@ def _options(
         wide_alpha = input.new_full((), power, dtype=torch.float64) if alpha is None else alpha
         by_row = _rows(wide_alpha.double().expand(shape), dim)
     most = max(16, _BLOCK // 8) if kind == ANY else _BLOCK  # float64 takes the registers
-    block = min(most, max(16, triton.next_power_of_2(count)))
+    block = min(most, max(16, next_power_of_2(count)))
     options = {
         "alpha_ptr": by_row,
         "count": count,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.hard_attention import LossArguments
-from .common import accumulator, launcher, wide
+from .common import accumulator, launcher, next_power_of_2, wide
 
 _BLOCK = 1024
 _MEAN, _SUM = 1, 2  # reductions, as csrc/ops/hard_attention.cpp has them
@@ -129,7 +129,7 @@ def _forward(
         entropy_ptr=entropy,
         count=count,
         ACC=accumulator(logits.dtype),
-        BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(count))),
+        BLOCK=min(_BLOCK, max(16, next_power_of_2(count))),
         num_warps=4 if count > 256 else 1,
     )
 
@@ -146,7 +146,7 @@ def _gradient(logits: Tensor, action: Tensor, by_log_prob: Tensor, by_entropy: T
             grad_ptr=grad,
             count=count,
             ACC=accumulator(logits.dtype),
-            BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(count))),
+            BLOCK=min(_BLOCK, max(16, next_power_of_2(count))),
             num_warps=4 if count > 256 else 1,
         )
     return grad

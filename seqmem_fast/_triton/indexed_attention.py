@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.common import Rule
 from ..ops.indexed_attention import _plain
 from ..reference import indexed_attention as reference
 from . import indexed_attention_kernels as kernels
-from .common import launcher, of_dropout, only, through_reference, wide
+from .common import launcher, next_power_of_2, of_dropout, only, through_reference, wide
 from .normalizers import of_normalizer
 from .sparse_attention import begins_of, dense_rows, fits_heads, of_heads, of_lists, placed
 
@@ -37,7 +36,7 @@ def _common(
         **of_heads(q, k, v, scale, rule.dropout),
         "count": count,
         **of_lists(index.shape[:2]),
-        "BC": min(_PLACES, max(16, triton.next_power_of_2(count))),
+        "BC": min(_PLACES, max(16, next_power_of_2(count))),
     }
 
 

@@ -92,7 +92,7 @@ def lrua(
         memory = machine.padded(first.memory.to(call.dtype))
         if size.batch:
             kernels.lrua_forward[(size.batch,)](
-                **forward.arguments(given.head_weight, given.head_bias),
+                **forward.arguments(),
                 memory_ptr=memory,
                 features_ptr=features,
                 usage_trace_ptr=usage_trace,
@@ -151,7 +151,7 @@ def lrua_backward(
     wanted += [of_weights] * len(given.controller)
     call = machine.Call("lrua", input, first, given)
     if size.on_chip:
-        back = machine.Backward(size, call, given.head_weight, _LEARNS, grads)
+        back = machine.Backward(size, call, _LEARNS, grads)
         if size.batch:
             kernels.lrua_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),

@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ..ops.lstm_regularized import Norms, Operands, Steps, Zoneout
 from ..reference.lstm import Layout
 from ..reference.lstm_regularized import EPSILON
-from .common import accumulator, dense, launcher, of_dropout, refuse_in_capture, wide
+from .common import (
+    accumulator,
+    dense,
+    launcher,
+    next_power_of_2,
+    of_dropout,
+    refuse_in_capture,
+    wide,
+)
 from .lstm_backward import Grads
 from .lstm_regularized_kernels import lstm_regularized_step, lstm_regularized_step_backward
 
@@ -25,7 +32,7 @@ from .lstm_regularized_kernels import lstm_regularized_step, lstm_regularized_st
 def _options(x: Tensor, width: int, zoneout: Zoneout) -> dict[str, Any]:
     """What both kernels take."""
     seed, zoneout_h, zoneout_c = zoneout
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return {
         "seed_ptr": dense(seed),
         "batch": x.size(1),

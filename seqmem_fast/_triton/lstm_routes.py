@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .common import has_matrix_cores, tf32_allowed
+from .common import cdiv, has_matrix_cores, next_power_of_2, tf32_allowed
 from .lstm_rows import Rows
 
 # Whether the compiled module brings the loops over time of the step-by-step route.
@@ -41,7 +41,7 @@ def on_chip_plan(
     to 150 multiprocessors. H in 65..128 keeps 128 kB of weights in shared memory; if 16 does not
     divide it, its addresses cost registers and up to 256 bytes a thread spill.
     """
-    block_h = max(16, triton.next_power_of_2(hidden))
+    block_h = max(16, next_power_of_2(hidden))
     if dtype == torch.float64 or block_h > 128:
         return None
     tensor_cores = has_matrix_cores(device)
@@ -106,7 +106,7 @@ def launch_on_chip(
     """Run a kernel of lstm_on_chip.py over the whole sequence."""
     if rows.batch == 0:
         return
-    kernel[(triton.cdiv(rows.batch, plan.block_b),)](
+    kernel[(cdiv(rows.batch, plan.block_b),)](
         batch=rows.batch,
         H=hidden,
         BLOCK_B=plan.block_b,

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import lstm_step
-from .common import refuse_in_capture, row_lengths
+from .common import cdiv, next_power_of_2, refuse_in_capture, row_lengths
 
 # One tile of the pointwise kernels: 4 elements for each of the 128 threads of a program.
 _TILE = 512
@@ -145,7 +144,7 @@ def launch_step(kernel: Any, batch: int, width: int, **arguments: Any) -> None:
     """Run a pointwise kernel over [batch, width]."""
     block_b, block_h = _block(width)
     if batch:
-        kernel[(triton.cdiv(batch, block_b), triton.cdiv(width, block_h))](
+        kernel[(cdiv(batch, block_b), cdiv(width, block_h))](
             batch=batch, width=width, BLOCK_B=block_b, BLOCK_H=block_h, num_warps=4, **arguments
         )
 
@@ -155,9 +154,9 @@ def entering_states(rows: Rows, hx: Tensor | None, output: Tensor) -> Tensor:
     entering = torch.empty_like(output)
     width = output.shape[1]
     block_b, block_h = _block(width)
-    blocks = triton.cdiv(rows.batch, block_b)
+    blocks = cdiv(rows.batch, block_b)
     if blocks:
-        lstm_step.lstm_entering_state[(blocks * rows.steps, triton.cdiv(width, block_h))](
+        lstm_step.lstm_entering_state[(blocks * rows.steps, cdiv(width, block_h))](
             hx_ptr=hx,
             output_ptr=output,
             offsets_ptr=rows.offsets(output.device),
@@ -174,5 +173,5 @@ def entering_states(rows: Rows, hx: Tensor | None, output: Tensor) -> Tensor:
 
 
 def _block(width: int) -> tuple[int, int]:
-    block_h = min(triton.next_power_of_2(width), 128)
+    block_h = min(next_power_of_2(width), 128)
     return _TILE // block_h, block_h

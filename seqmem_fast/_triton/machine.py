@@ -1,19 +1,18 @@
-"""What the launchers of a whole sequence with a memory share: sizes, the controller's weights as
-`controller_kernels.py` reads them, what kernels move from step to step, the products over all steps
-that give the weights' gradients, and the plain path through the reference."""
+"""What the launchers of a whole sequence with a memory share: sizes, what kernels move from step to
+step, the products over all steps that give the weights' gradients, and the plain path through the
+reference."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .common import accumulator, autograd_below, row_lengths, wide
+from .common import accumulator, autograd_below, next_power_of_2, row_lengths, wide
+from .controller import by_gate, pack
 
 SHORTEST_SEGMENT = 8  # as csrc/common/machine.h: the checkpoints' shape is the op's
 _ELEMENTS = 8192  # N * M, both padded to powers of two, that a program keeps without spilling
@@ -21,12 +20,12 @@ _ELEMENTS = 8192  # N * M, both padded to powers of two, that a program keeps wi
 
 def fits(slots: int, width: int) -> bool:
     """Whether a row's memory is kept on chip."""
-    return triton.next_power_of_2(slots) * max(16, triton.next_power_of_2(width)) <= _ELEMENTS
+    return next_power_of_2(slots) * max(16, next_power_of_2(width)) <= _ELEMENTS
 
 
 def blocks(slots: int, width: int) -> dict[str, Any]:
     """The padded memory, and the warps that hold it."""
-    block_n, block_w = triton.next_power_of_2(slots), max(16, triton.next_power_of_2(width))
+    block_n, block_w = next_power_of_2(slots), max(16, next_power_of_2(width))
     warps = 8 if block_n * block_w > 4096 else 4
     return {"BN": max(16, block_n), "BW": block_w, "num_warps": warps, "num_stages": 1}
 
@@ -69,7 +68,7 @@ class Sizes:
         self.segment = max(SHORTEST_SEGMENT, math.isqrt(max(self.steps - 1, 0)) + 1)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
-        block_c = min(128, max(16, triton.next_power_of_2(self.control)))
+        block_c = min(128, max(16, next_power_of_2(self.control)))
         return {
             "steps": self.steps,
             "batch": self.batch,
@@ -89,41 +88,6 @@ class Sizes:
             **blocks(self.slots, self.width),
             "num_warps": 8,
         }
-
-
-def by_unit(t: Tensor, gates: int) -> Tensor:
-    """Rows [G * C] of a weight or bias with the gates of a unit side by side."""
-    return t.unflatten(0, (gates, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def by_gate(t: Tensor, gates: int) -> Tensor:
-    return t.unflatten(0, (-1, gates)).transpose(0, 1).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Controller:
-    """The controller's weights in the wide dtype, gates by unit."""
-
-    of_input: Tensor  # [C * G, I]
-    layers: list[Tensor]  # [C * G, K] of [below, h]; the first layer's below are the reads
-    biases: list[Tensor]  # [C * G]
-
-    @staticmethod
-    def of(controller: Sequence[Tensor], width: int, gates: int) -> Controller:
-        dtype = wide(controller[0].dtype)
-        ours = [by_unit(t.to(dtype), gates) for t in controller]
-        if gates == 4:
-            firsts, biases = ours[::4], [a + b for a, b in zip(ours[2::4], ours[3::4], strict=True)]
-        else:
-            firsts, biases = ours[::2], ours[1::2]
-        of_input, firsts[0] = firsts[0][:, :width], firsts[0][:, width:]
-        if gates == 4:
-            firsts = [torch.cat(pair, 1) for pair in zip(firsts, ours[1::4], strict=True)]
-        return Controller(of_input, firsts, biases)
-
-    def packed(self, transposed: bool) -> Tensor:
-        """All layers, one after the other."""
-        return torch.cat([(w.t() if transposed else w).flatten() for w in self.layers])
 
 
 def padded(memory: Tensor) -> Tensor:
@@ -197,7 +161,9 @@ class Call:
         state: Any,  # the op's NamedTuple, as `given`: a Machine, or what has these of its fields
         given: Any,
     ) -> None:
-        self.input, self.state, self.controller = input, state, given.controller
+        self.input, self.state = input, state
+        controller, head_weight, head_bias, *_ = given
+        self.parameters = *controller, head_weight, head_bias
         self.initial, self.reset, self.dtype = given.initial, given.reset, wide(input.dtype)
         lengths = given.lengths
         if lengths is not None:
@@ -228,29 +194,31 @@ class Forward:
     def __init__(self, size: Sizes, call: Call, *moved: str) -> None:
         self.size, self.call = size, call
         # [2, B, L, C]: the state before even steps, and before odd ones
-        self.hidden = call.input.new_zeros(
+        self.hidden = call.input.new_empty(
             2, size.batch, size.layers, size.control, dtype=call.dtype
         )
-        self.hidden[0, :, : size.kept] = call.state.hidden.transpose(0, 1)
-        parts = {name: getattr(call.state, name) for name in moved}
-        parts["cell"] = parts["cell"].transpose(0, 1)
-        self.moved = {  # copies, all wide
-            name: part.to(call.dtype, copy=True, memory_format=torch.contiguous_format)
-            for name, part in parts.items()
-        }
-        self.hidden_out = torch.empty_like(self.moved["cell"])
+        parts = {name: getattr(call.state, name) for name in ("hidden", *moved)}
+        parts |= {name: parts[name].transpose(0, 1) for name in ("hidden", "cell")}
+        copies = {name: self.hidden.new_empty(parts[name].shape) for name in moved}  # all wide
+        first = self.hidden[0, :, : size.kept]
+        # One launch for all.
+        torch._foreach_copy_(
+            [t.view(-1) for t in (first, *copies.values())],
+            [parts[name].reshape(-1) for name in ("hidden", *moved)],
+        )
+        self.moved, self.hidden_out = copies, torch.empty_like(copies["cell"])
 
-    def arguments(self, head_weight: Tensor, head_bias: Tensor) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The controller's and the state's."""
-        call, dtype = self.call, self.call.dtype
-        packed = Controller.of(call.controller, self.size.input, self.size.gates)
-        flat = without_padding(call.input, call.lengths).to(dtype).flatten(0, 1)
+        call, size = self.call, self.size
+        packed = pack(call.parameters, size.input, size.gates, transposed=True)
+        flat = without_padding(call.input, call.lengths).to(call.dtype).flatten(0, 1)
         return {
-            "zx_ptr": torch.addmm(packed.biases[0], flat, packed.of_input.t()),
-            "weight_ptr": packed.packed(transposed=True),
-            "bias_ptr": torch.stack(packed.biases),
-            "head_weight_ptr": head_weight.to(dtype).t().contiguous(),
-            "head_bias_ptr": head_bias.to(dtype).contiguous(),
+            "zx_ptr": torch.addmm(packed.biases[0], flat, packed.of_input),
+            "weight_ptr": packed.layers,
+            "bias_ptr": packed.biases,
+            "head_weight_ptr": packed.head_weight,
+            "head_bias_ptr": packed.head_bias,
             "hidden_ptr": self.hidden,
             "hidden_out_ptr": self.hidden_out,
             **{f"{name}_ptr": part for name, part in self.moved.items()},
@@ -275,29 +243,34 @@ class Backward:
         self,
         size: Sizes,
         call: Call,
-        head_weight: Tensor,
         names: Sequence[str],
         grads: Sequence[Tensor | None],
     ) -> None:
         self.size, self.call, self.names = size, call, names
-        self.controller = Controller.of(call.controller, size.input, size.gates)
-        self.head_weight = head_weight.to(call.dtype).contiguous()
+        self.packed = pack(call.parameters, size.input, size.gates, transposed=False)
         rows, gates = (size.steps, size.batch), size.control * size.gates
         self.dz = call.make(*rows, size.layers, gates, dtype=call.dtype)
         self.dp = call.make(*rows, size.values, dtype=call.dtype)
-        self.carried = [
-            self._carried(name, grad) for name, grad in zip(names, grads, strict=True)
-        ]  # batch first
+        self.carried = self._unset()
         # For what reset goes back to, a row's part each.
-        self.parts = None if call.reset is None else [torch.zeros_like(a) for a in self.carried]
+        self.parts = None if call.reset is None else self._unset()
+        torch._foreach_zero_([*self.carried, *(self.parts or ())])
+        for name, part, grad in zip(names, self._unpadded(self.carried), grads, strict=True):
+            if grad is not None:
+                part.copy_(grad.transpose(0, 1) if name in ("hidden", "cell") else grad)
 
-    def _carried(self, name: str, grad: Tensor | None) -> Tensor:
-        like, dtype = getattr(self.call.state, name), self.call.dtype
-        a = torch.zeros_like(like, dtype=dtype) if grad is None else grad.to(dtype)
-        if name == "memory":
-            return padded(a)
-        a = a.transpose(0, 1) if name in ("hidden", "cell") else a
-        return a.clone(memory_format=torch.contiguous_format)
+    def _unset(self) -> list[Tensor]:
+        """Gradients of a state, batch first, the memory padded."""
+        shapes = []
+        for name in self.names:
+            shape = list(getattr(self.call.state, name).shape)
+            if name == "memory":
+                block = blocks(*shape[-2:])
+                shape[-2:] = block["BN"], block["BW"]
+            elif name in ("hidden", "cell"):
+                shape[:2] = shape[1], shape[0]
+            shapes.append(shape)
+        return [self.dz.new_empty(shape) for shape in shapes]
 
     def arguments(
         self, grad_features: Tensor | None, features: Tensor, record: Tensor
@@ -306,8 +279,8 @@ class Backward:
         parts: Sequence[Tensor | None] = self.parts or [None] * len(self.names)
         return {
             "grad_features_ptr": grad_features,
-            "weight_ptr": self.controller.packed(transposed=False),
-            "head_weight_ptr": self.head_weight,
+            "weight_ptr": self.packed.layers,
+            "head_weight_ptr": self.packed.head_weight,
             "cell_ptr": self.call.state.cell.contiguous(),
             "features_ptr": features.contiguous(),
             "record_ptr": record.contiguous(),
@@ -345,7 +318,7 @@ class Backward:
             of_initial = dict(zip(self.names, sums, strict=True))
         fields = call.state._fields
         return (
-            (self.dz[:, :, 0] @ self.controller.of_input).view_as(call.input),
+            (self.dz[:, :, 0] @ self.packed.of_input).view_as(call.input),
             [found.get(name) for name in fields],
             [of_initial.get(name) for name in fields[: len(call.initial)]],
             heads,

@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.ntm import _plain, _vjp
 from ..reference.ntm_addressing import NTMState
 from . import machine
 from . import ntm_kernels as kernels
-from .common import dense, launcher
+from .common import dense, launcher, next_power_of_2
 
 _MOST_HEADS = 31  # bits of an integer
 
@@ -65,7 +64,7 @@ class _Sizes(machine.Sizes):
             "writes": self.options.writes,
             "taps": self.taps,
             "SQUASH": self.options.squash,
-            "BS": max(2, triton.next_power_of_2(self.taps)),
+            "BS": max(2, next_power_of_2(self.taps)),
         }
 
 
@@ -92,7 +91,7 @@ def ntm(
         memory_out = torch.empty_like(state.memory, memory_format=torch.contiguous_format)
         if size.batch:
             kernels.ntm_forward[(size.batch,)](
-                **forward.arguments(given.head_weight, given.head_bias),
+                **forward.arguments(),
                 memory_ptr=state.memory.contiguous(),
                 features_ptr=features,
                 memory_out_ptr=memory_out,
@@ -142,7 +141,7 @@ def ntm_backward(
     wanted += [of_weights] * len(given.controller)
     call = machine.Call("ntm", input, state, given)
     if size.on_chip:
-        back = machine.Backward(size, call, given.head_weight, NTMState._fields, grads)
+        back = machine.Backward(size, call, NTMState._fields, grads)
         if size.batch:
             kernels.ntm_backward[(size.batch,)](
                 **back.arguments(grad_features, features, saved),

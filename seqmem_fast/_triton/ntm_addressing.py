@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference import ntm_addressing as reference
 from . import ntm_addressing_kernels as kernels
-from .common import accumulator, launcher, only, through_reference
+from .common import accumulator, launcher, next_power_of_2, only, through_reference
 from .machine import blocks, fits
 
 
@@ -35,7 +34,7 @@ def _shape(memory: Tensor, of_head: Tensor) -> tuple[int, int, dict[str, Any]]:
 
 
 def _taps(shift: Tensor) -> dict[str, int]:
-    return {"taps": shift.shape[-1], "BS": max(2, triton.next_power_of_2(shift.shape[-1]))}
+    return {"taps": shift.shape[-1], "BS": max(2, next_power_of_2(shift.shape[-1]))}
 
 
 class Addressing(NamedTuple):

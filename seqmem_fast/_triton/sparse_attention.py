@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .common import accumulator, strides
+from .common import accumulator, next_power_of_2, strides
 
 
 def fits_heads(q: Tensor, v: Tensor) -> bool:
@@ -70,8 +69,8 @@ def of_heads(
         "group": q.shape[1] // k.shape[1],
         "ACC": accumulator(q.dtype),
         "FACTOR": 1 / (1 - dropout) if dropout < 1 else 0.0,  # of weights that are not dropped
-        "BD": max(16, triton.next_power_of_2(width)),
-        "BV": max(16, triton.next_power_of_2(values)),
+        "BD": max(16, next_power_of_2(width)),
+        "BV": max(16, next_power_of_2(values)),
         "num_warps": 4 if q.element_size() == 2 else 8,
         "num_stages": 1,
     }

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..ops.common import Rule
 from ..ops.window_attention import Operands, Options, _plain
 from ..reference import window_attention as reference
 from . import window_attention_kernels as kernels
-from .common import launcher, of_dropout, only, product_precision, through_reference, wide
+from .common import cdiv, launcher, of_dropout, only, product_precision, through_reference, wide
 from .normalizers import of_normalizer
 from .sparse_attention import dense_rows, fits_heads, int_bound, of_heads, placed
 
@@ -54,7 +53,7 @@ def _common(operands: Operands, options: Options, rule: Rule) -> dict[str, Any]:
 def _by_queries(common: dict[str, Any]) -> tuple[int, dict[str, int]]:
     """Programs of a head, and how they are counted."""
     classes = min(common["dilation"], common["queries"])
-    blocks = triton.cdiv(triton.cdiv(common["queries"], common["dilation"]), common["BM"])
+    blocks = cdiv(cdiv(common["queries"], common["dilation"]), common["BM"])
     return classes * blocks, {"classes": classes, "blocks": blocks}
 
 
@@ -144,10 +143,10 @@ def _backward(
         **{**common, "BN": common["BN"] if q.element_size() == 2 else 16},  # spills nothing
     )
     classes = min(common["dilation"], common["keys"])
-    blocks = triton.cdiv(triton.cdiv(common["keys"], common["dilation"]), common["BN"])
+    blocks = cdiv(cdiv(common["keys"], common["dilation"]), common["BN"])
     for is_global, own, given, counts in (
         (False, weights, of_weights, (classes, blocks)),
-        (True, global_weights, of_global, (1, triton.cdiv(common["count"], common["BN"]))),
+        (True, global_weights, of_global, (1, cdiv(common["count"], common["BN"]))),
     ):
         if counts[1] == 0:
             continue
