@@ -11,10 +11,12 @@ import pytest
 import torch
 from ahead_of_time import Kernel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_attention_check import check_launchers, spread
 
 import seqmem_fast
 from seqmem_fast._triton import attention as launchers
+from seqmem_fast._triton import common
 from seqmem_fast.reference import attention as reference
 from seqmem_fast.reference.common import ALPHAS, Sample
 
@@ -73,9 +75,17 @@ def test_torchs_products_in_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> N
     check(SAMPLES["masked"], torch.float32, (False, True))
 
 
-def test_wide_heads_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "tiles", lambda *_: None)
+def test_many_scores_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "_MANY_OF_16_BITS", 0)
     check(SAMPLES["masked"], torch.bfloat16)
+    check(SAMPLES["added_mask"], torch.float16, (True, False))
+
+
+def test_products_on_a_gpu_stay_wide() -> None:
+    with FakeTensorMode():  # there is no GPU
+        a = torch.empty(2, 3, 4, device="cuda", dtype=torch.bfloat16)
+        product = common.wide_product(a, a.mT)
+    assert product.is_cuda and product.dtype == torch.float32 and product.shape == (2, 3, 3)
 
 
 def test_more_leading_dimensions_and_strides() -> None:

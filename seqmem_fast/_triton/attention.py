@@ -8,8 +8,9 @@ fixed order.
 
 Products run on tensor cores: 16-bit storage as it is, float32 as three TF32 products, which keep
 its precision to a few units in the last place (one where `torch.backends.cuda.matmul` allows TF32;
-AMD multiplies float32 itself). Float64, heads wider than `tiles` can hold and float32 with many
-scores take torch's products with one kernel between them, for the softmax or its gradient.
+AMD multiplies float32 itself). Float64, heads wider than `tiles` can hold and calls with many
+scores take torch's products with one kernel between them, for the softmax or its gradient; their
+results are wide, so that scores are rounded no more than within one kernel.
 
 Where the package was built with nvcc, csrc/cuda/attention.cpp runs small calls in their place.
 
@@ -23,16 +24,25 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference.attention import scores_of
 from . import attention_kernels as kernels
 from . import attention_softmax_kernels as between
-from .common import as_bytes, launcher, product_precision, strides, two_leading, wide
+from .common import (
+    as_bytes,
+    cdiv,
+    launcher,
+    next_power_of_2,
+    product_precision,
+    strides,
+    two_leading,
+    wide,
+    wide_product,
+)
 
 _SCORES = 4096  # that a program of the softmax kernels holds
-_MANY = 1 << 20  # scores of a call
+_MANY, _MANY_OF_16_BITS = 1 << 20, 1 << 22  # scores of a call
 
 
 class Tiles(NamedTuple):
@@ -47,8 +57,12 @@ def tiles(width: int, dtype: torch.dtype, scores: int) -> Tiles | None:
     """The blocks for heads of this width (the larger of D and Dv), None for torch's products.
 
     The largest that spill nothing on any target that we compile for. Float32 pays three TF32
-    products for one, which only a launch saved is worth: with many scores torch's are faster.
+    products for one, which only a launch saved is worth: with many scores torch's are faster. So
+    they are in 16 bits, where four warps walk over all keys alone.
     """
+    narrow = dtype not in (torch.float32, torch.float64)
+    if narrow and scores >= _MANY_OF_16_BITS and torch.version.hip is None:
+        return None
     if dtype == torch.float64:
         return None
     if dtype == torch.float32:
@@ -106,12 +120,12 @@ class _Call:
             "width": self.width,
             "value_width": self.value_width,
             "heads": 1 if len(self.lead) < 1 else self.lead[-1],
-            "blocks": triton.cdiv(rows, block),
+            "blocks": cdiv(rows, block),
             "PRECISION": product_precision(self.like.dtype, self.like.device),
             "BM": tile.queries,
             "BN": tile.keys,
-            "BD": max(16, triton.next_power_of_2(self.width)),
-            "BV": max(16, triton.next_power_of_2(self.value_width)),
+            "BD": max(16, next_power_of_2(self.width)),
+            "BV": max(16, next_power_of_2(self.value_width)),
             "num_warps": tile.warps,
             "num_stages": 1,
         }
@@ -244,13 +258,13 @@ def _backward(
 
 def _softmax_blocks(call: _Call) -> dict[str, Any]:
     """What both softmax kernels take: a few rows a program, 4096 scores at a time."""
-    keys = min(triton.next_power_of_2(call.keys), _SCORES)
+    keys = min(next_power_of_2(call.keys), _SCORES)
     rows = max(1, min(_SCORES // keys, 16))
     return {
         "queries": call.queries,
         "keys": call.keys,
         "heads": 1 if len(call.lead) < 1 else call.lead[-1],
-        "blocks": triton.cdiv(call.queries, rows),
+        "blocks": cdiv(call.queries, rows),
         "mask_ptr": call.mask,
         **strides("m", call.mask, "0", "1", "i", "j"),
         "ONE_BLOCK": call.keys <= keys,
@@ -263,22 +277,17 @@ def _softmax_blocks(call: _Call) -> dict[str, Any]:
 
 def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) -> None:
     """The forward by torch's products, one kernel between them."""
-    wide_type = wide(weights.dtype)
-    scores = weights if wide_type == weights.dtype else torch.empty_like(weights, dtype=wide_type)
     query, key, value = (t.flatten(0, 1) for t in (call.query, call.key, call.value))
     matrices = (call.batch, call.queries, -1)
-    products = scores.view(matrices)
-    torch.baddbmm(
-        products,
-        query.to(wide_type),
-        key.to(wide_type).mT,
-        beta=0,
-        alpha=call.scale,
-        out=products,
-    )
+    scale = call.scale
+    if weights.dtype == wide(weights.dtype):  # in place, with the scale in its own precision
+        products, scale = weights.view(matrices), 1.0
+        torch.baddbmm(products, query, key.mT, beta=0, alpha=call.scale, out=products)
+    else:
+        products = wide_product(query, key.mT)
     blocks = _softmax_blocks(call)
     between.attention_softmax[(call.batch * blocks["blocks"],)](
-        scores_ptr=scores, weights_ptr=weights, CAUSAL=is_causal, **blocks
+        scores_ptr=products, weights_ptr=weights, scale=scale, CAUSAL=is_causal, **blocks
     )
     torch.bmm(weights.view(matrices), value, out=output.view(matrices))
 
@@ -287,11 +296,10 @@ def _sparsely(
     call: _Call, mask: Tensor | None, is_causal: bool, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """The forward by torch's products, entmax's op between them."""
-    dtype = call.like.dtype
-    products = call.query.to(wide(dtype)) @ call.key.to(wide(dtype)).mT
+    products = wide_product(call.query.flatten(0, 1), call.key.flatten(0, 1).mT)
     products = products.view(*call.lead, *products.shape[-2:])
     scores = scores_of(products, mask, call.width, call.scale, is_causal)
-    weights = torch.ops.seqmem.entmax(scores, None, alpha, -1).to(dtype)
+    weights = torch.ops.seqmem.entmax(scores, None, alpha, -1).to(call.like.dtype)
     output = call.scores(weights) @ call.value
     return output.view(*call.lead, call.queries, call.value_width), weights
 
@@ -331,14 +339,13 @@ def _back_by_products(
     alpha: float,
 ) -> list[Tensor | None]:
     """The backward by torch's products, one kernel between them."""
-    dtype = call.like.dtype
     of_query, of_key, of_value, of_mask = wanted
     w = call.scores(weights)
     g = call.empty(call.queries, call.value_width).zero_() if grad_output is None else grad_output
     g = call.matrices(g)
     found: list[Tensor | None] = [None] * 4
     if of_query or of_key or of_mask:
-        p = (g @ call.value.mT).to(wide(dtype))
+        p = wide_product(g.flatten(0, 1), call.value.flatten(0, 1).mT).view_as(w)
         g_weights = None if grad_weights is None else call.scores(grad_weights)
         if alpha == 1:
             scores = _softmax_gradient(call, p, weights, g_weights)

@@ -23,21 +23,22 @@ def _dense_block(ptr, i, j, keys, there, other):
 
 
 @triton.jit
-def _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL: tl.constexpr):
+def _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys,
+                 CAUSAL: tl.constexpr):  # fmt: skip
     there = (i < queries)[:, None] & (j < keys)[None, :]
-    s = _dense_block(scores_ptr, i, j, keys, there, 0.0)
+    s = _dense_block(scores_ptr, i, j, keys, there, 0.0) * scale
     known = (j < keys)[None, :]
     if CAUSAL:
         known = known & (j[None, :] <= i[:, None])
     return masked_scores(s, mask_ptr, i, j, m_i, m_j, there, known)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=("scale", *VARYING))
 def attention_softmax(
-    scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: scale Q K^T
+    scores_ptr,  # [Z0 * Z1, Tq, Tk] wide, dense: Q K^T
     mask_ptr,  # [Z0, Z1, Tq, Tk] uint8 (0 = masked) or floating (added), or None
     weights_ptr,  # [Z0 * Z1, Tq, Tk], dense; may be scores_ptr
-    queries, keys,
+    scale, queries, keys,
     heads,  # Z1
     blocks,  # of queries
     m_0, m_1, m_i, m_j,
@@ -53,7 +54,7 @@ def attention_softmax(
     total = tl.zeros([BM], scores_ptr.dtype.element_ty)
     if ONE_BLOCK:
         j = tl.arange(0, BN)
-        s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
+        s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
         m, total = softmax_step(s, m, total)
         there = (i < queries)[:, None] & (j < keys)[None, :]
         w = softmax_weights(s, m, total).to(weights_ptr.dtype.element_ty)
@@ -61,11 +62,11 @@ def attention_softmax(
     else:
         for start in range(0, keys, BN):
             j = start + tl.arange(0, BN)
-            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
+            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
             m, total = softmax_step(s, m, total)
         for start in range(0, keys, BN):
             j = start + tl.arange(0, BN)
-            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
+            s = _read_scores(scores_ptr, mask_ptr, m_i, m_j, scale, i, j, queries, keys, CAUSAL)
             there = (i < queries)[:, None] & (j < keys)[None, :]
             w = softmax_weights(s, m, total).to(weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + i[:, None] * keys + j[None, :], w, mask=there)

@@ -77,8 +77,10 @@ def attention(patch: pytest.MonkeyPatch) -> None:
     module = checks("attention")
     module.check(module.SAMPLES["causal_masked"], torch.float32)
     module.check(module.SAMPLES["causal_masked"], torch.bfloat16)  # wgmma
-    patch.setattr(module.launchers, "_MANY", 0)  # scores: torch's products
+    for many in ("_MANY", "_MANY_OF_16_BITS"):
+        patch.setattr(module.launchers, many, 0)  # scores: torch's products
     module.check(module.SAMPLES["masked"], torch.float32)
+    module.check(module.SAMPLES["masked"], torch.bfloat16)
 
 
 def sparse_attention(
