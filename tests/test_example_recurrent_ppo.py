@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ def test_both_ways_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     example = load_example("recurrent_ppo", "rich", "matplotlib", "sb3_contrib")
     monkeypatch.setattr(example, "HIDDEN", 8)
     monkeypatch.setattr(example, "ROLLOUT", 32)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a training leaves its logs' folder
     out = tmp_path / "ppo.png"
     options = ["--steps", "128", "--envs", "2", "--threads", str(torch.get_num_threads())]
     plain, ours = example.main([*options, "--out", str(out)])

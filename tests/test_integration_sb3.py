@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ contrib: Any = pytest.importorskip("sb3_contrib")
 stable: Any = pytest.importorskip("stable_baselines3")
 
 STEPS, ENVS, HIDDEN = 24, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def logs_go_with_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each training makes a folder for logs among the temporary files, and leaves it there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 class Short(gym.Env):
