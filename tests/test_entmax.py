@@ -171,6 +171,20 @@ def test_nan_in_alpha_stays_in_its_rows() -> None:
     assert reference.entmax(z, alpha)[:, 1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_by_alpha_stays_right_towards_softmax(dtype: torch.dtype) -> None:
+    """Its two parts grow as 1 / (alpha - 1)^2 there, and cancel."""
+    z, weights = torch.randn(2, 9, dtype=torch.float64).to(dtype).unbind(0)
+    found = []
+    for above in (1e-3, 1e-4, 1e-5, 1e-6, 1e-8 if dtype == torch.float64 else 1e-6):
+        alpha = torch.tensor(1 + above, dtype=dtype, requires_grad=True)
+        found += torch.autograd.grad((ops.entmax(z, alpha) * weights).sum(), alpha)
+    first = found[1].expand(len(found) - 2)
+    torch.testing.assert_close(torch.stack(found[2:]), first, rtol=2e-3, atol=0)
+    difference = (reference.entmax(z, 1 + 1e-3) - reference.entmax(z, 1 + 0.9e-3)) / 1e-4
+    torch.testing.assert_close((difference * weights).sum(), found[0], rtol=5e-2, atol=0)
+
+
 def test_gradient_of_masked_entries_equals_the_references() -> None:
     samples = reference.sample_inputs(dtype=torch.float64)
     sample = next(s for s in samples if s.name == "masked")

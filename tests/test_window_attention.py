@@ -184,6 +184,17 @@ def test_large_same_bits_at_any_thread_count(
     check_same_bits_at_any_thread_count(window_case(sizes, 10, 3, dtype, dilation=2, global_keys=5))
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("queries", [1, 2, 3])
+def test_global_keys_of_classes_that_have_no_query(queries: int) -> None:
+    """A dilation beyond the queries, as in the steps of a stream."""
+    options = {"dilation": 4, "offset": 6, "global_keys": 3}
+    case = window_case((2, 2, 1, queries, 9, 4, 3), 1, 0, torch.float64, **options)
+    found, right = (values_and_gradients(f, case.tensors) for f in (case.op, case.reference))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_rows_without_keys_are_zero_and_teach_nothing() -> None:
     case = window_case((1, 1, 1, 12, 4, 4, 4), 2, 1, torch.float32)
     output, weights, *grads = values_and_gradients(case.op, case.tensors)

@@ -114,8 +114,10 @@ class Rows {
     }
   }
 
-  // grad_input and grad_alpha may be null. The latter is a difference of sums that nearly cancel:
-  // it is asked for in double alone, and p as it was stored would not do.
+  // grad_input and grad_alpha may be null. The latter is asked for in double alone, and p as it was
+  // stored would not do. With e = alpha - 1, h = -p ln p and s = p + e h + e^2 r it is
+  //   (sum p g sum r - sum r g + e (sum h g sum r - sum h sum r g)) / sum s,
+  // which divides no small difference by e. It is the same for g less a constant, here its mean.
   void backward(const S* grad, const S* input, const S* output, S* grad_input, double* grad_alpha,
                 double alpha) {
     const C rest = C(2 - alpha);
@@ -136,18 +138,24 @@ class Rows {
     });
     const C total = sum_of(totals), mean = total == 0 ? C(0) : sum_of(dots) / total;
     if (grad_alpha != nullptr) {
-      Vec<C> of_p = {}, of_h = {}, entropies = {};
+      const C e = C(alpha - 1);
+      Vec<C> of_p = {}, of_h = {}, of_r = {}, all_h = {}, all_r = {};
       for_vectors<1>([&](int, int64_t i, int n) {
         const Vec<C> p = weights(i, n);
         const IntVec<C> outside = p <= C(0);
-        const Vec<C> g = gradient(i, n, outside), h = entropy(p, outside);
+        const Vec<C> g = gradient(i, n, outside) - (outside ? Vec<C>{} : splat<C>(mean));
+        const Vec<C> s = kind == Kind::Sparsemax ? slopes(p, rest) : load(x + i);
+        const Vec<C> h = entropy(p, outside), r = curvature(p, h, s, e, outside);
         of_p += g * p;
         of_h += g * h;
-        entropies += h;
+        of_r += g * r;
+        all_h += h;
+        all_r += r;
       });
-      const C k = C(1 / (alpha - 1));
-      *grad_alpha = k * k * (lane_sum<C>(of_p) - mean) +
-                    k * (lane_sum<C>(of_h) - mean * lane_sum<C>(entropies));
+      const C r = lane_sum<C>(all_r), r_g = lane_sum<C>(of_r);
+      const C sum =
+          lane_sum<C>(of_p) * r - r_g + e * (lane_sum<C>(of_h) * r - lane_sum<C>(all_h) * r_g);
+      *grad_alpha = total == 0 ? C(0) : sum / total;
     }
     if (grad_input == nullptr) return;
     for_vectors<1>([&](int, int64_t i, int n) {
@@ -324,6 +332,16 @@ class Rows {
     Vec<C> log[1];
     log_of_positive<1, C>(base, log);
     return -base[0] * log[0];
+  }
+
+  // r in s = p + e h + e^2 r: p l^2 f(e l) with l = -ln p and f(x) = (exp(x) - 1 - x) / x^2, by its
+  // series where the difference would lose digits.
+  static SEQMEM_INLINE Vec<C> curvature(Vec<C> p, Vec<C> h, Vec<C> s, C e, IntVec<C> outside) {
+    constexpr int kTerms = 14;
+    const Vec<C> one = splat<C>(1), l = outside ? Vec<C>{} : h / (outside ? one : p), x = e * l;
+    Vec<C> series = one;  // times 2: 1 + x / 3 (1 + x / 4 (1 + ...
+    for (int k = kTerms; k > 2; --k) series = one + x * series / C(k);
+    return x < C(0.5) ? h * l * series / C(2) : (s - p - e * h) / (e * e);
   }
 };
 

@@ -26,10 +26,11 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
 
   const int64_t R = rows_of_tile<C>(s, kBackwardRows, kBlockBytes), W = s.W();
   const int64_t D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
-  // Whether dO is there, whether any of dQ, dK is, whether a key has several tasks
+  // Whether dO is there, whether any of dQ, dK is, whether a key may have several tasks or, among
+  // the global ones, one of another class
   const bool has_output = a.grad_output.data != nullptr;
   const bool scores_wanted = a.grad_q != nullptr || a.grad_k != nullptr;
-  const bool shared = plan.groups > 1 || (s.G > 0 && classes(s) > 1);
+  const bool shared = plan.groups > 1 || (s.G > 0 && s.dilation > 1);
 
   int64_t most_keys, stride, global_stride;
   int64_t rows_of_sums;      // of one task: G and the keys that its tiles see

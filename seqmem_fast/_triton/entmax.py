@@ -118,6 +118,16 @@ def _parts(grad_ptr, output_ptr, n, count, alpha, KIND: tl.constexpr, ACC: tl.co
 
 
 @triton.jit
+def _curvature(p, h, length, s, e):
+    """r in s = p + e h + e^2 r, by its series where the difference would lose digits."""
+    x = e * length
+    series = tl.full(x.shape, 1.0, x.dtype)
+    for k in tl.static_range(14, 2, -1):
+        series = 1.0 + x * series / k
+    return tl.where(x < 0.5, h * length * series * 0.5, (s - p - e * h) / (e * e))
+
+
+@triton.jit
 def entmax_backward_kernel(
     grad_ptr,  # [rows, K], of the output
     output_ptr,  # [rows, K]
@@ -136,23 +146,31 @@ def entmax_backward_kernel(
         alpha = tl.load(alpha_ptr + row)
     total = tl.sum(tl.zeros([BLOCK], ACC), axis=0)
     dot = total
-    of_p = total
-    of_h = total
-    entropy = total
+    e = alpha - 1.0
     for start in range(0, count, BLOCK):
         n = start + tl.arange(0, BLOCK)
         p, s, g = _parts(grad_ptr, output_ptr, n, count, alpha, KIND, ACC)
         total += tl.sum(s, axis=0)
         dot += tl.sum(s * g, axis=0)
-        if grad_alpha_ptr is not None:
-            h = -p * tl.log(tl.where(p <= 0.0, 1.0, p))
-            of_p += tl.sum(g * p, axis=0)
-            of_h += tl.sum(g * h, axis=0)
-            entropy += tl.sum(h, axis=0)
     mean = tl.where(total == 0.0, 0.0, dot / tl.where(total == 0.0, 1.0, total))
     if grad_alpha_ptr is not None:
-        k = 1.0 / (alpha - 1.0)
-        tl.store(grad_alpha_ptr + row, k * k * (of_p - mean) + k * (of_h - mean * entropy))
+        # The formula: csrc/common/entmax_rows.h.
+        of_p, of_h, of_r = total * 0.0, total * 0.0, total * 0.0
+        all_h, all_r = total * 0.0, total * 0.0
+        for start in range(0, count, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            p, s, g = _parts(grad_ptr, output_ptr, n, count, alpha, KIND, ACC)
+            g -= tl.where(p <= 0.0, 0.0, mean)
+            length = -tl.log(tl.where(p <= 0.0, 1.0, p))
+            h = p * length
+            r = _curvature(p, h, length, s, e)
+            of_p += tl.sum(g * p, axis=0)
+            of_h += tl.sum(g * h, axis=0)
+            of_r += tl.sum(g * r, axis=0)
+            all_h += tl.sum(h, axis=0)
+            all_r += tl.sum(r, axis=0)
+        found = of_p * all_r - of_r + e * (of_h * all_r - all_h * of_r)
+        tl.store(grad_alpha_ptr + row, found / tl.where(total == 0.0, 1.0, total))
     if grad_input_ptr is not None:
         for start in range(0, count, BLOCK):
             n = start + tl.arange(0, BLOCK)
