@@ -76,6 +76,7 @@ EXOTIC: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ROWS_FOR: dict[str, Callable[[Target, Bad], bool]] = {  # the tests that leave some rows out
     "test_refused_on_meta": lambda target, bad: not bad.needs_values,
+    "test_refused_in_a_transform": lambda target, bad: not bad.needs_values,
     "test_refused_compiled": lambda target, bad: (
         target.compiled is None or bad.name in target.compiled
     ),
@@ -120,6 +121,16 @@ class HostileSuite:
         given = {**target.arguments(), **bad.change}
         moved = {k: v if k in target.on_cpu else on_meta(v) for k, v in given.items()}
         message_of(target, bad, lambda: target.call(**moved))
+
+    def test_refused_in_a_transform(self, target: Target, bad: Bad) -> None:
+        """There plain PyTorch runs, which would broadcast or name no op."""
+        given = {**target.arguments(), **bad.change}
+
+        def call(one: Tensor) -> Tensor:
+            target.call(**given)
+            return one
+
+        message_of(target, bad, lambda: torch.func.grad(call)(torch.ones(())))
 
     @pytest.mark.slow
     def test_refused_compiled(self, target: Target, bad: Bad) -> None:

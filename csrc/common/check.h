@@ -92,6 +92,7 @@ class Check {
   }
 
   void strided(const char* name, const at::Tensor& t) const {
+    TORCH_CHECK_TYPE(t.defined(), op_, ": expected ", name, " to be a tensor, got None");
     TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested(), op_,
                      ": expected ", name, " to be a dense tensor, got ",
                      t.is_quantized() ? "a quantized one"

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload
 
 from ..reference.common import ALPHAS, thinned
@@ -91,6 +93,8 @@ def fall_back(
 
     def call(*arguments: Any) -> Result:
         if transform_active():
+            if not dynamo_traces():
+                _check_outside(name, arguments)
             return plain(*arguments)
         if exports_onnx():
             return (onnx or plain)(*arguments)
@@ -105,6 +109,31 @@ def fall_back(
         return result
 
     return call
+
+
+def _check_outside(name: str, arguments: Sequence[Any]) -> None:
+    """The op's check, outside of the ``torch.func`` transforms in which ``arguments`` are seen.
+
+    It sees what shapes and dtypes the transform shows, and those values that no transform wraps and
+    that it reads on the CPU: lengths and batch_sizes. Devices are left to torch.
+    """
+    check = getattr(torch.ops.seqmem, f"check_{name}").default
+    read = [argument.name in ("lengths", "batch_sizes") for argument in check._schema.arguments]
+
+    def stand_in(a: Any, is_read: bool = False) -> Any:
+        if isinstance(a, list | tuple):
+            return [stand_in(one) for one in a]
+        if not isinstance(a, Tensor):
+            return a
+        known = is_read and a.device.type == "cpu" and not is_functorch_wrapped_tensor(a)
+        if known or a.layout != torch.strided or a.is_quantized or a.is_nested:
+            return a
+        cast = autocast_dtype(a) if a.is_floating_point() and a.dtype != torch.float64 else None
+        return torch.empty(a.shape, dtype=cast or a.dtype, device="meta")
+
+    pairs = list(zip(arguments, read, strict=True))
+    with temporarily_clear_interpreter_stack():
+        check(*(stand_in(a, is_read) for a, is_read in pairs))
 
 
 def differentiate_through(
