@@ -14,6 +14,10 @@ from .nn import LSTM, Attention, LSTMCell
 
 _OURS: dict[type, Any] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell, nn.MultiheadAttention: Attention}
 _NAMES = ("LSTM", "LSTMCell", "GRU", "GRUCell", "RNN", "RNNCell", "MultiheadAttention")
+_RUN = (  # what a call runs of torch's classes
+    "forward", "check_forward_args", "check_input", "check_hidden_size", "permute_hidden",
+    "get_expected_hidden_size", "get_expected_cell_size", "merge_masks",
+)  # fmt: skip
 _DEVICES = ("cpu", "cuda", "meta")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -46,9 +50,13 @@ def accelerate(model: nn.Module, *, replace: bool = False) -> Report:
     restores what it scripts. Under ``torch.compile`` an nn.LSTM breaks the graph as ever, unless
     ``torch._dynamo.config.allow_rnn`` is set.
 
-    Left alone are modules with a forward of their own (subclasses, patched, quantized and scripted
-    ones), those whose device or dtype has no kernel, and the attention inside torch's transformer
-    layers, which ask for no weights.
+    Left alone are modules with a forward of their own, or with other methods that it calls
+    (subclasses, patched, quantized and scripted ones), those whose device or dtype has no kernel,
+    and the attention inside torch's transformer layers, which ask for no weights.
+
+    Two things differ from torch.nn. An LSTM's output is kept for its backward, so that a change in
+    place (``nn.Dropout(inplace=True)`` on it) is refused there, as torch refuses it for float32 and
+    bfloat16 alone. Attention's corners are those that :class:`seqmem_fast.Attention` documents.
 
     Args:
         model: the model, or one such module.
@@ -56,6 +64,8 @@ def accelerate(model: nn.Module, *, replace: bool = False) -> Report:
             :class:`seqmem_fast.Attention`, which torch.compile takes in one graph. They stay the
             same objects, with another class.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: expected a torch.nn.Module, got {type(model).__name__}")
     report = Report()
     layers = [m for m in model.modules() if isinstance(m, _LAYERS)]
     inside = {m for layer in layers for m in layer.children()}
@@ -104,7 +114,8 @@ def _reason_to_keep(module: nn.Module, cls: Any, theirs: Any, replace: bool) -> 
         return ""
     if "forward" in vars(module):
         return "its forward was patched on the instance"
-    if cls.forward is not theirs.forward or (replace and cls is not theirs):
+    differs = any(getattr(cls, f, None) is not getattr(theirs, f, None) for f in _RUN)
+    if differs or (replace and cls is not theirs):
         return "a subclass, which may compute something else"
     weight = next(module.parameters(), None)
     if weight is not None and weight.dtype not in _DTYPES:

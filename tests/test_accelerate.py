@@ -73,16 +73,22 @@ def test_report_says_what_and_why() -> None:
         def forward(self, input: Any, hx: Any = None) -> Any:
             return super().forward(2 * input, hx)
 
+    class Permuted(nn.LSTM):
+        def permute_hidden(self, hx: Any, permutation: Any) -> Any:
+            return hx[0] * 2, hx[1]
+
     net = model()
     net.own = Own(5, 6)
+    net.permuted = Permuted(5, 6)
     net.patched = nn.LSTM(5, 6)
     net.patched.forward = lambda input: input  # type: ignore[method-assign]
     text = str(sf.accelerate(net))
     for line in (
-        "swapped 3, left 3",
+        "swapped 3, left 4",
         "swapped first: LSTM(5, 6, batch_first=True)",
         "left gru: GRU: not an LSTM",
         "left own: Own: a subclass",
+        "left permuted: Permuted: a subclass",
         "left patched: LSTM: its forward was patched",
     ):
         assert line in text

@@ -296,10 +296,25 @@ def test_accelerate_leaves_what_has_a_forward_of_its_own() -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    report = sf.accelerate(nn.ModuleList([Own(WIDTH, HEADS)]))
-    assert not report.swapped and "a subclass" in str(report)
+    class Masks(nn.MultiheadAttention):
+        def merge_masks(self, *args: Any) -> Any:
+            return super().merge_masks(*args)
+
+    report = sf.accelerate(nn.ModuleList([Own(WIDTH, HEADS), Masks(WIDTH, HEADS)]))
+    assert not report.swapped and str(report).count("a subclass") == 2
     model = nn.MultiheadAttention(WIDTH, HEADS)
     assert sf.accelerate(model).swapped and "forward" in vars(model)
+
+
+def test_accelerate_takes_out_proj_s_weights_alone() -> None:
+    """As torch, which never calls it."""
+    theirs, _ = pair({})
+    theirs.out_proj.forward = lambda x: torch.full_like(x, 3.0)
+    args = inputs({})
+    right = theirs(*args)
+    sf.accelerate(theirs)
+    for a, b in zip(theirs(*args), right, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def module(**options: Any) -> sf.Attention:
@@ -311,6 +326,11 @@ x, long = z(4, 3, 6), z(5, 3, 6)
 MODULE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "heads": (lambda: sf.Attention(6, 4), ValueError, "embed_dim > 0 that num_heads"),
     "no heads": (lambda: sf.Attention(6, 0), ValueError, "embed_dim > 0 that num_heads"),
+    "dropout": (lambda: module(dropout=1.5), ValueError, "dropout in 0..1, got 1.5"),
+    "query half": (lambda: module()(x.half(), x, x), TypeError, "query of the parameters' dtype"),
+    "value double": (lambda: module()(x, x, x.double()), TypeError, "value of the parameters' d"),
+    "no key": (lambda: module()(x, None, x), TypeError, "key to be a tensor, got NoneType"),
+    "query list": (lambda: module()([1.0], x, x), TypeError, "query to be a tensor, got list"),
     "query 4-D": (lambda: module()(x[None], x, x), ValueError, "query with 2 or 3 dim"),
     "query width": (lambda: module()(z(4, 3, 5), x, x), ValueError, r"query of shape \[4, 3, 6\]"),
     "key 2-D": (lambda: module()(x, z(4, 6), x), ValueError, "key of shape"),

@@ -576,6 +576,31 @@ def test_cell_has_torchs_dtypes_under_autocast(
         torch.testing.assert_close(a.float(), b.float(), atol=3e-2, rtol=3e-2)
 
 
+def test_regularized_cell_keeps_its_state_under_autocast() -> None:
+    x, hx = torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4))
+    cell = sf.LSTMCell(3, 4, zoneout_c=0.1, layer_norm=True).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cell(x, hx)
+        assert cell(x)[1].dtype == torch.float32
+        assert cell(x.bfloat16(), hx)[1].dtype == torch.float32
+    for a, b in zip(found, cell(x, hx), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_from_torch_takes_what_it_can_use(kind: str) -> None:
+    ours, theirs = getattr(sf, kind), getattr(nn, kind)
+    name = "weight_hh" if kind == "LSTMCell" else "weight_hh_l0"
+    with pytest.raises(TypeError, match=rf"expected a torch.nn.{kind}, got GRU"):
+        ours.from_torch(nn.GRU(4, 6))
+    computed = parametrizations.weight_norm(theirs(4, 6), name)
+    with pytest.raises(ValueError, match=f"every weight to be a Parameter, got {name} computed"):
+        ours.from_torch(computed)
+    own = ours(4, 6, zoneout_h=0.5, layer_norm=True)
+    again = ours.from_torch(own)
+    assert repr(again) == repr(own) and again.state_dict().keys() == own.state_dict().keys()
+
+
 @pytest.mark.parametrize("batch", [0, 3])
 def test_cell_trains_where_its_state_is_changed_in_place(batch: int) -> None:
     theirs = nn.LSTMCell(3, 4).double()

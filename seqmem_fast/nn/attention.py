@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _C, ops
-from ..ops.common import MASKED, alpha_of, dynamo_traces, overridden, transform_active
+from ..ops.common import (
+    MASKED,
+    alpha_of,
+    autocast_dtype,
+    dynamo_traces,
+    overridden,
+    transform_active,
+)
 
 __all__ = ["Attention"]
 
@@ -95,6 +102,8 @@ class Attention(nn.Module):
         alpha_of("attention", normalizer, 1.5 if learned else alpha)  # refuses what the op would
         self.normalizer = normalizer
         self.alpha: Any = alpha
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"seqmem::attention: expected dropout in 0..1, got {dropout}")
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
                 "seqmem::attention: expected embed_dim > 0 that num_heads > 0 divides, "
@@ -198,8 +207,8 @@ class Attention(nn.Module):
             )
             if done is not None:
                 return done
-        batched = query.dim() == 3
         Attention._check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        batched = query.dim() == 3
         batch = 0 if self.batch_first or not batched else 1  # the batch's dimension
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -216,7 +225,7 @@ class Attention(nn.Module):
         # output [B, H, Tq, E / H]
         output, weights = Attention._attend(self, q, k, v, mask, causal, need_weights)
         output = output.transpose(1, 2) if batch == 0 else output.permute(2, 0, 1, 3)
-        output = self.out_proj(output.flatten(2))
+        output = Attention._join(self, output.flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
@@ -228,6 +237,7 @@ class Attention(nn.Module):
         projection = self.out_proj
         return not (
             self.in_proj_weight is None
+            or not all(isinstance(t, Tensor) for t in (query, key, value))
             or Attention._extends(self)
             or getattr(self, "normalizer", "softmax") != "softmax"
             or (self.training and self.dropout)
@@ -240,6 +250,14 @@ class Attention(nn.Module):
             or projection._backward_hooks
             or projection._backward_pre_hooks
         )
+
+    def _join(self, output: Tensor) -> Tensor:
+        """out_proj; of a torch.nn.MultiheadAttention its weights alone, as torch has it."""
+        projection = self.out_proj
+        if isinstance(self, Attention):
+            joined: Tensor = projection(output)
+            return joined
+        return F.linear(output, projection.weight, projection.bias)
 
     def _extends(self) -> bool:
         """Whether keys and values are added to those given."""
@@ -349,6 +367,8 @@ class Attention(nn.Module):
         extra: Tensor | None,
         is_causal: bool,
     ) -> None:
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        check_tensors(weight, query=query, key=key, value=value)
         if query.dim() not in (2, 3):
             refuse("query with 2 or 3 dimensions", query)
         batched = query.dim() == 3
@@ -386,6 +406,17 @@ class Attention(nn.Module):
                     f"seqmem::attention: expected {name} of dtype bool or a floating one, "
                     f"got {mask.dtype}"
                 )
+
+
+def check_tensors(like: Tensor | None, op: str = "seqmem::attention", **given: Tensor) -> None:
+    """Their dtype is that of the parameters, but under ``torch.autocast``."""
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+        if like is not None and tensor.dtype != like.dtype and autocast_dtype(tensor) is None:
+            raise TypeError(
+                f"{op}: expected {name} of the parameters' dtype {like.dtype}, got {tensor.dtype}"
+            )
 
 
 def refuse(expected: str, got: Tensor) -> None:

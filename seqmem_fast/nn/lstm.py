@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import ops
+from ..ops.common import autocast_dtype
 from ..ops.lstm import State, Weights, lone_layer
 from . import lstm_options
+from .lstm_arguments import check_dims, check_pair, check_source, check_state, refuse_input, rows_of
 
 __all__ = ["LSTM", "LSTMCell", "LSTMGates"]
 
@@ -94,8 +96,14 @@ class LSTMCell(nn.RNNCellBase):
 
     @classmethod
     def from_torch(cls, module: nn.LSTMCell) -> LSTMCell:
-        """The same cell over the very Parameters of a ``torch.nn.LSTMCell``."""
-        cell = cls(module.input_size, module.hidden_size, module.bias, device="meta")
+        """The same cell over the very Parameters of a ``torch.nn.LSTMCell``.
+
+        Raises a TypeError for another module, a ValueError where something computes a parameter
+        (weight_norm, pruning, ...); :func:`seqmem_fast.accelerate` takes such modules as well.
+        """
+        sizes = module.input_size, module.hidden_size, module.bias
+        check_source("lstm_cell", module, nn.LSTMCell, cls, _cell_names[: 4 if module.bias else 2])
+        cell = cls(*sizes, device="meta", **_own_options(module, cls, *_cell_options))
         cell._parameters = module._parameters
         return cell.train(module.training)
 
@@ -107,15 +115,18 @@ class LSTMCell(nn.RNNCellBase):
         except KeyError:  # a parametrization (weight_norm, ...) computes some of them
             w_ih, w_hh, b_ih, b_hh = (getattr(self, name) for name in _cell_names)
         if hx is not None:
-            _check_pair("lstm_cell", hx)
+            check_pair("lstm_cell", hx)
         if isinstance(self, LSTMCell) and lstm_options.is_regularized(self):
             step: Any = partial(_regularized_step, self)
         else:
             step = ops.lstm_cell
-        if input.dim() != 1:
+        dims = input.dim()
+        if dims == 2:
             return step(input, hx, w_ih, w_hh, b_ih, b_hh)
+        if dims != 1:
+            refuse_input("lstm_cell", input, "B, I")
         if hx is not None:
-            _check_dims("lstm_cell", hx, 1)
+            check_dims("lstm_cell", hx, 1)
             hx = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
         hy, cy = step(input.unsqueeze(0), hx, w_ih, w_hh, b_ih, b_hh)
         return hy.squeeze(0), cy.squeeze(0)
@@ -152,8 +163,9 @@ class LSTM(nn.RNNBase):
 
     - input: [T, B, I]; [T, I] unbatched; or a ``PackedSequence``.
     - hx: (h_0, c_0), [L*D, B, P] and [L*D, B, H] ([L*D, P] and [L*D, H] unbatched); None for zeros.
-    - lengths: [B] int64, row b ends after ``lengths[b]`` steps, 0 <= lengths <= T. No sorting or
-      packing is needed; later outputs are zero and the final states are those at the length.
+    - lengths: [B] int64, or a list: row b ends after ``lengths[b]`` steps, 0 <= lengths <= T. No
+      sorting or packing is needed; later outputs are zero and the final states are those at the
+      length.
     - reset: bool [T, B] ([B, T] with batch_first): true where step t starts with a zero state,
       as after the end of an episode.
     - returns output [T, B, D*P] (or a PackedSequence) and (h_n, c_n), shaped as hx; with
@@ -198,8 +210,7 @@ class LSTM(nn.RNNBase):
         zoneout_c: float = 0.0,
         layer_norm: bool = False,
     ) -> None:
-        if not 0 <= weight_dropout <= 1:
-            raise ValueError(f"seqmem::lstm: expected weight_dropout in 0..1, got {weight_dropout}")
+        lstm_options.check_share("lstm", "weight_dropout", weight_dropout)
         if not isinstance(locked_dropout, bool):
             raise TypeError(
                 f"seqmem::lstm: expected locked_dropout to be a bool, got {locked_dropout}"
@@ -232,9 +243,7 @@ class LSTM(nn.RNNBase):
         lstm_options.start(self)
 
     def extra_repr(self) -> str:
-        first, *others = _cell_options
-        options = first, "locked_dropout", "weight_dropout", *others
-        return nn.RNNBase.extra_repr(self) + _said(self, LSTM, *options)
+        return nn.RNNBase.extra_repr(self) + _said(self, LSTM, *_layer_options)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -242,11 +251,17 @@ class LSTM(nn.RNNBase):
 
     @classmethod
     def from_torch(cls, module: nn.LSTM) -> LSTM:
-        """The same layers over the very Parameters of a ``torch.nn.LSTM``."""
+        """The same layers over the very Parameters of a ``torch.nn.LSTM``.
+
+        Raises a TypeError for another module, a ValueError where something computes a parameter
+        (weight_norm, pruning, ...); :func:`seqmem_fast.accelerate` takes such modules as well.
+        """
+        check_source("lstm", module, nn.LSTM, cls, module._flat_weights_names)
+        own = _own_options(module, cls, *_layer_options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # dropout on one layer: said when `module` was made
             options = {name: getattr(module, name) for name in cls.__constants__ if name != "mode"}
-            lstm = cls(**options, device="meta")
+            lstm = cls(**options, **own, device="meta")
         lstm._parameters = module._parameters
         lstm._init_flat_weights()
         return lstm.train(module.training)
@@ -264,16 +279,18 @@ class LSTM(nn.RNNBase):
         return_gates: bool = False,
     ) -> Any:
         if hx is not None:
-            _check_pair("lstm", hx)
+            check_pair("lstm", hx)
         if lengths is not None or reset is not None:
-            lengths, reset = _checked(lengths, reset)
+            lengths, reset = rows_of(lengths, reset)
         if not isinstance(input, Tensor):
             return _packed(self, input, hx, return_gates, lengths=lengths, reset=reset)
-        if input.dim() == 2:
-            return _unbatched(self, input, hx, return_gates, lengths, reset)
         first = self.batch_first
-        if hx is not None and input.dim() == 3:  # else the op refuses the input
-            _check_state(self, hx, input.size(0 if first else 1))
+        if input.dim() != 3:
+            if input.dim() != 2:
+                refuse_input("lstm", input, "B, T, I" if first else "T, B, I")
+            return _unbatched(self, input, hx, return_gates, lengths, reset)
+        if hx is not None:
+            check_state(self, hx, input.size(0 if first else 1))
         ours = isinstance(self, LSTM)
         lone = self.num_layers == 1 and not self.bidirectional and not return_gates
         if lone and not (ours and lstm_options.is_regularized(self)):
@@ -287,10 +304,13 @@ class LSTM(nn.RNNBase):
 
 def _said(module: Any, ours: Any, *options: str) -> str:
     """The options that are not the usual ones; torch.nn's module, asked as ours, has none."""
-    if not isinstance(module, ours):
-        return ""
-    given = {name: getattr(module, name) for name in options}
+    given = _own_options(module, ours, *options)
     return "".join(f", {k}={v}" for k, v in given.items() if v != getattr(ours, k))
+
+
+def _own_options(module: Any, ours: Any, *names: str) -> dict[str, Any]:
+    """What a module of ours has beside torch.nn's options; torch.nn's has none."""
+    return {name: getattr(module, name) for name in names} if isinstance(module, ours) else {}
 
 
 def _unbatched(
@@ -302,9 +322,9 @@ def _unbatched(
     reset: Tensor | None,
 ) -> Any:
     if hx is not None:
-        _check_dims("lstm", hx, 2)
+        check_dims("lstm", hx, 2)
         hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
-        _check_state(module, hx, 1)
+        check_state(module, hx, 1)
     if lengths is not None and lengths.dim() == 0:
         lengths = lengths.unsqueeze(0)
     if reset is not None and reset.dim() == 1:
@@ -331,7 +351,7 @@ def _packed(
                 f"got {name} of shape {list(value.shape)}"
             )
     if hx is not None:
-        _check_state(module, hx, int(batch_sizes[0]))
+        check_state(module, hx, int(batch_sizes[0]))
         if order is not None:
             hx = hx[0].index_select(1, order), hx[1].index_select(1, order)
     output, state, *gates = _run(module, data, hx, return_gates, {"batch_sizes": batch_sizes})
@@ -415,60 +435,17 @@ def _weights(module: Any, k: int) -> Weights:
     return w_ih, w_hh, b_ih, b_hh, rest[-1] if size in (3, 5) else None
 
 
-def _check_state(module: Any, hx: State, batch: int) -> None:
-    """hx against [L*D, B, P] and [L*D, B, H]; the op itself sees one layer's rows only."""
-    _check_dims("lstm", hx, 3)
-    layers = module.num_layers * (2 if module.bidirectional else 1)
-    widths = module.proj_size or module.hidden_size, module.hidden_size
-    for name, tensor, width in zip(("hx", "cx"), hx, widths, strict=True):
-        if tensor.shape != (layers, batch, width):
-            raise ValueError(
-                f"seqmem::lstm: expected {name} of shape {[layers, batch, width]}, "
-                f"got {list(tensor.shape)}"
-            )
-
-
 def _regularized_step(cell: LSTMCell, input: Tensor, hx: State | None, *weights: Any) -> State:
-    if input.dim() != 2:
-        raise ValueError(
-            f"seqmem::lstm_cell: expected input of shape [B, I], got {list(input.shape)}"
-        )
-    _, state, *_ = lstm_options.run_regularized(cell, "", input[None], hx, (*weights, None))
-    return state
+    step = partial(lstm_options.run_regularized, cell, "")
+    state = input if hx is None else hx[1]
+    if autocast_dtype(input) is None or input.device.type != "cpu" or state.dtype != torch.float32:
+        return step(input[None], hx, (*weights, None))[1]
+    # As the plain cell, and torch's: a state in float32 is not rounded at every step.
+    with torch.autocast("cpu", enabled=False):
+        wide = None if hx is None else (hx[0].float(), hx[1])
+        return step(input[None].float(), wide, (*weights, None))[1]
 
 
 _cell_options = "forget_bias", "zoneout_h", "zoneout_c", "layer_norm"
+_layer_options = "forget_bias", "locked_dropout", "weight_dropout", *_cell_options[1:]
 _cell_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def _check_pair(op: str, hx: object) -> None:
-    if (
-        not isinstance(hx, (tuple, list))
-        or len(hx) != 2
-        or not isinstance(hx[0], Tensor)
-        or not isinstance(hx[1], Tensor)
-    ):
-        raise TypeError(
-            f"seqmem::{op}: expected hx to be a pair of tensors (h, c), got {type(hx).__name__}"
-        )
-
-
-def _checked(lengths: Any, reset: object) -> Any:
-    """lengths and reset as tensors."""
-    if isinstance(lengths, list | tuple) and all(isinstance(n, int) for n in lengths):
-        lengths = torch.tensor(lengths, dtype=torch.int64)
-    for name, value in (("lengths", lengths), ("reset", reset)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(
-                f"seqmem::lstm: expected {name} to be a tensor, got {type(value).__name__}"
-            )
-    return lengths, reset
-
-
-def _check_dims(op: str, hx: State, dims: int) -> None:
-    for name, tensor in zip(("hx", "cx"), hx, strict=True):
-        if tensor.dim() != dims:
-            raise ValueError(
-                f"seqmem::{op}: expected {name} of {dims} dimensions beside this input, "
-                f"got shape {list(tensor.shape)}"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,10 +19,16 @@ def check_forget_bias(op: str, forget_bias: float | None, bias: bool) -> None:
         raise ValueError(f"seqmem::{op}: expected bias with a forget_bias, got bias False")
 
 
+def check_share(op: str, name: str, share: Any) -> None:
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"seqmem::{op}: expected {name} to be a number, got {share!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"seqmem::{op}: expected {name} in 0..1, got {share}")
+
+
 def check_regularization(op: str, zoneout_h: float, zoneout_c: float, layer_norm: bool) -> None:
     for name, share in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"seqmem::{op}: expected {name} in 0..1, got {share}")
+        check_share(op, name, share)
     if not isinstance(layer_norm, bool):
         raise TypeError(f"seqmem::{op}: expected layer_norm to be a bool, got {layer_norm}")
 

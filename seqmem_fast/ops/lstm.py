@@ -43,6 +43,7 @@ from .common import (
     dynamo_traces,
     fall_back,
     overridden,
+    require_tensors,
     transform_active,
 )
 from .flops import Shape, count_products, of_weights
@@ -263,7 +264,9 @@ def _run(
     input: Tensor, hx: State | None, weights: Weights, options: Options, return_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op on a state that may be missing."""
-    batch_sizes = options[2]
+    lengths, reset, batch_sizes, *_ = options
+    if lengths is not None or reset is not None or batch_sizes is not None:
+        require_tensors("lstm", lengths=lengths, reset=reset, batch_sizes=batch_sizes)
     if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
         hx = _zeros(input, weights[1], weights[4], int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lstm_regularized as reference
-from .common import by_fields, differentiate_through, fall_back
+from .common import by_fields, differentiate_through, fall_back, require_tensors
 from .flops import Shape, count_products, of_weights
 from .lstm import State, _zeros
 
@@ -148,6 +148,13 @@ def lstm_regularized(
     Raises:
         ValueError: a shape or value does not fit. TypeError: a dtype, device or type does not.
     """
+    rows = {"lengths": lengths, "reset": reset, "batch_sizes": batch_sizes}
+    require_tensors("lstm_regularized", seed=seed, **rows)
+    if norms is not None and len(norms) != len(LSTMNorms._fields):
+        raise ValueError(
+            f"seqmem::lstm_regularized: expected norms of {', '.join(LSTMNorms._fields)}, "
+            f"got {len(norms)}"
+        )
     if hx is None and batch_sizes is not None and torch.compiler.is_compiling():
         hx = _zeros(input, weight_hh, None, int(batch_sizes[0]))
     h, c = (None, None) if hx is None else hx
