@@ -289,6 +289,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--json", type=Path, help="where to write the shares and the seconds")
     parser.add_argument("--out", type=Path, default=Path("docs/images/caption.png"))
     args = parser.parse_args(argv)
+    if min(args.steps, args.seeds) < 1:
+        parser.error("--steps and --seeds: expected at least 1")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # more do not help at this size
     console = Console()
     training = Painter([style for style in range(STYLES) if style not in HELD_OUT])

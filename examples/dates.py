@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--text", default=SHOWN[0], help="the date to draw")
     parser.add_argument("--out", type=Path, default=Path("docs/images/dates_alignment.png"))
     args = parser.parse_args(argv)
+    if min(args.steps, args.batch, len(args.text)) < 1:
+        parser.error("--steps, --batch and the length of --text: expected at least 1")
     unknown = set(args.text.lower()) - set(SOURCE)
     if unknown:
         parser.error(f"characters that no date is written with: {''.join(sorted(unknown))}")

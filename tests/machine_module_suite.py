@@ -236,10 +236,14 @@ class MachineModuleSuite:
         module, x = self.make(), data(3, 2)
         parameters = {name: p.detach() for name, p in module.named_parameters()}
 
-        def loss(values: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(module, values, (x,))[0].square().sum()
+        def loss(values: dict[str, Tensor], one: Tensor) -> Tensor:
+            return torch.func.functional_call(module, values, (one,))[0].square().sum()
 
-        grads = torch.func.grad(loss)(parameters)
+        grads = torch.func.grad(loss)(parameters, x)
+        rows = x.transpose(0, 1).unsqueeze(2)  # [B, T, 1, I]
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, rows)
+        for name, grad in grads.items():
+            same(each[name].sum(0), grad)
         module(x)[0].square().sum().backward()
         for name, parameter in module.named_parameters():
             same(grads[name], parameter.grad)
@@ -255,9 +259,15 @@ class MachineModuleSuite:
 
     def test_call_refuses(self) -> None:
         module, x = self.make(), data()
-        for bad in (x[0, 0], x[None]):
-            with pytest.raises(ValueError, match="expected input with 2 or 3 dimensions"):
+        wide = x.size(-1)
+        for bad in (x[0, 0], x[None], x[..., :-1]):
+            says = rf"expected input of shape \[T, B, {wide}\] or \[T, {wide}\], got"
+            with pytest.raises(ValueError, match=says):
                 module(bad)
+        with pytest.raises(TypeError, match="expected input of the parameters' dtype"):
+            module(x.half())
+        with pytest.raises(TypeError, match="expected lengths to be a tensor, got list"):
+            module(x, lengths=[3])
         with pytest.raises(ValueError, match="expected a batch beside lengths or reset"):
             module(x[:, 0], lengths=torch.tensor([3]))
 

@@ -122,6 +122,16 @@ def test_most_used_keeps_what_was_attended_to() -> None:
     assert torch.equal(remembered(made, state, 0)[0], stream[0, 1])
 
 
+def test_most_used_counts_beyond_what_bfloat16_can() -> None:
+    made, one = memory("most_used").bfloat16(), torch.zeros(1, 1, WIDTH, dtype=torch.bfloat16)
+    weights = torch.full((1, 1, made.slots + 1), 0.25, dtype=torch.bfloat16)
+    state, _ = made(one, weights=weights)
+    many = torch.where(state.asked > 0, 256.0, 0.0)
+    state, _ = made(one, state._replace(asked=many, received=many), weights=weights)
+    assert state.asked.max() == 257 and state.received.max() == 256.25
+    assert state.memory.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("function", ["mean", "conv", "most_used"])
 def test_attention_is_a_softmax_over_what_is_remembered(function: str) -> None:
     made = attention(function=function)
@@ -264,6 +274,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reset": torch.ones(2, 6) > 0}, ValueError, r"expected reset of shape \[2\] or \[2, 7\]"),
     ({"state": attention().init_state(X[:1])}, ValueError, r"expected steps of shape \[2\]"),
     ({"state": attention().init_state(X.float())}, TypeError, "expected memory of torch.float64"),
+    ({"input": X.float()}, TypeError, "expected input of the parameters' dtype torch.float64"),
 ]
 
 

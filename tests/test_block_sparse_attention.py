@@ -173,8 +173,15 @@ def test_a_mask_is_its_list_and_the_weights_are_dense_attention() -> None:
 
 def test_the_mask_is_checked() -> None:
     q, k, v = block_case((1, 2, 2, 50, 60, 8, 8), (16, 20), torch.float32).tensors[:3]
-    with pytest.raises(ValueError, match=r"expected blocks of shape \[..., 4, 3\], got \[4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"blocks of shape \[4, 3\], \[2, 4, 3\] or .*got \[4, 4\]"
+    ):
         ops.block_sparse_attention(q, k, v, torch.ones(4, 4).bool(), (16, 20))
+    with pytest.raises(ValueError, match=r"or \[1, 2, 4, 3\], got \[3, 4, 3\]"):
+        ops.block_sparse_attention(q, k, v, torch.ones(3, 4, 3).bool(), (16, 20))
+    with pytest.raises(ValueError, match=r"blocks of shape \[4, 4\], .*got \[4, 3\]"):
+        twelve = torch.zeros(1, 2, 12, 16, 20)
+        ops.dense_weights(twelve, torch.ones(4, 3).bool(), (16, 20), 50, 70)
     with pytest.raises(ValueError, match=r"weights of shape \[B, Hq, 12, 16, 20\], got \[1, 2, 9"):
         weights = torch.zeros(1, 2, 9, 16, 20)
         ops.dense_weights(weights, torch.ones(4, 3).bool(), (16, 20), 50, 60)

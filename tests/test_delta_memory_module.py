@@ -59,6 +59,19 @@ def test_lengths_and_resets() -> None:
     close(plain[1:2], model(input[1:2], sf.DeltaMemoryState(*(p[1:2] for p in start)))[0])
 
 
+def test_padding_is_not_read() -> None:
+    model, input, lengths = layer(), series(2, 5), torch.tensor([5, 2])
+    clean = model(input, lengths=lengths)
+    dirty = input.clone()
+    dirty[1, 2:] = torch.nan
+    output, state = model(dirty, lengths=lengths)
+    close(output, clean[0])
+    close([*state.detach()], [*clean[1]])
+    assert output[1, 2:].eq(0).all()
+    output.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_every_parameter_learns() -> None:
     model = layer()
     output, state = model(series(2, 9))
@@ -140,3 +153,6 @@ def test_wrong_arguments_are_refused() -> None:
         (lambda: model(input, lengths=torch.tensor([1, 7])), r"lengths in 0..6, got 7"),
     ):
         check_refused_by_module(call, ValueError, says)
+    dtype = torch.float32 if input.dtype == torch.float64 else torch.float64
+    says = "input of the parameters' dtype"
+    check_refused_by_module(lambda: model(input.to(dtype)), TypeError, says)

@@ -59,10 +59,28 @@ def test_a_band_is_drawn_at_its_keys(heads: tuple[int, ...]) -> None:
         torch.testing.assert_close(torch.from_numpy(axes.images[0].get_array().data.copy()), right)
 
 
+def test_a_band_without_bound_on_the_left() -> None:
+    q, k = torch.randn(1, 1, 4, 5), torch.randn(1, 1, 4, 5)
+    _, band, _ = ops.window_attention(q, k, k, -1, 0)
+    _, dense = ops.attention(q, k, k, is_causal=True)
+    (axes,) = panels(plot.attention(band[0, 0], "0123", "abcd", left=-1))
+    shown = torch.from_numpy(axes.images[0].get_array().data.copy())
+    torch.testing.assert_close(shown, dense[0, 0])
+
+
+def test_global_weights_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"global_weights of shape \[4, G\] or \[2, 4, G\]"):
+        plot.attention(torch.rand(2, 4, 3), "0123", "abcd", left=2, global_weights=torch.rand(3, 4))
+
+
 def test_it_can_be_saved(tmp_path: Any) -> None:
     path = tmp_path / "picture.png"
     plot.attention(weights(), SOURCE, TARGET, title="where it looks").savefig(path)
     assert path.read_bytes().startswith(b"\x89PNG")
+    dollars = ["$", "$$", "$x_{$"]  # no formulas
+    figure = plot.attention(weights(), dollars, TARGET)
+    figure.savefig(path)
+    assert len(panels(figure)[0].get_xticklabels()) == 3
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,59 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_the_weights_suffer(
     assert loop.resume(tmp_path).step_count == 1
 
 
+@pytest.mark.parametrize("where", ["gradient", "weights"])
+def test_what_could_not_go_on_is_not_kept(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(tmp_path, "--minutes=1e-9")) == 0
+    if where == "gradient":
+        wrong = torch.tensor(float("inf"))
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: wrong)
+    else:
+        take = torch.optim.AdamW.step
+
+        def ruin(self: Any) -> None:
+            take(self)
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("nan"))
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    assert (
+        cli.main(["train", "copy", f"--checkpoint={tmp_path}", "--resume", "--minutes=1e-9"]) == 1
+    )
+    said = {"gradient": "the gradient at step 2 is inf", "weights": "after step 2 not all of"}
+    error = capsys.readouterr().err
+    assert said[where] in error and f"{tmp_path} holds a checkpoint of step 1" in error
+    assert loop.resume(tmp_path).step_count == 1
+
+
+def test_a_folder_is_tried_before_the_training_and_is_one_training_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(arguments(tmp_path / "file" / "below")) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    with checkpoint.writing(tmp_path / "kept"):
+        assert cli.main(arguments(tmp_path / "kept")) == 2
+    assert "another training writes to" in capsys.readouterr().err
+    assert not [*(tmp_path / "kept").iterdir()]
+
+
+def test_a_standard_size_may_be_named_to_resume(tmp_path: Path) -> None:
+    tiny = [option for option in arguments(tmp_path) if "length" not in option]
+    assert cli.main([*tiny, "--minutes=1e-9"]) == 0
+    longest = TASKS["copy"]().max_length  # type: ignore[attr-defined]
+    assert cli.main([*tiny, "--resume", f"--max-length={longest}", "--minutes=1e-9"]) == 0
+    assert cli.main([*tiny, "--resume", f"--max-length={longest + 1}"]) == 2
+
+
+def test_an_old_verdict_goes_with_its_weights(tmp_path: Path) -> None:
+    assert cli.main(arguments(tmp_path)) == 0
+    assert (tmp_path / "evaluation.json").is_file()
+    kept = cli.main(arguments(tmp_path, "--restart", "--learning-rate=1e30"))
+    assert kept == 1 and not (tmp_path / "evaluation.json").exists()
+
+
 def test_the_learning_rate_is_constant_then_falls() -> None:
     training = Training(settings(steps=100))
     rates = []
@@ -477,6 +530,8 @@ def test_a_checkpoint_is_not_overwritten_unasked(
         (["--weight-decay=-1"], "weight_decay: expected at least 0, got -1.0"),
         (["--curriculum=2"], "curriculum: expected 0 to 1, got 2.0"),
         (["--segment=0"], "segment: expected at least 1, got 0"),
+        (["--memory-dim=0"], "memory_dim: expected at least 1, got 0"),
+        (["--learning-rate=inf"], "learning_rate: expected a finite number, got inf"),
         (["--compression=zip"], "compression: expected one of none, mean, max, conv, "),
         (["--model=window", "--memory-size=1"], "memory_size: expected at least 2 of a window"),
         (["--model=compressive", "--memory-size=1"], "memory_size: expected at least 2 of a com"),

@@ -139,6 +139,9 @@ def test_wrong_arguments() -> None:
         (lambda: attention(x, x, x, holes), ValueError, "at the ends of a row"),
         (lambda: attention(x, x, x, holes.int()), TypeError, "key_padding_mask of dtype bool"),
         (lambda: attention.stream(x, attention.init_state(2)), ValueError, "right = 0"),
+        (lambda: module(3).stream(x[0], module(3).init_state(2)), ValueError, "with 3 dimensions"),
+        (lambda: module(3).stream(x, module(3).init_state(1)), ValueError, "state.key of shape"),
+        (lambda: attention(x.float(), x, x), TypeError, "query of the parameters' dtype"),
         (lambda: module(-2), ValueError, "left of at least -1, got -2"),
         (lambda: module(1, dilation=0), ValueError, "dilation of at least 1, got 0"),
     ):

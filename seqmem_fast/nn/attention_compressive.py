@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .attention import check_tensors
 
 __all__ = ["Compression", "CompressiveAttention", "CompressiveMemory", "CompressiveState"]
 
@@ -46,7 +47,8 @@ class CompressiveState(NamedTuple):
     """What a row remembers. Slots are filled from the right, the newest last; empty ones are 0.
 
     How many slots are filled follows from `steps`. E is the width, c the ratio; S = c - 1 + n_m for
-    the function "most_used", otherwise 0. ``torch.save(state._asdict(), path)`` keeps one.
+    the function "most_used", otherwise 0; the last two are float32, or float64 beside it.
+    ``torch.save(state._asdict(), path)`` keeps one.
     """
 
     steps: Tensor  # int64 [B]: since the row was empty
@@ -113,8 +115,11 @@ class CompressiveMemory(nn.Module):
         self.dim, self.memory_size, self.compressed_size = dim, memory_size, compressed_size
         self.ratio, self.function, self.trained_by = ratio, function, trained_by
         for name in ("dim", "memory_size", "compressed_size", "ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_MEMORY}: expected {name} > 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{_MEMORY}: expected {name} to be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{_MEMORY}: expected {name} > 0, got {value}")
         for name, allowed in (("function", _FUNCTIONS), ("trained_by", _TRAINED)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -142,14 +147,15 @@ class CompressiveMemory(nn.Module):
     def init_state(self, like: Tensor) -> CompressiveState:
         """Empty memories for the rows of a segment [B, T, E]."""
         rows, places = like.size(0), self.ratio - 1 + self.memory_size
+        counts = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot count beyond 256
         used = places if self.function == "most_used" else 0
         return CompressiveState(
             torch.zeros(rows, dtype=torch.int64, device=like.device),
             like.new_zeros(rows, self.memory_size, self.dim),
             like.new_zeros(rows, self.ratio - 1, self.dim),
             like.new_zeros(rows, self.compressed_size, self.dim),
-            like.new_zeros(rows, used),
-            like.new_zeros(rows, used),
+            like.new_zeros(rows, used, dtype=counts),
+            like.new_zeros(rows, used, dtype=counts),
         )
 
     def read(self, state: CompressiveState) -> tuple[Tensor, Tensor]:
@@ -332,8 +338,8 @@ class CompressiveMemory(nn.Module):
             seen = seen & (at < lengths[:, None].to(at.device))[..., None]
         seen = seen[..., self.compressed_size :]
         paid = torch.where(seen, weights.detach()[..., self.compressed_size :], 0)
-        fresh = input.new_zeros(rows, time)
-        received = torch.cat((state.received, fresh), 1) + paid.sum(1)
+        fresh = state.asked.new_zeros(rows, time)
+        received = torch.cat((state.received, fresh), 1) + paid.sum(1, dtype=fresh.dtype)
         return received, torch.cat((state.asked, fresh), 1) + seen.sum(1)
 
 
@@ -421,6 +427,7 @@ class CompressiveAttention(nn.Module):
         average_attn_weights: bool = True,
     ) -> tuple[Tensor, CompressiveState, Tensor | None]:
         memory = self.memory
+        check_tensors(self.in_proj_weight, _ATTENTION, input=input)
         state = memory.check(_ATTENTION, input, state, lengths, reset)
         inside = None
         if lengths is not None:  # padding may hold anything, even NaN

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.block_sparse_attention import check_block
 from .sparse_attention import SparseAttention
 
 __all__ = ["BlockSparseAttention"]
@@ -62,6 +63,12 @@ class BlockSparseAttention(SparseAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_block(block)
+        if min(block) < 1:
+            raise ValueError(
+                "seqmem::block_sparse_attention: expected block of two sizes in 1..1048576, "
+                f"got {min(block)}"
+            )
         options = (bias, dropout, normalizer, alpha, kdim, vdim, batch_first, device, dtype)
         super().__init__(embed_dim, num_heads, *options)
         self.block, self.is_causal = block, is_causal

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..ops.common import autocast_dtype, require_tensors
+
 State = TypeVar("State", bound="tuple[Tensor, ...]")
 
 _ACTIVATIONS = {None: None, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
@@ -172,11 +174,20 @@ class MemoryNetwork(nn.Module, Generic[State]):
         self, input: Tensor, state: State | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, State | None, Tensor | None]:
         """Input, state and reset as the op lays them out."""
-        if input.dim() not in (2, 3):
+        if input.dim() not in (2, 3) or input.size(-1) != self.input_size:
+            order = "B, T" if self.batch_first else "T, B"
             raise ValueError(
-                f"seqmem::{self._op}: expected input with 2 or 3 dimensions, got {input.dim()} "
-                f"(shape {list(input.shape)})"
+                f"seqmem::{self._op}: expected input of shape [{order}, {self.input_size}] or "
+                f"[T, {self.input_size}], got {list(input.shape)}"
             )
+        (like,) = self._tensors(self._controller_names[0])
+        if input.dtype != like.dtype and autocast_dtype(input) is None:
+            raise TypeError(
+                f"seqmem::{self._op}: expected input of the parameters' dtype {like.dtype}, "
+                f"got {input.dtype}"
+            )
+        if lengths is not None or reset is not None:
+            require_tensors(self._op, lengths=lengths, reset=reset)
         if input.dim() == 2:
             if lengths is not None or reset is not None:
                 raise ValueError(

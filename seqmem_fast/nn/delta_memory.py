@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.common import require_tensors
+from .attention import check_tensors
 
 __all__ = ["DeltaMemory", "DeltaMemoryState"]
 
@@ -23,6 +25,10 @@ class DeltaMemoryState(NamedTuple):
 
     conv: Tensor  # [B, width - 1, channels]: the last inputs of the convolution
     memory: Tensor  # [B, H, K, V], float32 or wider
+
+    def detach(self) -> DeltaMemoryState:
+        """The same values without their history: later gradients end here."""
+        return DeltaMemoryState(*(t.detach() for t in self))
 
 
 class _GatedNorm(nn.Module):
@@ -173,7 +179,12 @@ class DeltaMemory(nn.Module):
                 f"seqmem::delta_memory: expected input of shape [B, T, {self.dim}], got "
                 f"{list(input.shape)}"
             )
+        check_tensors(self.out_proj.weight, "seqmem::delta_memory", input=input)
         batch, steps, _ = input.shape
+        require_tensors("delta_memory", lengths=lengths, reset=reset)
+        if lengths is not None and lengths.shape == (batch,):  # others the op refuses
+            inside = torch.arange(steps, device=input.device) < lengths.to(input.device)[:, None]
+            input = torch.where(inside.unsqueeze(-1), input, 0)  # padding may hold NaN
         conv, memory = self.init_state(batch) if state is None else state
         if conv.shape != (batch, self.conv_width - 1, sum(self._sizes)):
             raise ValueError(

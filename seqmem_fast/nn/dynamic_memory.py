@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.common import autocast_dtype
 
 __all__ = ["DynamicMemory", "EpisodicMemory"]
 
@@ -97,7 +98,8 @@ class DynamicMemory(_Networks):
     def forward(
         self, query: Tensor, num_hops: int = 3, *, return_memory: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
-        _check_width("query", query, self.hidden_dim, "[B, hidden_dim] or [hidden_dim]", (1, 2))
+        form, like = "[B, hidden_dim] or [hidden_dim]", self.memory
+        _check_width("query", query, self.hidden_dim, form, (1, 2), like)
         single = query.dim() == 1
         rows = query.unsqueeze(0) if single else query
         final, attention = self._hops(rows, self.memory, num_hops, None, return_memory)
@@ -175,10 +177,11 @@ class EpisodicMemory(_Networks):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        _check_width("facts", facts, self.fact_dim, "[B, N, fact_dim] or [N, fact_dim]", (2, 3))
+        form, like = "[B, N, fact_dim] or [N, fact_dim]", self.state_update.weight_hh
+        _check_width("facts", facts, self.fact_dim, form, (2, 3), like)
         single = facts.dim() == 2
         expected, dims = ("[hidden_dim]", 1) if single else ("[B, hidden_dim]", 2)
-        _check_width("question", question, self.hidden_dim, expected, (dims,))
+        _check_width("question", question, self.hidden_dim, expected, (dims,), like)
         if num_hops < 1:
             raise ValueError(f"{_op}: expected num_hops >= 1, got {num_hops}")
         if single:
@@ -215,13 +218,19 @@ def _check_sizes(**sizes: object) -> None:
             raise ValueError(f"{_op}: expected {name} > 0, got {size}")
 
 
-def _check_width(name: str, value: object, width: int, form: str, dims: tuple[int, ...]) -> None:
+def _check_width(
+    name: str, value: object, width: int, form: str, dims: tuple[int, ...], like: Tensor
+) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{_op}: expected {name} to be a tensor, got {type(value).__name__}")
     if value.dim() not in dims or value.size(-1) != width:
         raise ValueError(
             f"{_op}: expected {name} of shape {form} with {width} in the last dimension, "
             f"got {list(value.shape)}"
+        )
+    if value.dtype != like.dtype and autocast_dtype(value) is None:
+        raise TypeError(
+            f"{_op}: expected {name} of the parameters' dtype {like.dtype}, got {value.dtype}"
         )
 
 

@@ -75,7 +75,12 @@ class MovingAverageBaseline:
 
     def update(self, returns: Tensor) -> None:
         """Take in the mean of a step's returns; the first one is the average so far."""
-        mean = float(returns.mean())
+        if returns.numel() == 0:
+            raise ValueError(
+                "MovingAverageBaseline: expected at least one return, "
+                f"got shape {list(returns.shape)}"
+            )
+        mean = float(returns.mean(dtype=torch.float64))
         if self.value is not None:
             mean = self.momentum * self.value + (1 - self.momentum) * mean
         self.value = mean
@@ -116,6 +121,10 @@ def reinforce_train_step(
     Raises:
         ValueError: states and rewards do not fit each other. TypeError: a type does not fit.
     """
+    if entropy_weight < 0:
+        raise ValueError(
+            f"seqmem::reinforce_train_step: expected entropy_weight >= 0, got {entropy_weight}"
+        )
     batch = _stacked(states)
     logits = model(batch)
     returns = torch.as_tensor(rewards, dtype=logits.dtype, device=logits.device)

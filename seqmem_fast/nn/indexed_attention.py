@@ -62,6 +62,8 @@ class TopKAttention(SparseAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if count < 1:
+            raise ValueError(f"seqmem::top_k_attention: expected count of at least 1, got {count}")
         options = (bias, dropout, normalizer, alpha, kdim, vdim, batch_first, device, dtype)
         super().__init__(embed_dim, num_heads, *options)
         self.count, self.is_causal = count, is_causal

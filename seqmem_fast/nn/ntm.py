@@ -97,7 +97,7 @@ class NTM(MemoryNetwork[NTMState]):
     ) -> None:
         sizes = input_size, output_size, controller_size, memory_size, memory_dim
         super().__init__(sizes, controller, num_layers, batch_first, output_activation)
-        if not heads or set(heads) - set("wr"):
+        if not isinstance(heads, str) or not heads or set(heads) - set("wr"):
             raise ValueError(
                 f'seqmem::ntm: expected heads as a string of "w" and "r", got {heads!r}'
             )

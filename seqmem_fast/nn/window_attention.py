@@ -145,8 +145,16 @@ class WindowAttention(SparseAttention):
                 "seqmem::window_attention: expected right = 0 and left >= 0 of a stream, "
                 f"got {self.right} and {self.left}"
             )
-        self._check(input, input, input, None, None, False)
-        q, k, v = self._heads(input, input, input)
+        q, k, v = self._heads_of_batch(input, input, input)
+        wanted = [k.size(0), self.num_heads, "T", self.head_dim]
+        for name, part in zip(WindowState._fields, state or (), strict=True):
+            shape: list[Any] = list(part.shape)
+            if len(shape) != 4 or [*shape[:2], "T", shape[3]] != wanted:
+                sizes = ", ".join(map(str, wanted))
+                raise ValueError(
+                    f"seqmem::window_attention: expected state.{name} of shape [{sizes}], "
+                    f"got {shape}"
+                )
         before = state.key.size(2)
         k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
         output, weights = self._windows(q, k, v, before, None, None, need_weights)

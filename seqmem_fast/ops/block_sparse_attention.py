@@ -169,15 +169,10 @@ def block_sparse_attention(
         TypeError: a dtype, device or layout does not fit.
     """
     require_tensors("block_sparse_attention", blocks=blocks, key_end=key_end)
-    _check_block(block)
+    check_block(block)
     if blocks.dtype == torch.bool:
         if q.dim() == k.dim() == 4 and min(block) > 0:
-            grid = [-(-t.size(2) // size) for t, size in zip((q, k), block, strict=True)]
-            if list(blocks.shape[-2:]) != grid:
-                raise ValueError(
-                    f"{_NAME}: expected blocks of shape [..., {grid[0]}, {grid[1]}], "
-                    f"got {list(blocks.shape)}"
-                )
+            _check_mask(blocks, block, q.size(2), k.size(2), [*q.shape[:2]])
         blocks = block_list(blocks)
     output, weights = attend_to_some(
         _block_sparse_attention,
@@ -193,9 +188,24 @@ def block_sparse_attention(
     return output, weights if return_weights else None
 
 
-def _check_block(block: tuple[int, int]) -> None:
+def check_block(block: tuple[int, int]) -> None:
     if not isinstance(block, tuple | list) or len(block) != 2:
         raise TypeError(f"{_NAME}: expected block of two sizes, (Bq, Bk), got {block!r}")
+
+
+def _check_mask(
+    mask: Tensor, block: tuple[int, int], queries: int, keys: int, lead: list[int]
+) -> None:
+    """A mask of blocks over so many queries and keys; lead: B and Hq, either of which may be 1."""
+    grid = [-(-length // size) for length, size in zip((queries, keys), block, strict=True)]
+    before = list(mask.shape[:-2])
+    known = zip(before, lead[len(lead) - len(before) :], strict=False)
+    if list(mask.shape[-2:]) != grid or not all(size in (1, wanted) for size, wanted in known):
+        wanted = f"{grid[0]}, {grid[1]}"
+        raise ValueError(
+            f"{_NAME}: expected blocks of shape [{wanted}], [{lead[1]}, {wanted}] or "
+            f"[{lead[0]}, {lead[1]}, {wanted}], got {list(mask.shape)}"
+        )
 
 
 def dense_weights(
@@ -206,7 +216,9 @@ def dense_weights(
     Differentiable. blocks: the mask or list that :func:`block_sparse_attention` was given; block:
     (Bq, Bk); queries, keys: Tq and Tk.
     """
-    _check_block(block)
+    check_block(block)
+    if blocks.dtype == torch.bool and weights.dim() == 5 and min(block) > 0:
+        _check_mask(blocks, block, queries, keys, [*weights.shape[:2]])
     listed = block_list(blocks) if blocks.dtype == torch.bool else blocks
     wanted = [listed.size(-2), *block]
     if weights.dim() != 5 or list(weights.shape[2:]) != wanted:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..reference.window_attention import bounds
 from .common import colour_bar, heat, label_columns, new_figure, visible
 
 if TYPE_CHECKING:
@@ -90,11 +91,21 @@ def _spread(
 ) -> Tensor:
     """A band [heads, Tq, W] as [heads, Tq, Tk]."""
     count, rows, width = band.shape
+    left, _ = bounds(left, 0, dilation, offset, rows, columns)
     key = offset + torch.arange(rows)[:, None] + (torch.arange(width) - left) * dilation
     key = torch.where((key >= 0) & (key < columns), key, columns)
     whole = band.new_zeros(count, rows, columns + 1)
     whole.scatter_(2, key.expand(count, -1, -1), band)
     if global_weights is not None:
         first = global_weights.detach().to("cpu", torch.float32)
+        if (
+            first.dim() not in (2, 3)
+            or first.shape[-2] != rows
+            or first.shape[:-2] not in ((), (count,))
+        ):
+            raise ValueError(
+                f"plot.attention: expected global_weights of shape [{rows}, G] or "
+                f"[{count}, {rows}, G], got {list(first.shape)}"
+            )
         whole[:, :, : first.size(-1)] += first
     return whole[:, :, :columns]

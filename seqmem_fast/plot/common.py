@@ -27,6 +27,8 @@ def new_figure(width: float, height: float, title: str | None, points: int = 11)
         raise ImportError(
             "seqmem_fast.plot needs matplotlib: run `pip install matplotlib`"
         ) from error
+    lines = (title or "").splitlines()
+    width = max([width, *(0.6 * points / 72 * len(line) for line in lines)])  # letters of that size
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=points)
@@ -34,8 +36,8 @@ def new_figure(width: float, height: float, title: str | None, points: int = 11)
 
 
 def visible(tokens: str | Sequence[str]) -> list[str]:
-    """The labels of characters or tokens."""
-    return [VISIBLE.get(token, token) for token in tokens]
+    """The labels of characters or tokens; a dollar sign begins no formula."""
+    return [VISIBLE.get(token, token).replace("$", r"\$") for token in tokens]
 
 
 def label_columns(axes: Axes, tokens: str | Sequence[str], **style: Any) -> None:

@@ -91,7 +91,7 @@ def picture(training: Training, batch: Batch, logits: Tensor, trace: Any, title:
         steps = len(shown) - len(weights)
         sizes = memory.memory_size, memory.compressed_size, memory.ratio
         return compressive(weights, steps, *sizes, title=title)
-    if isinstance(task, LongCopyTask) and trace:
+    if isinstance(task, LongCopyTask) and isinstance(training.model, AttentionModel) and trace:
         band, header = (torch.cat([w[part][0] for w in trace]) for part in (0, 1))
         names = task.in_words(batch)
         left = training.settings.memory_size - 1
@@ -126,13 +126,16 @@ def main(task: str, arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int, help="training's largest if none")
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    out = options.out if options.out.suffix else options.out.with_suffix(".png")
     try:
+        if options.out.is_dir():
+            raise ValueError(f"--out: expected a file, got the folder {options.out}")
         training = resume(options.checkpoint)
         if training.settings.task != task:
             raise ValueError(f"{options.checkpoint} was trained on {training.settings.task}")
-        wrong = save_picture(training, given, options.seed, options.out)
+        wrong = save_picture(training, given, options.seed, out)
     except (ValueError, CheckpointError, ImportError, OSError) as error:
         print(f"seqmem_fast plot: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {wrong:.0f} wrong {training.task.unit}")
+    print(f"{out}: {wrong:.0f} wrong {training.task.unit}")
     return 0

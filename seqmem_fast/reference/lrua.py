@@ -131,7 +131,7 @@ def lrua_trace(
         state = new if valid is None else choose(valid[t], new, state)
 
     if not steps:  # T = 0
-        features = input.new_zeros(0, batch, head_weight.size(1) + state.reads[0].numel())
+        features = input.new_zeros(0, batch, head_weight.size(1) + state.reads.shape[1:].numel())
         weightings = input.new_zeros(0, *state.read_weights.shape)
         trace = LRUATrace(input.new_zeros(0, *state.usage.shape), weightings, weightings.clone())
         return features, state, trace
@@ -183,8 +183,9 @@ class _Heads:
         gate = torch.sigmoid(gate).unsqueeze(-1)
 
         slots = least_used(state.usage, self.heads)
-        chosen = F.one_hot(slots, state.usage.size(-1))  # [B, R, N]
-        erased = chosen[:, : self.erased].sum(1) > 0
+        places = torch.arange(state.usage.size(-1), device=slots.device)
+        chosen = slots.unsqueeze(-1) == places  # [B, R, N]
+        erased = chosen[:, : self.erased].any(1)
         write_weights = gate * state.read_weights + (1 - gate) * chosen
         kept = torch.where(erased.unsqueeze(-1), 0, state.memory)
         memory = torch.baddbmm(kept, write_weights.mT, add)

@@ -99,7 +99,7 @@ def ntm_trace(
         state = new if valid is None else choose(valid[t], new, state)
 
     if not steps:  # T = 0
-        features = input.new_zeros(0, batch, head_weight.size(1) + state.reads[0].numel())
+        features = input.new_zeros(0, batch, head_weight.size(1) + state.reads.shape[1:].numel())
         return features, state, input.new_zeros(0, *state.weightings.shape)
     tops, reads, weightings = (torch.stack(column) for column in zip(*steps, strict=True))
     features = torch.cat((tops, reads.flatten(2)), -1)

@@ -7,10 +7,12 @@ interrupts the writing, the folder holds the old checkpoint or the new one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,37 @@ class CheckpointError(RuntimeError):
 def exists(folder: Path) -> bool:
     """Whether the folder holds a checkpoint, be it damaged."""
     return (folder / INDEX).is_file()
+
+
+def step_of(folder: Path) -> int | None:
+    """That of the folder's checkpoint, None where it holds none that can be read."""
+    try:
+        return int(json.loads((folder / INDEX).read_text())["facts"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes the folder, tries whether it can be written, and keeps other trainings out.
+
+    Raises:
+        CheckpointError: another training writes there.
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / "try", b"")
+    (folder / "try").unlink()
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems know no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"another training writes to {folder}") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -62,12 +95,14 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         index = json.loads((folder / INDEX).read_text())
         form, name, digest = index["format"], index["tensors"], index["sha256"]
         facts = dict(index["facts"])
+        name = Path(name).name
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"damaged checkpoint: {folder / INDEX} ({error!r})") from error
+        why = "not text" if isinstance(error, UnicodeDecodeError) else repr(error)
+        raise CheckpointError(f"damaged checkpoint: {folder / INDEX} ({why})") from error
     if form != FORMAT:
         raise CheckpointError(f"{folder / INDEX}: expected format {FORMAT}, got {form}")
     try:
-        content = (folder / Path(name).name).read_bytes()
+        content = (folder / name).read_bytes()
     except OSError as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
     if hashlib.sha256(content).hexdigest() != digest:

@@ -109,7 +109,11 @@ def _add_run_options(group: Any, name: str) -> None:
     )
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write curves there")
     group.add_argument(
-        "--threads", type=int, default=1, metavar="INT", help="of torch; standard: %(default)s"
+        "--threads",
+        type=int,
+        default=1,
+        metavar="INT",
+        help="of torch, whose own layers may round otherwise with others; standard: %(default)s",
     )
     group.add_argument(
         "--sequences",
@@ -163,7 +167,7 @@ def start(options: argparse.Namespace) -> Training:
         if (steps := settings.pop("steps", kept["steps"])) != kept["steps"]:
             training.end_at(steps)
         wanted = {"task": options.task, **settings}
-        here = {name: kept["sizes"].get(name) for name in sizes} | {n: kept[n] for n in wanted}
+        here = {name: getattr(training.task, name) for name in sizes} | {n: kept[n] for n in wanted}
         for name, value in (wanted | sizes).items():
             if here[name] != value:
                 raise ValueError(
@@ -182,6 +186,13 @@ def train(options: argparse.Namespace, console: Console) -> int:
     """Trains, keeps, judges; the exit status."""
     checkpoint.require_safetensors()  # before hours of training, not after
     training = start(options)
+    with checkpoint.writing(options.checkpoint):
+        return _train(options, console, training)
+
+
+def _train(options: argparse.Namespace, console: Console, training: Training) -> int:
+    judged = options.checkpoint / "evaluation.json"
+    judged.unlink(missing_ok=True)  # of other weights
     torch.set_num_threads(options.threads)
     limits = loop.Limits(
         seconds=float("inf") if options.minutes is None else 60 * options.minutes,
@@ -217,7 +228,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
         ],
     }
     text = json.dumps(content, indent=2) + "\n"
-    checkpoint.replace(options.checkpoint / "evaluation.json", text.encode())
+    checkpoint.replace(judged, text.encode())
     return 0
 
 
@@ -234,7 +245,9 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # while judging: the training itself is kept
         return 128 + signal.SIGINT
     except Diverged as error:
-        print(f"stopped: {error}; the last checkpoint is as it was", file=sys.stderr)
+        step = checkpoint.step_of(options.checkpoint)
+        kept = "no checkpoint" if step is None else f"a checkpoint of step {step}"
+        print(f"stopped: {error}; {options.checkpoint} holds {kept}", file=sys.stderr)
         return 1
     except (ValueError, MissingPackage, checkpoint.CheckpointError, OSError) as error:
         print(f"seqmem_fast train: {error}", file=sys.stderr)

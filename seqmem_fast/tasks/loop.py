@@ -33,7 +33,8 @@ def run(training: Training, folder: Path | None, limits: Limits, watch: Watcher)
         The signal's number, or 0.
 
     Raises:
-        Diverged: the loss is not finite; the folder keeps the checkpoint it has.
+        Diverged: the loss, its gradient or a weight is not finite; the folder keeps the
+            checkpoint it has.
     """
     start, before = time.perf_counter(), training.seconds
     saved = -1
@@ -41,6 +42,7 @@ def run(training: Training, folder: Path | None, limits: Limits, watch: Watcher)
     def save() -> None:
         nonlocal saved
         if folder is not None and saved != training.step_count:
+            training.require_finite()
             checkpoint.save(folder, training.tensors(), training.counters())
             saved = training.step_count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any
@@ -14,7 +15,8 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one training; equal settings give equal weights on the same machine.
+    """The settings of one training; equal settings give equal weights on the same
+    machine with as many threads.
 
     What `Annotated` says is the help of the command line.
 
@@ -71,6 +73,7 @@ class Settings:
             "controller_size",
             "num_layers",
             "memory_size",
+            "memory_dim",
             "read_heads",
             "write_heads",
             "ratio",
@@ -83,6 +86,9 @@ class Settings:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
+        for name in ("learning_rate", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         for name in ("curriculum", "fall", "learnt"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")

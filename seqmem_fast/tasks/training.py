@@ -15,7 +15,7 @@ from .settings import Settings
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number; the weights are those before that step."""
+    """The loss, its gradient or the weights are no longer finite numbers."""
 
 
 class Training:
@@ -68,7 +68,7 @@ class Training:
         """One optimizer step on a fresh batch: its loss, and wrong bits or answers a sequence.
 
         Raises:
-            Diverged: the loss is not finite.
+            Diverged: the loss or its gradient is not finite; the weights are those before.
         """
         size = self.task.draw(self.generator, self.schedule.stage)
         batch = self.task.training_batch(self.settings.batch_size, self.generator, **size)
@@ -79,7 +79,9 @@ class Training:
             raise Diverged(f"the loss at step {self.step_count + 1} is {value}")
         side = getattr(self.model, "side_loss", None)
         (loss if side is None else loss + side).backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True).item()
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient at step {self.step_count + 1} is {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
@@ -87,6 +89,12 @@ class Training:
         self.step_count += 1
         self.schedule.observe(value, self.step_count)
         return value, float(self.task.wrong(logits, batch).float().mean())
+
+    def require_finite(self) -> None:
+        """Raises Diverged where a weight is not finite: such a checkpoint could not go on."""
+        wrong = (name for name, t in self.model.named_parameters() if not t.isfinite().all())
+        if name := next(wrong, None):
+            raise Diverged(f"after step {self.step_count} not all of {name} is finite")
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, optimizer state and random state, by name."""
