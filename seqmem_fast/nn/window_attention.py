@@ -56,7 +56,8 @@ class WindowAttention(SparseAttention):
     average_attn_weights=True) -> (output, weights)``:
 
     - query [Tq, B, E], key [Tk, B, kdim], value [Tk, B, vdim]; query i stands at key i.
-    - key_padding_mask: bool [B, Tk], true where a key is left out: at the ends alone.
+    - key_padding_mask: bool [B, Tk], true where a key is left out: at the ends alone. Others are
+      refused on the CPU; on a GPU and under ``torch.compile`` nothing looks for them.
     - need_weights: False returns None instead of weights.
     - average_attn_weights: weights are the heads' mean; False gives each head's.
     - returns output, laid out as query, and :class:`WindowWeights`. A query that sees no key gets

@@ -129,7 +129,8 @@ def attention(
             differ, as in ``F.scaled_dot_product_attention``). Later keys have weight zero whatever
             the mask says; a row whose mask leaves nothing is uniform over the keys that it sees.
         return_weights: False calls ``F.scaled_dot_product_attention``, which never holds the
-            weights; a row whose mask is all zero is uniform there, too.
+            weights; a row whose mask is all zero is uniform there, too, and one of -inf gives
+            zeros instead of NaN.
         normalizer: what makes weights of scores: "softmax", or "sparsemax", "entmax15" or "entmax",
             which give many keys a weight of exactly 0. On the CPU, where fewer than one key in
             eight has a weight in a block of queries, only those keys' values are added up: whether
