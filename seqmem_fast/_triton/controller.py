@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +41,18 @@ def pack(given: Sequence[Tensor], width: int, gates: int, transposed: bool) -> P
     from the places that packing takes them to, which are kept from call to call.
     """
     joined = torch.cat([t.reshape(-1) for t in given]).to(wide(given[0].dtype))
-    find, device, stream = _places, joined.device, 0
+    device, stream = joined.device, 0
+    find: Any = _places
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         if torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
             find = _places.__wrapped__
     sizes = tuple(tuple(t.shape) for t in given)
     places, counts, of_first, of_last = find(sizes, width, gates, transposed, device, stream)
-    of_input, *flat, biases = joined.index_select(0, places).split(counts)
-    return Parameters(of_input.view(of_first), *flat, biases.view(of_last).sum(0))
+    found = Parameters(*joined.index_select(0, places).split(counts))
+    return found._replace(
+        of_input=found.of_input.view(of_first), biases=found.biases.view(of_last).sum(0)
+    )
 
 
 @lru_cache(maxsize=64)

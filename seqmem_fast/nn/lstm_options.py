@@ -20,9 +20,9 @@ def check_forget_bias(op: str, forget_bias: float | None, bias: bool) -> None:
 
 
 def check_share(op: str, name: str, share: Any) -> None:
-    if isinstance(share, bool) or not isinstance(share, Real):
+    if isinstance(share, bool) or not isinstance(share, Real):  # numpy's numbers are Real, too
         raise TypeError(f"seqmem::{op}: expected {name} to be a number, got {share!r}")
-    if not 0 <= share <= 1:
+    if not 0 <= float(share) <= 1:
         raise ValueError(f"seqmem::{op}: expected {name} in 0..1, got {share}")
 
 
