@@ -16,6 +16,7 @@ from sparse_attentions import WINDOW
 import seqmem_fast
 from seqmem_fast._triton import window_attention as launchers
 from seqmem_fast.reference import window_attention as reference
+from seqmem_fast.reference.common import Sample
 
 assert seqmem_fast.__version__
 SIZES = (2, 1, 17, 20, 5, 6)  # B, Hk, Tq, Tk, D, Dv: two blocks of each, no power of two in sight
@@ -45,6 +46,12 @@ def test_keys_that_nobody_sees_may_hold_anything(monkeypatch: pytest.MonkeyPatch
     k[1, :, 9:], v[1, :, 9:] = torch.nan, torch.inf
     found = launchers.window_attention(q, k, v, *tail, True)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_global_keys_of_classes_that_have_no_query(queries: int) -> None:
+    args = torch.randn(2, 2, queries, 5), torch.randn(2, 1, 9, 5), torch.randn(2, 1, 9, 6), 1, 0
+    check(Sample("few", args, {"dilation": 4, "offset": 6, "global_keys": 3}), torch.float32)
 
 
 def kernels() -> list[Kernel]:
