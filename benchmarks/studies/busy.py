@@ -3,7 +3,8 @@
     python -m benchmarks.studies.busy [--seconds 1.0] [--rows TEXT] [--json PATH]
 
 Three times of each row: ours on all threads, ours on one thread, and torch's (the faster of its
-ways, or eager). They are measured alone; beside a program that keeps one core busy; and with two
+ways, or eager). The loss of a training step computes nothing: a sum of torch's would wait for
+threads of its own. They are measured alone; beside a program that keeps one core busy; and with two
 and four processes that do the same at once. The mean over all calls counts, since a median would
 hide the calls that wait for a time slice.
 """
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import bench_lstm, bench_ntm
 from benchmarks.harness import machine, measure, report
-from benchmarks.harness.rows import OURS, Row
+from benchmarks.harness.rows import OURS, Row, bench
 from benchmarks.harness.timing import TORCH_POOL
 
 ONE = "ours, one thread"
@@ -46,11 +48,29 @@ def rows(text: str) -> list[Row]:
     ]  # fmt: skip
 
 
+class _Total(torch.autograd.Function):
+    """0, with the gradient that a sum has."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        ctx.shape = output.shape
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.expand(ctx.shape)
+
+
+def total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    loss: torch.Tensor = _Total.apply(outputs[0])
+    return loss
+
+
 class Prepared:
     """One row's sides, each ready to be called."""
 
     def __init__(self, row: Row) -> None:
-        built = row.build()
+        built = bench(replace(row.work(), loss=total), row.mode)
         samples = measure.pool(built.sample, most=4)
         made = {name: built.contenders[name]() for name in (*built.peers, OURS)}
         self.calls = {
@@ -123,6 +143,10 @@ class Workers:
             pipe.send((place, name, seconds))
         return [pipe.recv() for pipe in self.pipes[:count]]
 
+    def end(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+
 
 def measured(workers: Workers, place: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Mean and median of a call, by condition and side."""
@@ -188,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 {"row": row.label, "mode": row.mode, "conditions": conditions}
             )
             report.write_json(args.json, content)
+    workers.end()
     show(console, content["results"])
     return 0
 
