@@ -83,6 +83,15 @@ def test_it_can_be_saved(tmp_path: Any) -> None:
     assert len(panels(figure)[0].get_xticklabels()) == 3
 
 
+def test_a_title_fits() -> None:
+    title = "where it looks, " * 10
+    figure = plot.attention(weights(), SOURCE, TARGET, title=title)
+    figure.canvas.draw()
+    (text,) = [text for text in figure.texts if text.get_text() == title]
+    drawn = text.get_window_extent()
+    assert drawn.x0 >= 0 and drawn.x1 <= figure.bbox.width
+
+
 @pytest.mark.parametrize(
     ("shape", "source", "message"),
     [

@@ -88,7 +88,7 @@ def test_what_is_beyond_the_window_changes_nothing_but_the_header_does() -> None
 def test_the_command_draws_what_was_trained(tmp_path: Path) -> None:
     kept, out = f"--checkpoint={tmp_path / 'kept'}", tmp_path / "picture.png"
     tiny = ["--sequences=1", *(f"--{k.replace('_', '-')}={v}" for k, v in TINY.items())]
-    for model in ("band", "dense"):
+    for model in ("band", "dense", "ntm", "dnc", "mann"):
         more = ["--restart", f"--model={model}"]
         assert cli.main(["train", "long_copy", kept, *tiny, *more]) == 0
         assert cli.main(["plot", "long_copy", kept, "--length=9", f"--out={out}"]) == 0
