@@ -158,7 +158,7 @@ class Call:
         self,
         op: str,
         input: Tensor,
-        state: Any,  # the op's NamedTuple, as `given`: a Machine, or what has these of its fields
+        state: Any,  # the op's NamedTuple, as `given`: a Machine, or one that begins as it does
         given: Any,
     ) -> None:
         self.input, self.state = input, state

@@ -19,9 +19,9 @@ from .. import _C, ops
 from ..ops.common import (
     MASKED,
     alpha_of,
-    autocast_dtype,
     dynamo_traces,
     overridden,
+    require_like,
     transform_active,
 )
 
@@ -192,19 +192,22 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         unmasked = key_padding_mask is None and attn_mask is None and not is_causal
         if unmasked and Attention._is_usual(self, query, key, value):
-            done = _C.attention_module(
-                query,
-                key,
-                value,
-                cast(Tensor, self.in_proj_weight),
-                self.in_proj_bias,
-                self.out_proj.weight,
-                self.out_proj.bias,
-                self.num_heads,
-                self.batch_first,
-                need_weights,
-                average_attn_weights,
-            )
+            try:
+                done = _C.attention_module(
+                    query,
+                    key,
+                    value,
+                    cast(Tensor, self.in_proj_weight),
+                    self.in_proj_bias,
+                    self.out_proj.weight,
+                    self.out_proj.bias,
+                    self.num_heads,
+                    self.batch_first,
+                    need_weights,
+                    average_attn_weights,
+                )
+            except TypeError:  # what is no tensor is named below
+                done = None
             if done is not None:
                 return done
         Attention._check(self, query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -237,7 +240,6 @@ class Attention(nn.Module):
         projection = self.out_proj
         return not (
             self.in_proj_weight is None
-            or not all(isinstance(t, Tensor) for t in (query, key, value))
             or Attention._extends(self)
             or getattr(self, "normalizer", "softmax") != "softmax"
             or (self.training and self.dropout)
@@ -368,7 +370,7 @@ class Attention(nn.Module):
         is_causal: bool,
     ) -> None:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        check_tensors(weight, query=query, key=key, value=value)
+        require_like("attention", weight, query=query, key=key, value=value)
         if query.dim() not in (2, 3):
             refuse("query with 2 or 3 dimensions", query)
         batched = query.dim() == 3
@@ -406,17 +408,6 @@ class Attention(nn.Module):
                     f"seqmem::attention: expected {name} of dtype bool or a floating one, "
                     f"got {mask.dtype}"
                 )
-
-
-def check_tensors(like: Tensor | None, op: str = "seqmem::attention", **given: Tensor) -> None:
-    """Their dtype is that of the parameters, but under ``torch.autocast``."""
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
-        if like is not None and tensor.dtype != like.dtype and autocast_dtype(tensor) is None:
-            raise TypeError(
-                f"{op}: expected {name} of the parameters' dtype {like.dtype}, got {tensor.dtype}"
-            )
 
 
 def refuse(expected: str, got: Tensor) -> None:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .attention import check_tensors
+from ..ops.common import require_like
 
 __all__ = ["Compression", "CompressiveAttention", "CompressiveMemory", "CompressiveState"]
 
@@ -427,7 +427,7 @@ class CompressiveAttention(nn.Module):
         average_attn_weights: bool = True,
     ) -> tuple[Tensor, CompressiveState, Tensor | None]:
         memory = self.memory
-        check_tensors(self.in_proj_weight, _ATTENTION, input=input)
+        require_like("compressive_attention", self.in_proj_weight, input=input)
         state = memory.check(_ATTENTION, input, state, lengths, reset)
         inside = None
         if lengths is not None:  # padding may hold anything, even NaN

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.common import autocast_dtype, require_tensors
+from ..ops.common import require_like, require_tensors
 
 State = TypeVar("State", bound="tuple[Tensor, ...]")
 
@@ -181,11 +181,7 @@ class MemoryNetwork(nn.Module, Generic[State]):
                 f"[T, {self.input_size}], got {list(input.shape)}"
             )
         (like,) = self._tensors(self._controller_names[0])
-        if input.dtype != like.dtype and autocast_dtype(input) is None:
-            raise TypeError(
-                f"seqmem::{self._op}: expected input of the parameters' dtype {like.dtype}, "
-                f"got {input.dtype}"
-            )
+        require_like(self._op, like, input=input)
         if lengths is not None or reset is not None:
             require_tensors(self._op, lengths=lengths, reset=reset)
         if input.dim() == 2:

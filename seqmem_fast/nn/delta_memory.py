@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.common import require_tensors
-from .attention import check_tensors
+from ..ops.common import require_like, require_tensors
 
 __all__ = ["DeltaMemory", "DeltaMemoryState"]
 
@@ -179,7 +178,7 @@ class DeltaMemory(nn.Module):
                 f"seqmem::delta_memory: expected input of shape [B, T, {self.dim}], got "
                 f"{list(input.shape)}"
             )
-        check_tensors(self.out_proj.weight, "seqmem::delta_memory", input=input)
+        require_like("delta_memory", self.out_proj.weight, input=input)
         batch, steps, _ = input.shape
         require_tensors("delta_memory", lengths=lengths, reset=reset)
         if lengths is not None and lengths.shape == (batch,):  # others the op refuses

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.common import autocast_dtype
+from ..ops.common import require_like
 
 __all__ = ["DynamicMemory", "EpisodicMemory"]
 
@@ -228,10 +228,7 @@ def _check_width(
             f"{_op}: expected {name} of shape {form} with {width} in the last dimension, "
             f"got {list(value.shape)}"
         )
-    if value.dtype != like.dtype and autocast_dtype(value) is None:
-        raise TypeError(
-            f"{_op}: expected {name} of the parameters' dtype {like.dtype}, got {value.dtype}"
-        )
+    require_like("dynamic_memory", like, **{name: value})
 
 
 def _mask_of(lengths: Tensor | None, mask: Tensor | None, facts: Tensor) -> Tensor | None:

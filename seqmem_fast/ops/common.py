@@ -436,6 +436,21 @@ def require_tensors(op: str, **given: Tensor | None) -> None:
             )
 
 
+def require_like(op: str, like: Tensor | None, **given: Tensor) -> None:
+    """Tensors of the dtype of a module's parameters, of which `like` is one; under
+    ``torch.autocast`` of any."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"seqmem::{op}: expected {name} to be a tensor, got {type(value).__name__}"
+            )
+        if like is not None and value.dtype != like.dtype and autocast_dtype(value) is None:
+            raise TypeError(
+                f"seqmem::{op}: expected {name} of the parameters' dtype {like.dtype}, "
+                f"got {value.dtype}"
+            )
+
+
 def alpha_of(op: str, normalizer: str, alpha: Tensor | float) -> float:
     """The normalizer's alpha as entmax, 1 for softmax."""
     if isinstance(alpha, Tensor):

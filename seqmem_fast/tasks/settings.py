@@ -15,8 +15,8 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one training; equal settings give equal weights on the same
-    machine with as many threads.
+    """The settings of one training; equal settings give equal weights on the same machine
+    with as many threads.
 
     What `Annotated` says is the help of the command line.
 
