@@ -51,7 +51,7 @@ Tensors<3> cell_meta(const CellInputs& in) {
 
 Tensors<6> allocate_cell_gradients(const CellBackwardInputs& in, const auto& s) {
   const bool of_bias = in.output_mask[2] && in.has_bias;
-  return std::tuple_cat(allocate_gradients(in.input, s, false, in.output_mask),
+  return std::tuple_cat(allocate_gradients(in.input, s, in.output_mask),
                         std::tuple(empty_if(of_bias, in.input, {s.H * 4})));
 }
 
@@ -78,11 +78,11 @@ Tensors<5> allocate_sequence(const Results<Int>& make, bool return_gates) {
 
 Tensors<5> sequence_cpu(const SequenceInputs& in) {
   const Sizes64 s = check_sequence<int64_t>(in);
-  Tensors<5> out = allocate_sequence(Results<int64_t>{in.input, s, in.batch_sizes.has_value(),
-                                                      in.batch_first, in.lengths.has_value()},
-                                     in.return_gates);
+  Tensors<5> out = allocate_sequence(
+      Results<int64_t>{in.input, s, in.batch_sizes.has_value(), in.batch_first}, in.return_gates);
   const auto& [output, hy, cy, gates, cells] = out;
   const Call call(s, in, in.batch_first, in.reverse);
+  call.clear_padding({&output, &gates, &cells});
   const ForwardOperands operands(in, in, in.weight_hr);
   run_forward(call, s, in.input,
               operands.arguments(data(output), data(hy), data(cy), data_if(in.return_gates, gates),
@@ -93,33 +93,34 @@ Tensors<5> sequence_cpu(const SequenceInputs& in) {
 Tensors<5> sequence_meta(const SequenceInputs& in) {
   const auto s = check_sequence<c10::SymInt>(in);
   return allocate_sequence(
-      Results<c10::SymInt>{in.input, s, in.batch_sizes.has_value(), in.batch_first, false},
+      Results<c10::SymInt>{in.input, s, in.batch_sizes.has_value(), in.batch_first},
       in.return_gates);
 }
 
-Tensors<7> allocate_sequence_gradients(const SequenceBackwardInputs& in, const auto& s,
-                                       bool padded) {
+Tensors<7> allocate_sequence_gradients(const SequenceBackwardInputs& in, const auto& s) {
   const bool of_weights = in.output_mask[2];
   return std::tuple_cat(
-      allocate_gradients(in.input, s, padded, in.output_mask),
+      allocate_gradients(in.input, s, in.output_mask),
       std::tuple(empty_if(of_weights && in.has_bias, in.input, {s.H * 4}),
                  empty_if(of_weights && in.weight_hr.has_value(), in.input, {s.P, s.H})));
 }
 
 Tensors<7> sequence_backward_cpu(const SequenceBackwardInputs& in) {
   const Sizes64 s = check_sequence_backward<int64_t>(in);
-  Tensors<7> out = allocate_sequence_gradients(in, s, in.lengths.has_value());
+  Tensors<7> out = allocate_sequence_gradients(in, s);
   const bool of_weights = in.output_mask[2];
   const BackwardOperands operands(in, in, in.weight_hr, in.output, in.gates, in.cells, s.P);
+  const Call call(s, in, in.batch_first, in.reverse);
+  call.clear_padding({&std::get<0>(out)});
   run_backward(
-      Call(s, in, in.batch_first, in.reverse), s, in.input,
+      call, s, in.input,
       operands.arguments(in.output_mask, out, data_if(of_weights && in.has_bias, std::get<5>(out)),
                          data_if(of_weights && in.weight_hr.has_value(), std::get<6>(out))));
   return out;
 }
 
 Tensors<7> sequence_backward_meta(const SequenceBackwardInputs& in) {
-  return allocate_sequence_gradients(in, check_sequence_backward<c10::SymInt>(in), false);
+  return allocate_sequence_gradients(in, check_sequence_backward<c10::SymInt>(in));
 }
 
 }  // namespace

@@ -52,6 +52,7 @@ struct Call {
   Rows rows;
   Tensor reset;  // keeps a contiguous copy alive
   Shape shape;
+  bool padded;  // whether some sequences end before others
 
   Call(const Sizes64& s, const Layout& layout, bool batch_first, bool reverse)
       : rows(s, layout.lengths, layout.batch_sizes, batch_first),
@@ -67,8 +68,23 @@ struct Call {
               .step_row = rows.step_row.data(),
               .order = rows.order.data(),
               .active = rows.active.data(),
-              .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr} {}
+              .reset = reset.defined() ? reset.const_data_ptr<bool>() : nullptr},
+        padded(layout.lengths.has_value()) {}
   explicit Call(const Sizes64& s) : Call(s, {{}, {}, {}, {}}, false, false) {}
+
+  // Stores zeros beyond the sequences' ends, in results laid out as the input or empty. On this
+  // thread alone: torch's zero_ opens a team for it, which waits long on a busy machine.
+  void clear_padding(std::initializer_list<const Tensor*> results) const {
+    for (const Tensor* result : results) {
+      if (!padded || result->numel() == 0) continue;
+      char* const base = static_cast<char*>(result->mutable_data_ptr());
+      const size_t bytes = result->size(-1) * result->element_size();
+      for (int64_t t = 0; t < shape.T; ++t)
+        for (int64_t j = shape.active[t]; j < shape.B; ++j)
+          std::memset(base + (shape.step_row[t] + shape.order[j] * shape.row_stride) * bytes, 0,
+                      bytes);
+    }
+  }
 };
 
 // A gradient [..., width]. Rows that are all one and the same, as those of a sum's gradient are,
@@ -198,15 +214,12 @@ Tensor empty_if(bool wanted, const Tensor& like, std::initializer_list<Int> size
   return wanted ? empty_like_of<Int>(like, sizes) : empty_like_of<Int>(like, {Int(0)});
 }
 
-// The gradients of the input, of hx, cx and of both weights; what is not wanted stays empty. Where
-// rows are padded, the input's is zero beyond them.
+// The gradients of the input, of hx, cx and of both weights; what is not wanted stays empty.
 template <class Int>
-Tensors<5> allocate_gradients(In input, const Sizes<Int>& s, bool padded,
-                              std::array<bool, 3> wanted) {
+Tensors<5> allocate_gradients(In input, const Sizes<Int>& s, std::array<bool, 3> wanted) {
   const auto [of_input, of_state, of_weights] = wanted;
-  const Tensor grad_input =
-      of_input ? result_like<Int>(input, input.options()) : empty_if<Int>(false, input, {});
-  return {padded ? grad_input.zero_() : grad_input, empty_if<Int>(of_state, input, {s.B, s.P}),
+  return {of_input ? result_like<Int>(input, input.options()) : empty_if<Int>(false, input, {}),
+          empty_if<Int>(of_state, input, {s.B, s.P}),
           empty_if<Int>(of_state, input, {s.B, s.H}),
           kept_of<Int>(of_weights, input.options(), {s.H * 4, s.I}),
           kept_of<Int>(of_weights, input.options(), {s.H * 4, s.P})};
@@ -218,7 +231,6 @@ struct Results {
   In input;
   const Sizes<Int>& s;
   bool packed, batch_first;
-  bool padded;  // whether some rows end before others: what lies beyond them is zero
 
   Tensor operator()(std::initializer_list<Int> sizes) const {
     return result_of<Int>(input.options(), sizes);
@@ -241,10 +253,9 @@ struct Results {
   template <class Create>
   Tensor laid_out(const Int& width, bool wanted, const Create& create) const {
     if (!wanted) return (*this)({Int(0)});
-    Tensor t = packed        ? create({s.rows, width})
-               : batch_first ? create({s.B, s.T, width})
-                             : create({s.T, s.B, width});
-    return padded ? t.zero_() : t;
+    return packed        ? create({s.rows, width})
+           : batch_first ? create({s.B, s.T, width})
+                         : create({s.T, s.B, width});
   }
 };
 

@@ -38,8 +38,8 @@ struct Call : lstm::Call {
 };
 
 template <class Int>
-Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s, bool padded) {
-  const lstm::Results<Int> make{in.input, s, in.batch_sizes.has_value(), in.batch_first, padded};
+Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s) {
+  const lstm::Results<Int> make{in.input, s, in.batch_sizes.has_value(), in.batch_first};
   const bool saves = in.return_gates && has_norms(in);
   const auto exact = in.input.options().dtype(at::toOpMathType(in.input.scalar_type()));
   auto make_exact = [&](std::initializer_list<Int> sizes) { return empty_of<Int>(exact, sizes); };
@@ -56,10 +56,12 @@ Tensors<9> allocate(const ForwardInputs& in, const Sizes<Int>& s, bool padded) {
 
 Tensors<9> forward_cpu(const ForwardInputs& in) {
   const Sizes64 s = check<int64_t>(in);
-  Tensors<9> out = allocate(in, s, in.lengths.has_value());
+  Tensors<9> out = allocate(in, s);
   const auto& [output, hy, cy, gates, cells, normalized_ih, normalized_hh, normalized_c, scales] =
       out;
   const Call call(in, s);
+  call.clear_padding(
+      {&output, &gates, &cells, &normalized_ih, &normalized_hh, &normalized_c, &scales});
   const lstm::ForwardOperands layer(in, in, kAbsent);
   const bool saves = in.return_gates && has_norms(in);
   const Forward arguments = {
@@ -78,17 +80,17 @@ Tensors<9> forward_cpu(const ForwardInputs& in) {
 }
 
 Tensors<9> forward_meta(const ForwardInputs& in) {
-  return allocate(in, check<c10::SymInt>(in), false);
+  return allocate(in, check<c10::SymInt>(in));
 }
 
-Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s, bool padded) {
+Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s) {
   const auto [of_input, of_state, of_weights] = in.output_mask;
   auto make = [&](bool wanted, const auto& size) {
     return lstm::empty_if(wanted, in.input, {size});
   };
   const bool norms = of_weights && has_norms(in);
   return std::tuple_cat(
-      lstm::allocate_gradients(in.input, s, padded,
+      lstm::allocate_gradients(in.input, s,
                                {of_input, of_state && in.hx.has_value(), of_weights}),
       std::tuple(make(of_weights && in.bias_ih.has_value(), s.H * 4),
                  make(of_weights && in.bias_hh.has_value(), s.H * 4), make(norms, s.H * 4),
@@ -97,12 +99,13 @@ Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s, bool pad
 
 Tensors<11> backward_cpu(const BackwardInputs& in) {
   const Sizes64 s = check_backward<int64_t>(in);
-  Tensors<11> out = allocate_gradients(in, s, in.lengths.has_value());
+  Tensors<11> out = allocate_gradients(in, s);
   const auto& [grad_input, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih,
                grad_bias_hh, grad_gain_ih, grad_gain_hh, grad_gain_c, grad_shift_c] = out;
   const auto [of_input, of_state, of_weights] = in.output_mask;
   const bool norms = of_weights && has_norms(in);
   const Call call(in, s);
+  call.clear_padding({&grad_input});
   const lstm::BackwardOperands layer(in, in, kAbsent, in.output, in.gates, in.cells, s.H);
   const Operand normalized_ih(in.normalized_ih), normalized_hh(in.normalized_hh),
       normalized_c(in.normalized_c), scales(in.scales);
@@ -131,7 +134,7 @@ Tensors<11> backward_cpu(const BackwardInputs& in) {
 }
 
 Tensors<11> backward_meta(const BackwardInputs& in) {
-  return allocate_gradients(in, check_backward<c10::SymInt>(in), false);
+  return allocate_gradients(in, check_backward<c10::SymInt>(in));
 }
 
 }  // namespace
