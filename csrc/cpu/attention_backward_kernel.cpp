@@ -2,7 +2,7 @@
 //   dP = dO V^T + dW,  dS = P (dP - rowsum(dP P)), zero where masked (entmax: S' = P^(2 - alpha)
 //   for P and the mean of dP by S' for the sum, in dS alone),
 //   dQ = scale dS K,  dK = dS^T (scale Q),  dV = P^T dO.
-// Threads take tasks, parts of a batch's queries, and go through each in blocks of at most 48
+// Threads take tasks, parts of a batch's queries, and go through each in blocks of at most 96
 // queries, so few that their rows of P and dS stay in the L2 cache:
 //   once a batch  values [Tk, Dv] packed into panels [Dv][4 L keys], keys [Tk, D] into
 //                 panels [Tk][4 L columns]
@@ -32,7 +32,7 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   static constexpr int L = kLanes<C>;
 
   // Query rows of a block; stride of its rows of keys
-  const int64_t block = block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, kMaxRows);
+  const int64_t block = rows_at_once();
   const int64_t stride = score_stride<C>(s.Tk), D_pad = padded<C>(s.D), Dv_pad = padded<C>(s.Dv);
   // Whether dO is there, whether any of dQ, dK, dmask is
   const bool has_output = a.grad_output.data != nullptr;
@@ -91,6 +91,15 @@ class BackwardRun : KernelRun<Backward, ThreadOf<Shape, Plan>> {
   }
 
  private:
+  // A task's rows in as few blocks as may be, of even sizes. Under a causal mask fewer at once, for
+  // all rows of a block go over the keys that its last one sees.
+  int64_t rows_at_once() const {
+    const int64_t most =
+        block_rows<C>(s.Tq, s.Tk, 2, kBlockBytes, s.causal ? kMaxRows / 2 : kMaxRows);
+    const int64_t rows = ceil_div(s.Tq, plan.groups), R = kTileRows<C>;
+    return min(ceil_div(ceil_div(rows, ceil_div(rows, most)), R) * R, most);
+  }
+
   void pack(int64_t n) {
     if (n == in_panels) return;
     in_panels = n;

@@ -9,7 +9,7 @@
 namespace seqmem::attention {
 namespace {
 
-constexpr int64_t kMaxRows = 48;  // of a block
+constexpr int64_t kMaxRows = 96;  // of a block
 constexpr int64_t kChunk = 128;   // keys whose values stay in the L1 cache
 
 // Query rows of a block: as many as `most`, but only so many that their score rows, `arrays` of
