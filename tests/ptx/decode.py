@@ -445,6 +445,27 @@ class _Decoder:
         fields = {**self.memory(modifiers), "flags": 0}
         self.emit("st.async", numbers, wide=_wide(kinds), **fields)
 
+    def do_cp(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
+        """`cp.async[.caching] [to], [from], bytes[, bytes read]`, and its groups."""
+        what = modifiers[-1] if modifiers[:1] == ["async"] else "another copy"
+        if what in ("commit_group", "wait_all"):
+            self.emit("cp.async.commit", convergent=1)
+        if what in ("wait_group", "wait_all"):
+            last = int(operands[0], 0) if operands else 0
+            self.emit("cp.async.wait", convergent=1, immediate=last)
+        elif what == "commit_group":
+            return
+        elif "bulk" not in modifiers and "mbarrier" not in modifiers and len(operands) >= 3:
+            kind, source, offset = self.address(operands[1])
+            size = int(operands[2], 0)
+            read = self.operand(operands[3], "narrow") if operands[3:] else None
+            read = self.constant("narrow", size) if read is None else read
+            numbers = [self.located(operands[0]), source, read]
+            wide = int(kind == "wide") << 1
+            self.emit("cp.async", numbers, wide=wide, immediate=offset, bytes=size)
+        else:
+            raise Unsupported(what)
+
     def do_fence(self, modifiers: list[str], operands: Sequence[str], base: str) -> None:
         if not modifiers[0].startswith("proxy"):
             self.emit("fence", immediate=int("cta" not in modifiers))

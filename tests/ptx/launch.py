@@ -28,6 +28,7 @@ _SENTENCES = (
     "uses shared memory of a block of its cluster that may not have started ({what})",
     "uses shared memory of a block of its cluster that may have exited by then",
     "shuffles a value from a lane that does not take part",
+    "reads {what}, where a copy that nothing has waited for may still write",
 )
 _WRITE_AFTER_READ, _LANES_DISAGREE, _MISALIGNED, _SHUFFLED = 2, 3, 5, 10
 _SHARED, _GRID_WORKSPACE = -1, -2

@@ -43,6 +43,35 @@ REVERSE_IN_WARP = REVERSE.replace("bar.sync 0", "bar.warp.sync -1").replace(
     "sub.s32 %r5, 63, %r1", "xor.b32 %r5, %r1, 31"
 )
 
+# The same, from memory that each thread copies to shared memory while it goes on.
+REVERSE_COPIED = """
+.visible .entry reverse_copied(.param .u64 in, .param .u64 out)
+{
+  .reg .b32 %r<16>;
+  .reg .b64 %rd<8>;
+  .shared .align 4 .b8 buffer[256];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, buffer;
+  shl.b32 %r3, %r1, 2;
+  add.s32 %r4, %r2, %r3;
+  ld.param.u64 %rd1, [in];
+  mul.wide.u32 %rd2, %r1, 4;
+  add.s64 %rd3, %rd1, %rd2;
+  cp.async.ca.shared.global [%r4], [%rd3], 4;
+  cp.async.commit_group;
+  cp.async.wait_group 0;
+  bar.sync 0;
+  sub.s32 %r5, 63, %r1;
+  shl.b32 %r6, %r5, 2;
+  add.s32 %r7, %r2, %r6;
+  ld.shared.u32 %r8, [%r7];
+  ld.param.u64 %rd4, [out];
+  add.s64 %rd5, %rd4, %rd2;
+  st.global.u32 [%rd5], %r8;
+  ret;
+}
+"""
+
 # Each of two blocks of a cluster sends the other its rank through distributed shared memory.
 SWAP = """
 .visible .entry swap(.param .u64 out)
@@ -125,6 +154,13 @@ def reverse(text: str, seed: int) -> None:
     assert torch.equal(out, opposite.int())
 
 
+def reverse_copied(text: str, seed: int) -> None:
+    numbers, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    kernel = Module(HEADER + text)["reverse_copied"]
+    kernel.launch((1,), (64,), [numbers, Output(out)], seed=seed)
+    assert torch.equal(out, numbers.flip(0))
+
+
 def swap(text: str, seed: int) -> None:
     out = torch.zeros(2, dtype=torch.int32)
     Module(HEADER + text)["swap"].launch((2,), (64,), [Output(out)], cluster=2, seed=seed)
@@ -143,6 +179,7 @@ def neighbours(text: str, seed: int) -> None:
 CLEAN = {
     "reverse": (reverse, REVERSE),
     "reverse in warp": (reverse, REVERSE_IN_WARP),
+    "reverse copied": (reverse_copied, REVERSE_COPIED),
     "swap": (swap, SWAP),
     "neighbours": (neighbours, NEIGHBOURS),
 }
@@ -183,6 +220,19 @@ PLANTED: dict[str, tuple[Run, str, str, str, str]] = {
         ".reg .pred %q; setp.lt.u32 %q, %r1, 3; @%q bra NEXT; "
         "shfl.sync.bfly.b32 %r9, %r8, 1, 31, 0xfffffff8; NEXT: ld.param.u64 %rd1, [out];",
         "shuffles a value from a lane"),
+    "the wait for a copy removed": (
+        reverse_copied, REVERSE_COPIED, "cp.async.wait_group 0;", "", "nothing has waited for"),
+    "a wait for all but the last copy": (
+        reverse_copied, REVERSE_COPIED, "wait_group 0", "wait_group 1", "nothing has waited for"),
+    "a copy waited for by its own warp alone": (
+        reverse_copied, REVERSE_COPIED, "bar.sync 0;", "", "race|nothing has waited|nobody has"),
+    "a copy to memory that is still read": (
+        reverse_copied, REVERSE_COPIED, "st.global.u32 [%rd5]",
+        "cp.async.ca.shared.global [%r4], [%rd3], 4; st.global.u32 [%rd5]",
+        "race: writes shared memory .* has read"),
+    "a copy from beyond the input": (
+        reverse_copied, REVERSE_COPIED, "[%r4], [%rd3], 4", "[%r4], [%rd3+4], 4",
+        "out of bounds: argument 0 at byte 256"),
     "blocks that are not known to have started": (
         swap, SWAP, "// started", "", "may not have started"),
     "the second cluster barrier removed": (swap, SWAP, "// sent", "", "may have exited|nobody has"),

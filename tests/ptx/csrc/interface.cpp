@@ -23,6 +23,7 @@ const Operations& operations() {
     add_matrix_operations(made);
     add_group_products(made);
     add_memory_operations(made);
+    add_copies(made);
     add_mbarriers(made);
     return made;
   }();

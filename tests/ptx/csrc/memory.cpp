@@ -92,11 +92,12 @@ void check_read(Warp& w, const Instruction& i, int lane, const Place& at, int by
 }
 
 void check_write(Warp& w, const Instruction& i, int lane, const Place& at, int bytes,
-                 const uint8_t* value) {
+                 const uint8_t* value, bool in_flight = false) {
   if (!at.region) return;
   launch_of(w).found.clear();
-  at.region->shadow.write(w, at.offset, bytes, access(w, i, lane, (i.flags & kAtomic) != 0),
-                          at.data, value, launch_of(w).found);
+  Access now = access(w, i, lane, (i.flags & kAtomic) != 0);
+  now.in_flight = in_flight;
+  at.region->shadow.write(w, at.offset, bytes, now, at.data, value, launch_of(w).found);
   report_found(w, i, lane, at);
 }
 
@@ -283,6 +284,13 @@ bool store_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t 
   publish(w, i, at, false);
   std::memcpy(at.data, from, bytes);
   return true;
+}
+
+void expect_bytes(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes) {
+  const Place at = place(w, i, lane, Space::Shared, address, bytes);
+  if (!at.data) return;
+  check_write(w, i, lane, at, bytes, at.data, true);
+  std::memset(at.data, 0xff, bytes);
 }
 
 uint8_t* atomic_access(Warp& w, const Instruction& i, int lane, Space space, uint64_t address,

@@ -22,6 +22,10 @@ bool load_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t a
 bool store_bytes(Warp& w, const Instruction& i, int lane, Space space, uint64_t address, int bytes,
                  const uint8_t* from);
 
+// A lane's shared memory that a copy will write. Until then it holds NaNs, and to read it is a
+// fault.
+void expect_bytes(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes);
+
 // For an operation that reads and writes at once; null where there is no such memory.
 uint8_t* atomic_access(Warp& w, const Instruction& i, int lane, Space space, uint64_t address,
                        int bytes);

@@ -68,6 +68,8 @@ void Shadow::read(const Warp& w, uint64_t offset, int bytes, const Access& acces
       found.push_back({Fault::ReadUnwritten, {}});
     else if (!ordered(w, cell.write, access) && !(cell.write.atomic && access.atomic))
       found.push_back({Fault::ReadAfterWrite, cell.write});
+    else if (cell.write.in_flight)
+      found.push_back({Fault::ReadInFlight, cell.write});
     add_reader(w, cell, access);
   });
 }
@@ -75,7 +77,7 @@ void Shadow::read(const Warp& w, uint64_t offset, int bytes, const Access& acces
 void Shadow::write(const Warp& w, uint64_t offset, int bytes, const Access& access,
                    const uint8_t* memory, const uint8_t* value, std::vector<Found>& found) {
   each_piece(offset, bytes, [&](Cell& cell, uint64_t at, int size) {
-    const bool changes = !cell.write.exists() ||
+    const bool changes = !cell.write.exists() || access.in_flight || cell.write.in_flight ||
                          std::memcmp(memory + (at - offset), value + (at - offset), size) != 0;
     const bool after_write = ordered(w, cell.write, access);
     if (changes) {

@@ -22,6 +22,7 @@ enum class Fault : uint8_t {
   NotStarted,     // shared memory of a block that may not run yet
   MayHaveExited,  // shared memory of a block that may have ended
   ShuffleFromNobody,
+  ReadInFlight,  // what a copy that has not been waited for will write
 };
 
 struct Access {
@@ -33,6 +34,7 @@ struct Access {
   int instruction = -1;
   uint8_t lane = 0;
   bool atomic = false;
+  bool in_flight = false;  // the start of a copy: its bytes come later
 
   bool exists() const { return warp != kNobody; }
 };

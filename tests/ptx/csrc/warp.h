@@ -83,6 +83,16 @@ struct Product {
   int64_t group;
 };
 
+// A copy of cp.async that has been asked for.
+struct Copy {
+  const Instruction* instruction;
+  int lane;
+  uint32_t to;
+  uint64_t from;
+  uint32_t bytes_read;
+  int64_t group;
+};
+
 class Warp {
  public:
   Registers registers;
@@ -103,6 +113,8 @@ class Warp {
 
   std::vector<Product> products;  // that have not been waited for
   int64_t product_groups = 0;
+  std::vector<Copy> copies;  // likewise
+  int64_t copy_groups = 0;
 
   Clock clock;     // the own entry is the present; accesses carry it
   Clock fenced;    // at the last fence: what later relaxed writes publish
@@ -158,6 +170,7 @@ void add_exchanges(Operations& table);
 void add_matrix_operations(Operations& table);
 void add_group_products(Operations& table);
 void add_memory_operations(Operations& table);
+void add_copies(Operations& table);
 void add_mbarriers(Operations& table);
 
 }  // namespace ptx
