@@ -219,8 +219,7 @@ template <class Int>
 Tensors<5> allocate_gradients(In input, const Sizes<Int>& s, std::array<bool, 3> wanted) {
   const auto [of_input, of_state, of_weights] = wanted;
   return {of_input ? result_like<Int>(input, input.options()) : empty_if<Int>(false, input, {}),
-          empty_if<Int>(of_state, input, {s.B, s.P}),
-          empty_if<Int>(of_state, input, {s.B, s.H}),
+          empty_if<Int>(of_state, input, {s.B, s.P}), empty_if<Int>(of_state, input, {s.B, s.H}),
           kept_of<Int>(of_weights, input.options(), {s.H * 4, s.I}),
           kept_of<Int>(of_weights, input.options(), {s.H * 4, s.P})};
 }

@@ -79,9 +79,7 @@ Tensors<9> forward_cpu(const ForwardInputs& in) {
   return out;
 }
 
-Tensors<9> forward_meta(const ForwardInputs& in) {
-  return allocate(in, check<c10::SymInt>(in));
-}
+Tensors<9> forward_meta(const ForwardInputs& in) { return allocate(in, check<c10::SymInt>(in)); }
 
 Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s) {
   const auto [of_input, of_state, of_weights] = in.output_mask;
@@ -90,8 +88,7 @@ Tensors<11> allocate_gradients(const BackwardInputs& in, const auto& s) {
   };
   const bool norms = of_weights && has_norms(in);
   return std::tuple_cat(
-      lstm::allocate_gradients(in.input, s,
-                               {of_input, of_state && in.hx.has_value(), of_weights}),
+      lstm::allocate_gradients(in.input, s, {of_input, of_state && in.hx.has_value(), of_weights}),
       std::tuple(make(of_weights && in.bias_ih.has_value(), s.H * 4),
                  make(of_weights && in.bias_hh.has_value(), s.H * 4), make(norms, s.H * 4),
                  make(norms, s.H * 4), make(norms, s.H), make(norms, s.H)));
