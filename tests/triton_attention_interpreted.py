@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from ahead_of_time import Kernel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime import interpreter
 from triton_attention_check import check_launchers, spread
 
 import seqmem_fast
 from seqmem_fast._triton import attention as launchers
-from seqmem_fast._triton import common
+from seqmem_fast._triton import attention_call, attention_split, common
 from seqmem_fast.reference import attention as reference
 from seqmem_fast.reference.common import ALPHAS, Sample
 
@@ -42,14 +45,72 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+@pytest.fixture(autouse=True)
+def products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter would multiply their bit patterns."""
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        with np.errstate(invalid="ignore"):
+            return multiply(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "tiles", lambda *_: SMALL)
+    monkeypatch.setattr(attention_split, "tiles", lambda *_: SMALL)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 is multiplied as it is, as on AMD; the interpreter has no TF32."""
+    for module in (attention_call, attention_split):
+        monkeypatch.setattr(module, "product_precision", lambda *_: "ieee")
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_blocks(name: str, small: None) -> None:
     check(SAMPLES[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_products_of_whole_float32(name: str, small: None, whole: None) -> None:
+    check(SAMPLES[name], torch.float32)
+
+
+def test_several_blocks_of_their_usual_size() -> None:
+    samples = {s.name: s for s in reference.sample_inputs(sizes=(1, 70, 130, 20, 40))}
+    check(samples["causal_masked"], torch.float32)
+    check(samples["added_mask"], torch.float32)
+
+
+def test_parts_of_float32_are_as_exact_as_it() -> None:
+    q, k, v = torch.randn(100, 64), torch.randn(300, 64) * 4, torch.randn(300, 64)
+    q, k, v = (t * torch.randn(t.shape).exp() for t in (q, k, v))  # of very different sizes
+    right = attention(q.double(), k.double(), v.double(), None, None, False, 1)
+    eager = attention(q, k, v, None, None, False, 1)
+    ours = launchers.attention(q, k, v, None, None, False, 1)
+    for a, b, c in zip(ours, eager, right, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm()
+
+
+def test_infinities_stay_infinities() -> None:
+    q, k, v = torch.ones(2, 4), torch.randn(5, 4), torch.randn(5, 3)
+    v[3, 1], v[2, 2], k[4, 0] = float("inf"), float("-inf"), float("-inf")
+    huge = torch.finfo(torch.float32).max
+    v[1, 0] = huge
+    expected = attention(q, k, v, None, None, False, 1)
+    for a, b in zip(launchers.attention(q, k, v, None, None, False, 1), expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def test_one_block_and_each_gradient_alone() -> None:
@@ -58,8 +119,9 @@ def test_one_block_and_each_gradient_alone() -> None:
     check(SAMPLES["causal_masked"], torch.float32)
 
 
-def test_storage_of_16_bits(small: None) -> None:
-    check(SAMPLES["masked"], torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_storage_of_16_bits(dtype: torch.dtype, small: None) -> None:
+    check(SAMPLES["masked"], dtype)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -67,7 +129,7 @@ def test_torchs_products(name: str) -> None:
     check(SAMPLES[name], torch.float64)
 
 
-def test_torchs_products_in_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_products_in_blocks_of_keys(monkeypatch: pytest.MonkeyPatch, whole: None) -> None:
     monkeypatch.setattr(launchers, "_SCORES", 16)
     monkeypatch.setattr(launchers, "_MANY", 0)
     check(SAMPLES["causal_masked"], torch.float32)
@@ -155,6 +217,18 @@ def kernels() -> list[Kernel]:
             pointers = {"mask_ptr": "*u8", "delta_ptr": "*fp32"}
             constants = {**tile, **options}
             found.append(Kernel(file, name, storage, warps, constants, pointers, rows))
+    split, bf16 = "attention_split_kernels", dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    parts = {f"{name}_parts_ptr": "*bf16" for name in "qkv"}
+    tile = {"BM": 64, "BN": 64, "BD": 64, "BV": 64}
+    options = {**tile, "CAUSAL": False, "ONE_BLOCK": False, "STAGES": 2, "m_j": 1}
+    pointers = {**bf16, "mask_ptr": "*u8"}
+    widths = ("width", "value_width", "q_t", "k_t", "v_t")
+    found.append(Kernel(split, "attention_parts", "fp32", 4, tile, parts, widths))
+    found.append(Kernel(split, "attention_split", "fp32", 4, options, pointers, rows, ["sm_90"]))
+    options = {**options, "BN": 32}
+    targets = ["sm_80", "sm_100"]
+    found.append(Kernel(split, "attention_split", "fp32", 4, options, pointers, rows, targets))
+    for storage in ("bf16", "fp32"):
         row = {"BM": 2, "BN": 2048, "m_j": 1, "g_j": 1, "ONE_BLOCK": True}
         wide = dict.fromkeys(("scores_ptr", "p_ptr"), "*fp32") | {"mask_ptr": "*u8"}
         for name, options in (

@@ -1,16 +1,17 @@
 r"""Attention with its weights on GPU: launchers of `attention` and `attention_backward`.
 
-Formulas, shapes and errors: `ops/attention.py`; kernels: attention_kernels.py, and between torch's
-products attention_softmax_kernels.py. Leading dimensions of any number become two, each argument
-keeping its own strides: nothing that broadcasts is copied, except a non-collapsible expansion over
-more than two. Gradients of what was broadcast come out at full size and are summed by torch, in a
-fixed order.
+Formulas, shapes and errors: `ops/attention.py`; kernels: attention_kernels.py, for the forward in
+float32 those of attention_split.py, between torch's products attention_softmax_kernels.py.
+Leading dimensions of any number become two, each argument keeping its own strides: nothing that
+broadcasts is copied, except a non-collapsible expansion over more than two. Gradients of what was
+broadcast come out at full size and are summed by torch, in a fixed order.
 
-Products run on tensor cores: 16-bit storage as it is, float32 as three TF32 products, which keep
-its precision to a few units in the last place (one where `torch.backends.cuda.matmul` allows TF32;
-AMD multiplies float32 itself). Float64, heads wider than `tiles` can hold and calls with many
-scores take torch's products with one kernel between them, for the softmax or its gradient; their
-results are wide, so that scores are rounded no more than within one kernel.
+Products run on tensor cores: 16-bit storage as it is, float32 as six products of bfloat16 forward
+and three of TF32 backward, which keep its precision to a few units in the last place (one of TF32
+where `torch.backends.cuda.matmul` allows it; AMD multiplies float32 itself). Float64, heads wider
+than `tiles` can hold and backwards with many scores take torch's products with one kernel between
+them, for the softmax or its gradient; their results are wide, so that scores are rounded no more
+than within one kernel.
 
 Where the package was built with nvcc, csrc/cuda/attention.cpp runs small calls in their place.
 
@@ -19,9 +20,8 @@ State of proof: as in lstm.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,36 +29,20 @@ from torch import Tensor
 from ..reference.attention import scores_of
 from . import attention_kernels as kernels
 from . import attention_softmax_kernels as between
-from .common import (
-    as_bytes,
-    cdiv,
-    launcher,
-    next_power_of_2,
-    product_precision,
-    strides,
-    two_leading,
-    wide,
-    wide_product,
-)
+from . import attention_split as split
+from .attention_call import Call, Operands, Tiles
+from .common import cdiv, launcher, next_power_of_2, strides, wide, wide_product
 
 _SCORES = 4096  # that a program of the softmax kernels holds
 _MANY, _MANY_OF_16_BITS = 1 << 20, 1 << 22  # scores of a call
 
 
-class Tiles(NamedTuple):
-    """Queries and keys of a block, warps of a program."""
-
-    queries: int
-    keys: int
-    warps: int
-
-
 def tiles(width: int, dtype: torch.dtype, scores: int) -> Tiles | None:
     """The blocks for heads of this width (the larger of D and Dv), None for torch's products.
 
-    The largest that spill nothing on any target that we compile for. Float32 pays three TF32
-    products for one, which only a launch saved is worth: with many scores torch's are faster. So
-    they are in 16 bits, where four warps walk over all keys alone.
+    The largest that spill nothing on any target that we compile for. In float32 a backward pays
+    three TF32 products for one, which only a launch saved is worth: with many scores torch's are
+    faster. So they are in 16 bits, where four warps walk over all keys alone.
     """
     narrow = dtype not in (torch.float32, torch.float64)
     if narrow and scores >= _MANY_OF_16_BITS and torch.version.hip is None:
@@ -72,77 +56,21 @@ def tiles(width: int, dtype: torch.dtype, scores: int) -> Tiles | None:
     return Tiles(32, 32, 8) if width <= 256 else None
 
 
-class Operands(NamedTuple):
-    """Of both ops."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-
-
-class _Call:
-    """One call's sizes, and its arguments as [Z0, Z1, rows, columns]."""
-
-    def __init__(self, operands: Operands, scale: float | None) -> None:
-        query, key, value, mask = operands
-        mask_lead = () if mask is None else mask.shape[:-2]
-        shapes = [t.shape[:-2] for t in (query, key, value)]
-        self.lead = tuple(torch.broadcast_shapes(*shapes, mask_lead))
-        self.queries, self.width = query.shape[-2:]
-        self.keys, self.value_width = value.shape[-2:]
-        self.scale = 1 / math.sqrt(self.width) if scale is None else scale
-        self.query, self.key, self.value = (self.matrices(t) for t in (query, key, value))
-        self.mask = None if mask is None else self.scores(as_bytes(mask))
-        self.like = query
-
-    def matrices(self, t: Tensor) -> Tensor:
-        """t with two leading dimensions and dense rows."""
-        return two_leading(t if t.stride(-1) == 1 else t.contiguous(), self.lead)
-
-    def scores(self, t: Tensor) -> Tensor:
-        """What broadcasts to [..., Tq, Tk], with any strides."""
-        return two_leading(t.expand(*self.lead, self.queries, self.keys), self.lead)
-
-    def empty(self, rows: int, columns: int) -> Tensor:
-        return self.like.new_empty(*self.lead, rows, columns)
-
-    @property
-    def batch(self) -> int:
-        return math.prod(self.lead)
-
-    def arguments(self, tile: Tiles, block: int, rows: int) -> dict[str, Any]:
-        """What every kernel takes; its programs own `block` of `rows` rows each."""
-        return {
-            "scale": self.scale,
-            "queries": self.queries,
-            "keys": self.keys,
-            "width": self.width,
-            "value_width": self.value_width,
-            "heads": 1 if len(self.lead) < 1 else self.lead[-1],
-            "blocks": cdiv(rows, block),
-            "PRECISION": product_precision(self.like.dtype, self.like.device),
-            "BM": tile.queries,
-            "BN": tile.keys,
-            "BD": max(16, next_power_of_2(self.width)),
-            "BV": max(16, next_power_of_2(self.value_width)),
-            "num_warps": tile.warps,
-            "num_stages": 1,
-        }
-
-
 @launcher
 def attention(
     operands: Operands, scale: float | None, is_causal: bool, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """`seqmem::attention` on GPU."""
-    call = _Call(operands, scale)
+    call = Call(operands, scale)
     weights = call.empty(call.queries, call.keys)
     output = call.empty(call.queries, call.value_width)
     if weights.numel() == 0:
         return output.zero_(), weights
     if alpha != 1:
         return _sparsely(call, operands.mask, is_causal, alpha)
+    if split.serves(call):
+        split.by_parts(call, is_causal, output, weights)
+        return output, weights
     tile = tiles(max(call.width, call.value_width), weights.dtype, weights.numel())
     if tile is None:
         _by_products(call, is_causal, output, weights)
@@ -178,7 +106,7 @@ def attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """`seqmem::attention_backward` on GPU: one kernel by rows, one by columns."""
-    call, mask = _Call(operands, scale), operands.mask
+    call, mask = Call(operands, scale), operands.mask
     of_mask = output_mask[3] and mask is not None and mask.is_floating_point()
     wanted = (*output_mask[:3], of_mask)
     sizes = (
@@ -209,7 +137,7 @@ def attention_backward(
 
 
 def _backward(
-    call: _Call,
+    call: Call,
     tile: Tiles,
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
@@ -256,14 +184,14 @@ def _backward(
         grad_value.zero_()
 
 
-def _softmax_blocks(call: _Call) -> dict[str, Any]:
+def _softmax_blocks(call: Call) -> dict[str, Any]:
     """What both softmax kernels take: a few rows a program, 4096 scores at a time."""
     keys = min(next_power_of_2(call.keys), _SCORES)
     rows = max(1, min(_SCORES // keys, 16))
     return {
         "queries": call.queries,
         "keys": call.keys,
-        "heads": 1 if len(call.lead) < 1 else call.lead[-1],
+        "heads": call.heads,
         "blocks": cdiv(call.queries, rows),
         "mask_ptr": call.mask,
         **strides("m", call.mask, "0", "1", "i", "j"),
@@ -275,7 +203,7 @@ def _softmax_blocks(call: _Call) -> dict[str, Any]:
     }
 
 
-def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) -> None:
+def _by_products(call: Call, is_causal: bool, output: Tensor, weights: Tensor) -> None:
     """The forward by torch's products, one kernel between them."""
     query, key, value = (t.flatten(0, 1) for t in (call.query, call.key, call.value))
     matrices = (call.batch, call.queries, -1)
@@ -293,7 +221,7 @@ def _by_products(call: _Call, is_causal: bool, output: Tensor, weights: Tensor) 
 
 
 def _sparsely(
-    call: _Call, mask: Tensor | None, is_causal: bool, alpha: float
+    call: Call, mask: Tensor | None, is_causal: bool, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """The forward by torch's products, entmax's op between them."""
     products = wide_product(call.query.flatten(0, 1), call.key.flatten(0, 1).mT)
@@ -305,7 +233,7 @@ def _sparsely(
 
 
 def _softmax_gradient(
-    call: _Call, p: Tensor, weights: Tensor, grad_weights: Tensor | None
+    call: Call, p: Tensor, weights: Tensor, grad_weights: Tensor | None
 ) -> Tensor:
     """That of the scores, from the weights' by the outputs, p, and their own."""
     scores = p if p.dtype == call.like.dtype else torch.empty_like(p, dtype=call.like.dtype)
@@ -321,7 +249,7 @@ def _softmax_gradient(
     return scores
 
 
-def _entmax_gradient(call: _Call, p: Tensor, weights: Tensor, alpha: float) -> Tensor:
+def _entmax_gradient(call: Call, p: Tensor, weights: Tensor, alpha: float) -> Tensor:
     weights = weights.to(p.dtype)
     found = torch.ops.seqmem.entmax_backward(p, weights, None, alpha, -1, weights, [True, False])
     scores: Tensor = found[0].to(call.like.dtype)
@@ -331,7 +259,7 @@ def _entmax_gradient(call: _Call, p: Tensor, weights: Tensor, alpha: float) -> T
 
 
 def _back_by_products(
-    call: _Call,
+    call: Call,
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
     weights: Tensor,

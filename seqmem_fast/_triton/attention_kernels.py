@@ -36,7 +36,8 @@ def _rows_of(ptr, rows, count, stride, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(ptr, at, value, rows, count, width, BLOCK: tl.constexpr):
+def store_rows(ptr, at, value, rows, count, width, BLOCK: tl.constexpr):
+    """The first `width` columns of [len(rows), BLOCK], into a dense matrix of `count` rows."""
     n = tl.arange(0, BLOCK)
     mask = (rows < count)[:, None] & (n < width)[None, :]
     where = ptr + at + rows[:, None] * width + n[None, :]
@@ -49,17 +50,37 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def known_scores(s, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL: tl.constexpr):
+    """Scores [BM, BN] of queries i and keys j, masked; -inf where j is no key of the row."""
+    there = (i < queries)[:, None] & (j < keys)[None, :]
+    known = (j < keys)[None, :]
+    if CAUSAL:
+        known = known & (j[None, :] <= i[:, None])
+    return masked_scores(s, mask_ptr, i, j, m_i, m_j, there, known)
+
+
+@triton.jit
+def store_rest(weights_ptr, total, i, begin, queries, keys, BM: tl.constexpr, BN: tl.constexpr):
+    """The weights of keys from `begin` on, which all come after their queries.
+
+    Zeros; NaN where a score was NaN, as the softmax of the whole row has it.
+    """
+    rest = (total * 0.0)[:, None] + tl.zeros([BM, BN], tl.float32)
+    for start in range(begin, keys, BN):
+        j = start + tl.arange(0, BN)
+        there = (i < queries)[:, None] & (j < keys)[None, :]
+        at = weights_ptr + i[:, None] * keys + j[None, :]
+        tl.store(at, rest.to(weights_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def _scores(q, k_ptr, k_t, mask_ptr, m_i, m_j, scale, i, j, queries, keys, width,
             CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
             BD: tl.constexpr):  # fmt: skip
     """Masked scores [BM, BN] of queries i and keys j."""
     k = _rows_of(k_ptr, j, keys, k_t, width, BD)
     s = _product(q, tl.trans(k), PRECISION) * scale
-    there = (i < queries)[:, None] & (j < keys)[None, :]
-    known = (j < keys)[None, :]
-    if CAUSAL:
-        known = known & (j[None, :] <= i[:, None])
-    return masked_scores(s, mask_ptr, i, j, m_i, m_j, there, known)
+    return known_scores(s, mask_ptr, m_i, m_j, i, j, queries, keys, CAUSAL)
 
 
 @triton.jit
@@ -123,14 +144,9 @@ def attention_forward(
             out = _weigh(s, m, total, out, weights_ptr, v_ptr, v_t, i, j, queries, keys,
                          value_width, PRECISION, BV)  # fmt: skip
         if CAUSAL:
-            # Zeros; NaN where a score was NaN, as the softmax of the whole row has it.
-            rest = (total * 0.0)[:, None] + tl.zeros([BM, BN], tl.float32)
-            for start in range(tl.cdiv(last, BN) * BN, keys, BN):
-                j = start + tl.arange(0, BN)
-                there = (i < queries)[:, None] & (j < keys)[None, :]
-                at = weights_ptr + i[:, None] * keys + j[None, :]
-                tl.store(at, rest.to(weights_ptr.dtype.element_ty), mask=there)
-    _store_rows(output_ptr, z * queries * value_width, out, i, queries, value_width, BV)
+            begin = tl.cdiv(last, BN) * BN
+            store_rest(weights_ptr, total, i, begin, queries, keys, BM, BN)
+    store_rows(output_ptr, z * queries * value_width, out, i, queries, value_width, BV)
 
 
 @triton.jit
@@ -208,7 +224,7 @@ def attention_backward_rows(
             k = _rows_of(k_ptr, j, keys, k_t, width, BD)
             grad_q += _product(ds.to(k.dtype), k, PRECISION)
     if grad_q_ptr is not None:
-        _store_rows(grad_q_ptr, z * queries * width, grad_q * scale, i, queries, width, BD)
+        store_rows(grad_q_ptr, z * queries * width, grad_q * scale, i, queries, width, BD)
 
 
 @triton.jit(do_not_specialize=("scale", *VARYING))
@@ -260,6 +276,6 @@ def attention_backward_columns(
             q = _rows_of(q_ptr, i, queries, q_t, width, BD)
             grad_k += _product(tl.trans(ds.to(q.dtype)), q, PRECISION)
     if grad_k_ptr is not None:
-        _store_rows(grad_k_ptr, z * keys * width, grad_k * scale, j, keys, width, BD)
+        store_rows(grad_k_ptr, z * keys * width, grad_k * scale, j, keys, width, BD)
     if grad_v_ptr is not None:
-        _store_rows(grad_v_ptr, z * keys * value_width, grad_v, j, keys, value_width, BV)
+        store_rows(grad_v_ptr, z * keys * value_width, grad_v, j, keys, value_width, BV)
