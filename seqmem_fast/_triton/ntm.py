@@ -1,9 +1,10 @@
 r"""The whole-sequence NTM on GPU: launchers of `ntm` and `ntm_backward`.
 
-Formulas, shapes and errors: `ops/ntm.py`. Forward: one product for all inputs, then one
-kernel, a program a row, for all steps; backward: one kernel back over the steps, then one product
-per weight. What training keeps are per step the gates, cells, head values and weightings, and the
-memory every `segment` (about the root of T) steps; nothing grows with T N M.
+Formulas, shapes and errors: `ops/ntm.py`. Forward: one product for all inputs, then one kernel, a
+program a row, for all steps: csrc/cuda/ntm_sequence_kernel.cu where the package was built with nvcc
+and a block can hold the weights, else Triton's. Backward: one kernel back over the steps, then one
+product per weight. What training keeps are per step the gates, cells, head values and weightings,
+and the memory every `segment` (about the root of T) steps; nothing grows with T N M.
 
 The kernels take up to `ntm.fits` values of memory a row and 31 heads. Beyond that, the plain path:
 the reference on the GPU, its gradient by autograd through the reference, which keeps every step's
@@ -28,6 +29,8 @@ from . import ntm_kernels as kernels
 from .common import dense, launcher, next_power_of_2
 
 _MOST_HEADS = 31  # bits of an integer
+# Where the package was built with nvcc.
+_forward_sequence = getattr(torch.ops.seqmem, "ntm_forward_sequence_", None)
 
 
 class Options(NamedTuple):
@@ -68,6 +71,32 @@ class _Sizes(machine.Sizes):
         }
 
 
+def _in_blocks(size: _Sizes, given: dict[str, Any], record: Tensor | None) -> bool:
+    """Runs the kernel in CUDA C++ where it serves: for an LSTM of one layer, narrow enough."""
+    if _forward_sequence is None or not size.lstm or size.layers != 1:
+        return False
+    initial = [given[f"initial_{name}_ptr"] for name in NTMState._fields]
+    names = "cell", "weightings", "reads"
+    return bool(
+        _forward_sequence(
+            *(given[f"{name}_ptr"] for name in ("zx", "weight", "head_weight", "head_bias")),
+            given["hidden_ptr"][0],
+            given["memory_ptr"],
+            *(given[f"{name}_ptr"] for name in names),
+            [] if initial[0] is None else initial,
+            given["lengths_ptr"],
+            given["reset_ptr"],
+            *(given[f"{name}_ptr"] for name in ("features", "hidden_out", "memory_out", "trace")),
+            record,
+            given["checkpoints_ptr"],
+            size.segment,
+            size.options.writes,
+            size.taps,
+            size.options.squash,
+        )
+    )
+
+
 @launcher
 def ntm(
     input: Tensor,
@@ -89,15 +118,18 @@ def ntm(
         every = call.make(*weightings_of) if trace or save else None
         forward = machine.Forward(size, call, "cell", "weightings", "reads")
         memory_out = torch.empty_like(state.memory, memory_format=torch.contiguous_format)
-        if size.batch:
+        given_to_all = {
+            **forward.arguments(),
+            "memory_ptr": state.memory.contiguous(),
+            "features_ptr": features,
+            "memory_out_ptr": memory_out,
+            "trace_ptr": every,
+            "checkpoints_ptr": checkpoints if save else None,
+        }
+        if size.batch and not _in_blocks(size, given_to_all, record if save else None):
             kernels.ntm_forward[(size.batch,)](
-                **forward.arguments(),
-                memory_ptr=state.memory.contiguous(),
-                features_ptr=features,
-                memory_out_ptr=memory_out,
-                trace_ptr=every,
+                **given_to_all,
                 record_ptr=record,
-                checkpoints_ptr=checkpoints if save else None,
                 record_rows=size.batch if save else 0,
                 **size.arguments(input.dtype),
             )

@@ -1,0 +1,61 @@
+// The whole NTM sequence of a batch row in one block, forward, with an LSTM of one layer: one
+// launch for all steps. All pointers are contiguous device memory that must live until the stream
+// has passed; those marked optional may be null.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../common/storage.h"
+
+namespace seqmem::cuda {
+
+struct NtmShape {
+  int64_t steps, batch;
+  int64_t record, checkpoint;  // floats of one row in `record`, in `checkpoints`
+  int64_t segment;             // steps between checkpoints
+  int32_t control;             // C, units of the controller
+  int32_t slots, width;        // N, M
+  int32_t values;              // P, head values
+  int32_t heads;               // Hd
+  uint32_t writes;             // bit h: head h writes
+  int32_t taps;                // of the shift
+  int32_t read_width;          // R M
+  int32_t padded_width;        // of initial_memory
+  bool squash;                 // tanh on keys and adds
+};
+
+// S: the storage type, Float, BFloat16 or Half. The gates i, f, g, o of a unit are neighbours.
+struct NtmForward {
+  const float* zx;                  // [T, B, 4C] the input's part of the gates, biases included
+  const float* weight;              // [R M + C, 4C]
+  const float* head_weight;         // [C, P]
+  const float* head_bias;           // [P]
+  const float* hidden;              // [B, C] the first state's, as the next four
+  const void* memory;               // S [B, N, M]
+  float* cell;                      // [B, C] and then the last state's
+  float* weightings;                // [B, Hd, N] likewise
+  float* reads;                     // [B, R M] likewise
+  const float* initial_hidden;      // [C] what a reset goes back to; optional, all five
+  const float* initial_cell;        // [C]
+  const float* initial_memory;      // [>= N, padded_width]
+  const float* initial_weightings;  // [Hd, N]
+  const float* initial_reads;       // [R M]
+  const int64_t* lengths;           // [B], optional: a row's steps
+  const bool* reset;                // [T, B], optional: the step starts from the initial state
+  void* features;                   // S [T, B, C + R M]
+  float* hidden_out;                // [B, C] the last state's
+  void* memory_out;                 // S [B, N, M] the last state's
+  void* trace;                      // S [T, B, Hd, N] all weightings, optional
+  float* record;                    // [T, B, record]: i, f, g, o, cell [5C], head values; optional
+  float* checkpoints;               // [segments, B, checkpoint]: memories [N, M]; optional
+};
+
+// Whether the current device's blocks can hold the weights.
+bool ntm_forward_sequence_serves(Storage storage, const NtmShape& shape);
+
+cudaError_t ntm_forward_sequence(Storage storage, const NtmShape& shape,
+                                 const NtmForward& arguments, cudaStream_t stream);
+
+}  // namespace seqmem::cuda
