@@ -36,8 +36,9 @@ SIZES = {  # (B, N, M, H, taps)
 # 4 kernels in each file, 4 types, vectors and single elements
 test_addressing_compiles_without_spills = spills("ntm_addressing", 32)
 test_reads_and_writes_compile_without_spills = spills("ntm_addressing_memory", 32)
-# 3 types, one slot a thread or two
+# 3 types, forward one slot a thread or two
 test_sequence_compiles_without_spills = spills("ntm_sequence", 6)
+test_sequence_backward_compiles_without_spills = spills("ntm_sequence_backward", 3)
 ops = sources_on_cpu("ntm_addressing")
 
 

@@ -27,15 +27,26 @@ __host__ __device__ inline int shared_rows(const NtmShape& s, int own) {
   return rows > 0 ? rows : 0;
 }
 
+// Hands out arrays, one after the other.
+struct Floats {
+  float* at;
+
+  __device__ float* operator()(int count) {
+    float* taken = at;
+    at += count;
+    return taken;
+  }
+};
+
 struct Shared {
   float4* weights;    // [shared_rows, 4C]
-  float* inputs;      // x of even steps, of odd ones
-  float* values;      // [kMostValues] head values, activated
   float* cosine;      // [N]
   float* gated;       // [N]
-  float* weightings;  // [Hd, N]
   float* largest;     // [kSlotWarps] of a reduction
   float* sums;        // [kSlotWarps] of another one
+  float* inputs;      // x of even steps, of odd ones
+  float* values;      // [kMostValues] head values, activated
+  float* weightings;  // [Hd, N]
   float* partial;     // [kRowWarps, M] of a reading
 
   static int64_t bytes(const NtmShape& s, int own) {
@@ -45,12 +56,7 @@ struct Shared {
     return 4 * floats;
   }
   __device__ Shared(const NtmShape& s, int own, float4* base) : weights(base) {
-    float* at = reinterpret_cast<float*>(base + shared_rows(s, own) * 4 * s.control);
-    const auto take = [&](int floats) {
-      float* taken = at;
-      at += floats;
-      return taken;
-    };
+    Floats take{reinterpret_cast<float*>(base + shared_rows(s, own) * 4 * s.control)};
     inputs = take(2 * input_floats(s));
     values = take(kMostValues);
     largest = take(kSlotWarps);
@@ -79,6 +85,22 @@ __device__ float reduce_slots(float x, float* of_warp) {
   return join(join(all.x, all.y), join(all.z, all.w));
 }
 
+// Sums of several numbers.
+template <int kCount>
+__device__ void sum_over_slots(float (&x)[kCount], float* of_warp) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    for (int d = 1; d < 32; d *= 2) x[k] += __shfl_xor_sync(~0u, x[k], d);
+    if (threadIdx.x % 32 == 0) of_warp[k * kSlotWarps + threadIdx.x / 32] = x[k];
+  }
+  sync_slots();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float4 all = reinterpret_cast<const float4*>(of_warp)[k];
+    x[k] = (all.x + all.y) + (all.z + all.w);
+  }
+}
+
 __device__ float minus_infinity() { return -INFINITY; }
 
 __device__ float sum_of_four(float x) { return sum_of_lanes(x, 4); }
@@ -87,6 +109,51 @@ __device__ float softplus(float x) { return fmaxf(x, 0.0f) + logf(1.0f + expf(-f
 
 __device__ float dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+__device__ void copy(const float* from, float* to, int count) {
+  for (int k = threadIdx.x; k < count; k += kRowThreads) to[k] = from[k];
+}
+
+// ---- on the host
+
+// Whether the kernels have threads for so many of each.
+inline bool fits(const NtmShape& s) {
+  return s.control <= kMostControl && s.values <= kMostValues && s.width <= kMostWidth &&
+         s.slots <= 2 * kSlotThreads && s.taps <= s.slots;
+}
+
+inline bool has_shared(int64_t bytes) {
+  int device = 0, most = 0;
+  const auto limit = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, limit, device) == cudaSuccess && bytes <= most;
+}
+
+// Calls f with a value of the storage type; false for float64.
+template <class F>
+bool with_storage(Storage storage, const F& f) {
+  switch (storage) {
+    case Storage::Float: return f(float{}), true;
+    case Storage::BFloat16: return f(__nv_bfloat16{}), true;
+    case Storage::Half: return f(__half{}), true;
+    default: return false;
+  }
+}
+
+template <class Arguments>
+cudaError_t launch_rows(void (*kernel)(NtmShape, Arguments), const NtmShape& s, const Arguments& a,
+                        int64_t bytes, cudaStream_t stream) {
+  if (s.batch == 0) return cudaSuccess;
+  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, limit, int(bytes));
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(s.batch));
+  config.blockDim = dim3(kRowThreads);
+  config.dynamicSmemBytes = size_t(bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, s, a);
 }
 
 }  // namespace

@@ -24,10 +24,6 @@
 namespace seqmem::cuda {
 namespace {
 
-__device__ void copy(const float* from, float* to, int count) {
-  for (int k = threadIdx.x; k < count; k += kRowThreads) to[k] = from[k];
-}
-
 template <class T, int kFours, int kSlots>
 __global__ void __launch_bounds__(kRowThreads, 1)
     forward_kernel(const NtmShape s, const NtmForward a) {
@@ -44,7 +40,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   copy(a.reads + b * s.read_width, shared.inputs, s.read_width);
   copy(a.weightings + b * s.heads * s.slots, shared.weightings, s.heads * s.slots);
   Memory<kSlots> memory(s);
-  const Addressing<kSlots> addressing(s, shared);
+  const Addressing<kSlots, const Shared> addressing(s, shared);
   memory.template load<T>(a.memory, b * s.slots * s.width, s.width);
   float z = length > 0 ? controller.first_sum(b) : 0.0f;
   __syncthreads();
@@ -87,7 +83,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       __syncthreads();
       p += s.width + 3 + s.taps;
       if (s.writes >> h & 1) {
-        memory.write(weighting, p, p + s.width);
+        memory.write([&](int n) { return weighting[n]; }, p, p + s.width);
         p += 2 * s.width;
         continue;
       }
@@ -116,49 +112,30 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 
 // Calls use(kernel, kFours) with the kernel for this storage and these sizes; false where there is
 // none. As many weights are in registers as spill nothing on any GPU.
-template <class T, class Use>
-bool with_kernel(const NtmShape& s, const Use& use) {
-  if (s.slots <= kSlotThreads) return use(forward_kernel<T, 6, 1>, 6), true;
-  if (s.slots <= 2 * kSlotThreads) return use(forward_kernel<T, 0, 2>, 0), true;
-  return false;
-}
-
 template <class Use>
 bool with_kernel(Storage storage, const NtmShape& s, const Use& use) {
-  if (storage == Storage::Float) return with_kernel<float>(s, use);
-  if (storage == Storage::BFloat16) return with_kernel<__nv_bfloat16>(s, use);
-  if (storage == Storage::Half) return with_kernel<__half>(s, use);
-  return false;
+  return fits(s) && with_storage(storage, [&](auto tag) {
+           using T = decltype(tag);
+           if (s.slots <= kSlotThreads)
+             use(forward_kernel<T, 6, 1>, 6);
+           else
+             use(forward_kernel<T, 0, 2>, 0);
+         });
 }
 
 }  // namespace
 
 bool ntm_forward_sequence_serves(Storage storage, const NtmShape& s) {
-  if (s.control > kMostControl || s.values > kMostValues || s.width > kMostWidth ||
-      s.taps > s.slots)
-    return false;
   int64_t bytes = 0;
-  auto count = [&](auto, int own) { bytes = Shared::bytes(s, own); };
-  int device = 0, most = 0;
-  const auto limit = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  return with_kernel(storage, s, count) && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&most, limit, device) == cudaSuccess && bytes <= most;
+  const auto count = [&](auto, int own) { bytes = Shared::bytes(s, own); };
+  return with_kernel(storage, s, count) && has_shared(bytes);
 }
 
 cudaError_t ntm_forward_sequence(Storage storage, const NtmShape& s, const NtmForward& a,
                                  cudaStream_t stream) {
-  if (s.batch == 0) return cudaSuccess;
   cudaError_t error = cudaErrorInvalidValue;
   with_kernel(storage, s, [&](auto kernel, int own) {
-    const int bytes = int(Shared::bytes(s, own));
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(s.batch));
-    config.blockDim = dim3(kRowThreads);
-    config.dynamicSmemBytes = size_t(bytes);
-    config.stream = stream;
-    error = cudaLaunchKernelEx(&config, kernel, s, a);
+    error = launch_rows(kernel, s, a, Shared::bytes(s, own), stream);
   });
   return error;
 }

@@ -1,6 +1,6 @@
-// The whole NTM sequence of a batch row in one block, forward, with an LSTM of one layer: one
-// launch for all steps. All pointers are contiguous device memory that must live until the stream
-// has passed; those marked optional may be null.
+// The whole NTM sequence of a batch row in one block, forward or backward, with an LSTM of one
+// layer: one launch for all steps. All pointers are contiguous device memory that must live until
+// the stream has passed; those marked optional may be null.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +15,7 @@ struct NtmShape {
   int64_t steps, batch;
   int64_t record, checkpoint;  // floats of one row in `record`, in `checkpoints`
   int64_t segment;             // steps between checkpoints
+  int64_t padded_memory;       // floats of a padded memory, [>= N, padded_width]
   int32_t control;             // C, units of the controller
   int32_t slots, width;        // N, M
   int32_t values;              // P, head values
@@ -22,7 +23,7 @@ struct NtmShape {
   uint32_t writes;             // bit h: head h writes
   int32_t taps;                // of the shift
   int32_t read_width;          // R M
-  int32_t padded_width;        // of initial_memory
+  int32_t padded_width;        // >= M
   bool squash;                 // tanh on keys and adds
 };
 
@@ -39,7 +40,7 @@ struct NtmForward {
   float* reads;                     // [B, R M] likewise
   const float* initial_hidden;      // [C] what a reset goes back to; optional, all five
   const float* initial_cell;        // [C]
-  const float* initial_memory;      // [>= N, padded_width]
+  const float* initial_memory;      // padded
   const float* initial_weightings;  // [Hd, N]
   const float* initial_reads;       // [R M]
   const int64_t* lengths;           // [B], optional: a row's steps
@@ -52,10 +53,47 @@ struct NtmForward {
   float* checkpoints;               // [segments, B, checkpoint]: memories [N, M]; optional
 };
 
+// d_: gradients of the state, of the last one coming in, of the first one going out. i_: this row's
+// part of those of what a reset goes back to.
+struct NtmBackward {
+  const void* grad_features;        // S [T, B, C + R M] with the strides below, optional
+  int64_t f_t, f_b, f_c;            // elements from a step, row, feature to the next
+  const void* grad_trace;           // S [T, B, Hd, N], optional
+  const float* weight;              // [4C, R M + C]
+  const float* head_weight;         // [P, C]
+  const void* cell;                 // S [B, C] the first state's
+  const void* weightings;           // S [B, Hd, N] likewise
+  const float* initial_cell;        // [C], optional, all three
+  const float* initial_memory;      // padded
+  const float* initial_weightings;  // [Hd, N]
+  const int64_t* lengths;           // [B], optional
+  const bool* reset;                // [T, B], optional
+  const void* trace;                // S [T, B, Hd, N]
+  const float* record;              // as the forward left it
+  const float* checkpoints;         // likewise
+  float* memories;                  // [B, segment, padded_memory] scratch
+  float* d_hidden;                  // [B, C]
+  float* d_cell;                    // [B, C]
+  float* d_memory;                  // [B, padded_memory]
+  float* d_weightings;              // [B, Hd, N]
+  float* d_reads;                   // [B, R M]
+  float* i_hidden;                  // of the same shapes, zeros; optional, all five
+  float* i_cell;
+  float* i_memory;
+  float* i_weightings;
+  float* i_reads;
+  float* dz;  // [T, B, 4C]
+  float* dp;  // [T, B, P]
+};
+
 // Whether the current device's blocks can hold the weights.
 bool ntm_forward_sequence_serves(Storage storage, const NtmShape& shape);
+bool ntm_backward_sequence_serves(Storage storage, const NtmShape& shape);
 
 cudaError_t ntm_forward_sequence(Storage storage, const NtmShape& shape,
                                  const NtmForward& arguments, cudaStream_t stream);
+
+cudaError_t ntm_backward_sequence(Storage storage, const NtmShape& shape,
+                                  const NtmBackward& arguments, cudaStream_t stream);
 
 }  // namespace seqmem::cuda

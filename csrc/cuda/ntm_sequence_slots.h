@@ -27,8 +27,22 @@ class Memory {
     each([&](int n, int m, float& x) { set_one<T>(to, at + int64_t(n) * s_.width + m, x); });
   }
 
-  // Cosines of the slots and the key, into [N].
-  __device__ void similarity(const float* key, float* cosine) const {
+  __device__ int slot(int i) const { return first_ + i * kSlotThreads; }
+  __device__ bool there(int i) const { return slot(i) < s_.slots; }
+  __device__ bool speaks() const { return lane_ == 0; }  // for its slots
+  __device__ float& at(int i, int j) { return x_[i][j]; }
+  __device__ float at(int i, int j) const { return x_[i][j]; }
+
+  // Of what all slots share: a key, an erase, an add. Zero where the thread has none.
+  __device__ void values_of(const float* shared, float (&y)[kValues]) const {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j)
+      y[j] = lane_ + 4 * j < s_.width ? shared[lane_ + 4 * j] : 0.0f;
+  }
+
+  // Cosines of the slots and the key, into [N], and if wanted their norms and the key's.
+  __device__ void similarity(const float* key, float* cosine, float* norms = nullptr,
+                             float* of_key = nullptr) const {
     float y[kValues], squares = 0;
     values_of(key, y);
 #pragma unroll
@@ -43,18 +57,23 @@ class Memory {
         norm = fmaf(x_[i][j], x_[i][j], norm);
       }
       product = sum_of_four(product);
-      norm = sum_of_four(norm);
-      if (lane_ == 0 && there(i)) cosine[slot(i)] = product / (sqrtf(norm) * norm_of_key + 1e-8f);
+      norm = sqrtf(sum_of_four(norm));
+      if (lane_ != 0 || !there(i)) continue;
+      cosine[slot(i)] = product / (norm * norm_of_key + 1e-8f);
+      if (norms != nullptr) norms[slot(i)] = norm;
     }
+    if (of_key != nullptr && threadIdx.x == 0) *of_key = norm_of_key;
   }
 
-  __device__ void write(const float* weighting, const float* erase, const float* add) {
+  // weighting(n): of slot n.
+  template <class Weighting>
+  __device__ void write(const Weighting& weighting, const float* erase, const float* add) {
     float e[kValues], a[kValues];
     values_of(erase, e);
     values_of(add, a);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const float w = there(i) ? weighting[slot(i)] : 0.0f;
+      const float w = there(i) ? weighting(slot(i)) : 0.0f;
 #pragma unroll
       for (int j = 0; j < kValues; ++j) x_[i][j] = x_[i][j] * (1.0f - w * e[j]) + w * a[j];
     }
@@ -65,28 +84,24 @@ class Memory {
     float w[kSlots];
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) w[i] = there(i) ? weighting[slot(i)] : 0.0f;
+    sum_slots(partial, [&](int i, int j) { return w[i] * x_[i][j]; });
+  }
+
+  // The sum of f(slot, value) over the warp's slots, into [M].
+  template <class F>
+  __device__ void sum_slots(float* partial, const F& f) const {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       float sum = 0;
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i) sum = fmaf(w[i], x_[i][j], sum);
+      for (int i = 0; i < kSlots; ++i) sum += f(i, j);
 #pragma unroll
       for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
       if (threadIdx.x % 32 < 4 && lane_ + 4 * j < s_.width) partial[lane_ + 4 * j] = sum;
     }
   }
 
- private:
-  __device__ int slot(int i) const { return first_ + i * kSlotThreads; }
-  __device__ bool there(int i) const { return slot(i) < s_.slots; }
-
-  // Of what all slots share: a key, an erase, an add. Zero where the thread has none.
-  __device__ void values_of(const float* shared, float (&y)[kValues]) const {
-#pragma unroll
-    for (int j = 0; j < kValues; ++j)
-      y[j] = lane_ + 4 * j < s_.width ? shared[lane_ + 4 * j] : 0.0f;
-  }
-
+  // f(slot, value's place, value) of all that the thread has; the others become 0.
   template <class F>
   __device__ void each(const F& f) {
 #pragma unroll
@@ -103,13 +118,13 @@ class Memory {
 };
 
 // The first kSlotThreads threads, with a slot each or, kSlotThreads apart, several.
-template <int kSlots>
+template <int kSlots, class Arrays>
 class Addressing {
   const NtmShape& s_;
-  const Shared& shared_;
+  Arrays& shared_;
 
  public:
-  __device__ Addressing(const NtmShape& s, const Shared& shared) : s_(s), shared_(shared) {}
+  __device__ Addressing(const NtmShape& s, Arrays& shared) : s_(s), shared_(shared) {}
 
   // One head's weighting, from beta, gate, taps, gamma and its weighting of the step before, in
   // whose place it comes; `keep` is given each slot's.
@@ -141,7 +156,6 @@ class Addressing {
     }
   }
 
- private:
   __device__ int slot(int i) const { return int(threadIdx.x) + i * kSlotThreads; }
   __device__ bool there(int i) const { return slot(i) < s_.slots; }
 

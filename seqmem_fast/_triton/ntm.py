@@ -1,10 +1,11 @@
 r"""The whole-sequence NTM on GPU: launchers of `ntm` and `ntm_backward`.
 
 Formulas, shapes and errors: `ops/ntm.py`. Forward: one product for all inputs, then one kernel, a
-program a row, for all steps: csrc/cuda/ntm_sequence_kernel.cu where the package was built with nvcc
-and a block can hold the weights, else Triton's. Backward: one kernel back over the steps, then one
-product per weight. What training keeps are per step the gates, cells, head values and weightings,
-and the memory every `segment` (about the root of T) steps; nothing grows with T N M.
+program a row, for all steps. Backward: one kernel back over the steps, then one product per weight.
+Both kernels are those of csrc/cuda/ntm_sequence_kernel.h where the package was built with nvcc and
+a block can hold the controller's weights, else Triton's. What training keeps are per step the
+gates, cells, head values and weightings, and the memory every `segment` (about the root of T)
+steps; nothing grows with T N M.
 
 The kernels take up to `ntm.fits` values of memory a row and 31 heads. Beyond that, the plain path:
 the reference on the GPU, its gradient by autograd through the reference, which keeps every step's
@@ -31,6 +32,7 @@ from .common import dense, launcher, next_power_of_2
 _MOST_HEADS = 31  # bits of an integer
 # Where the package was built with nvcc.
 _forward_sequence = getattr(torch.ops.seqmem, "ntm_forward_sequence_", None)
+_backward_sequence = getattr(torch.ops.seqmem, "ntm_backward_sequence_", None)
 
 
 class Options(NamedTuple):
@@ -89,6 +91,33 @@ def _in_blocks(size: _Sizes, given: dict[str, Any], record: Tensor | None) -> bo
             *(given[f"{name}_ptr"] for name in ("features", "hidden_out", "memory_out", "trace")),
             record,
             given["checkpoints_ptr"],
+            size.segment,
+            size.options.writes,
+            size.taps,
+            size.options.squash,
+        )
+    )
+
+
+def _back_in_blocks(size: _Sizes, given: dict[str, Any]) -> bool:
+    """The same for the backward."""
+    if _backward_sequence is None or not size.lstm or size.layers != 1:
+        return False
+    initial = [given[f"initial_{name}_ptr"] for name in ("cell", "memory", "weightings")]
+    of_initial = [given[f"i_{name}_ptr"] for name in NTMState._fields]
+    before = "grad_features", "grad_trace", "weight", "head_weight", "cell", "weightings"
+    between = "lengths", "reset", "trace", "record", "checkpoints", "memories"
+    return bool(
+        _backward_sequence(
+            *(given[f"{name}_ptr"] for name in before),
+            [] if initial[0] is None else initial,
+            *(given[f"{name}_ptr"] for name in between),
+            [given[f"d_{name}_ptr"] for name in NTMState._fields],
+            [] if of_initial[0] is None else of_initial,
+            given["dz_ptr"],
+            given["dp_ptr"],
+            size.slots,
+            size.width,
             size.segment,
             size.options.writes,
             size.taps,
@@ -174,17 +203,17 @@ def ntm_backward(
     call = machine.Call("ntm", input, state, given)
     if size.on_chip:
         back = machine.Backward(size, call, NTMState._fields, grads)
-        if size.batch:
-            kernels.ntm_backward[(size.batch,)](
-                **back.arguments(grad_features, features, saved),
-                grad_trace_ptr=dense(grad_trace),
-                weightings_ptr=state.weightings.contiguous(),
-                trace_ptr=trace.contiguous(),
-                checkpoints_ptr=checkpoints.contiguous(),
-                memories_ptr=back.memories(),
-                **call.pointers("cell", "memory", "weightings"),
-                **size.arguments(input.dtype),
-            )
+        given_to_all = {
+            **back.arguments(grad_features, features, saved),
+            "grad_trace_ptr": dense(grad_trace),
+            "weightings_ptr": state.weightings.contiguous(),
+            "trace_ptr": trace.contiguous(),
+            "checkpoints_ptr": checkpoints.contiguous(),
+            "memories_ptr": back.memories(),
+            **call.pointers("cell", "memory", "weightings"),
+        }
+        if size.batch and not _back_in_blocks(size, given_to_all):
+            kernels.ntm_backward[(size.batch,)](**given_to_all, **size.arguments(input.dtype))
         first, parts, starts, of_heads, weights = back.results(features, saved)
         found = [first, *parts, *of_heads, *starts, *weights]
     else:
