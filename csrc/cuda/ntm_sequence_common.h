@@ -120,7 +120,7 @@ __device__ void copy(const float* from, float* to, int count) {
 // Whether the kernels have threads for so many of each.
 inline bool fits(const NtmShape& s) {
   return s.control <= kMostControl && s.values <= kMostValues && s.width <= kMostWidth &&
-         s.slots <= 2 * kSlotThreads && s.taps <= s.slots;
+         s.slots <= 2 * kSlotThreads;
 }
 
 inline bool has_shared(int64_t bytes) {
