@@ -22,7 +22,7 @@ T* pointer(Maybe t) {
 
 int32_t size(int64_t n) { return static_cast<int32_t>(n); }
 
-// False where no kernel serves such a call; nothing has been written then. So is the backward's.
+// False where no kernel serves such a call; nothing has been written then. The backward likewise.
 bool forward_sequence(const Tensor& zx, const Tensor& weight, const Tensor& head_weight,
                       const Tensor& head_bias, const Tensor& hidden, const Tensor& memory,
                       const Tensor& cell, const Tensor& weightings, const Tensor& reads,

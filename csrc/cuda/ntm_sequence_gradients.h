@@ -111,8 +111,8 @@ class AddressingGradient : Addressing<kSlots, BackwardShared> {
       tap_sum += tap;
       each([&](int i, int n, bool there) {
         if (!there) return;
-        d_content[i] = fmaf(tap, shared_.by_shifted[around(n, -by)], d_content[i]);
-        d_tap[0] += shared_.by_shifted[n] * shared_.gated[around(n, by)];
+        d_content[i] = fmaf(tap, shared_.by_shifted[Base::around(n, -by)], d_content[i]);
+        d_tap[0] += shared_.by_shifted[n] * shared_.gated[Base::around(n, by)];
       });
       sum_over_slots(d_tap, several(1 - j % 2));
       if (threadIdx.x == 0) d_taps_[j] = d_tap[0];
@@ -160,10 +160,6 @@ class AddressingGradient : Addressing<kSlots, BackwardShared> {
     for (int i = 0; i < kSlots; ++i) f(i, Base::slot(i), Base::there(i));
   }
   __device__ float* several(int turn) const { return shared_.several[turn]; }
-  __device__ int around(int n, int by) const {
-    const int from = n - by;
-    return from < 0 ? from + s_.slots : from >= s_.slots ? from - s_.slots : from;
-  }
 };
 
 // ---- the controller

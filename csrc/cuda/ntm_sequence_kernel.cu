@@ -15,9 +15,10 @@
 // reads; of the first 128 threads five in each head.
 //
 // Floor of a step at C 100, N 128, M 20, two heads: 154 kB of weights from shared memory and x for
-// each warp, 1600 cycles; about 1000 of latencies in each head: 3600 cycles, 2 us. Predicted: 2.5
-// us a step, where Triton's kernel (`_triton/ntm_kernels.py`), which reads all weights from L2 in
-// every step, was measured at 13.6.
+// each warp, 1600 cycles; about 1000 of latencies in each head: 3600 cycles, 2 us. A warp executes
+// about 750 instructions beside the heads and 250 in each, 350 more if it has slots (sm_90, 128
+// registers, no spills). Predicted: 3 us a step, where Triton's kernel (`_triton/ntm_kernels.py`),
+// which reads all weights from L2 in every step, was measured at 13.6.
 #include "ntm_sequence_controller.h"
 #include "ntm_sequence_slots.h"
 

@@ -159,6 +159,12 @@ class Addressing {
   __device__ int slot(int i) const { return int(threadIdx.x) + i * kSlotThreads; }
   __device__ bool there(int i) const { return slot(i) < s_.slots; }
 
+  // Slot n - by around all slots.
+  __device__ int around(int n, int by) const {
+    const int from = n - by;
+    return from < 0 ? from + s_.slots : from >= s_.slots ? from - s_.slots : from;
+  }
+
   // z becomes e^(z - largest); their sum.
   __device__ float softmax(float (&z)[kSlots]) const {
     float top = minus_infinity(), sum = 0;
@@ -188,8 +194,7 @@ class Addressing {
       sum += tap;
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) {
-        int from = slot(i) - (j - s_.taps / 2);
-        from += from < 0 ? s_.slots : from >= s_.slots ? -s_.slots : 0;
+        const int from = around(slot(i), j - s_.taps / 2);
         if (there(i)) w[i] = fmaf(tap, shared_.gated[from], w[i]);
       }
     }

@@ -44,33 +44,15 @@ REVERSE_IN_WARP = REVERSE.replace("bar.sync 0", "bar.warp.sync -1").replace(
 )
 
 # The same, from memory that each thread copies to shared memory while it goes on.
-REVERSE_COPIED = """
-.visible .entry reverse_copied(.param .u64 in, .param .u64 out)
-{
-  .reg .b32 %r<16>;
-  .reg .b64 %rd<8>;
-  .shared .align 4 .b8 buffer[256];
-  mov.u32 %r1, %tid.x;
-  mov.u32 %r2, buffer;
-  shl.b32 %r3, %r1, 2;
-  add.s32 %r4, %r2, %r3;
-  ld.param.u64 %rd1, [in];
-  mul.wide.u32 %rd2, %r1, 4;
-  add.s64 %rd3, %rd1, %rd2;
-  cp.async.ca.shared.global [%r4], [%rd3], 4;
+REVERSE_COPIED = REVERSE.replace("reverse(", "reverse_copied(.param .u64 in, ").replace(
+    "st.shared.u32 [%r4], %r1;",
+    """ld.param.u64 %rd4, [in];
+  mul.wide.u32 %rd5, %r1, 4;
+  add.s64 %rd6, %rd4, %rd5;
+  cp.async.ca.shared.global [%r4], [%rd6], 4;
   cp.async.commit_group;
-  cp.async.wait_group 0;
-  bar.sync 0;
-  sub.s32 %r5, 63, %r1;
-  shl.b32 %r6, %r5, 2;
-  add.s32 %r7, %r2, %r6;
-  ld.shared.u32 %r8, [%r7];
-  ld.param.u64 %rd4, [out];
-  add.s64 %rd5, %rd4, %rd2;
-  st.global.u32 [%rd5], %r8;
-  ret;
-}
-"""
+  cp.async.wait_group 0;""",
+)
 
 # Each of two blocks of a cluster sends the other its rank through distributed shared memory.
 SWAP = """
@@ -227,11 +209,11 @@ PLANTED: dict[str, tuple[Run, str, str, str, str]] = {
     "a copy waited for by its own warp alone": (
         reverse_copied, REVERSE_COPIED, "bar.sync 0;", "", "race|nothing has waited|nobody has"),
     "a copy to memory that is still read": (
-        reverse_copied, REVERSE_COPIED, "st.global.u32 [%rd5]",
-        "cp.async.ca.shared.global [%r4], [%rd3], 4; st.global.u32 [%rd5]",
+        reverse_copied, REVERSE_COPIED, "st.global.u32 [%rd3]",
+        "cp.async.ca.shared.global [%r4], [%rd6], 4; st.global.u32 [%rd3]",
         "race: writes shared memory .* has read"),
     "a copy from beyond the input": (
-        reverse_copied, REVERSE_COPIED, "[%r4], [%rd3], 4", "[%r4], [%rd3+4], 4",
+        reverse_copied, REVERSE_COPIED, "[%r4], [%rd6], 4", "[%r4], [%rd6+4], 4",
         "out of bounds: argument 0 at byte 256"),
     "blocks that are not known to have started": (
         swap, SWAP, "// started", "", "may not have started"),
